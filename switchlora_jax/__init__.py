@@ -1,0 +1,40 @@
+"""Pre-train LLaMA with SwitchLoRA and its rivals. The modules, in the order data flows:
+
+  config          checks a config once, fills in what follows from it
+  corpus          where text comes from: installed documentation, local files
+  tokenizer       trains or loads SentencePiece
+  dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
+  llama           the model; each linear layer is made by a factory it is handed
+  dense           LoRADense, SwitchLoRADense: collections, initialisation, the merged forward and backward
+  switching       Algorithms 1 and 2 of the paper, pure functions
+  optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping
+  methods/        full · lora · switchlora: what each method adds to a step
+  sharding        the mesh, and where arrays live on it
+  train_state     everything a run is made of at one moment, one pytree
+  train_step      loss → accumulated gradients → clip → method → update, one dispatch
+  trainer         the story of a run: build, restore, step, evaluate, save
+  evaluation      validation loss
+  sampling        a short text from the model
+  checkpoint      orbax, with checksums and fallback
+  run_directory   config.json, tokenizer, and the rules for continuing a run
+  metrics         JSON lines, TensorBoard, progress bar, loss curve
+  report          what is printed before and after a run
+  cost, topology  operations and memory of a compiled step, also for GPUs that are not there
+
+To use the layer, the switch and the optimizer in a model of your own, see `dense.SwitchLoRADense`.
+"""
+
+from switchlora_jax.dense import LoRADense, SwitchLoRADense, lora_vectors, merge
+from switchlora_jax.optimizer import vector_adam
+from switchlora_jax.switching import SwitchSchedule, draw_uniforms, switch
+
+__all__ = [
+  "LoRADense",
+  "SwitchLoRADense",
+  "SwitchSchedule",
+  "draw_uniforms",
+  "lora_vectors",
+  "merge",
+  "switch",
+  "vector_adam",
+]

@@ -1,0 +1,31 @@
+"""Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+  """name -> (arrays, what its .json says) of an extract in tests/golden."""
+
+  def load(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+      return dict(arrays), json.loads((GOLDEN / f"{name}.json").read_text())
+
+  return load
+
+
+@pytest.fixture
+def x64():
+  """float64 for the length of one test."""
+  with jax.enable_x64(True):
+    yield
