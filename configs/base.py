@@ -1,0 +1,53 @@
+"""Every key there is, with its default: the paper's setting where the paper has one (section 4.1)."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+  """The config that the files beside this one start from."""
+  config = ConfigDict()
+  config.method = "switchlora"  # full | lora | switchlora
+  config.rank = 128  # LoRA vectors a side; not used by full
+  config.steps = 40_000  # updates; the horizon of learning-rate and switch schedules
+  config.batch_size = 1152  # rows a step, over all devices and micro-batches
+  config.seq_len = 512  # tokens a row
+  config.learning_rate = placeholder(float)  # peak; None: the method's own
+  config.warmup_steps = 100  # linear warm-up; then a cosine to 0 at `steps`
+  config.clip_norm = 1.0  # largest global norm of the gradients
+  config.accumulation = 1  # micro-batches a step on each device
+  config.seed = 0  # of initialisation, data order and switching
+
+  config.dtype = "float32"  # of the computation: float32 | bfloat16 | float64
+  config.param_dtype = "float32"  # of all that is stored; bfloat16 is what the authors train in
+  config.remat = False  # recompute each block's activations in the backward pass
+  config.count_per_element = False  # Adam's step count as large as the parameters (App. D)
+
+  config.eval_every = 1000  # steps between evaluations; one more at the end
+  config.eval_tokens = 10_000_000  # validation tokens, at most
+  config.checkpoint_every = 1000  # steps between checkpoints; one more at the end
+  config.keep_checkpoints = 3  # the newest that are kept
+  config.log_every = 10  # steps between writes of metrics.jsonl, which has a line for each step
+  config.max_skipped = 20  # updates skipped in a row (loss or gradient not finite) before the run stops
+
+  config.model = ConfigDict()
+  config.model.vocab_size = 32_100  # T5's
+  config.model.hidden_size = 1024  # width of the residual stream
+  config.model.intermediate_size = 2736  # width inside the MLP
+  config.model.num_layers = 24  # blocks
+  config.model.num_heads = 16  # attention heads; must divide hidden_size into even parts
+
+  config.switch = ConfigDict()  # used by switchlora; init by lora too
+  config.switch.interval = 40  # steps between two switches of one vector at the start; 0: never
+  config.switch.freeze_steps = 5  # steps for which a switched vector's counterpart is frozen
+  config.switch.decay_point = 0.1  # by this fraction of `steps` the switching rate has fallen …
+  config.switch.decay_to = 1 / 3  # … to this fraction of its start (the authors' code has 0.3)
+  config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
+
+  config.data = ConfigDict()
+  config.data.source = "text"  # docs (documentation of the installed packages) | text (your files)
+  config.data.path = ""  # text: a glob of plain text or JSON lines with a `text` field, each also .gz
+  config.data.eval_path = ""  # text: a glob of validation files; empty: the last 1% of the rows
+  config.data.tokenizer = ""  # a SentencePiece model; empty: one is trained on the text
+  config.data.cache_dir = "cache"  # where tokenizers and packed rows are kept between runs
+  return config.lock()

@@ -1,0 +1,23 @@
+"""LLaMA 130M, SwitchLoRA rank 128 (Table 2: perplexity 30.26 at step 38,000, the paper's).
+
+python -m experiments.pretrain --config=configs/llama_130m.py --workdir=runs/llama_130m \
+    --config.data.path='c4/en/c4-train.*.json.gz' --config.data.eval_path='c4/en/c4-validation.*.json.gz' \
+    --config.data.tokenizer=t5.model
+40,000 steps of 600 × 256 tokens; 6.1 billion tokens. Not run here: the cost is the paper's hardware.
+"""
+
+from configs import base
+
+
+def get_config():
+  """Table 1 and section 4.1."""
+  config = base.get_config()
+  config.rank = 128
+  config.batch_size = 600
+  config.seq_len = 256
+  config.accumulation = 1  # 150 rows on each of 4 GPUs
+  config.model.hidden_size = 768
+  config.model.intermediate_size = 2048
+  config.model.num_layers = 12
+  config.model.num_heads = 12
+  return config

@@ -1,0 +1,23 @@
+"""LLaMA 1.3B, SwitchLoRA rank 512 (Table 3: perplexity 15.01 at step 38,000, the paper's; rank 256: 15.89).
+
+python -m experiments.pretrain --config=configs/llama_1b.py --workdir=runs/llama_1b \
+    --config.data.path='c4/en/c4-train.*.json.gz' --config.data.eval_path='c4/en/c4-validation.*.json.gz' \
+    --config.data.tokenizer=t5.model
+40,000 steps of 1,536 × 512 tokens; 31.5 billion tokens. Not run here: the cost is the paper's hardware.
+"""
+
+from configs import base
+
+
+def get_config():
+  """Table 1 and section 4.1."""
+  config = base.get_config()
+  config.rank = 512
+  config.batch_size = 1536
+  config.seq_len = 512
+  config.accumulation = 12  # 16 rows on each of 8 GPUs
+  config.model.hidden_size = 2048
+  config.model.intermediate_size = 5461
+  config.model.num_layers = 24
+  config.model.num_heads = 32
+  return config

@@ -1,0 +1,27 @@
+"""The embedded default: a LLaMA of 1.6M parameters, SwitchLoRA rank 32, on documentation text.
+
+python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tiny
+TODO cost and result
+"""
+
+from configs import base
+
+
+def get_config():
+  """A short run wants a switch interval of 10, not 40: else the candidates are hardly ever cycled."""
+  config = base.get_config()
+  config.rank = 32
+  config.steps = 1500
+  config.batch_size = 16
+  config.seq_len = 128
+  config.eval_every = 250
+  config.eval_tokens = 65_536
+  config.checkpoint_every = 250
+  config.model.vocab_size = 4096
+  config.model.hidden_size = 128
+  config.model.intermediate_size = 344
+  config.model.num_layers = 4
+  config.model.num_heads = 4
+  config.switch.interval = 10
+  config.data.source = "docs"
+  return config

@@ -1,0 +1,9 @@
+"""What each training method adds to a step, behind one small interface.
+
+A method is a module here and a line in `METHODS`. It has `LEARNING_RATE` (the paper's),
+`check(config)`, which raises `UserError`, and `build(config) -> Method`.
+"""
+
+from switchlora_jax.methods import full, lora, switchlora
+
+METHODS = {"full": full, "lora": lora, "switchlora": switchlora}

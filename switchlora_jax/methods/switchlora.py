@@ -1,0 +1,61 @@
+"""SwitchLoRA: LoRA whose vectors are switched with spare candidates at every step (Algorithm 2)."""
+
+import jax
+
+from switchlora_jax.dense import SwitchLoRADense
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import lora
+from switchlora_jax.methods.base import Adjusted, Method
+from switchlora_jax.switching import SwitchSchedule, draw_uniforms, switch
+from switchlora_jax.train_state import TrainState
+
+LEARNING_RATE = 2e-2  # section 4.1
+
+
+def check(config):
+  """Raise `UserError` unless some layer can switch and the schedule leaves every vector time to thaw."""
+  lora.check(config)
+  model, hint = config.model, "or use --config.method=lora"
+  if config.rank == 1:
+    raise UserError(f"rank (=1) cannot switch: A's and B's slots must differ; set --config.rank to 2 or more {hint}")
+  if config.rank >= model.hidden_size:  # the largest min(in, out) of any layer
+    raise UserError(
+      f"rank (={config.rank}) leaves no spare vectors in any layer (min(in, out) = {model.hidden_size}); "
+      f"lower --config.rank {hint}"
+    )
+  interval, frozen = config.switch.interval, config.switch.freeze_steps
+  if interval < 0 or frozen < 0:
+    raise UserError(f"switch.interval (={interval}) and switch.freeze_steps (={frozen}) must not be negative")
+  if 0 < interval < 2 * frozen:
+    raise UserError(
+      f"switch.interval (={interval}) must be 0 (never switch) or at least 2 × switch.freeze_steps (= {2 * frozen}): "
+      f"raise --config.switch.interval or lower --config.switch.freeze_steps"
+    )
+  for name in ("decay_point", "decay_to"):
+    if not 0 < config.switch[name] < 1:
+      raise UserError(f"switch.{name} (={config.switch[name]}) must lie between 0 and 1; set --config.switch.{name}")
+
+
+def schedule(config) -> SwitchSchedule:
+  """The switch schedule of a config."""
+  keys = ("interval", "freeze_steps", "decay_point", "decay_to")
+  return SwitchSchedule(total_steps=config.steps, **{key: config.switch[key] for key in keys})
+
+
+def build(config) -> Method:
+  """`SwitchLoRADense` layers; between gradients and optimizer, the switch."""
+  method = Method(lora.layer(config, SwitchLoRADense), lora.optimizer(config))
+  if config.switch.interval == 0:
+    return method
+  plan, scale = schedule(config), SwitchLoRADense(features=0, rank=config.rank).scale
+
+  def adjust(state: TrainState, skip) -> Adjusted:
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    moved = switch(
+      state.params, state.frozen, state.candidates, schedule=plan, scale=scale, step=state.step,
+      uniforms=draw_uniforms(key, state.candidates), skip=skip,
+    )  # fmt: skip
+    state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
+    return Adjusted(state, {"reset": moved.reset, "freeze": moved.freeze}, {"switched": moved.count})
+
+  return method._replace(adjust=adjust)

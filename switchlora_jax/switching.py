@@ -1,0 +1,256 @@
+"""Algorithms 1 and 2 of the paper: swap a few LoRA vectors a step with spare candidates.
+
+The invariant: a switch changes A, B, the spares and W, and leaves `W + s·B·A` as it was. In the
+layout of `dense`, `kernel + scale·AᵀB` with one LoRA vector a row: `lora_a [r, in]`, `lora_b [r, out]`.
+
+Three cursors walk a layer, all derived from `cursor`, the number k of vectors loaded so far: load
+k of A goes to slot `k mod r`, load k of B to slot `(k + r//2) mod r`, and both take and leave spare
+row `k mod (c - r)`. The authors keep all c candidates and write an evicted vector back to its own
+id; swapping with c - r spares visits the same vectors in the same order.
+
+Pure functions. No model, no config: any pytree whose `params`, `frozen` and `candidates` hold a
+layer's arrays under one path will do, stacked along leading axes or not.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+class SwitchSchedule(NamedTuple):
+  """How often vectors are switched, and for how long their counterparts stay frozen.
+
+  Attributes:
+    interval: steps between two switches of one vector at the start (interval₀, 40 in the paper).
+    freeze_steps: N, steps for which the counterpart is frozen, the step of the switch included.
+    total_steps: T, the steps of the whole run.
+    decay_point: p, the fraction of T at which the rate has fallen to `decay_to` of its start.
+    decay_to: d, 1/3 in the text (the authors' code has 0.3).
+  """
+
+  interval: int = 40
+  freeze_steps: int = 5
+  total_steps: int = 40_000
+  decay_point: float = 0.1
+  decay_to: float = 1 / 3
+
+  def rate(self, step):
+    """The switching rate at `step` relative to the start: d^((t+1) / (p·T)), at least 1e-8."""
+    return jnp.maximum(self.decay_to ** ((step + 1) / (self.decay_point * self.total_steps)), 1e-8)
+
+  def window(self, rank: int, spares: int) -> int:
+    """K, the most vectors a side that one step may switch."""
+    return min(rank // self.interval + 1, spares, rank // 2)
+
+
+class Switched(NamedTuple):
+  """What `switch` returns: the three collections, the optimizer's masks, and the number of vectors switched a side.
+
+  `reset` and `freeze` are trees like `params`: [..., r, 1] bool for switchable LoRA vectors, False elsewhere.
+  """
+
+  params: Any
+  frozen: Any
+  candidates: Any
+  reset: Any
+  freeze: Any
+  count: jax.Array
+
+
+class Layer(NamedTuple):
+  """The arrays of L stacked layers of one kind that a switch rewrites."""
+
+  kernel: jax.Array  # [L, in, out]
+  lora_a: jax.Array  # [L, r, in]
+  lora_b: jax.Array  # [L, r, out]
+  spare_a: jax.Array  # [L, c - r, in]
+  spare_b: jax.Array  # [L, c - r, out]
+
+
+class Clock(NamedTuple):
+  """Where L stacked layers stand: the cursor, and for how many steps each vector stays frozen."""
+
+  cursor: jax.Array  # [L] int32, vectors loaded so far, a side
+  timer_a: jax.Array  # [L, r] int32
+  timer_b: jax.Array  # [L, r] int32
+
+
+def switch_count(uniform, expected):
+  """⌊s⌋ + Bernoulli(s - ⌊s⌋) from a uniform number in [0, 1) and the expected number s (Algorithm 2)."""
+  whole = jnp.floor(expected)
+  return (whole + (uniform < expected - whole)).astype(jnp.int32)
+
+
+def swap(vectors, spares, slots, picks, live):
+  """Algorithm 1, line 2, for one side of L layers: exchange `vectors[slots]` with `spares[picks]` where `live`.
+
+  Idle rows are rewritten with themselves. They may not name the slot or spare of a live row, and within
+  a window nothing does; that both writes depend on both reads is what lets XLA do without copies.
+
+  Shapes: vectors [L, r, d], spares [L, c - r, d], slots, picks, live [L, K].
+  Returns the new vectors, the new spares, and the rows that left minus those that came, [L, K, d].
+  """
+  layer, live = jnp.arange(slots.shape[0])[:, None], live[:, :, None]
+  options = dict(mode="promise_in_bounds", unique_indices=True)
+  old, new = vectors.at[layer, slots].get(**options), spares.at[layer, picks].get(**options)
+  vectors = vectors.at[layer, slots].set(jnp.where(live, new, old), **options)
+  spares = spares.at[layer, picks].set(jnp.where(live, old, new), **options)
+  return vectors, spares, jnp.where(live, old - new, 0)
+
+
+def switch_vectors(layers: Layer, slots_a, slots_b, picks, live):
+  """Algorithm 1 on both sides of L layers, but for the kernel.
+
+  A's and B's slots never meet, so the counterpart of a switched vector is not switched itself, and
+  lines 1 and 4 of both sides are one product of rank 2K.
+
+  Returns the layers and the factors left [L, 2K, in], right [L, 2K, out] of what s·AᵀB has lost.
+  """
+  lora_a, spare_a, lost_a = swap(layers.lora_a, layers.spare_a, slots_a, picks, live)
+  lora_b, spare_b, lost_b = swap(layers.lora_b, layers.spare_b, slots_b, picks, live)
+  with_b = jnp.take_along_axis(lora_b, slots_a[:, :, None], 1)
+  with_a = jnp.take_along_axis(lora_a, slots_b[:, :, None], 1)
+  layers = Layer(layers.kernel, lora_a, lora_b, spare_a, spare_b)
+  return layers, jnp.concatenate([lost_a, with_a], 1), jnp.concatenate([with_b, lost_b], 1)
+
+
+def absorb(kernel, left, right, busy):
+  """kernel[l] += left[l]ᵀ·right[l] for the layers l that are `busy` [L] (Algorithm 1, lines 1 and 4), in place.
+
+  A sum of outer products rather than a matrix product: XLA fuses it into one pass over the kernel,
+  with nothing of the kernel's size beside it. Only busy layers are visited; a quiet step costs nothing.
+  """
+  rows = left.shape[1]
+  chunk = min(rows, 32)  # more terms in one fusion, and XLA starts to keep partial sums in memory
+  chunks = -(-rows // chunk)
+  left, right = (jnp.pad(x, ((0, 0), (0, chunks * chunk - rows), (0, 0))) for x in (left, right))
+  busy_first = jnp.argsort(~busy)
+
+  def turn(number, kernel):
+    layer, first = busy_first[number // chunks], number % chunks * chunk
+    x, y = (jax.lax.dynamic_slice(side, (layer, first, 0), (1, chunk, side.shape[2]))[0] for side in (left, right))
+    return kernel.at[layer].add(sum(x[k, :, None] * y[k, None, :] for k in range(chunk)).astype(kernel.dtype))
+
+  return jax.lax.fori_loop(0, jnp.sum(busy) * chunks, turn, kernel)
+
+
+def switch_layers(layers: Layer, cursor, count, window: int, scale) -> Layer:
+  """Switch `count` [L] vectors a side of L layers, from `cursor` [L] on; at most `window` (K).
+
+  A loop of one turn or none, not a branch: XLA copies what passes through a branch.
+  """
+  rank, spares = layers.lora_a.shape[1], layers.spare_a.shape[1]
+  ahead = cursor[:, None] + jnp.arange(window)[None]
+  live = jnp.arange(window)[None] < count[:, None]
+  slots_a, slots_b, picks = ahead % rank, (ahead + rank // 2) % rank, ahead % spares
+
+  def turn(_, layers):
+    layers, left, right = switch_vectors(layers, slots_a, slots_b, picks, live)
+    return layers._replace(kernel=absorb(layers.kernel, left, scale * right, count > 0))
+
+  return jax.lax.fori_loop(0, jnp.any(count > 0).astype(jnp.int32), turn, layers)
+
+
+def switched_slots(cursor, count, rank: int, offset: int):
+  """[L, r] bool: the slots a side switches, `count` [L] of them from `cursor + offset` on."""
+  return (jnp.arange(rank)[None] - cursor[:, None] - offset) % rank < count[:, None]
+
+
+def freeze(timer, hit, freeze_steps: int, skip):
+  """Start the timers of the vectors that are `hit`; returns which are frozen now, and the timers a step later."""
+  running = jnp.where(hit, freeze_steps, timer)
+  return running > 0, jnp.where(skip, timer, jnp.maximum(running - 1, 0))
+
+
+def available(clock: Clock):
+  """[L]: how many vectors a side may be switched now without touching a frozen one.
+
+  The cursors stay half the rank apart, and behind each of them lie the slots of the other side that it
+  froze: as many as are frozen is how much closer the other cursor may not come.
+  """
+  half = clock.timer_a.shape[1] // 2
+  frozen = [jnp.sum(timer > 0, 1, dtype=jnp.int32) for timer in (clock.timer_a, clock.timer_b)]
+  return half - jnp.maximum(*frozen)
+
+
+def switch_kind(layers: Layer, clock: Clock, uniforms, schedule: SwitchSchedule, scale, step, skip):
+  """One step of Algorithm 2 for L stacked layers of one kind, with `uniforms` [L].
+
+  Returns layers, clock, {"lora_a": (reset, frozen), "lora_b": (reset, frozen)} with masks [L, r], and count [L].
+  """
+  rank, spares = layers.lora_a.shape[1], layers.spare_a.shape[1]
+  window = schedule.window(rank, spares)
+  wanted = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)
+  count = jnp.where(skip, 0, jnp.clip(wanted, 0, jnp.minimum(window, available(clock))))
+  layers = switch_layers(layers, clock.cursor, count, window, scale)
+  reset_b = switched_slots(clock.cursor, count, rank, 0)  # switching a_k resets and freezes b_k
+  reset_a = switched_slots(clock.cursor, count, rank, rank // 2)  # and the other way round
+  frozen_a, timer_a = freeze(clock.timer_a, reset_a, schedule.freeze_steps, skip)
+  frozen_b, timer_b = freeze(clock.timer_b, reset_b, schedule.freeze_steps, skip)
+  clock = Clock(clock.cursor + count, timer_a, timer_b)
+  return layers, clock, {"lora_a": (reset_a, frozen_a), "lora_b": (reset_b, frozen_b)}, count
+
+
+def switchable(candidates) -> list[tuple[str, ...]]:
+  """The paths of the layers that keep spares, in sorted order: their index numbers the random draws."""
+  return sorted({path[:-1] for path in flatten_dict(candidates)})
+
+
+def layer_shape(candidates, path) -> tuple[int, ...]:
+  """The leading axes along which the layers under `path` are stacked: () or (layers,)."""
+  return flatten_dict(candidates)[(*path, "cursor")].shape
+
+
+def draw_uniforms(key, candidates) -> dict:
+  """One number in [0, 1) for each layer: {path: [...]}; the key is folded with the layer's number."""
+  draws, number = {}, 0
+  for path in switchable(candidates):
+    shape = layer_shape(candidates, path)
+    size = math.prod(shape)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number + jnp.arange(size))
+    draws[path] = jax.vmap(jax.random.uniform)(keys).reshape(shape)
+    number += size
+  return draws
+
+
+COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | {"kernel": "frozen"}  # all else: candidates
+
+
+def switch(params, frozen, candidates, *, schedule: SwitchSchedule, scale, step, uniforms, skip=False) -> Switched:
+  """One step's switching of every layer that keeps spares. `kernel + scale·AᵀB` does not change.
+
+  Args:
+    params, frozen, candidates: the collections of `dense.SwitchLoRADense`, nested under equal paths.
+    schedule: rates and freeze time.
+    scale: s = α/r.
+    step: t, from 0.
+    uniforms: {path: [...] in [0, 1)} as from `draw_uniforms`, or one number for every layer.
+    skip: [] bool; where true nothing moves, timers included.
+  """
+  flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
+  reset, frozen_now = dict.fromkeys(flat["params"], False), dict.fromkeys(flat["params"], False)
+  total = jnp.zeros((), jnp.int32)
+  for path in switchable(candidates):
+    lead = layer_shape(candidates, path)
+    read = lambda name, path=path: flat[COLLECTION.get(name, "candidates")][*path, name]
+    stack = lambda name, lead=lead, read=read: read(name).reshape(-1, *read(name).shape[len(lead) :])
+    layers, clock = Layer(*map(stack, Layer._fields)), Clock(*map(stack, Clock._fields))
+    if schedule.window(layers.lora_a.shape[1], layers.spare_a.shape[1]) == 0:
+      continue
+    draws = uniforms[path] if isinstance(uniforms, dict) else jnp.full(lead, uniforms)
+    layers, clock, masks, count = switch_kind(layers, clock, draws.reshape(-1), schedule, scale, step, skip)
+    for name, value in (layers._asdict() | clock._asdict()).items():
+      flat[COLLECTION.get(name, "candidates")][*path, name] = value.reshape(*lead, *value.shape[1:])
+    for name, both in masks.items():
+      reset[*path, name], frozen_now[*path, name] = (mask.reshape(*lead, -1, 1) for mask in both)
+    total += jnp.sum(count, dtype=jnp.int32)
+  return Switched(*map(unflatten_dict, (*flat.values(), reset, frozen_now)), total)
+
+
+def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> float:
+  """How many times a layer's c candidates are all cycled through in a run; far below 1, switching cannot matter."""
+  decayed = schedule.decay_point * schedule.total_steps / math.log(1 / schedule.decay_to)
+  return rank / (candidates - rank) * decayed / schedule.interval

@@ -1,0 +1,72 @@
+"""One training step as one dispatch: loss → accumulated gradients → clip → the method → update."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from switchlora_jax.optimizer import clip_by_global_norm
+from switchlora_jax.sharding import DATA, by_rows, replicated
+from switchlora_jax.train_state import TrainState
+
+
+def row_losses(model, params, frozen, rows):
+  """Cross-entropy of each row's `length - 1` next-token targets, their mean; [batch, length] to [batch], nats.
+
+  In float32 or wider.
+  """
+  logits = model.apply({"params": params, "frozen": frozen}, rows)[:, :-1]
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return optax.softmax_cross_entropy_with_integer_labels(wide, rows[:, 1:]).mean(-1)
+
+
+def accumulated_gradients(model, mesh, accumulation: int):
+  """(params, frozen, rows [batch, length]) -> mean loss and gradients over the batch of all devices.
+
+  Each device sums its `accumulation` micro-batches by itself; the sums meet in one reduction at the
+  end, however many micro-batches there are.
+  """
+
+  def local(params, frozen, rows):
+    micro_batches = rows.reshape(accumulation, -1, rows.shape[-1])
+    value_and_grad = jax.value_and_grad(lambda p, tokens: row_losses(model, p, frozen, tokens).mean())
+
+    def add(total, tokens):
+      return jax.tree.map(jnp.add, total, value_and_grad(params, tokens)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, micro_batches[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, micro_batches)
+    return jax.lax.psum(jax.tree.map(lambda x: x / (accumulation * mesh.size), total), DATA)
+
+  everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
+  return jax.shard_map(local, mesh=mesh, in_specs=(everywhere, everywhere, rows), out_specs=everywhere, check_vma=False)
+
+
+def make_train_step(model, method, schedule, tx, mesh, *, accumulation: int, clip_norm: float):
+  """The jitted step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
+
+  A loss or gradient that is not finite skips the whole update, switch included: only `step` and the
+  counters of skipped steps move. Metrics are [] arrays: loss, grad_norm (before clipping), learning_rate,
+  skipped, skipped_in_a_row, and the method's own.
+  """
+  gradients = accumulated_gradients(model, mesh, accumulation)
+
+  def train_step(state: TrainState, rows):
+    loss, grads = gradients(state.params, state.frozen, rows)
+    grads, norm = clip_by_global_norm(grads, clip_norm)
+    skip = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    state, masks, metrics = method.adjust(state, skip)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, skip=skip, **masks)
+    state = state._replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      skipped=state.skipped + skip,
+      skipped_in_a_row=jnp.where(skip, state.skipped_in_a_row + 1, 0),
+    )
+    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(schedule(state.step - 1))}
+    return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+
+  everywhere = replicated(mesh)
+  return jax.jit(train_step, donate_argnums=0, in_shardings=(everywhere, by_rows(mesh)), out_shardings=everywhere)

@@ -1,0 +1,144 @@
+"""Switching: the recorded schedule, the rates, the random draws. What always holds is in test_invariants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import same_bits
+
+from switchlora_jax.switching import SwitchSchedule, draw_uniforms, expected_cycles, switch, switch_count
+
+RECORDED = "r4 r8 r32 r128 hi_r8_i10_N5 hi_r8_i4_N2 hi_r16_i10_N5 hi_r16_i2_N1 hi_r5_i10_N5 hi_r3_i2_N1 hi_r1_i10_N5"
+
+
+# --- against the authors' code ------------------------------------------------------------------------------------
+
+
+def recorded_case(arrays, meta, name):
+  """The arrays of one recorded case without its prefix, and its shape and schedule."""
+  case = next(c for c in meta["cases"] if c.get("tag", f"r{c['r']}") == name)
+  interval, freeze_steps = case.get("interval", meta["base_interval"]), case.get("N", meta["N"])
+  point = meta["expect_switch_descend_step"] / meta["total_steps"]
+  schedule = SwitchSchedule(interval, freeze_steps, meta["total_steps"], point, decay_to=0.3)
+  prefix = name + "_"
+  return {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}, case, schedule
+
+
+def replay(case, schedule, uniforms, first_a, first_b):
+  """Switch vectors of length 1 that hold the ids of their candidates; a history of every step."""
+  rank, spares = case["r"], case["c"] - case["r"]
+  column = lambda ids: jnp.asarray(ids, jnp.float64)[:, None]
+  zero = jnp.zeros(rank, jnp.int32)
+  layer = {
+    "params": {"lora_a": column(first_a), "lora_b": column(first_b)},
+    "frozen": {"kernel": jnp.zeros((1, 1))},
+    "candidates": {
+      "spare_a": column(range(spares)), "spare_b": column(range(spares)),
+      "timer_a": zero, "timer_b": zero, "cursor": jnp.zeros((), jnp.int32),
+    },
+  }  # fmt: skip
+
+  def one(layer, at):
+    step, uniform = at
+    out = switch(**layer, schedule=schedule, scale=0.5, step=step, uniforms=uniform)
+    layer = {"params": out.params, "frozen": out.frozen, "candidates": out.candidates}
+    masks = {"reset": out.reset, "freeze": out.freeze}
+    wide = jax.tree.map(lambda m, p: jnp.broadcast_to(m, (p.shape[0], 1)), masks, {k: out.params for k in masks})
+    return layer, (layer, wide, out.count)
+
+  run = jax.jit(lambda layer: jax.lax.scan(one, layer, (jnp.arange(len(uniforms), dtype=jnp.int32), uniforms))[1])
+  return jax.tree.map(np.asarray, run(layer))
+
+
+@pytest.mark.parametrize("name", RECORDED.split())
+def test_schedule_is_the_recorded_one(name, golden, x64):
+  """Counts, slots, ids and timers of every step, from the recorded draws."""
+  arrays, meta = golden("schedule")
+  told, case, schedule = recorded_case(arrays, meta, name)
+  rank, steps, window = case["r"], len(told["u"]), schedule.window(case["r"], case["c"] - case["r"])
+  assert told["num"].max() <= window, "the window holds every recorded switch"
+  layers, masks, counts = replay(case, schedule, told["u"], told["selA"][0], told["selB"][0])
+  np.testing.assert_array_equal(counts, told["num"])
+  assert counts.sum() == case["total_switched"]
+
+  cursor = layers["candidates"]["cursor"]
+  np.testing.assert_array_equal(cursor, np.cumsum(told["num"]))
+  np.testing.assert_array_equal(cursor % rank, told["curA"][1:])
+  np.testing.assert_array_equal((cursor + rank // 2) % rank, told["curB"][1:])
+  for side, first, counterpart in (("a", told["selA"][0], "B"), ("b", told["selB"][0], "A")):
+    upper = side.upper()
+    held = np.concatenate([first[None], layers["params"][f"lora_{side}"][..., 0]])  # ids, before and after each step
+    for t in range(steps):
+      slots, loaded, evicted = (told[f"{key}{upper}"][t][: told["num"][t]] for key in ("slots", "loaded", "evicted"))
+      expected = held[t].copy()
+      expected[slots] = loaded
+      np.testing.assert_array_equal(held[t][slots], evicted)
+      np.testing.assert_array_equal(held[t + 1], expected)
+      hit = np.isin(np.arange(rank), slots)
+      np.testing.assert_array_equal(masks["reset"][f"lora_{counterpart.lower()}"][t][:, 0], hit)
+    np.testing.assert_array_equal(held[[0, 10, 100, -1]], told[f"sel{upper}"])
+    np.testing.assert_array_equal(layers["candidates"][f"timer_{side}"], told[f"fixed{upper}"][1:])
+    np.testing.assert_array_equal(masks["freeze"][f"lora_{side}"][..., 0], told[f"frozen{upper}"])
+
+
+@pytest.mark.parametrize("name", RECORDED.split())
+def test_counts_before_the_cap_are_the_recorded_ones(name, golden, x64):
+  arrays, meta = golden("schedule")
+  told, case, schedule = recorded_case(arrays, meta, name)
+  expected = case["r"] * schedule.rate(jnp.arange(len(told["u"]), dtype=jnp.int32)) / schedule.interval
+  np.testing.assert_array_equal(switch_count(told["u"], expected), told["raw_num"])
+
+
+def test_rate_is_the_recorded_one(golden, x64):
+  arrays, meta = golden("schedule")
+  schedule = recorded_case(arrays, meta, "r4")[2]
+  np.testing.assert_allclose(schedule.rate(jnp.arange(1000, dtype=jnp.int32)), arrays["r4_rate"], rtol=1e-12)
+
+
+def test_rate_falls_to_its_share_at_the_decay_point_and_stays_positive(x64):
+  schedule = SwitchSchedule(total_steps=1000)
+  np.testing.assert_allclose(schedule.rate(99), 1 / 3, rtol=1e-12)
+  assert schedule.rate(10**6) == 1e-8
+
+
+def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
+  """r128: 256 vectors loaded through 32 spare rows, eight rounds; the formula, a mean over draws, says 8.3."""
+  arrays, meta = golden("schedule")
+  told, case, schedule = recorded_case(arrays, meta, "r128")
+  cycles = expected_cycles(schedule, case["r"], case["c"])
+  np.testing.assert_allclose(cycles, 128 / 32 * 0.1 * 1000 / (40 * np.log(1 / 0.3)), rtol=1e-12)
+  np.testing.assert_allclose(cycles, told["num"].sum() / (case["c"] - case["r"]), rtol=0.1)
+
+
+def test_switch_count_rounds_up_as_often_as_the_fraction_says():
+  uniforms = jnp.linspace(0, 1, 1000, endpoint=False)
+  np.testing.assert_allclose(switch_count(uniforms, 2.3).mean(), 2.3, rtol=1e-3)
+  assert set(np.unique(switch_count(uniforms, 2.3))) == {2, 3}
+  assert set(np.unique(switch_count(uniforms, 2.0))) == {2}
+
+
+# --- draws --------------------------------------------------------------------------------------------------------
+
+
+def candidates_of(layers, value=0.0):
+  """The candidates of so many stacked layers."""
+  vectors, timer = jnp.full((layers, 2, 6), value), jnp.zeros((layers, 4), jnp.int32)
+  cursor = jnp.full(layers, value, jnp.int32)
+  return {"spare_a": vectors, "spare_b": vectors, "timer_a": timer, "timer_b": timer, "cursor": cursor}
+
+
+def test_draws_follow_from_the_key_and_the_number_of_the_layer():
+  key, candidates = jax.random.key(7), {"blocks": {"q": candidates_of(3), "v": candidates_of(2)}}
+  draws = draw_uniforms(key, candidates)
+  assert {path: u.shape for path, u in draws.items()} == {("blocks", "q"): (3,), ("blocks", "v"): (2,)}
+  flat = np.concatenate(list(draws.values()))
+  np.testing.assert_array_equal(flat, [jax.random.uniform(jax.random.fold_in(key, number)) for number in range(5)])
+  assert len(np.unique(flat)) == 5 and flat.min() >= 0 and flat.max() < 1
+  assert same_bits(draw_uniforms(key, candidates), draws)
+  elsewhere = draw_uniforms(jax.random.fold_in(key, 1), candidates)
+  assert not np.any(np.isin(np.concatenate(list(elsewhere.values())), flat))
+
+
+def test_draws_do_not_depend_on_what_the_layers_hold():
+  key = jax.random.key(7)
+  assert same_bits(draw_uniforms(key, {"q": candidates_of(3)}), draw_uniforms(key, {"q": candidates_of(3, 1.0)}))

@@ -1,0 +1,230 @@
+"""The compiled step: what it sends, what it keeps, what it skips, and that it replays."""
+
+import math
+import re
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from jax.sharding import PartitionSpec
+from small_model import host, same_bits
+
+from switchlora_jax.methods import switchlora
+from switchlora_jax.sharding import DATA, replicated
+from switchlora_jax.switching import draw_uniforms, switch
+
+
+@lru_cache
+def prepared(method, devices=8, **changes):
+  """A config, its first state on the host and its step: the tests of this file compile them once."""
+  config = small_model.config(method, **changes)
+  return config, host(small_model.first_state(config, devices)), small_model.step(config, devices)
+
+
+def on_mesh(state, devices=8):
+  return jax.device_put(state, replicated(small_model.mesh(devices)))
+
+
+def train(steps, method, devices=8, state=None, **changes):
+  """The states before each of some steps and after the last, on the host, and the metrics."""
+  config, first, step = prepared(method, devices, **changes)
+  states, metrics = [first if state is None else state], []
+  for _ in range(steps):
+    rows = small_model.rows(config, int(states[-1].step))
+    state, report = step(on_mesh(states[-1], devices), small_model.place(rows, devices))
+    states.append(host(state))
+    metrics.append(host(report))
+  return states, metrics
+
+
+# --- what is sent -------------------------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def collectives(program: str) -> list[tuple[float, int]]:
+  """(how often it runs, how many numbers it carries) of each collective in the text of a compiled program.
+
+  What stands in a loop runs once a turn; a loop whose turns the compiler does not know counts as endless.
+  """
+  bodies, name = {}, None
+  for line in program.splitlines():
+    head = re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line)
+    if head:
+      name = "ENTRY" if head[1] else head[2]
+      bodies[name] = []
+    elif name:
+      bodies[name].append(line)
+
+  def walk(name, times):
+    for line in bodies[name]:
+      if found := COLLECTIVE.search(line):
+        shapes = re.findall(r"\w\d+\[([\d,]*)\]", found[1])
+        yield times, sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
+      trips = TRIPS.search(line)
+      turns = 1 if " while(" not in line else int(trips[1]) if trips else math.inf
+      branches = [name.strip("% ") for group in BRANCHES.findall(line) for name in group.split(",")]
+      for called in CALLED.findall(line) + branches:
+        yield from walk(called, times * turns)
+
+  return list(walk("ENTRY", 1))
+
+
+def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
+  _, state, _ = prepared("switchlora")
+
+  def sent(accumulation):
+    config = small_model.config("switchlora", accumulation=accumulation, batch_size=32)
+    rows = small_model.place(small_model.rows(config, 0), 8)
+    return collectives(small_model.step(config, 8).lower(state, rows).compile().as_text())
+
+  once, often = sent(1), sent(4)
+  assert once and all(times == 1 for times, _ in once + often), "none in a loop"
+  assert len(once) == len(often)
+  trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  assert sum(size for _, size in once) == sum(size for _, size in often) == trained + 1  # and the loss
+
+
+def test_the_counter_sees_a_collective_in_a_loop():
+  def local(x):
+    return jax.lax.scan(lambda total, row: (total + jax.lax.psum(row, DATA), None), jnp.zeros(3), x)[0]
+
+  mesh = small_model.mesh(8)
+  summed = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(DATA), out_specs=PartitionSpec(), check_vma=False)
+  found = collectives(jax.jit(summed).lower(jnp.ones((40, 3))).compile().as_text())
+  assert found == [(5, 3)]
+
+
+# --- the compiled step --------------------------------------------------------------------------------------------
+
+
+def test_it_compiles_once_and_takes_its_state():
+  config, first, step = prepared("switchlora")
+  state = on_mesh(first)
+  for t in range(3):
+    before = state
+    state, _ = step(before, small_model.place(small_model.rows(config, t), 8))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), "donated"
+  assert step._cache_size() == 1
+  kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert kind(state) == kind(first)
+
+
+def test_the_loss_falls():
+  config, state, step = prepared("switchlora")
+  rows, losses = small_model.rows(config, 0), []
+  for _ in range(15):
+    state, metrics = step(on_mesh(state), small_model.place(rows, 8))
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] - 0.3
+
+
+def test_one_device_gives_what_eight_give():
+  """Only the order of sums differs: some roundings of 2⁻²⁴, which four steps of Adam amplify."""
+  (one, told_by_one), (eight, told_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
+  for left, right in zip(told_by_one, told_by_eight, strict=True):
+    assert left["switched"] == right["switched"]
+    np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
+    np.testing.assert_allclose(left["grad_norm"], right["grad_norm"], rtol=1e-4)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-3), one[-1].params, eight[-1].params)
+  assert same_bits(one[-1].candidates["blocks"]["q"]["cursor"], eight[-1].candidates["blocks"]["q"]["cursor"])
+
+
+# --- switching ----------------------------------------------------------------------------------------------------
+
+
+def test_switching_changes_what_it_should():
+  states, metrics = train(6, "switchlora")
+  assert sum(int(report["switched"]) for report in metrics) > 0
+  for t, report in enumerate(metrics):
+    same = same_bits(states[t].frozen, states[t + 1].frozen)
+    assert same == (report["switched"] == 0)
+  assert not same_bits(states[0].candidates, states[-1].candidates)
+
+
+def test_lora_leaves_the_base_weights_alone():
+  states, metrics = train(4, "lora")
+  assert same_bits(states[0].frozen, states[-1].frozen) and states[-1].candidates == {}
+  assert "switched" not in metrics[0] and not same_bits(states[0].params, states[-1].params)
+
+
+def test_an_interval_of_0_is_lora_to_the_bit():
+  (never, _), (lora, _) = (train(4, "switchlora", switch__interval=0), train(4, "lora"))
+  for part in ("params", "frozen", "opt_state"):
+    assert same_bits(getattr(never[-1], part), getattr(lora[-1], part))
+  assert same_bits(never[-1].candidates, never[0].candidates) and never[0].candidates != {}
+  assert not same_bits(train(4, "switchlora")[0][-1].params, lora[-1].params)
+
+
+def test_draws_follow_from_the_seed_and_the_step():
+  states, metrics = train(4, "switchlora")
+  config = prepared("switchlora")[0]
+  for t, (state, report) in enumerate(zip(states, metrics, strict=False)):
+    key = jax.random.fold_in(jax.random.key(config.seed), t)
+    plan = dict(
+      schedule=switchlora.schedule(config), scale=1 / 4, step=t, uniforms=draw_uniforms(key, state.candidates)
+    )
+    collections = {name: getattr(state, name) for name in ("params", "frozen", "candidates")}
+    expected = jax.jit(lambda collections, plan=plan: switch(**collections, **plan))(collections)
+    assert expected.count == report["switched"]
+    assert same_bits(expected.candidates, states[t + 1].candidates)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), host(expected.frozen), states[t + 1].frozen
+    )
+
+
+def test_a_run_goes_on_from_a_saved_state_bit_by_bit():
+  """Nothing that a step uses lives outside the state: draws, schedules and data follow from `step`."""
+  straight, _ = train(6, "switchlora")
+  resumed, _ = train(3, "switchlora", state=straight[3])
+  assert same_bits(resumed[-1], straight[6])
+  elsewhere, _ = train(3, "switchlora", state=straight[3]._replace(step=np.int32(5)))
+  assert not same_bits(elsewhere[-1].candidates, straight[6].candidates)
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+def with_nan_in_the_embedding(params):
+  return {**params, "embed": {"embedding": np.full_like(params["embed"]["embedding"], np.nan)}}
+
+
+def with_infinity_in_the_head(params):
+  return {**params, "head": {"kernel": np.full_like(params["head"]["kernel"], np.inf)}}
+
+
+def with_gradients_too_large_for_a_norm(params):
+  """B = 0, so that neither output nor loss sees A, whose size is that of B's gradient."""
+  adapter = {"lora_a": params["blocks"]["up"]["lora_a"] * np.float32(1e25)}
+  adapter["lora_b"] = np.zeros_like(params["blocks"]["up"]["lora_b"])
+  return {**params, "blocks": {**params["blocks"], "up": adapter}}
+
+
+POISONS = [with_nan_in_the_embedding, with_infinity_in_the_head, with_gradients_too_large_for_a_norm]
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_step_that_is_not_finite_changes_nothing(poison):
+  """… but `step`, the counters of skipped steps and the schedule's: the data goes on."""
+  healthy = train(2, "switchlora")[0][-1]
+  assert any(np.any(timer) for timer in jax.tree.leaves(healthy.candidates)), "a freeze is under way"
+  sick = healthy._replace(params=poison(healthy.params))
+  states, (first, second) = train(2, "switchlora", state=sick)
+  assert np.isfinite(first["loss"]) == (poison is with_gradients_too_large_for_a_norm)
+  assert not np.isfinite(first["grad_norm"])
+  for part in ("params", "frozen", "candidates"):
+    assert same_bits(getattr(states[-1], part), getattr(sick, part))
+  assert same_bits(states[-1].opt_state[0], sick.opt_state[0])
+  assert (first["skipped"], first["skipped_in_a_row"], second["skipped"], second["skipped_in_a_row"]) == (1, 1, 2, 2)
+  assert (first["switched"], second["switched"]) == (0, 0)
+  assert states[-1].step == sick.step + 2 and states[-1].opt_state[1].count == sick.opt_state[1].count + 2
+
+  cured, (report,) = train(1, "switchlora", state=states[-1]._replace(params=healthy.params))
+  assert (report["skipped"], report["skipped_in_a_row"]) == (2, 0) and np.isfinite(report["loss"])
+  assert not same_bits(cured[-1].params, healthy.params) and not same_bits(cured[-1].candidates, healthy.candidates)
