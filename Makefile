@@ -1,0 +1,25 @@
+# The two commands of the README. Both make .venv first if it is not there.
+PYTHON ?= python3.11
+VENV := .venv/bin
+
+.PHONY: pretrain test lint
+
+pretrain: .venv/run  ## Install, and train the embedded default.
+	$(VENV)/python -m experiments.pretrain --workdir=runs/tiny
+
+test: .venv/dev  ## Install what the tests need, and run them.
+	$(VENV)/python -m pytest
+
+lint: .venv/dev  ## Lint and check the formatting.
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,106 @@
+"""Checkpoints through orbax: asynchronous, the newest few kept, and read back only if they are what was written.
+
+Orbax renames a finished save into place, so a save that was interrupted is never listed. What it
+does not notice is a flipped bit: every save therefore carries checksums of the arrays themselves,
+compared after a restore.
+"""
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from switchlora_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@jax.jit
+def checksums(state) -> list[jax.Array]:
+  """One uint32 a leaf: Σ bits·(2i + 1) mod 2³². Any single flipped bit changes it."""
+
+  def of(leaf):
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+    bits = bits.reshape(-1).astype(jnp.uint32)
+    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+  return [of(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def named_checksums(state) -> dict[str, int]:
+  """{path of the leaf: its checksum}, on the host."""
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+  return dict(zip(names, (int(x) for x in jax.device_get(checksums(state))), strict=True))
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `directory`; a context that waits for the last save when it ends."""
+
+  def __init__(self, directory: Path, keep: int):
+    self._directory, self._keep = directory.absolute(), keep
+    self._manager = self._open()
+
+  def _open(self):
+    policy = ocp.checkpoint_managers.LatestN(self._keep)
+    return ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """The steps that have a finished checkpoint, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state):
+    """Start writing the state before step `step`; returns once the arrays may be overwritten."""
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(named_checksums(state)))
+    self._manager.save(step, args=items)
+
+  def restore(self, abstract):
+    """The newest good state, or None where nothing was saved yet.
+
+    A damaged checkpoint is moved aside, next to `checkpoints/`, with a warning that names it.
+
+    Args:
+      abstract: a pytree of ShapeDtypeStruct with shardings, as the state shall come back.
+    Raises:
+      UserError: there are checkpoints and none can be read back.
+    """
+    found = self.steps()
+    for step in reversed(found):
+      try:
+        return self._restore(step, abstract)
+      except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        moved = self._set_aside(step)
+        log.warning("checkpoint of step %d is damaged (%s); moved to %s", step, reason, moved)
+    if found:
+      raise UserError(
+        f"none of the checkpoints in {self._directory} (steps {', '.join(map(str, found))}) can be read back; "
+        f"start over in a new --workdir"
+      )
+    return None
+
+  def _restore(self, step: int, abstract):
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), checksums=ocp.args.JsonRestore())
+    restored = self._manager.restore(step, args=items)
+    expected, found = restored.checksums, named_checksums(restored.state)
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if wrong:
+      raise ValueError(f"checksum of {min(wrong)} and {len(wrong) - 1} more arrays differs from what was saved")
+    return jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), restored.state, abstract)
+
+  def _set_aside(self, step: int) -> Path:
+    self._manager.close()
+    number = 0
+    while (target := self._directory.with_name(f"damaged-{step}-{number}")).exists():
+      number += 1
+    (self._directory / str(step)).rename(target)
+    self._manager = self._open()
+    return target

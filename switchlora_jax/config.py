@@ -1,0 +1,105 @@
+"""Checks a config once and fills in what follows from it. Nothing else in the package reads a raw config."""
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import METHODS
+
+POSITIVE = (
+  "steps",
+  "batch_size",
+  "seq_len",
+  "accumulation",
+  "clip_norm",
+  "eval_every",
+  "eval_tokens",
+  "checkpoint_every",
+  "keep_checkpoints",
+  "log_every",
+  "max_skipped",
+  *(f"model.{key}" for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")),
+)
+DTYPES = ("float32", "bfloat16", "float64")
+
+# What may differ when a run is continued: none of it changes a number that the run computes.
+FREE = ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_skipped", "data.cache_dir")
+
+
+def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
+  """The config as it will be used: checked against itself and the number of devices, `learning_rate` filled in.
+
+  Raises:
+    UserError: a value makes no sense, says which, and what to set instead.
+  """
+  _check_positive(config)
+  _check_model(config)
+  _check_training(config, devices)
+  if config.method not in METHODS:
+    raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
+  method = METHODS[config.method]
+  method.check(config)
+  config = config.copy_and_resolve_references()  # a plain copy would share the placeholder
+  if config.learning_rate is None:
+    config.learning_rate = method.LEARNING_RATE
+  return FrozenConfigDict(config)
+
+
+def _check_positive(config):
+  flat = flatten(config)
+  for key in POSITIVE:
+    if not flat[key] > 0:
+      raise UserError(f"{key} (={flat[key]}) must be greater than 0; set --config.{key}")
+
+
+def _check_model(config):
+  hidden, heads = config.model.hidden_size, config.model.num_heads
+  if hidden % heads:
+    divisors = [n for n in range(1, hidden + 1) if hidden % n == 0 and (hidden // n) % 2 == 0]
+    nearest = min(divisors or [1], key=lambda n: abs(n - heads))
+    raise UserError(
+      f"model.num_heads (={heads}) must divide model.hidden_size (={hidden}); try --config.model.num_heads={nearest}"
+    )
+  if hidden // heads % 2:
+    raise UserError(
+      f"the head size (model.hidden_size / model.num_heads = {hidden} / {heads} = {hidden // heads}) must be even, "
+      f"for rotary positions; change --config.model.num_heads or --config.model.hidden_size"
+    )
+
+
+def _check_training(config, devices: int):
+  share = devices * config.accumulation
+  if config.batch_size % share:
+    below = config.batch_size // share * share
+    options = " or ".join(str(n) for n in (below, below + share) if n)
+    raise UserError(
+      f"batch_size (={config.batch_size}) must be a multiple of devices × accumulation "
+      f"(={devices} × {config.accumulation}); try --config.batch_size={options}"
+    )
+  if config.seq_len < 2:
+    raise UserError(f"seq_len (={config.seq_len}) must be at least 2, to have a next token; set --config.seq_len")
+  if config.warmup_steps < 0 or config.warmup_steps >= config.steps:
+    raise UserError(
+      f"warmup_steps (={config.warmup_steps}) must be at least 0 and less than steps (={config.steps}); "
+      f"set --config.warmup_steps or --config.steps"
+    )
+  if config.learning_rate is not None and not config.learning_rate > 0:
+    raise UserError(f"learning_rate (={config.learning_rate}) must be greater than 0; set --config.learning_rate")
+  for key in ("dtype", "param_dtype"):
+    if config[key] not in DTYPES:
+      raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
+
+
+def flatten(config) -> dict:
+  """{"model.hidden_size": 128, …}"""
+  flat = {}
+  for key, value in config.items():
+    nested = isinstance(value, (dict, ConfigDict, FrozenConfigDict))
+    flat |= {f"{key}.{k}": v for k, v in flatten(value).items()} if nested else {key: value}
+  return flat
+
+
+def differences(old: dict, new: dict) -> list[str]:
+  """Keys whose change makes another run, as `key: old → new`; both are plain dicts of resolved configs."""
+  old, new = flatten(old), flatten(new)
+  keys = sorted((old.keys() | new.keys()) - set(FREE))
+  return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

@@ -1,0 +1,31 @@
+"""Validation loss: a token-weighted mean over a fixed set of rows, the same for every method."""
+
+import math
+from functools import partial
+
+import jax
+import numpy as np
+
+from switchlora_jax.metrics import progress_bar
+from switchlora_jax.sharding import by_rows, replicated
+from switchlora_jax.train_step import row_losses
+
+
+def make_eval_step(model, mesh):
+  """The jitted (params, frozen, rows [batch, length]) -> the loss of each row, [batch]."""
+  everywhere, rows = replicated(mesh), by_rows(mesh)
+  shardings = dict(in_shardings=(everywhere, everywhere, rows), out_shardings=everywhere)
+  return jax.jit(partial(row_losses, model), **shardings)
+
+
+def validation_loss(eval_step, state, rows: np.ndarray, batch_size: int, place) -> dict[str, float]:
+  """{"val_loss": nats a token, "val_ppl": its exponential} over all of `rows` [n, length]."""
+  losses = []
+  with progress_bar(len(rows), what="validate", unit="row") as bar:
+    for start in range(0, len(rows), batch_size):
+      batch = np.asarray(rows[start : start + batch_size], np.int32)
+      full = np.resize(batch, (batch_size, batch.shape[1]))  # the last batch is filled up, and the filling left out
+      losses.append(np.asarray(eval_step(state.params, state.frozen, place(full)))[: len(batch)])
+      bar.update(len(batch))
+  loss = float(np.concatenate(losses).mean(dtype=np.float64))
+  return {"val_loss": loss, "val_ppl": math.exp(loss)}

@@ -1,0 +1,118 @@
+"""What a run leaves in its `--workdir` besides checkpoints: config, tokenizer, and the rules for continuing."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from switchlora_jax.config import differences
+from switchlora_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+
+
+def prepare(workdir: Path, config) -> None:
+  """Make sure that `workdir` can be written and holds no other run.
+
+  A larger `steps` than before is allowed: it extends a run, with a warning, since the schedules then
+  have another horizon than the steps already done.
+
+  Raises:
+    UserError: not writable, or it holds a run with another config; names the keys.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".writable"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}); choose a directory that can") from error
+  saved = read(workdir)
+  if saved is None:
+    if (workdir / "checkpoints").exists():
+      raise UserError(f"--workdir={workdir} has checkpoints but no config.json to say of what; choose a new --workdir")
+    return
+  _check_same_run(workdir, saved, config)
+  for package, now in versions().items():
+    if (then := saved["versions"].get(package)) != now:
+      log.warning("%s was %s when this run started and is %s now: the rest may differ in its bits", package, then, now)
+
+
+def _check_same_run(workdir: Path, saved: dict, config):
+  changed = differences(saved["config"], config.to_dict())
+  if not changed:
+    return
+  then, now = saved["config"]["steps"], config.steps
+  if now > then and all(change.startswith("steps:") for change in changed):
+    log.warning("extending the run from %d to %d steps: learning rate and switching follow the new horizon", then, now)
+    return
+  raise UserError(
+    f"--workdir={workdir} holds a run with another config ({'; '.join(changed)}); "
+    f"choose a new --workdir, or set these keys as they were to continue it"
+  )
+
+
+def read(workdir: Path) -> dict | None:
+  """The contents of config.json, or None where there is none."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(
+      f"{path} is not the JSON that a run writes ({error}); restore it or choose a new --workdir"
+    ) from error
+
+
+def record(workdir: Path, config, dataset) -> None:
+  """Write config.json and the tokenizer, once the data are known.
+
+  Raises:
+    UserError: the run was started on other data.
+  """
+  saved = read(workdir)
+  if saved and saved["data_fingerprint"] != dataset.fingerprint:
+    raise UserError(
+      f"the data are not those that the run in {workdir} was started on (fingerprint {dataset.fingerprint}, then "
+      f"{saved['data_fingerprint']}); restore the files and packages of then, or choose a new --workdir"
+    )
+  contents = {
+    "config": config.to_dict(),
+    "data_fingerprint": dataset.fingerprint,
+    "versions": saved["versions"] if saved else versions(),
+    "git_revision": git_revision(),
+    "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+  }
+  tokenizer = workdir / "tokenizer.model"
+  if not tokenizer.exists():
+    shutil.copyfile(dataset.tokenizer_path, tokenizer)
+  replace_text(workdir / "config.json", json.dumps(contents, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str):
+  """Write a file so that it is, at every moment, either the old one or the new one."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text)
+  os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of the packages that can change a number."""
+  return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def git_revision() -> str | None:
+  """The commit of the code that runs, or None outside a repository."""
+  try:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None

@@ -1,0 +1,168 @@
+"""The story of a run: build, restore, then step, report, evaluate, save until the last step."""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switchlora_jax import dataset, metrics, report, run_directory, train_state
+from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.errors import UserError
+from switchlora_jax.evaluation import make_eval_step, validation_loss
+from switchlora_jax.llama import LLaMA
+from switchlora_jax.methods import METHODS
+from switchlora_jax.optimizer import cosine_schedule
+from switchlora_jax.sharding import by_rows, make_mesh, replicated
+from switchlora_jax.train_step import make_train_step
+
+
+class Program(NamedTuple):
+  """Everything compiled or about to be, for one resolved config.
+
+  Attributes:
+    model: the LLaMA.
+    create: () -> TrainState, the state before step 0, placed on the mesh.
+    abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
+    step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
+    place: rows [batch, length] on the host to int32 on the mesh.
+  """
+
+  model: LLaMA
+  create: Any
+  abstract: train_state.TrainState
+  step: Any
+  eval_step: Any
+  place: Any
+
+
+def build(config, mesh) -> Program:
+  """The program of a resolved config on a mesh."""
+  return assemble(config, METHODS[config.method].build(config), mesh)
+
+
+def assemble(config, method, mesh) -> Program:
+  """The program of a config with a given `Method`."""
+  schedule = cosine_schedule(config.learning_rate, config.warmup_steps, config.steps)
+  tx = method.optimizer(schedule)
+  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes)
+  create = jax.jit(partial(train_state.create, model, tx, config.seed), out_shardings=replicated(mesh))
+  shapes = jax.eval_shape(create)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+  accumulation = dict(accumulation=config.accumulation, clip_norm=config.clip_norm)
+  step = make_train_step(model, method, schedule, tx, mesh, **accumulation)
+  place = lambda rows: jax.device_put(np.asarray(rows, np.int32), by_rows(mesh))
+  return Program(model, create, abstract, step, make_eval_step(model, mesh), place)
+
+
+class Outcome(NamedTuple):
+  """What a finished run hands to its report: the trained state, its numbers, and where it began this time."""
+
+  program: Program
+  state: train_state.TrainState
+  data: dataset.Dataset
+  rows: list[dict]
+  first_step: int
+
+
+def train(config, workdir: Path) -> Outcome:
+  """Train as `config` (resolved) says in `workdir`, from its newest good checkpoint if there is one.
+
+  Raises:
+    UserError: before anything expensive where config, data or directory do not fit together; while
+      training when too many updates in a row were not finite.
+  """
+  run_directory.prepare(workdir, config)
+  data = dataset.prepare(
+    config.data, seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size
+  )
+  print(report.describe_data(data.summary), flush=True)
+  run_directory.record(workdir, config, data)
+  mesh = make_mesh()
+  program = build(config, mesh)
+
+  with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
+    state = checkpoints.restore(program.abstract) or program.create()
+    first = int(state.step)
+    log = Log(workdir, config, first)
+    for step in range(first, config.steps):
+      rows = dataset.batch(data.train, seed=config.seed, step=step, batch_size=config.batch_size)
+      state, numbers = program.step(state, program.place(rows))
+      done = step + 1
+      last = done == config.steps
+      log.add(done, numbers)
+      if due(done, config.eval_every) or last:
+        log.evaluation(done, evaluate(program, config, state, data.valid))
+      if due(done, config.checkpoint_every) or last:
+        log.flush()  # the lines of a step are on disk before the step can be returned to
+        checkpoints.save(done, state)
+    log.close()
+  return Outcome(program, state, data, metrics.read(log.path), first)
+
+
+def due(step: int, every: int) -> bool:
+  """Whether something that happens every so many steps happens after `step`."""
+  return step % every == 0
+
+
+def evaluate(program: Program, config, state, rows) -> dict[str, float]:
+  """Validation loss and perplexity over the first `eval_tokens` tokens of the validation rows."""
+  rows = rows[: max(1, config.eval_tokens // config.seq_len)]
+  batch = config.batch_size // config.accumulation
+  return validation_loss(program.eval_step, state, rows, batch, program.place)
+
+
+class Log:
+  """Collects the numbers of each step on the device, and writes them out every `log_every` steps."""
+
+  def __init__(self, workdir: Path, config, start: int):
+    self._metrics, self._config = metrics.Metrics(workdir, start), config
+    self._bar = metrics.progress_bar(config.steps, start)
+    self._waiting, self._since = [], time.monotonic()
+    self.path = self._metrics.path
+
+  def add(self, step: int, numbers: dict):
+    """Take the numbers of a step, still being computed."""
+    self._waiting.append({"step": step} | numbers)
+    if due(step, self._config.log_every):
+      self.flush()
+
+  def flush(self):
+    """Wait for the numbers collected so far and write them; stop the run if it goes nowhere."""
+    if not self._waiting:
+      return
+    rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._waiting)]
+    seconds = time.monotonic() - self._since
+    speed = len(rows) * self._config.batch_size * self._config.seq_len / seconds
+    self._metrics.write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
+    self._bar.update(len(rows))
+    shown = {"loss": f"{rows[-1]['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+    self._bar.set_postfix(shown | ({"skipped": rows[-1]["skipped"]} if rows[-1]["skipped"] else {}))
+    self._waiting, self._since = [], time.monotonic()
+    self._stop_if_stuck(rows)
+
+  def _stop_if_stuck(self, rows):
+    worst, limit = max(row["skipped_in_a_row"] for row in rows), self._config.max_skipped
+    if worst >= limit:
+      self.close()
+      raise UserError(
+        f"the run was stopped after step {rows[-1]['step']}: {worst} updates in a row had a loss or gradient that "
+        f"was not finite (max_skipped = {limit}); lower --config.learning_rate (= {self._config.learning_rate}) in a "
+        f"new --workdir, or look at the data of these steps"
+      )
+
+  def evaluation(self, step: int, numbers: dict):
+    """Write the numbers of an evaluation after `step`; its time does not count as training time."""
+    self.flush()
+    self._metrics.write([{"step": step} | numbers])
+    self._bar.write(f"step {step}: validation perplexity {numbers['val_ppl']:.2f}")
+    self._since = time.monotonic()
+
+  def close(self):
+    """Write what is left and end the bar."""
+    self._bar.close()
+    self._metrics.close()

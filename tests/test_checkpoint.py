@@ -1,0 +1,119 @@
+"""What is read back is what was saved, or it is refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switchlora_jax.checkpoint import Checkpoints, named_checksums
+from switchlora_jax.errors import UserError
+from switchlora_jax.sharding import make_mesh, replicated
+
+
+def some_state(seed: int):
+  """A tree with what a train state holds: nesting, empty dicts, float32, bfloat16 and int32 arrays."""
+  keys = jax.random.split(jax.random.key(seed), 2)
+  state = {
+    "params": {"a": jax.random.normal(keys[0], (300, 40)), "b": jax.random.normal(keys[1], (7,), jnp.bfloat16)},
+    "frozen": {},
+    "step": jnp.array(seed, jnp.int32),
+  }
+  return jax.device_put(state, replicated(make_mesh()))
+
+
+def abstract(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def directory(tmp_path):
+  """Checkpoints of steps 1 to 4, of which the newest three are kept."""
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    for step in range(1, 5):
+      checkpoints.save(step, some_state(step))
+  return tmp_path / "checkpoints"
+
+
+def assert_same(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_the_newest_state_comes_back_bit_by_bit(directory):
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3, 4]
+    restored = checkpoints.restore(abstract(some_state(0)))
+  assert_same(restored, some_state(4))
+  assert restored["params"]["a"].sharding == some_state(4)["params"]["a"].sharding
+
+
+def test_nothing_saved_is_none(tmp_path):
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    assert checkpoints.restore(abstract(some_state(0))) is None
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(path, position=0.5):
+  data = bytearray(path.read_bytes())
+  data[int(len(data) * position)] ^= 4
+  path.write_bytes(data)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+  "damage", [flip_a_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"]
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage):
+  damage(largest_file(directory / "4"))
+  with Checkpoints(directory, keep=3) as checkpoints:
+    restored = checkpoints.restore(abstract(some_state(0)))
+    assert_same(restored, some_state(3))
+    assert "checkpoint of step 4 is damaged" in caplog.text
+    assert (directory.parent / "damaged-4-0").is_dir()
+    checkpoints.save(4, some_state(40))
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert_same(checkpoints.restore(abstract(some_state(0))), some_state(40))
+
+
+def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
+  for step in (2, 3, 4):
+    truncate(largest_file(directory / str(step)))
+  with Checkpoints(directory, keep=3) as checkpoints, pytest.raises(UserError, match=r"steps 2, 3, 4.*new --workdir"):
+    checkpoints.restore(abstract(some_state(0)))
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(directory):
+  (directory / "5.orbax-checkpoint-tmp").mkdir()
+  (directory / "5.orbax-checkpoint-tmp" / "state").mkdir()
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3, 4]
+
+
+def test_a_save_keeps_the_values_of_its_moment(tmp_path):
+  """The arrays are donated to the next step while the save still runs."""
+  state = jax.device_put({"x": jnp.ones((2000, 500))}, replicated(make_mesh()))
+  forward = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    checkpoints.save(1, state)
+    for _ in range(5):
+      state = forward(state)
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    assert np.all(np.asarray(checkpoints.restore(abstract(state))["x"]) == 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_any_flipped_bit_changes_the_checksum(dtype):
+  values = np.arange(60).astype(jnp.dtype(dtype)).reshape(6, 10)
+  expected = named_checksums({"x": jnp.array(values)})
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    bytes_ = bytearray(values.tobytes())
+    bytes_[rng.integers(len(bytes_))] ^= 1 << rng.integers(8)
+    flipped = np.frombuffer(bytes(bytes_), values.dtype).reshape(values.shape)
+    assert named_checksums({"x": jnp.array(flipped)}) != expected
+  assert named_checksums({"x": jnp.array(values)}) == expected

@@ -1,0 +1,73 @@
+"""Every mistake has its sentence, before anything is built."""
+
+import pytest
+from tiny import tiny_config
+
+from switchlora_jax.config import differences, resolve
+from switchlora_jax.errors import UserError
+
+MISTAKES = {
+  "unknown method": (dict(method="loar"), "method (='loar') must be one of full, lora, switchlora"),
+  "rank 0": (dict(rank=0), "rank (=0) must be at least 1"),
+  "rank 1": (dict(rank=1), "rank (=1) cannot switch"),
+  "no spares": (dict(rank=16), "rank (=16) leaves no spare vectors in any layer (min(in, out) = 16)"),
+  "heads": (dict(model__num_heads=3), "model.num_heads (=3) must divide model.hidden_size (=16)"),
+  "odd head": (
+    dict(model__num_heads=16),
+    "(model.hidden_size / model.num_heads = 16 / 16 = 1) must be even",
+  ),
+  "interval": (dict(switch__interval=9, switch__freeze_steps=5), "switch.interval (=9) must be 0 (never switch) or"),
+  "negative interval": (dict(switch__interval=-1), "must not be negative"),
+  "decay": (dict(switch__decay_to=0.0), "switch.decay_to (=0.0) must lie between 0 and 1"),
+  "batch": (dict(batch_size=12), "batch_size (=12) must be a multiple of devices × accumulation (=8 × 1)"),
+  "accumulation": (dict(accumulation=2), "(=8 × 2); try --config.batch_size=16"),
+  "steps": (dict(steps=0), "steps (=0) must be greater than 0"),
+  "warm-up": (dict(warmup_steps=12), "warmup_steps (=12) must be at least 0 and less than steps (=12)"),
+  "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),
+  "dtype": (dict(dtype="float8"), "dtype (='float8') must be one of float32, bfloat16, float64"),
+  "init": (dict(switch__init="kaiming"), "switch.init (='kaiming') must be one of switchlora, lora"),
+  "short rows": (dict(seq_len=1), "seq_len (=1) must be at least 2"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_have_their_sentence(tmp_path, name):
+  changes, sentence = MISTAKES[name]
+  with pytest.raises(UserError) as caught:
+    resolve(tiny_config(tmp_path, **changes), devices=8)
+  assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(),
+    dict(method="lora", rank=1),
+    dict(method="lora", rank=16),
+    dict(method="full", rank=0),
+    dict(switch__interval=0),
+    dict(switch__interval=10, switch__freeze_steps=5),
+  ],
+)
+def test_what_makes_sense_passes(tmp_path, changes):
+  resolve(tiny_config(tmp_path, **changes), devices=8)
+
+
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 1e-2), ("switchlora", 2e-2)])
+def test_learning_rate_defaults_to_the_papers(tmp_path, method, rate):
+  assert resolve(tiny_config(tmp_path, method=method), 8).learning_rate == rate
+  assert resolve(tiny_config(tmp_path, method=method, learning_rate=0.5), 8).learning_rate == 0.5
+
+
+def test_the_config_handed_in_is_left_alone(tmp_path):
+  config = tiny_config(tmp_path)
+  before = config.to_dict()
+  resolve(config, 8)
+  assert config.to_dict() == before
+
+
+def test_differences_name_what_makes_another_run(tmp_path):
+  old = resolve(tiny_config(tmp_path), 8).to_dict()
+  new = resolve(tiny_config(tmp_path, rank=6, switch__interval=4, eval_every=7), 8).to_dict()
+  assert differences(old, new) == ["rank: 4 → 6", "switch.interval: 2 → 4"]
+  assert differences(old, old) == []

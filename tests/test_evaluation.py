@@ -1,0 +1,31 @@
+"""Validation is a mean over all its tokens, whatever the batch."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import resolved
+
+from switchlora_jax import trainer
+from switchlora_jax.evaluation import validation_loss
+from switchlora_jax.sharding import make_mesh
+from switchlora_jax.train_step import row_losses
+
+
+def test_the_mean_does_not_depend_on_the_batch(tmp_path):
+  program = trainer.build(resolved(tmp_path), make_mesh())
+  state = program.create()
+  rows = np.random.default_rng(0).integers(0, 320, (21, 16))
+  expected = float(np.mean(row_losses(program.model, state.params, state.frozen, jax.numpy.asarray(rows))))
+  for batch_size in (8, 16, 24):
+    found = validation_loss(program.eval_step, state, rows, batch_size, program.place)
+    assert found["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert found["val_ppl"] == pytest.approx(np.exp(expected), rel=1e-5)
+
+
+def test_evaluation_reads_the_first_eval_tokens(tmp_path):
+  config = resolved(tmp_path, eval_tokens=16 * 8)
+  program = trainer.build(config, make_mesh())
+  state, rows = program.create(), np.random.default_rng(0).integers(0, 320, (40, 16))
+  first = validation_loss(program.eval_step, state, rows[:8], 8, program.place)
+  assert trainer.evaluate(program, config, state, rows) == first
+  assert first != validation_loss(program.eval_step, state, rows, 8, program.place)

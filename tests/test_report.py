@@ -1,0 +1,40 @@
+"""What is printed says what is."""
+
+import sys
+
+import jax.numpy as jnp
+from tiny import resolved
+
+from switchlora_jax import report, trainer
+from switchlora_jax.sharding import make_mesh
+
+
+def test_sizes_are_counted():
+  tree = {"a": jnp.zeros((1000, 1234)), "b": {"c": jnp.zeros(3, jnp.bfloat16)}}
+  assert report.parameters_line("trainable", tree) == "trainable parameters: 1.2M (1,234,003)"
+  assert report.size_line("optimizer", tree) == "optimizer: 4.7 MiB (4,936,006 bytes)"
+
+
+def test_a_description_has_every_key_and_the_cycles(tmp_path):
+  config = resolved(tmp_path)
+  text = report.describe(config, trainer.build(config, make_mesh()).abstract)
+  assert "\nswitch.interval: 2\n" in text and "\nlearning_rate: 0.02\n" in text
+  assert "\ntokens per step: 128\n" in text
+  # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
+  assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
+  plain = resolved(tmp_path, method="lora")
+  assert "cycled" not in report.describe(plain, trainer.build(plain, make_mesh()).abstract)
+
+
+def test_data_are_described():
+  sizes = {"documents": 3, "tokens": 4567, "rows": 12}
+  summary = {"source": "docs", "fingerprint": "f00", "train": sizes, "valid": {"held out of": "train", "rows": 2}}
+  assert report.describe_data(summary | {"overlap": 0.0123}) == (
+    "data: docs, fingerprint f00\n  train: 3 documents, 4,567 tokens, 12 rows\n  valid: held out of train, 2 rows\n"
+    "  8-word sequences of validation that occur in training: 1.23%"
+  )
+
+
+def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["pretrain.py", "--workdir=runs/a", "--config.steps=10", "--config.rank=4"])
+  assert report.continue_command(20).endswith("--workdir=runs/a --config.rank=4 --config.steps=20")

@@ -1,0 +1,103 @@
+"""Config and directory must fit together, and nothing half written is left."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+from tiny import resolved
+
+from switchlora_jax import run_directory
+from switchlora_jax.errors import UserError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+  (tmp_path / "some.model").write_bytes(b"pieces")
+  return SimpleNamespace(fingerprint="abc", tokenizer_path=str(tmp_path / "some.model"))
+
+
+def start(workdir, config, dataset):
+  run_directory.prepare(workdir, config)
+  run_directory.record(workdir, config, dataset)
+
+
+def test_config_and_tokenizer_are_kept(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  saved = run_directory.read(tmp_path / "run")
+  assert saved["config"]["rank"] == 4
+  assert saved["config"]["learning_rate"] == 2e-2
+  assert saved["versions"]["jax"] and saved["devices"].startswith("8 × ")
+  assert (tmp_path / "run" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_what_changes_no_number_may_change(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  start(tmp_path / "run", resolved(tmp_path, eval_every=3, checkpoint_every=2), dataset)
+  assert caplog.records == []
+
+
+def test_another_run_is_refused(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  with pytest.raises(UserError, match=r"another config \(rank: 4 → 6; switch.interval: 2 → 4\)"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path, rank=6, switch__interval=4))
+
+
+def test_more_steps_extend_a_run_with_a_warning_and_fewer_are_refused(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  with caplog.at_level(logging.WARNING):
+    start(tmp_path / "run", resolved(tmp_path, steps=24), dataset)
+  assert "extending the run from 12 to 24 steps" in caplog.text
+  with pytest.raises(UserError, match="steps: 24 → 12"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_other_data_are_refused(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  dataset.fingerprint = "xyz"
+  with pytest.raises(UserError, match=r"fingerprint xyz, then abc"):
+    run_directory.record(tmp_path / "run", resolved(tmp_path), dataset)
+
+
+def test_other_versions_are_told(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  path = tmp_path / "run" / "config.json"
+  path.write_text(path.read_text().replace('"optax": "', '"optax": "0.'))
+  run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+  assert "optax was 0." in caplog.text
+
+
+def test_a_file_in_the_way_is_a_sentence(tmp_path):
+  (tmp_path / "run").write_text("")
+  with pytest.raises(UserError, match="cannot be written"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("pathlib.Path.touch", refuse)  # the tests may run as root, whom no mode stops
+  with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_checkpoints_without_config_are_refused(tmp_path):
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match=r"no config\.json"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_a_broken_config_json_is_a_sentence(tmp_path):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text("{")
+  with pytest.raises(UserError, match="not what a run writes"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+  path = tmp_path / "file.json"
+  path.write_text("old")
+  run_directory.replace_text(path, json.dumps({"new": 1}))
+  assert json.loads(path.read_text()) == {"new": 1}
+  assert list(tmp_path.iterdir()) == [path]

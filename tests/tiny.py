@@ -1,0 +1,34 @@
+"""A config and a text so small that a whole run takes seconds."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import llama_tiny
+from switchlora_jax.config import resolve
+
+
+def write_text(folder: Path, lines: int = 400) -> str:
+  """A plain text file of numbered sentences; returns its path."""
+  words = "the model learns a low rank update while the frozen weight absorbs what was switched away".split()
+  path = folder / "text.txt"
+  path.write_text("\n".join(f"{i}: {' '.join(words[i % 7 :])} and {words[i % 16]}." for i in range(lines)))
+  return str(path)
+
+
+def tiny_config(folder: Path, **changes) -> ConfigDict:
+  """Two layers of width 16, 12 steps, on `write_text` in `folder`; `changes` are keys such as `switch__interval`."""
+  config = ConfigDict(llama_tiny.get_config())
+  config.update(steps=12, warmup_steps=2, batch_size=8, seq_len=16, rank=4, eval_every=4, checkpoint_every=4)
+  config.update(eval_tokens=256, log_every=3)
+  config.model.update(vocab_size=320, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+  config.switch.update(interval=2, freeze_steps=1)
+  config.data.update(source="text", path=write_text(folder), cache_dir=str(folder / "cache"))
+  for key, value in changes.items():
+    config.update_from_flattened_dict({key.replace("__", "."): value})
+  return config
+
+
+def resolved(folder: Path, devices: int = 8, **changes):
+  """`tiny_config`, resolved."""
+  return resolve(tiny_config(folder, **changes), devices)
