@@ -1,5 +1,5 @@
 # The two commands of the README. Both make .venv first if it is not there.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv/bin
 
 .PHONY: pretrain test lint
@@ -15,11 +15,13 @@ lint: .venv/dev  ## Lint and check the formatting.
 	$(VENV)/ruff format --check .
 
 .venv/run: requirements.txt
+	@echo "installing $< into .venv: about 1.2 GB, a minute or more"
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: requirements.txt requirements-dev.txt
+.venv/dev: requirements-dev.txt requirements.txt
+	@echo "installing $< into .venv: about 1.2 GB, a minute or more"
 	$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

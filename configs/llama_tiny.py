@@ -11,13 +11,13 @@ def get_config():
   """A short run wants a switch interval of 10, not 40: else the candidates are hardly ever cycled."""
   config = base.get_config()
   config.rank = 32
-  config.steps = 1500
-  config.batch_size = 16
+  config.steps = 1000
+  config.batch_size = 8
   config.seq_len = 128
   config.eval_every = 250
-  config.eval_tokens = 65_536
+  config.eval_tokens = 200_000
   config.checkpoint_every = 250
-  config.model.vocab_size = 4096
+  config.model.vocab_size = 2048
   config.model.hidden_size = 128
   config.model.intermediate_size = 344
   config.model.num_layers = 4

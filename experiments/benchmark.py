@@ -1,15 +1,16 @@
 """Time whole training steps of each method against full rank, in one run, in turns; medians and ratios.
 
 python -m experiments.benchmark                      # the 350M shape cut to 2 layers, both vocabularies
-python -m experiments.benchmark --memory             # what switching adds to the memory of the 24-layer step
+python -m experiments.benchmark --memory --layers=24 # what switching adds to the memory of a step; on the GPU
+                                                     # compiler if it is installed, see switchlora_jax/topology.py
 python -m experiments.benchmark --json=out.json
 """
 
 import json
 import statistics
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,17 +24,16 @@ from experiments import cli
 from switchlora_jax import cost, topology, trainer
 from switchlora_jax.config import resolve
 from switchlora_jax.dense import LoRADense
-from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS
-from switchlora_jax.methods.switchlora import schedule
+from switchlora_jax.methods import METHODS, lora
+from switchlora_jax.methods.base import Method
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.sharding import by_rows, make_mesh
-from switchlora_jax.switching import draw_uniforms, switch
 
 LAYERS = flags.DEFINE_integer("layers", 2, "transformer blocks of the 350M shape", lower_bound=1)
-VOCABULARIES = flags.DEFINE_list("vocabularies", ["2048", "32100"], "vocabulary sizes, one table each")
-RANKS = flags.DEFINE_list("ranks", ["128", "256"], "LoRA ranks")
-TOKENS = flags.DEFINE_string("tokens", "4x512", "rows × tokens of a step")
+ROWS = flags.DEFINE_integer("rows", 4, "rows of a step", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 512, "tokens of a row", lower_bound=2)
+VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [2048, 32100], "vocabulary size; repeat for one table each")
+RANKS = flags.DEFINE_multi_integer("rank", [128, 256], "LoRA rank; repeat for several")
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each program", lower_bound=1)
 MEMORY = flags.DEFINE_bool("memory", False, "compile only, and print the memory of the step with and without switching")
 JSON = flags.DEFINE_string("json", None, "write the results to this file as well")
@@ -51,34 +51,25 @@ class TwoProductDense(LoRADense):
     return x @ self.get_variable("frozen", "kernel") + self.scale * ((x @ lora_a.T) @ lora_b)
 
 
-def batch_shape() -> tuple[int, int]:
-  """(rows, tokens a row) of --tokens."""
-  try:
-    rows, length = (int(number) for number in TOKENS.value.split("x"))
-    return rows, length
-  except ValueError:
-    raise UserError(f"--tokens (={TOKENS.value!r}) must be ROWSxLENGTH; pass --tokens=4x512") from None
+class Case(NamedTuple):
+  """A program to measure."""
+
+  config: Any
+  method: Method
+  program: trainer.Program
 
 
-def configure(method: str, rank: int, vocabulary: int):
-  """The 350M config without accumulation, cut as the flags say; resolved."""
+def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
+  """A method, or LoRA with `two products`, on the 350M shape cut as the flags say, without accumulation."""
   config = ConfigDict(llama_350m.get_config())
-  config.method, config.rank, config.accumulation = method, rank, 1
-  config.batch_size, config.seq_len = batch_shape()
+  config.method, config.rank, config.accumulation = name if name in METHODS else "lora", rank or 1, 1
+  config.batch_size, config.seq_len = ROWS.value, LENGTH.value
   config.model.num_layers, config.model.vocab_size = LAYERS.value, vocabulary
-  return resolve(config, devices=1)
-
-
-def candidates(vocabulary: int, mesh) -> dict:
-  """The programs to compare: {(method, rank): (config, Program)}; full rank is the first."""
-  programs = {("full", 0): "full"} | {(m, int(r)): m for r in RANKS.value for m in ("switchlora", "two products")}
-  for (name, rank), _ in programs.items():
-    config = configure("lora" if name == "two products" else name, rank or 1, vocabulary)
-    method = METHODS[config.method].build(config)
-    if name == "two products":
-      method = method._replace(dense=partial(TwoProductDense, **method.dense.keywords))
-    programs[name, rank] = (config, trainer.assemble(config, method, mesh))
-  return programs
+  config = resolve(config, devices=1)
+  method = METHODS[config.method].build(config)
+  if name == "two products":
+    method = method._replace(dense=lora.layer(config, TwoProductDense))
+  return Case(config, method, trainer.assemble(config, method, mesh))
 
 
 def time_in_turns(calls: dict, what: str) -> dict:
@@ -107,41 +98,38 @@ def stepper(program, rows):
   return call
 
 
-def switcher(config, program, step: int):
-  """A call that runs the switching of one step by itself, at `step` of the schedule."""
-  state, plan = program.create(), schedule(config)
-  scale = program.model.dense(features=1).scale
+def switcher(case: Case, step: int):
+  """A call that runs the switching of one step by itself, from `step` of the schedule on."""
 
-  def move(params, frozen, candidates, key):
-    uniforms = draw_uniforms(key, candidates)
-    return switch(params, frozen, candidates, schedule=plan, scale=scale, step=step, uniforms=uniforms)[:3]
+  def adjust(state):
+    adjusted = case.method.adjust(state, False)
+    return adjusted.state._replace(step=state.step + 1), adjusted.masks
 
-  jitted, held, turn = jax.jit(move, donate_argnums=(0, 1, 2)), (state.params, state.frozen, state.candidates), 0
+  state = case.program.create()._replace(step=jnp.int32(step))
+  jitted = jax.jit(adjust, donate_argnums=0)
 
   def call():
-    nonlocal held, turn
-    turn += 1
-    held = jitted(*held, jax.random.key(turn))
-    return held
+    nonlocal state
+    state, masks = jitted(state)
+    return state.frozen, masks
 
   return call
 
 
 def benchmark(vocabulary: int) -> list[dict]:
-  """One row a program: seconds of its step (median), ratios to full rank of time and of operations."""
-  mesh = make_mesh()
-  programs = candidates(vocabulary, mesh)
-  rows = np.random.default_rng(0).integers(0, vocabulary, batch_shape(), np.int32)
+  """One row a program: seconds of its step (median), ratios to full rank of time and of operations. One device."""
+  mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
+  names = [full, *((name, rank) for rank in RANKS.value for name in ("switchlora", "two products"))]
+  cases = {name: make_case(*name, vocabulary, mesh) for name in names}
+  rows = np.random.default_rng(0).integers(0, vocabulary, (ROWS.value, LENGTH.value), np.int32)
   with jax.set_mesh(mesh):
-    calls = {name: stepper(program, rows) for name, (_, program) in programs.items()}
-    for (name, rank), (config, program) in programs.items():
-      if name == "switchlora":
-        calls["switching alone, first steps", rank] = switcher(config, program, 0)
-        calls["switching alone, last steps", rank] = switcher(config, program, config.steps)
+    calls = {name: stepper(case.program, rows) for name, case in cases.items()}
+    for rank in RANKS.value:
+      case = cases["switchlora", rank]
+      calls["switching alone, first steps", rank] = switcher(case, 0)
+      calls["switching alone, last steps", rank] = switcher(case, case.config.steps)
     seconds = time_in_turns(calls, f"vocabulary {vocabulary}")
-    tokens = jax.ShapeDtypeStruct(rows.shape, jnp.int32)
-    work = {name: cost.operations(program.step, program.abstract, tokens) for name, (_, program) in programs.items()}
-  full = "full", 0
+    work = {name: cost.operations(case.program.step, case.program.abstract, rows) for name, case in cases.items()}
   return [
     {
       "vocabulary": vocabulary,
@@ -157,15 +145,13 @@ def benchmark(vocabulary: int) -> list[dict]:
 
 def memory() -> list[dict]:
   """One row a program: bytes of the compiled step, for full rank, without switching (lora) and with it."""
-  mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(), "CPU")
+  mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(jax.devices()[:1]), "XLA for this machine's CPU")
+  tokens = jax.ShapeDtypeStruct((ROWS.value, LENGTH.value), jnp.int32, sharding=by_rows(mesh))
   results = []
-  for method in ("full", "lora", "switchlora"):
-    for rank in map(int, RANKS.value if method != "full" else "0"):
-      config = configure(method, rank or 1, int(VOCABULARIES.value[0]))
-      program = trainer.build(config, mesh)
-      tokens = jax.ShapeDtypeStruct(batch_shape(), jnp.int32, sharding=by_rows(mesh))
-      compiled = program.step.lower(program.abstract, tokens).compile()
-      results.append({"program": method, "rank": rank, "compiler": compiler} | cost.memory(compiled))
+  for name, rank in [("full", 0), *((name, rank) for rank in RANKS.value for name in ("lora", "switchlora"))]:
+    program = make_case(name, rank, VOCABULARIES.value[0], mesh).program
+    compiled = program.step.lower(program.abstract, tokens).compile()
+    results.append({"program": name, "rank": rank, "compiler": compiler} | cost.memory(compiled))
   return results
 
 
@@ -184,8 +170,8 @@ def _cell(key: str, value) -> str:
 
 def main():
   """Measure, print, write."""
-  results = memory() if MEMORY.value else [row for v in VOCABULARIES.value for row in benchmark(int(v))]
-  print(f"{LAYERS.value} layers, {TOKENS.value} tokens, float32, {jax.device_count()} × {jax.devices()[0].device_kind}")
+  results = memory() if MEMORY.value else [row for vocabulary in VOCABULARIES.value for row in benchmark(vocabulary)]
+  print(f"{LAYERS.value} layers, {ROWS.value} × {LENGTH.value} tokens, float32, one {jax.devices()[0].device_kind}")
   print(table(results))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")

@@ -30,7 +30,7 @@ def main():
     return
   if WORKDIR.value is None:
     raise UserError("--workdir is missing: give the directory in which the run is kept, say --workdir=runs/tiny")
-  workdir = Path(WORKDIR.value)
+  workdir = Path(WORKDIR.value).expanduser()
   outcome = trainer.train(config, workdir)
   print(report.conclude(config, workdir, outcome))
 

@@ -65,25 +65,27 @@ class Checkpoints:
   def restore(self, abstract):
     """The newest good state, or None where nothing was saved yet.
 
-    A damaged checkpoint is moved aside, next to `checkpoints/`, with a warning that names it.
+    Where a newer one is damaged, it is moved aside, next to `checkpoints/`, with a warning that names it.
 
     Args:
       abstract: a pytree of ShapeDtypeStruct with shardings, as the state shall come back.
     Raises:
-      UserError: there are checkpoints and none can be read back.
+      UserError: there are checkpoints and none can be read back; they stay where they are.
     """
-    found = self.steps()
-    for step in reversed(found):
+    damaged = {}
+    for step in reversed(self.steps()):
       try:
-        return self._restore(step, abstract)
+        state = self._restore(step, abstract)
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        moved = self._set_aside(step)
-        log.warning("checkpoint of step %d is damaged (%s); moved to %s", step, reason, moved)
-    if found:
+        damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        continue
+      for bad, reason in damaged.items():
+        log.warning("checkpoint of step %d is damaged (%s); moved to %s", bad, reason, self._set_aside(bad))
+      return state
+    if damaged:
       raise UserError(
-        f"none of the checkpoints in {self._directory} (steps {', '.join(map(str, found))}) can be read back; "
-        f"start over in a new --workdir"
+        f"none of the checkpoints in {self._directory} can be read back "
+        f"({'; '.join(f'step {step}: {reason}' for step, reason in damaged.items())}); start over in a new --workdir"
       )
     return None
 

@@ -84,6 +84,8 @@ def _check_training(config, devices: int):
     )
   if config.learning_rate is not None and not config.learning_rate > 0:
     raise UserError(f"learning_rate (={config.learning_rate}) must be greater than 0; set --config.learning_rate")
+  if config.seed < 0:
+    raise UserError(f"seed (={config.seed}) must not be negative; set --config.seed")
   for key in ("dtype", "param_dtype"):
     if config[key] not in DTYPES:
       raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")

@@ -45,6 +45,11 @@ class Dataset(NamedTuple):
 
 def check(data, *, vocab_size: int) -> None:
   """Find what is wrong with `config.data` before anything expensive: source, globs, tokenizer."""
+  if data.source == "docs" and (data.path or data.eval_path):
+    raise UserError(
+      f"--config.data.path (={data.path or data.eval_path!r}) is not read when --config.data.source is docs; "
+      "add --config.data.source=text to train on your files, or leave the path out"
+    )
   _origin(data)
   if data.tokenizer:
     tokenizer.load_tokenizer(os.path.expanduser(data.tokenizer), vocab_size)

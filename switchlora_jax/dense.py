@@ -22,6 +22,11 @@ KERNEL_INIT = nn.initializers.normal(0.02)
 INITS = ("switchlora", "lora")
 
 
+def adapter_scale(rank: int, alpha: float = 1.0) -> float:
+  """s = α/r, by which the product of A and B is scaled."""
+  return alpha / rank
+
+
 def adapter_std(in_features: int, out_features: int, rank: int, init: str = "switchlora") -> tuple[float, float]:
   """Standard deviations of the vectors of A and of B, spares included.
 
@@ -35,10 +40,13 @@ def adapter_std(in_features: int, out_features: int, rank: int, init: str = "swi
 
 
 def merge(kernel, lora_a, lora_b, scale, dtype=None):
-  """The weight in force, `kernel + scale·AᵀB`, [in, out] in the kernel's dtype; the product is taken in `dtype`."""
+  """The weight in force, `kernel + scale·AᵀB`, [in, out], in the wider of the kernel's dtype and `dtype`.
+
+  The product's factors are cast to `dtype` first (the kernel's by default).
+  """
   dtype = dtype or kernel.dtype
-  product = jnp.matmul(lora_a.T.astype(dtype), lora_b.astype(dtype), preferred_element_type=kernel.dtype)
-  return kernel + scale * product
+  wide = jnp.promote_types(kernel.dtype, dtype)
+  return kernel + scale * jnp.matmul(lora_a.T.astype(dtype), lora_b.astype(dtype), preferred_element_type=wide)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -95,7 +103,7 @@ class LoRADense(nn.Module):
   @property
   def scale(self) -> float:
     """s = α/r."""
-    return self.alpha / self.rank
+    return adapter_scale(self.rank, self.alpha)
 
   @nn.compact
   def __call__(self, x):

@@ -1,6 +1,5 @@
 """Validation loss: a token-weighted mean over a fixed set of rows, the same for every method."""
 
-import math
 from functools import partial
 
 import jax
@@ -28,4 +27,5 @@ def validation_loss(eval_step, state, rows: np.ndarray, batch_size: int, place) 
       losses.append(np.asarray(eval_step(state.params, state.frozen, place(full)))[: len(batch)])
       bar.update(len(batch))
   loss = float(np.concatenate(losses).mean(dtype=np.float64))
-  return {"val_loss": loss, "val_ppl": math.exp(loss)}
+  with np.errstate(over="ignore"):  # a run that has diverged has an infinite perplexity, not an exception
+    return {"val_loss": loss, "val_ppl": float(np.exp(loss))}

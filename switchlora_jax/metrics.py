@@ -65,7 +65,7 @@ def plot_loss(rows: list[dict], path: Path, title: str):
   if train:
     steps, losses = zip(*train, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7, label="training, each step")
-    axes.plot(steps, running_mean(losses, 0.98), color="tab:blue", label="training, running mean")
+    axes.plot(steps, running_mean(losses, 0.9), color="tab:blue", label="training, running mean")
   if valid:
     axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
   axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)

@@ -1,6 +1,7 @@
 """What is printed before and after a run."""
 
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,9 +10,8 @@ import sentencepiece
 
 from switchlora_jax import metrics
 from switchlora_jax.config import flatten
-from switchlora_jax.methods import switchlora
+from switchlora_jax.methods import METHODS
 from switchlora_jax.sampling import sample
-from switchlora_jax.switching import expected_cycles
 
 
 def parameters_line(name: str, tree) -> str:
@@ -21,7 +21,7 @@ def parameters_line(name: str, tree) -> str:
 
 
 def size_line(name: str, tree) -> str:
-  """`optimizer: 4.54 GiB (4,877,…  bytes)`"""
+  """`optimizer: 4,652.5 MiB (4,878,450,712 bytes)`"""
   size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
   return f"{name}: {size / 2**20:,.1f} MiB ({size:,} bytes)"
 
@@ -40,10 +40,7 @@ def describe(config, state) -> str:
     f"tokens per step: {config.batch_size * config.seq_len:,}",
     f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
   ]
-  if config.method == "switchlora" and config.switch.interval:
-    cycles = expected_cycles(switchlora.schedule(config), config.rank, config.model.hidden_size)
-    lines.append(f"candidates cycled over the run, hidden × hidden layers: {cycles:.2f} times")
-  return "\n".join(lines)
+  return "\n".join(lines + METHODS[config.method].describe(config))
 
 
 def describe_data(summary: dict) -> str:
@@ -60,17 +57,12 @@ def describe_data(summary: dict) -> str:
 def conclude(config, workdir: Path, outcome) -> str:
   """Draw loss.png, sample a text, and say how the run went, where it lies and how it goes on."""
   rows = outcome.rows
-  title = f"{config.method}, rank {config.rank}" if config.method != "full" else "full rank"
-  metrics.plot_loss(rows, workdir / "loss.png", f"{title}, {config.steps:,} steps")
-  last = [row for row in rows if "val_ppl" in row][-1]
-  speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-  skipped = max(row.get("skipped", 0) for row in rows)
+  metrics.plot_loss(rows, workdir / "loss.png", f"{workdir.name}: {config.method}, {config.steps:,} steps")
   lines = [
     "",
-    f"validation perplexity: {last['val_ppl']:.2f} (loss {last['val_loss']:.4f} nats per token, step {last['step']})",
-    f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)",
-    f"updates skipped as not finite: {skipped}",
-    f"sample: {_sample_text(config, workdir, outcome)}",
+    *_numbers(rows),
+    f"updates skipped as not finite: {int(outcome.state.skipped)}",
+    f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",
     f"saved in: {workdir} (config.json, metrics.jsonl, checkpoints/, tensorboard/, tokenizer.model)",
     f"continue for twice as long: {continue_command(config.steps * 2)}",
@@ -78,19 +70,42 @@ def conclude(config, workdir: Path, outcome) -> str:
   return "\n".join(lines)
 
 
+def _numbers(rows: list[dict]) -> list[str]:
+  """Validation perplexity and speed, as far as metrics.jsonl has them."""
+  lines = []
+  if evaluations := [row for row in rows if "val_ppl" in row]:
+    last = evaluations[-1]
+    loss, perplexity = (_shown(last[key], digits) for key, digits in (("val_loss", 4), ("val_ppl", 2)))
+    lines.append(f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})")
+  if speeds := sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row):
+    lines.append(f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)")
+  return lines
+
+
+def _shown(number: float | None, digits: int) -> str:
+  return "not finite" if number is None else f"{number:.{digits}f}"
+
+
 def continue_command(steps: int) -> str:
   """The command line this process was started with, with another number of steps."""
   module = sys.modules["__main__"].__spec__
-  kept = [arg for arg in sys.argv[1:] if not arg.startswith("--config.steps")]
   program = f"-m {module.name}" if module else sys.argv[0]
-  return " ".join([Path(sys.executable).name, program, *kept, f"--config.steps={steps}"])
+  python = Path(sys.executable)
+  python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+  return f"{python} {program} {shlex.join([*_without_steps(sys.argv[1:]), f'--config.steps={steps}'])}"
 
 
-def _sample_text(config, workdir: Path, outcome) -> str:
-  tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(workdir / "tokenizer.model"))
+def _without_steps(arguments: list[str]) -> list[str]:
+  """The arguments but for --config.steps=N, also written as two words."""
+  starts = [i for i, word in enumerate(arguments) if word.split("=")[0] in ("--config.steps", "-config.steps")]
+  dropped = {*starts, *(i + 1 for i in starts if "=" not in arguments[i])}
+  return [word for i, word in enumerate(arguments) if i not in dropped]
+
+
+def _sample_text(config, outcome) -> str:
+  tokenizer = sentencepiece.SentencePieceProcessor(model_file=outcome.data.tokenizer_path)
   prompt = [int(token) for token in outcome.data.valid[0][:16]]
   state, new_tokens = outcome.state, min(64, config.seq_len - len(prompt))
-  tokens = sample(
-    outcome.program.model, state.params, state.frozen, prompt, new_tokens=new_tokens, temperature=0.7, seed=config.seed
-  )
+  options = dict(new_tokens=new_tokens, pieces=tokenizer.get_piece_size(), temperature=0.7, seed=config.seed)
+  tokens = sample(outcome.program.model, state.params, state.frozen, prompt, **options)
   return f"{tokenizer.decode(prompt)!r} → {tokenizer.decode(tokens[len(prompt) :])!r}"

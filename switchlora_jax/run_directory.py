@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +39,9 @@ def prepare(workdir: Path, config) -> None:
       raise UserError(f"--workdir={workdir} has checkpoints but no config.json to say of what; choose a new --workdir")
     return
   _check_same_run(workdir, saved, config)
-  for package, now in versions().items():
-    if (then := saved["versions"].get(package)) != now:
-      log.warning("%s was %s when this run started and is %s now: the rest may differ in its bits", package, then, now)
+  for what, now in (versions() | {"devices": devices()}).items():
+    if (then := (saved["versions"] | saved)[what]) != now:
+      log.warning("%s: %s when this run started and %s now; the rest may differ in its bits", what, then, now)
 
 
 def _check_same_run(workdir: Path, saved: dict, config):
@@ -73,7 +72,7 @@ def read(workdir: Path) -> dict | None:
 
 
 def record(workdir: Path, config, dataset) -> None:
-  """Write config.json and the tokenizer, once the data are known.
+  """Write config.json and the tokenizer of a new run, once its data are known; check those of an old one.
 
   Raises:
     UserError: the run was started on other data.
@@ -84,24 +83,37 @@ def record(workdir: Path, config, dataset) -> None:
       f"the data are not those that the run in {workdir} was started on (fingerprint {dataset.fingerprint}, then "
       f"{saved['data_fingerprint']}); restore the files and packages of then, or choose a new --workdir"
     )
-  contents = {
-    "config": config.to_dict(),
-    "data_fingerprint": dataset.fingerprint,
-    "versions": saved["versions"] if saved else versions(),
-    "git_revision": git_revision(),
-    "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-  }
-  tokenizer = workdir / "tokenizer.model"
-  if not tokenizer.exists():
-    shutil.copyfile(dataset.tokenizer_path, tokenizer)
+  if not saved:
+    _replace(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
+    now = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
+    _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | now)
+
+
+def update(workdir: Path, config) -> None:
+  """Let config.json say what the checkpoint about to be saved was trained with, where a run was extended."""
+  saved = read(workdir)
+  if saved["config"] != config.to_dict():
+    _write(workdir, saved | {"config": config.to_dict(), "git_revision": git_revision()})
+
+
+def _write(workdir: Path, contents: dict):
   replace_text(workdir / "config.json", json.dumps(contents, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str):
   """Write a file so that it is, at every moment, either the old one or the new one."""
+  _replace(path, text.encode())
+
+
+def _replace(path: Path, contents: bytes):
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
+  temporary.write_bytes(contents)
   os.replace(temporary, path)
+
+
+def devices() -> str:
+  """How many of which kind: another number sums in another order."""
+  return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
 
 
 def versions() -> dict[str, str]:

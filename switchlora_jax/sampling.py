@@ -4,19 +4,25 @@ import jax
 import jax.numpy as jnp
 
 
-def sample(model, params, frozen, prompt, *, new_tokens: int, temperature: float, seed: int) -> list[int]:
+def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, temperature: float, seed: int) -> list[int]:
   """Continue `prompt`, a list of token ids, by `new_tokens` drawn ids; returns prompt and continuation.
+
+  Only the first `pieces` ids are drawn, those that the tokenizer has: the model's vocabulary may be larger.
 
   Each token runs the model over the whole, padded row (the causal mask hides the padding): fit for
   a sample at the end of a run, not for serving.
   """
   length = len(prompt) + new_tokens
 
-  def draw(position, row):
-    logits = model.apply({"params": params, "frozen": frozen}, row[None])[0, position - 1]
-    key = jax.random.fold_in(jax.random.key(seed), position)
-    return row.at[position].set(jax.random.categorical(key, logits.astype(jnp.float32) / temperature))
+  @jax.jit
+  def generate(params, frozen, row):
+    def draw(position, row):
+      logits = model.apply({"params": params, "frozen": frozen}, row[None])[0, position - 1, :pieces]
+      key = jax.random.fold_in(jax.random.key(seed), position)
+      token = jax.random.categorical(key, logits.astype(jnp.float32) / temperature)
+      return row.at[position].set(token.astype(row.dtype))
+
+    return jax.lax.fori_loop(len(prompt), length, draw, row)
 
   row = jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.array(prompt, jnp.int32))
-  row = jax.jit(lambda row: jax.lax.fori_loop(len(prompt), length, draw, row))(row)
-  return [int(token) for token in row]
+  return [int(token) for token in generate(params, frozen, row)]

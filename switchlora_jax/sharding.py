@@ -6,9 +6,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 DATA = "data"
 
 
-def make_mesh() -> jax.sharding.Mesh:
-  """One axis over all visible devices."""
-  return jax.make_mesh((jax.device_count(),), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
+def make_mesh(devices=None) -> jax.sharding.Mesh:
+  """One axis over `devices`, by default all that are visible."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh((len(devices),), (DATA,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh) -> NamedSharding:

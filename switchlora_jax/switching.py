@@ -91,14 +91,16 @@ def swap(vectors, spares, slots, picks, live):
   a window nothing does; that both writes depend on both reads is what lets XLA do without copies.
 
   Shapes: vectors [L, r, d], spares [L, c - r, d], slots, picks, live [L, K].
-  Returns the new vectors, the new spares, and the rows that left minus those that came, [L, K, d].
+  Returns the new vectors, the new spares, and the rows that left minus those that came, [L, K, d], in
+  float32 or wider.
   """
   layer, live = jnp.arange(slots.shape[0])[:, None], live[:, :, None]
   options = dict(mode="promise_in_bounds", unique_indices=True)
   old, new = vectors.at[layer, slots].get(**options), spares.at[layer, picks].get(**options)
   vectors = vectors.at[layer, slots].set(jnp.where(live, new, old), **options)
   spares = spares.at[layer, picks].set(jnp.where(live, old, new), **options)
-  return vectors, spares, jnp.where(live, old - new, 0)
+  wide = jnp.promote_types(vectors.dtype, jnp.float32)
+  return vectors, spares, jnp.where(live, old.astype(wide) - new.astype(wide), 0)
 
 
 def switch_vectors(layers: Layer, slots_a, slots_b, picks, live):
@@ -121,7 +123,8 @@ def absorb(kernel, left, right, busy):
   """kernel[l] += left[l]ᵀ·right[l] for the layers l that are `busy` [L] (Algorithm 1, lines 1 and 4), in place.
 
   A sum of outer products rather than a matrix product: XLA fuses it into one pass over the kernel,
-  with nothing of the kernel's size beside it. Only busy layers are visited; a quiet step costs nothing.
+  with nothing of the kernel's size beside it. The sum is taken in the dtype of `left`, float32 or wider.
+  Only busy layers are visited; a quiet step costs nothing.
   """
   rows = left.shape[1]
   chunk = min(rows, 32)  # more terms in one fusion, and XLA starts to keep partial sums in memory

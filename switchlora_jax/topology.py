@@ -6,11 +6,10 @@ JAX is first used: JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 CUDA_VISIBLE_DEVICES=-1 JAX
 
 from pathlib import Path
 
-import jax
 from jax.experimental import topologies
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.sharding import DATA
+from switchlora_jax.sharding import make_mesh
 
 DESCRIPTIONS = Path(__file__).parent / "gpus"
 
@@ -31,6 +30,4 @@ def gpu_mesh(gpu: str, shape: str = "1x1x1"):
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
   except NotImplementedError:
     return None
-  axis = (jax.sharding.AxisType.Auto,)
-  mesh = jax.sharding.Mesh(found.devices, (DATA,), axis_types=axis)
-  return mesh, f"XLA for {found.devices[0].device_kind}"
+  return make_mesh(found.devices), f"XLA for {found.devices[0].device_kind}"

@@ -96,9 +96,11 @@ def train(config, workdir: Path) -> Outcome:
       last = done == config.steps
       log.add(done, numbers)
       if due(done, config.eval_every) or last:
+        log.flush()
         log.evaluation(done, evaluate(program, config, state, data.valid))
       if due(done, config.checkpoint_every) or last:
         log.flush()  # the lines of a step are on disk before the step can be returned to
+        run_directory.update(workdir, config)
         checkpoints.save(done, state)
     log.close()
   return Outcome(program, state, data, metrics.read(log.path), first)
@@ -156,8 +158,7 @@ class Log:
       )
 
   def evaluation(self, step: int, numbers: dict):
-    """Write the numbers of an evaluation after `step`; its time does not count as training time."""
-    self.flush()
+    """Write the numbers of an evaluation after `step`; flushed before it, its time is not training time."""
     self._metrics.write([{"step": step} | numbers])
     self._bar.write(f"step {step}: validation perplexity {numbers['val_ppl']:.2f}")
     self._since = time.monotonic()

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def benchmark(*flags):
-  command = [sys.executable, "-m", "experiments.benchmark", "--layers=1", "--vocabularies=64", "--ranks=4", *flags]
+  command = [sys.executable, "-m", "experiments.benchmark", "--layers=1", "--vocabulary=64", "--rank=4", *flags]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_times_and_operations_of_each_program(tmp_path):
-  done = benchmark("--repeats=1", "--tokens=2x16", f"--json={tmp_path / 'out.json'}")
+  done = benchmark("--repeats=1", "--rows=2", "--length=16", f"--json={tmp_path / 'out.json'}")
   assert done.returncode == 0, done.stderr
   rows = {row["program"]: row for row in json.loads((tmp_path / "out.json").read_text())}
   assert list(rows) == [
@@ -38,7 +38,7 @@ def test_times_and_operations_of_each_program(tmp_path):
 
 
 def test_memory_with_and_without_switching(tmp_path):
-  done = benchmark("--memory", "--tokens=2x16", f"--json={tmp_path / 'out.json'}")
+  done = benchmark("--memory", "--rows=2", "--length=16", f"--json={tmp_path / 'out.json'}")
   assert done.returncode == 0, done.stderr
   rows = {row["program"]: row for row in json.loads((tmp_path / "out.json").read_text())}
   assert list(rows) == ["full", "lora", "switchlora"]
@@ -56,5 +56,6 @@ def test_the_layer_it_compares_with_computes_the_same():
 
 
 def test_bad_numbers_are_a_sentence():
-  done = benchmark("--tokens=4by512")
-  assert done.returncode == 2 and "error: --tokens (='4by512')" in done.stderr
+  for flag in ("--rows=four", "--rank=r", "--layers=0"):
+    done = benchmark(flag)
+    assert done.returncode == 2 and f"error: flag {flag}:" in done.stderr and "Traceback" not in done.stderr

@@ -83,8 +83,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage
 def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
   for step in (2, 3, 4):
     truncate(largest_file(directory / str(step)))
-  with Checkpoints(directory, keep=3) as checkpoints, pytest.raises(UserError, match=r"steps 2, 3, 4.*new --workdir"):
+  with (
+    Checkpoints(directory, keep=3) as checkpoints,
+    pytest.raises(UserError, match=r"step 4: .*step 2: .*new --workdir"),
+  ):
     checkpoints.restore(abstract(some_state(0)))
+  assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
 
 def test_an_unfinished_save_is_not_a_checkpoint(directory):

@@ -21,6 +21,7 @@ MISTAKES = {
   "decay": (dict(switch__decay_to=0.0), "switch.decay_to (=0.0) must lie between 0 and 1"),
   "batch": (dict(batch_size=12), "batch_size (=12) must be a multiple of devices × accumulation (=8 × 1)"),
   "accumulation": (dict(accumulation=2), "(=8 × 2); try --config.batch_size=16"),
+  "seed": (dict(seed=-1), "seed (=-1) must not be negative"),
   "steps": (dict(steps=0), "steps (=0) must be greater than 0"),
   "warm-up": (dict(warmup_steps=12), "warmup_steps (=12) must be at least 0 and less than steps (=12)"),
   "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),

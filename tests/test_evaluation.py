@@ -29,3 +29,10 @@ def test_evaluation_reads_the_first_eval_tokens(tmp_path):
   first = validation_loss(program.eval_step, state, rows[:8], 8, program.place)
   assert trainer.evaluate(program, config, state, rows) == first
   assert first != validation_loss(program.eval_step, state, rows, 8, program.place)
+
+
+def test_a_run_that_has_diverged_has_an_infinite_perplexity(tmp_path):
+  program = trainer.build(resolved(tmp_path), make_mesh())
+  far = lambda params, frozen, rows: np.full(len(rows), 1000.0)
+  found = validation_loss(far, program.create(), np.zeros((8, 16)), 8, program.place)
+  assert found == {"val_loss": 1000.0, "val_ppl": float("inf")}

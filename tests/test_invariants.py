@@ -17,9 +17,9 @@ SCALE = 0.5
 STEPS = 12
 # layers, in, out, rank: fewer spares than slots, odd ranks, one spare, as few as two slots, dozens switched at once.
 SHAPES = [(2, 9, 6, 4), (1, 7, 9, 5), (3, 5, 4, 3), (2, 12, 10, 8), (1, 6, 20, 2), (2, 54, 56, 36)]
-SCHEDULES = [(1, 0), (2, 1), (4, 2), (12, 5)]  # interval, freeze_steps
+SCHEDULES = [(1, 0), (2, 1), (12, 5)]  # interval, freeze_steps
 anything = (st.sampled_from(SHAPES), st.sampled_from(SCHEDULES), st.integers(0, 2**32 - 1))
-many = settings(max_examples=25, deadline=None)
+many = settings(max_examples=20, deadline=None)
 
 
 def draw_layers(shape, dtype, seed):
@@ -221,7 +221,26 @@ def test_a_step_that_switches_nothing_moves_only_the_timers(shape, seed):
   assert same_bits(collections(out), before)
 
 
-@settings(max_examples=10, deadline=None)  # each shape is compiled twice
+def test_a_step_that_switches_nothing_turns_no_loop(monkeypatch):
+  """All work on vectors and kernels is in loops: a quiet step runs none, a busy one visits the busy layers."""
+  turns = []
+
+  def fori_loop(lower, upper, body, value):
+    turns.append(int(upper))
+    for index in range(lower, int(upper)):
+      value = body(index, value)
+    return value
+
+  monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
+  layers = jax.tree.map(jnp.asarray, draw_layers((3, 5, 4, 3), np.float32, 0))
+  plan = dict(schedule=SwitchSchedule(12, 5), scale=SCALE, step=0)
+  quiet = switch(**layers, **plan, uniforms={(): jnp.array([0.9, 0.9, 0.9])})
+  assert turns == [0] and quiet.count == 0
+  busy = switch(**layers, **plan, uniforms={(): jnp.array([0.9, 0.0, 0.0])})
+  assert turns == [0, 1, 2] and busy.count == 2
+
+
+@settings(max_examples=6, deadline=None)  # each shape is compiled twice
 @given(*anything)
 def test_stacked_layers_are_switched_as_each_alone(shape, times, seed):
   layers, uniforms = draw_layers(shape, np.float32, seed), np.random.default_rng(seed).random(shape[0], np.float32)

@@ -64,6 +64,7 @@ MISTAKES = {
   "unknown method": (["--config.method=loar"], r"error: method \(='loar'\) must be one of"),
   "no workdir": ([], r"error: --workdir is missing"),
   "no such tokenizer": (["--workdir={tmp}/run", "--config.data.tokenizer=nowhere.model"], r"error: .*nowhere\.model"),
+  "path not read": (["--workdir={tmp}/run", "--config.data.path={tmp}/*"], r"error: .*add --config.data.source=text"),
   "empty glob": (
     ["--workdir={tmp}/run", "--config.data.source=text", "--config.data.path={tmp}/*.gz"],
     r"error: .*no file",

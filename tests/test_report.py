@@ -35,6 +35,19 @@ def test_data_are_described():
   )
 
 
+def test_numbers_that_are_missing_or_not_finite_do_not_end_in_an_exception():
+  assert report._numbers([]) == []
+  rows = [{"step": 3, "tokens_per_second": 5.0}, {"step": 3, "val_loss": None, "val_ppl": None}]
+  assert report._numbers(rows) == [
+    "validation perplexity: not finite (loss not finite nats per token, step 3)",
+    "tokens per second: 5 (median)",
+  ]
+
+
 def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["pretrain.py", "--workdir=runs/a", "--config.steps=10", "--config.rank=4"])
-  assert report.continue_command(20).endswith("--workdir=runs/a --config.rank=4 --config.steps=20")
+  monkeypatch.setattr(
+    sys, "argv", ["pretrain.py", "--config.data.path=a/*.txt", "--config.steps=10", "--workdir=runs/a"]
+  )
+  assert report.continue_command(20).endswith("'--config.data.path=a/*.txt' --workdir=runs/a --config.steps=20")
+  monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config.steps", "10", "--workdir=runs/a"])
+  assert report.continue_command(20).endswith(" --workdir=runs/a --config.steps=20")

@@ -1,7 +1,8 @@
 """What each training method adds to a step, behind one small interface.
 
 A method is a module here and a line in `METHODS`. It has `LEARNING_RATE` (the paper's),
-`check(config)`, which raises `UserError`, and `build(config) -> Method`.
+`check(config)`, which raises `UserError`, `describe(config)`, lines to print before a run, and
+`build(config) -> Method`.
 """
 
 from switchlora_jax.methods import full, lora, switchlora

@@ -16,6 +16,11 @@ def check(config):
   """Nothing to check: the rank is not used."""
 
 
+def describe(config) -> list[str]:
+  """Nothing beyond the sizes that every method has."""
+  return []
+
+
 def build(config) -> Method:
   """Plain linear layers and plain Adam."""
   dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))

@@ -36,6 +36,11 @@ def optimizer(config):
   return partial(vector_adam, vectors=lora_vectors, count_per_element=config.count_per_element)
 
 
+def describe(config) -> list[str]:
+  """Nothing beyond the sizes that every method has."""
+  return []
+
+
 def build(config) -> Method:
   """Adapted layers, nothing between the gradients and the optimizer."""
   return Method(layer(config), optimizer(config))

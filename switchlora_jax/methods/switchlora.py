@@ -2,11 +2,11 @@
 
 import jax
 
-from switchlora_jax.dense import SwitchLoRADense
+from switchlora_jax.dense import SwitchLoRADense, adapter_scale
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method
-from switchlora_jax.switching import SwitchSchedule, draw_uniforms, switch
+from switchlora_jax.switching import SwitchSchedule, draw_uniforms, expected_cycles, switch
 from switchlora_jax.train_state import TrainState
 
 LEARNING_RATE = 2e-2  # section 4.1
@@ -42,12 +42,23 @@ def schedule(config) -> SwitchSchedule:
   return SwitchSchedule(total_steps=config.steps, **{key: config.switch[key] for key in keys})
 
 
+def describe(config) -> list[str]:
+  """How often the candidates are cycled, which decides whether switching can matter, and a known danger."""
+  lines = []
+  if config.switch.interval:
+    cycles = expected_cycles(schedule(config), config.rank, config.model.hidden_size)
+    lines.append(f"candidates cycled over the run, hidden × hidden layers: {cycles:.2f} times")
+  if config.param_dtype == "bfloat16":
+    lines.append("WARNING: switching rounds bfloat16 base kernels at every step, and they drift; float32 ones do not")
+  return lines
+
+
 def build(config) -> Method:
   """`SwitchLoRADense` layers; between gradients and optimizer, the switch."""
   method = Method(lora.layer(config, SwitchLoRADense), lora.optimizer(config))
   if config.switch.interval == 0:
     return method
-  plan, scale = schedule(config), SwitchLoRADense(features=0, rank=config.rank).scale
+  plan, scale = schedule(config), adapter_scale(config.rank)
 
   def adjust(state: TrainState, skip) -> Adjusted:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
