@@ -102,7 +102,7 @@ def cosine_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -
 
 
 def clip_by_global_norm(grads, max_norm: float):
-  """Scale the gradients by min(1, max_norm / (‖g‖ + 1e-6)), as the authors do; returns them and ‖g‖, float32 or wider."""
+  """Scale the gradients by min(1, max_norm / (‖g‖ + 1e-6)), as the authors do; returns them and ‖g‖ (≥ float32)."""
   norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
   factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
   return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
