@@ -43,7 +43,7 @@ def scale_by_vector_adam(
     freeze: where true, the gradient is 0. The count goes on: after a reset and N frozen steps the first
       live update has size (1-β1)/(1-β1^(N+1)) / √((1-β2)/(1-β2^(N+1))), 0.522 for N = 5, a warm-up;
     skip: [] bool; where true the update is 0 and the state stays as it was.
-  Without them it is `optax.scale_by_adam`, to the bit.
+  Without them it is `optax.scale_by_adam` on one leaf after the other, to the bit.
 
   Args:
     vectors: from the parameters to a tree of bools, true for leaves [..., r, d] whose rows are LoRA vectors.

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from small_model import same_bits
 
-from switchlora_jax.switching import SwitchSchedule, draw_uniforms, expected_cycles, switch, switch_count
+from switchlora_jax.switching import (
+  Layer,
+  SwitchSchedule,
+  draw_uniforms,
+  expected_cycles,
+  switch,
+  switch_count,
+  switch_layers,
+)
 
 RECORDED = "r4 r8 r32 r128 hi_r8_i10_N5 hi_r8_i4_N2 hi_r16_i10_N5 hi_r16_i2_N1 hi_r5_i10_N5 hi_r3_i2_N1 hi_r1_i10_N5"
 
@@ -142,3 +150,18 @@ def test_draws_follow_from_the_key_and_the_number_of_the_layer():
 def test_draws_do_not_depend_on_what_the_layers_hold():
   key = jax.random.key(7)
   assert same_bits(draw_uniforms(key, {"q": candidates_of(3)}), draw_uniforms(key, {"q": candidates_of(3, 1.0)}))
+
+
+def test_a_bfloat16_kernel_is_rounded_twice_a_switch_however_many_vectors_move():
+  """The sum of all outer products once, and its addition to the kernel once: 2⁻⁸ each, relative."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  shapes = Layer((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
+  draw = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
+  before = Layer(*(draw(key, shape) for key, shape in zip(keys, shapes, strict=True)))
+  after = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
+  wide = lambda layers: Layer(*(np.asarray(x[0], np.float64) for x in layers))
+  old, new = wide(before), wide(after)
+  moved = (old.lora_a.T @ old.lora_b - new.lora_a.T @ new.lora_b) / 16
+  bound = 2**-8 * (np.abs(moved) + np.abs(old.kernel + moved)) * 1.02 + 1e-6
+  assert np.all(np.abs(new.kernel - old.kernel - moved) <= bound)
+  assert np.abs(moved).max() > 1
