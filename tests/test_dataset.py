@@ -94,7 +94,7 @@ def test_rows_are_mapped_and_as_small_as_the_vocabulary_allows(data, vocab_size,
 
 def test_the_documentation_of_packages(data, monkeypatch):
   monkeypatch.setattr(corpus, "PACKAGES", ("flax",))
-  data.source = "docs"
+  data.source, data.path, data.eval_path = "docs", "", ""
   made = dataset.prepare(data, **SIZES | {"seq_len": 64, "vocab_size": 1024})
   text = corpus.documentation()
   assert made.summary["train"]["documents"] == len(text.train) > 50
@@ -209,7 +209,8 @@ def test_two_runs_may_make_the_same_rows(data, monkeypatch):
     ({"eval_path": "none/*"}, r"--config\.data\.eval_path .*matches no file"),
     ({"tokenizer": "none.model"}, "there is no such file"),
     ({"tokenizer": __file__}, "must be a SentencePiece model"),
-    ({"source": "docs", "tokenizer": "none.model"}, "there is no such file"),
+    ({"source": "docs", "path": "", "eval_path": "", "tokenizer": "none.model"}, "there is no such file"),
+    ({"source": "docs"}, "is not read when --config.data.source is docs; add --config.data.source=text"),
   ],
 )
 def test_mistakes_are_sentences_before_anything_expensive(data, unbuildable, changes, message):
