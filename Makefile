@@ -8,7 +8,7 @@ pretrain: .venv/run  ## Install, and train the embedded default.
 	$(VENV)/python -m experiments.pretrain --workdir=runs/tiny
 
 test: .venv/dev  ## Install what the tests need, and run them.
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2
 
 lint: .venv/dev  ## Lint and check the formatting.
 	$(VENV)/ruff check .

@@ -33,7 +33,7 @@ LAYERS = flags.DEFINE_integer("layers", 2, "transformer blocks of the 350M shape
 ROWS = flags.DEFINE_integer("rows", 4, "rows of a step", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 512, "tokens of a row", lower_bound=2)
 VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [2048, 32100], "vocabulary size; repeat for one table each")
-RANKS = flags.DEFINE_multi_integer("rank", [128, 256], "LoRA rank; repeat for several")
+RANKS = flags.DEFINE_multi_integer("rank", [128, 256], "LoRA rank; repeat for several", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each program", lower_bound=1)
 MEMORY = flags.DEFINE_bool("memory", False, "compile only, and print the memory of the step with and without switching")
 JSON = flags.DEFINE_string("json", None, "write the results to this file as well")

@@ -57,7 +57,7 @@ def _guarded(main):
   except UserError as error:
     _fail(str(error))
   except KeyboardInterrupt:
-    sys.stderr.write("\nstopped; the same command continues from the last checkpoint\n")
+    sys.stderr.write("\nstopped; the same command continues from the last checkpoint, if one was saved yet\n")
     sys.exit(130)
 
 

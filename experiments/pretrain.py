@@ -22,11 +22,11 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the resolved config and all
 
 
 def main():
-  """Check, describe, train, conclude."""
+  """Check, then describe or train and conclude."""
   config = resolve(CONFIG.value, jax.device_count())
   jax.config.update("jax_enable_x64", "float64" in (config.dtype, config.param_dtype))
-  print(report.describe(config, trainer.build(config, make_mesh()).abstract), flush=True)
   if DRY_RUN.value:
+    print(report.describe(config, trainer.build(config, make_mesh()).abstract))
     return
   if WORKDIR.value is None:
     raise UserError("--workdir is missing: give the directory in which the run is kept, say --workdir=runs/tiny")

@@ -32,7 +32,12 @@ def adapter_std(in_features: int, out_features: int, rank: int, init: str = "swi
 
   `switchlora` is eq. 3 with `√m·r` for its `√(m·r)`, without which eq. 14 does not hold; `lora` is
   the traditional one of Fig. 9: A uniform in ±1/√in, B zero.
+
+  Raises:
+    ValueError: no such rank or initialisation.
   """
+  if rank < 1 or init not in INITS:
+    raise ValueError(f"rank (={rank}) must be at least 1 and init (={init!r}) one of {', '.join(INITS)}")
   n, m = in_features, out_features
   if init == "lora":
     return GAIN / n**0.5, 0.0
@@ -141,9 +146,8 @@ class SwitchLoRADense(LoRADense):
   It can be used alone, in a model of one's own. `params` is what `jax.grad` sees; `switching.switch`
   moves vectors between `params` and `candidates` and leaves the function as it was:
 
-  >>> import jax, jax.numpy as jnp
-  >>> from switchlora_jax.dense import SwitchLoRADense
-  >>> from switchlora_jax.switching import SwitchSchedule, switch
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from switchlora_jax import SwitchLoRADense, SwitchSchedule, draw_uniforms, lora_vectors, switch, vector_adam
   >>> layer = SwitchLoRADense(features=48, rank=8)
   >>> x = jax.random.normal(jax.random.key(0), (4, 32))
   >>> variables = layer.init(jax.random.key(1), x)
@@ -159,7 +163,25 @@ class SwitchLoRADense(LoRADense):
   >>> bool(jnp.allclose(y, y_after, atol=1e-5))
   True
 
-  `switched.reset` and `switched.freeze` are the masks that `optimizer.vector_adam` takes.
+  A step of training takes gradients of `params`, switches, and lets Adam reset and freeze the switched
+  vectors' counterparts by the masks that the switch returns. All three collections go on to the next step:
+
+  >>> tx = vector_adam(1e-2, vectors=lora_vectors)
+  >>> def loss(params, frozen, x):
+  ...   return jnp.mean((layer.apply({"params": params, "frozen": frozen}, x) - 1.0) ** 2)
+  >>> @jax.jit
+  ... def train_step(step, params, frozen, candidates, opt_state, x):
+  ...   grads = jax.grad(loss)(params, frozen, x)
+  ...   uniforms = draw_uniforms(jax.random.fold_in(jax.random.key(0), step), candidates)
+  ...   s = switch(params, frozen, candidates, schedule=schedule, scale=layer.scale, step=step, uniforms=uniforms)
+  ...   updates, opt_state = tx.update(grads, opt_state, s.params, reset=s.reset, freeze=s.freeze)
+  ...   return optax.apply_updates(s.params, updates), s.frozen, s.candidates, opt_state
+  >>> run = (variables["params"], variables["frozen"], variables["candidates"], tx.init(variables["params"]))
+  >>> before = loss(run[0], run[1], x)
+  >>> for step in range(100):
+  ...   run = train_step(step, *run, x)
+  >>> bool(loss(run[0], run[1], x) < before / 2)
+  True
   """
 
   def initial(self, key, in_features: int):

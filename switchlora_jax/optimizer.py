@@ -65,6 +65,11 @@ def scale_by_vector_adam(
     freeze = _no_vectors(updates) if freeze is None else freeze
     grads = jax.tree.map(lambda g, frozen: jnp.where(frozen | skip, 0, g), updates, freeze)
     fresh = jax.tree.map(lambda s: jax.tree.map(lambda x, hit: jnp.where(hit, 0, x), s, reset), state, is_leaf=_is_tree)
+    if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, state):
+      raise ValueError(
+        "a reset mask must broadcast to the step count of its leaf, and does not; pass vectors=…, which says whose "
+        "rows are LoRA vectors (switchlora_jax.lora_vectors for the layers of this package)"
+      )
     count = jax.tree.map(optax.safe_increment, fresh.count)
     mu = optax.tree.update_moment(grads, fresh.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, fresh.nu, b2, 2)

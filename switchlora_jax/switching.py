@@ -24,7 +24,7 @@ class SwitchSchedule(NamedTuple):
   """How often vectors are switched, and for how long their counterparts stay frozen.
 
   Attributes:
-    interval: steps between two switches of one vector at the start (interval₀, 40 in the paper).
+    interval: steps between two switches of one vector at the start (interval₀, 40 in the paper); 0: never.
     freeze_steps: N, steps for which the counterpart is frozen, the step of the switch included.
     total_steps: T, the steps of the whole run.
     decay_point: p, the fraction of T at which the rate has fallen to `decay_to` of its start.
@@ -42,7 +42,9 @@ class SwitchSchedule(NamedTuple):
     return jnp.maximum(self.decay_to ** ((step + 1) / (self.decay_point * self.total_steps)), 1e-8)
 
   def window(self, rank: int, spares: int) -> int:
-    """K, the most vectors a side that one step may switch."""
+    """K, the most vectors a side that one step may switch; 0 where the interval is 0, which means never."""
+    if self.interval == 0:
+      return 0
     return min(rank // self.interval + 1, spares, rank // 2)
 
 
@@ -222,17 +224,19 @@ def draw_uniforms(key, candidates) -> dict:
 COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | {"kernel": "frozen"}  # all else: candidates
 
 
-def switch(params, frozen, candidates, *, schedule: SwitchSchedule, scale, step, uniforms, skip=False) -> Switched:
+def switch(params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, skip=False) -> Switched:
   """One step's switching of every layer that keeps spares. `kernel + scale·AᵀB` does not change.
 
   Args:
-    params, frozen, candidates: the collections of `dense.SwitchLoRADense`, nested under equal paths.
+    params, frozen, candidates: the collections of `dense.SwitchLoRADense`, nested under equal paths; there are no
+      candidates where no layer has spares.
     schedule: rates and freeze time.
     scale: s = α/r.
     step: t, from 0.
     uniforms: {path: [...] in [0, 1)} as from `draw_uniforms`, or one number for every layer.
     skip: [] bool; where true nothing moves, timers included.
   """
+  candidates = candidates or {}
   flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
   reset, frozen_now = dict.fromkeys(flat["params"], False), dict.fromkeys(flat["params"], False)
   total = jnp.zeros((), jnp.int32)

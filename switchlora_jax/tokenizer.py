@@ -41,8 +41,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
       minloglevel=2,
     )
   except RuntimeError as error:
+    found = "it is empty" if "sentences_.empty()" in str(error) else error
     raise UserError(
-      f"could not train a tokenizer of --config.model.vocab_size (={vocab_size}) pieces on this text: {error}; "
+      f"could not train a tokenizer of --config.model.vocab_size (={vocab_size}) pieces on this text: {found}; "
       "256 pieces are bytes and each letter takes one: use more text, a larger vocabulary, or --config.data.tokenizer"
     ) from error
   unfinished = Path(f"{path}.{os.getpid()}.tmp")

@@ -76,14 +76,16 @@ def train(config, workdir: Path) -> Outcome:
     UserError: before anything expensive where config, data or directory do not fit together; while
       training when too many updates in a row were not finite.
   """
+  dataset.check(config.data, vocab_size=config.model.vocab_size)
   run_directory.prepare(workdir, config)
+  mesh = make_mesh()
+  program = build(config, mesh)
+  print(report.describe(config, program.abstract), flush=True)
   data = dataset.prepare(
     config.data, seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size
   )
   print(report.describe_data(data.summary), flush=True)
   run_directory.record(workdir, config, data)
-  mesh = make_mesh()
-  program = build(config, mesh)
 
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
     state = checkpoints.restore(program.abstract) or program.create()

@@ -215,3 +215,9 @@ def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked)
   shapes = scan_outputs(jaxpr)
   assert (layers, rank, size) in shapes, "the gradients of the vectors are there"
   assert ((layers, size, size) in shapes) == stacked
+
+
+@pytest.mark.parametrize("wrong", [dict(rank=0), dict(rank=4, adapter_init="kaiming")])
+def test_a_wrong_rank_or_initialisation_is_a_sentence(wrong):
+  with pytest.raises(ValueError, match="must be at least 1 and init"):
+    SwitchLoRADense(6, **wrong).init(jax.random.key(0), jnp.ones((1, 8)))

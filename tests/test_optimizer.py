@@ -306,3 +306,10 @@ def test_clipping_keeps_dtypes():
   clipped, norm = clip_by_global_norm(grads, 0.3)
   assert {name: g.dtype for name, g in clipped.items()} == {name: g.dtype for name, g in grads.items()}
   np.testing.assert_allclose(norm, 8**0.5, rtol=1e-6)
+
+
+def test_forgetting_which_leaves_hold_vectors_is_a_sentence():
+  params = {"lora_a": jnp.ones((4, 3))}
+  tx = scale_by_vector_adam()
+  with pytest.raises(ValueError, match=r"pass vectors="):
+    tx.update(params, tx.init(params), params, reset={"lora_a": jnp.ones((4, 1), bool)})

@@ -49,7 +49,7 @@ def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
     r"sample: '.*' → '",
     rf"loss curve: {workdir}/loss.png",
     rf"saved in: {workdir}",
-    r"continue for twice as long: python\S* -m experiments.pretrain .*--config.steps=8",
+    r"continue for twice as long: \S*python\S* -m experiments.pretrain .*--config.steps=8",
   ):
     assert re.search(pattern, done.stdout), pattern
   assert "step 4: validation perplexity" in done.stdout

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_model import same_bits
 
+from switchlora_jax.dense import SwitchLoRADense
 from switchlora_jax.switching import (
   Layer,
   SwitchSchedule,
@@ -165,3 +166,13 @@ def test_a_bfloat16_kernel_is_rounded_twice_a_switch_however_many_vectors_move()
   bound = 2**-8 * (np.abs(moved) + np.abs(old.kernel + moved)) * 1.02 + 1e-6
   assert np.all(np.abs(new.kernel - old.kernel - moved) <= bound)
   assert np.abs(moved).max() > 1
+
+
+def test_an_interval_of_0_and_layers_without_spares_are_never_switched():
+  layer = SwitchLoRADense(6, rank=4)
+  variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
+  never = switch(**variables, schedule=SwitchSchedule(interval=0), scale=1, step=0, uniforms=0.0)
+  assert never.count == 0 and same_bits(never.params, variables["params"])
+  full = SwitchLoRADense(6, rank=6).init(jax.random.key(0), jnp.ones((1, 8)))
+  assert "candidates" not in full
+  assert switch(**full, schedule=SwitchSchedule(interval=2), scale=1, step=0, uniforms=0.0).count == 0

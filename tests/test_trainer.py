@@ -166,7 +166,7 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
   monkeypatch.setattr(trainer, "build", broken)
   with pytest.raises(UserError, match=r"stopped after step 6: 6 updates in a row .* lower --config.learning_rate"):
     trainer.train(resolved(tmp_path, max_skipped=5), tmp_path / "run")
-  assert [row["loss"] for row in lines(tmp_path / "run")] == [None] * 6
+  assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
 
 
 def test_the_step_compiles_once(tmp_path):
