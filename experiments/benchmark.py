@@ -171,7 +171,8 @@ def _cell(key: str, value) -> str:
 def main():
   """Measure, print, write."""
   results = memory() if MEMORY.value else [row for vocabulary in VOCABULARIES.value for row in benchmark(vocabulary)]
-  print(f"{LAYERS.value} layers, {ROWS.value} × {LENGTH.value} tokens, float32, one {jax.devices()[0].device_kind}")
+  where = "compiled only" if MEMORY.value else f"one {jax.devices()[0].device_kind}"
+  print(f"layers: {LAYERS.value}, tokens a step: {ROWS.value} × {LENGTH.value}, float32, {where}")
   print(table(results))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")
