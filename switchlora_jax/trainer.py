@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from switchlora_jax import dataset, metrics, report, run_directory, train_state
@@ -15,6 +14,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.evaluation import make_eval_step, validation_loss
 from switchlora_jax.llama import LLaMA
 from switchlora_jax.methods import METHODS
+from switchlora_jax.methods.base import dtypes
 from switchlora_jax.optimizer import cosine_schedule
 from switchlora_jax.sharding import by_rows, make_mesh, replicated
 from switchlora_jax.train_step import make_train_step
@@ -48,8 +48,7 @@ def assemble(config, method, mesh) -> Program:
   """The program of a config with a given `Method`."""
   schedule = cosine_schedule(config.learning_rate, config.warmup_steps, config.steps)
   tx = method.optimizer(schedule)
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes)
+  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes(config))
   create = jax.jit(partial(train_state.create, model, tx, config.seed), out_shardings=replicated(mesh))
   shapes = jax.eval_shape(create)
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)

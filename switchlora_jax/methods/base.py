@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from switchlora_jax.train_state import TrainState
@@ -20,6 +21,11 @@ class Adjusted(NamedTuple):
   state: TrainState
   masks: dict[str, Any]
   metrics: dict[str, Any]
+
+
+def dtypes(config) -> dict[str, Any]:
+  """`dtype` and `param_dtype` of a config, as every module of the model takes them."""
+  return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def nothing(state: TrainState, skip) -> Adjusted:

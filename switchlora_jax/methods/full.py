@@ -3,10 +3,9 @@
 from functools import partial
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from switchlora_jax.dense import KERNEL_INIT
-from switchlora_jax.methods.base import Method
+from switchlora_jax.methods.base import Method, dtypes
 from switchlora_jax.optimizer import vector_adam
 
 LEARNING_RATE = 1e-3  # section 4.1
@@ -23,6 +22,5 @@ def describe(config) -> list[str]:
 
 def build(config) -> Method:
   """Plain linear layers and plain Adam."""
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-  dense = partial(nn.Dense, use_bias=False, kernel_init=KERNEL_INIT, **dtypes)
+  dense = partial(nn.Dense, use_bias=False, kernel_init=KERNEL_INIT, **dtypes(config))
   return Method(dense, vector_adam)

@@ -5,11 +5,9 @@ The paper's baseline: SwitchLoRA's layer and initialisation (section 4.1), witho
 
 from functools import partial
 
-import jax.numpy as jnp
-
 from switchlora_jax.dense import INITS, LoRADense, lora_vectors
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods.base import Method
+from switchlora_jax.methods.base import Method, dtypes
 from switchlora_jax.optimizer import vector_adam
 
 LEARNING_RATE = 1e-2  # section 4.1
@@ -27,8 +25,7 @@ def check(config):
 
 def layer(config, kind=LoRADense):
   """The factory of adapted layers for a config."""
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-  return partial(kind, rank=config.rank, adapter_init=config.switch.init, **dtypes)
+  return partial(kind, rank=config.rank, adapter_init=config.switch.init, **dtypes(config))
 
 
 def optimizer(config):
