@@ -7,13 +7,16 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """The config that the files beside this one start from."""
   config = ConfigDict()
-  config.method = "switchlora"  # full | lora | switchlora
-  config.rank = 128  # LoRA vectors a side; not used by full
+  config.method = "switchlora"  # full | lora | switchlora | relora | galore
+  config.rank = 128  # LoRA vectors a side, or directions of a projected gradient (galore); not used by full
   config.steps = 40_000  # updates; the horizon of learning-rate and switch schedules
   config.batch_size = 1152  # rows a step, over all devices and micro-batches
   config.seq_len = 512  # tokens a row
   config.learning_rate = placeholder(float)  # peak; None: the method's own
   config.warmup_steps = 100  # linear warm-up; then a cosine to 0 at `steps`
+  config.min_lr_ratio = placeholder(float)  # of the peak: a floor under the cosine; relora and galore end it there
+  config.warm_start_steps = 0  # full-rank steps before the low-rank method takes over, part of `steps`
+  config.warm_start_from = ""  # a run directory whose newest weights the run starts from
   config.clip_norm = 1.0  # largest global norm of the gradients
   config.accumulation = 1  # micro-batches a step on each device
   config.seed = 0  # of initialisation, data order and switching
@@ -43,6 +46,19 @@ def get_config() -> ConfigDict:
   config.switch.decay_point = 0.1  # by this fraction of `steps` the switching rate has fallen …
   config.switch.decay_to = 1 / 3  # … to this fraction of its start (the authors' code has 0.3)
   config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
+  config.switch.order = "sequential"  # of the candidates: sequential | random (section 2.2)
+  config.switch.reset = True  # reset the optimizer state of a switched vector's counterpart
+
+  config.relora = ConfigDict()  # used by relora
+  config.relora.restart_every = 5000  # steps between two merges of the adapters into the base weights
+  config.relora.restart_warmup_steps = 100  # linear warm-up after each of them
+  config.relora.prune = "random"  # which moments are zeroed at a merge: random | magnitude (the smallest)
+  config.relora.prune_ratio = 0.999  # share of the moments that are zeroed
+  config.relora.alpha = 32.0  # the adapter is scaled by alpha / rank
+
+  config.galore = ConfigDict()  # used by galore
+  config.galore.refresh_every = 200  # steps between two singular value decompositions of the gradients
+  config.galore.scale = 0.25  # of the update that is projected back
 
   config.data = ConfigDict()
   config.data.source = "text"  # docs (documentation of the installed packages) | text (your files)

@@ -21,12 +21,13 @@ from ml_collections import ConfigDict
 
 from configs import llama_350m
 from experiments import cli
-from switchlora_jax import cost, topology, trainer
+from switchlora_jax import cost, topology
 from switchlora_jax.config import resolve
 from switchlora_jax.dense import LoRADense
 from switchlora_jax.methods import METHODS, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.metrics import progress_bar
+from switchlora_jax.program import Program, assemble
 from switchlora_jax.sharding import by_rows, make_mesh
 
 LAYERS = flags.DEFINE_integer("layers", 2, "transformer blocks of the 350M shape", lower_bound=1)
@@ -56,7 +57,7 @@ class Case(NamedTuple):
 
   config: Any
   method: Method
-  program: trainer.Program
+  program: Program
 
 
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
@@ -69,7 +70,7 @@ def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   method = METHODS[config.method].build(config)
   if name == "two products":
     method = method._replace(dense=lora.layer(config, TwoProductDense))
-  return Case(config, method, trainer.assemble(config, method, mesh))
+  return Case(config, method, assemble(config, method, mesh))
 
 
 def time_in_turns(calls: dict, what: str) -> dict:

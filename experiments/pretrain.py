@@ -13,6 +13,7 @@ from experiments import cli
 from switchlora_jax import report, trainer
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
+from switchlora_jax.program import phases
 from switchlora_jax.sharding import make_mesh
 
 CONFIG = cli.define_config()
@@ -26,7 +27,7 @@ def main():
   config = resolve(CONFIG.value, jax.device_count())
   jax.config.update("jax_enable_x64", "float64" in (config.dtype, config.param_dtype))
   if DRY_RUN.value:
-    print(report.describe(config, trainer.build(config, make_mesh()).abstract))
+    print(report.describe(config, *(program.abstract for program in phases(config, make_mesh()))))
     return
   if WORKDIR.value is None:
     raise UserError("--workdir is missing: give the directory in which the run is kept, say --workdir=runs/tiny")

@@ -38,12 +38,12 @@ def named_checksums(state) -> dict[str, int]:
 class Checkpoints:
   """The checkpoints of one run, in `directory`; a context that waits for the last save when it ends."""
 
-  def __init__(self, directory: Path, keep: int):
+  def __init__(self, directory: Path, keep: int | None = None):
     self._directory, self._keep = directory.absolute(), keep
     self._manager = self._open()
 
   def _open(self):
-    policy = ocp.checkpoint_managers.LatestN(self._keep)
+    policy = ocp.checkpoint_managers.LatestN(self._keep) if self._keep else None
     return ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
 
   def __enter__(self):
@@ -61,20 +61,20 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(named_checksums(state)))
     self._manager.save(step, args=items)
 
-  def restore(self, abstract):
+  def restore(self, abstract_at):
     """The newest good state, or None where nothing was saved yet.
 
     Where a newer one is damaged, it is moved aside, next to `checkpoints/`, with a warning that names it.
 
     Args:
-      abstract: a pytree of ShapeDtypeStruct with shardings, as the state shall come back.
+      abstract_at: from a step to a pytree of ShapeDtypeStruct with shardings, as its state shall come back.
     Raises:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
     damaged = {}
     for step in reversed(self.steps()):
       try:
-        state = self._restore(step, abstract)
+        state = self._restore(step, abstract_at(step))
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
         damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         continue

@@ -26,7 +26,7 @@ FREE = ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_
 
 
 def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
-  """The config as it will be used: checked against itself and the number of devices, `learning_rate` filled in.
+  """The config as it will be used: checked against itself and the number of devices, the method's own values filled in.
 
   Raises:
     UserError: a value makes no sense, says which, and what to set instead.
@@ -38,9 +38,12 @@ def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
     raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
   method = METHODS[config.method]
   method.check(config)
+  _check_warm_start(config)
   config = config.copy_and_resolve_references()  # a plain copy would share the placeholder
   if config.learning_rate is None:
     config.learning_rate = method.LEARNING_RATE
+  if config.min_lr_ratio is None:
+    config.min_lr_ratio = method.MIN_LR_RATIO
   return FrozenConfigDict(config)
 
 
@@ -84,11 +87,28 @@ def _check_training(config, devices: int):
     )
   if config.learning_rate is not None and not config.learning_rate > 0:
     raise UserError(f"learning_rate (={config.learning_rate}) must be greater than 0; set --config.learning_rate")
+  if config.min_lr_ratio is not None and not 0 <= config.min_lr_ratio <= 1:
+    raise UserError(f"min_lr_ratio (={config.min_lr_ratio}) must lie between 0 and 1; set --config.min_lr_ratio")
   if config.seed < 0:
     raise UserError(f"seed (={config.seed}) must not be negative; set --config.seed")
   for key in ("dtype", "param_dtype"):
     if config[key] not in DTYPES:
       raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
+
+
+def _check_warm_start(config):
+  steps = config.warm_start_steps
+  if not 0 <= steps <= config.steps:
+    raise UserError(
+      f"warm_start_steps (={steps}) must lie between 0 and steps (={config.steps}); set --config.warm_start_steps"
+    )
+  if steps and config.method == "full":
+    raise UserError(f"warm_start_steps (={steps}) needs a low-rank --config.method to hand over to; found full")
+  if steps and config.warm_start_from:
+    raise UserError(
+      f"warm_start_steps (={steps}) and warm_start_from (={config.warm_start_from!r}) exclude each other: full rank "
+      f"within this run, or the weights of another; set one of them"
+    )
 
 
 def flatten(config) -> dict:

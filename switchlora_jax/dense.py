@@ -45,13 +45,13 @@ def adapter_std(in_features: int, out_features: int, rank: int, init: str = "swi
 
 
 def merge(kernel, lora_a, lora_b, scale, dtype=None):
-  """The weight in force, `kernel + scale·AᵀB`, [in, out], in the wider of the kernel's dtype and `dtype`.
+  """The weight in force, `kernel + scale·AᵀB`, [..., in, out], in the wider of the kernel's dtype and `dtype`.
 
   The product's factors are cast to `dtype` first (the kernel's by default).
   """
   dtype = dtype or kernel.dtype
   wide = jnp.promote_types(kernel.dtype, dtype)
-  return kernel + scale * jnp.matmul(lora_a.T.astype(dtype), lora_b.astype(dtype), preferred_element_type=wide)
+  return kernel + scale * jnp.matmul(lora_a.mT.astype(dtype), lora_b.astype(dtype), preferred_element_type=wide)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

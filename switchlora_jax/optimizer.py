@@ -100,10 +100,38 @@ def vector_adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8, **options) -> optax.G
   return optax.chain(scale_by_vector_adam(b1, b2, eps, **options), optax.scale_by_learning_rate(learning_rate))
 
 
-def cosine_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-  """Linear warm-up from 0 (the first update has learning rate 0), then a cosine to 0 at `total_steps`."""
-  schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps)
-  return lambda count: schedule(jnp.asarray(count, float))  # an int32 count would give float32 in a float64 run
+def cosine_schedule(
+  learning_rate: float, warmup_steps: int, total_steps: int, *, end: float = 0.0, floor: float = 0.0
+) -> optax.Schedule:
+  """Linear warm-up from 0 (the first update has learning rate 0), then a cosine to `end` at `total_steps`.
+
+  After the warm-up it is never below `floor`. Both are fractions of `learning_rate`: ReLoRA's and GaLore's
+  authors shrink the cosine, SwitchLoRA's cut it off.
+  """
+  cosine = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, total_steps, learning_rate * end)
+
+  def schedule(count):
+    count = jnp.asarray(count, float)  # an int32 count would give float32 in a float64 run
+    return jnp.where(count < warmup_steps, cosine(count), jnp.maximum(cosine(count), learning_rate * floor))
+
+  return schedule
+
+
+def warm_up_again(schedule: optax.Schedule, last_start: Callable, warmup_steps: int) -> optax.Schedule:
+  """`schedule`, but for a linear climb from 0, after each new start, to where it stands `warmup_steps` later.
+
+  Args:
+    last_start: from a step to the last new start before it; where there was none, any later step.
+  """
+  if warmup_steps == 0:
+    return schedule
+
+  def restarted(count):
+    start = last_start(jnp.asarray(count))
+    climb = jnp.asarray(count - start, float) / warmup_steps
+    return jnp.where((climb >= 0) & (climb < 1), climb * schedule(start + warmup_steps), schedule(count))
+
+  return restarted
 
 
 def clip_by_global_norm(grads, max_norm: float):
@@ -111,3 +139,25 @@ def clip_by_global_norm(grads, max_norm: float):
   norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
   factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
   return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
+
+
+def magnitude_mask(x, ratio: float):
+  """Which elements of `x` exceed the `ratio`-quantile of |x|, taken in float32 as ReLoRA's authors do."""
+  return jnp.abs(x) > jnp.quantile(jnp.abs(x).astype(jnp.float32), ratio).astype(x.dtype)
+
+
+def prune_moments(opt_state, keep: Callable):
+  """`opt_state` with mu and nu zeroed, by one mask, where `keep` says so; counts go on.
+
+  Args:
+    keep: from a tree of first moments to a tree of masks like it, whose leaves broadcast.
+  """
+
+  def prune(node):
+    if not isinstance(node, VectorAdamState):
+      return node
+    kept = keep(node.mu)
+    mu, nu = (jax.tree.map(lambda x, k: jnp.where(k, x, 0), tree, kept) for tree in (node.mu, node.nu))
+    return node._replace(mu=mu, nu=nu)
+
+  return jax.tree.map(prune, opt_state, is_leaf=lambda node: isinstance(node, VectorAdamState))

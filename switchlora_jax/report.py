@@ -26,8 +26,9 @@ def size_line(name: str, tree) -> str:
   return f"{name}: {size / 2**20:,.1f} MiB ({size:,} bytes)"
 
 
-def describe(config, state) -> str:
-  """The resolved config and the sizes of a state, abstract or real."""
+def describe(config, *states) -> str:
+  """The resolved config and the sizes of its states, abstract or real: of the warm start, if any, and of the method."""
+  *before, state = states
   lines = [f"{key}: {value}" for key, value in flatten(config).items()]
   lines += [
     "",
@@ -37,6 +38,7 @@ def describe(config, state) -> str:
     size_line("frozen", state.frozen),
     size_line("candidates", state.candidates),
     size_line("optimizer", state.opt_state),
+    *(size_line("optimizer in the full-rank warm start", start.opt_state) for start in before),
     f"tokens per step: {config.batch_size * config.seq_len:,}",
     f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
   ]

@@ -5,8 +5,8 @@ layout of `dense`, `kernel + scale·AᵀB` with one LoRA vector a row: `lora_a [
 
 Three cursors walk a layer, all derived from `cursor`, the number k of vectors loaded so far: load
 k of A goes to slot `k mod r`, load k of B to slot `(k + r//2) mod r`, and both take and leave spare
-row `k mod (c - r)`. The authors keep all c candidates and write an evicted vector back to its own
-id; swapping with c - r spares visits the same vectors in the same order.
+row `k mod (c - r)`, unless rows are drawn (`draw_picks`). The authors keep all c candidates and write
+an evicted vector back to its own id; swapping with c - r spares visits the same vectors in the same order.
 
 Pure functions. No model, no config: any pytree whose `params`, `frozen` and `candidates` hold a
 layer's arrays under one path will do, stacked along leading axes or not.
@@ -49,9 +49,13 @@ class SwitchSchedule(NamedTuple):
 
 
 class Switched(NamedTuple):
-  """What `switch` returns: the three collections, the optimizer's masks, and the number of vectors switched a side.
+  """What `switch` returns.
 
-  `reset` and `freeze` are trees like `params`: [..., r, 1] bool for switchable LoRA vectors, False elsewhere.
+  Attributes:
+    params, frozen, candidates: the collections.
+    reset, freeze: the optimizer's masks, trees like `params`: [..., r, 1] bool for switchable LoRA vectors, else False.
+    count: [] int32, vectors switched a side, over all layers.
+    moved: [] Frobenius norm of what the kernels absorbed, over all layers.
   """
 
   params: Any
@@ -60,6 +64,7 @@ class Switched(NamedTuple):
   reset: Any
   freeze: Any
   count: jax.Array
+  moved: jax.Array
 
 
 class Layer(NamedTuple):
@@ -105,7 +110,7 @@ def swap(vectors, spares, slots, picks, live):
   return vectors, spares, jnp.where(live, old.astype(wide) - new.astype(wide), 0)
 
 
-def switch_vectors(layers: Layer, slots_a, slots_b, picks, live):
+def switch_vectors(layers: Layer, slots_a, slots_b, picks_a, picks_b, live):
   """Algorithm 1 on both sides of L layers, but for the kernel.
 
   A's and B's slots never meet, so the counterpart of a switched vector is not switched itself, and
@@ -113,8 +118,8 @@ def switch_vectors(layers: Layer, slots_a, slots_b, picks, live):
 
   Returns the layers and the factors left [L, 2K, in], right [L, 2K, out] of what s·AᵀB has lost.
   """
-  lora_a, spare_a, lost_a = swap(layers.lora_a, layers.spare_a, slots_a, picks, live)
-  lora_b, spare_b, lost_b = swap(layers.lora_b, layers.spare_b, slots_b, picks, live)
+  lora_a, spare_a, lost_a = swap(layers.lora_a, layers.spare_a, slots_a, picks_a, live)
+  lora_b, spare_b, lost_b = swap(layers.lora_b, layers.spare_b, slots_b, picks_b, live)
   with_b = jnp.take_along_axis(lora_b, slots_a[:, :, None], 1)
   with_a = jnp.take_along_axis(lora_a, slots_b[:, :, None], 1)
   layers = Layer(layers.kernel, lora_a, lora_b, spare_a, spare_b)
@@ -142,21 +147,33 @@ def absorb(kernel, left, right, busy):
   return jax.lax.fori_loop(0, jnp.sum(busy) * chunks, turn, kernel)
 
 
-def switch_layers(layers: Layer, cursor, count, window: int, scale) -> Layer:
+def switch_layers(layers: Layer, cursor, count, window: int, scale, picks=None):
   """Switch `count` [L] vectors a side of L layers, from `cursor` [L] on; at most `window` (K).
 
   A loop of one turn or none, not a branch: XLA copies what passes through a branch.
+  `picks`, if any, are the spare rows of A and of B to use, each [L, K].
+
+  Returns the layers and ‖s·ΔAᵀB‖², [] summed over them.
   """
   rank, spares = layers.lora_a.shape[1], layers.spare_a.shape[1]
   ahead = cursor[:, None] + jnp.arange(window)[None]
   live = jnp.arange(window)[None] < count[:, None]
-  slots_a, slots_b, picks = ahead % rank, (ahead + rank // 2) % rank, ahead % spares
+  slots_a, slots_b = ahead % rank, (ahead + rank // 2) % rank
+  picks_a, picks_b = picks or (ahead % spares, ahead % spares)
 
-  def turn(_, layers):
-    layers, left, right = switch_vectors(layers, slots_a, slots_b, picks, live)
-    return layers._replace(kernel=absorb(layers.kernel, left, scale * right, count > 0))
+  def turn(_, carry):
+    layers, left, right = switch_vectors(carry[0], slots_a, slots_b, picks_a, picks_b, live)
+    right = scale * right
+    return layers._replace(kernel=absorb(layers.kernel, left, right, count > 0)), norm_squared(left, right)
 
-  return jax.lax.fori_loop(0, jnp.any(count > 0).astype(jnp.int32), turn, layers)
+  nothing = jnp.zeros((), jnp.promote_types(layers.lora_a.dtype, jnp.float32))
+  return jax.lax.fori_loop(0, jnp.any(count > 0).astype(jnp.int32), turn, (layers, nothing))
+
+
+def norm_squared(left, right):
+  """Σ ‖left[l]ᵀ·right[l]‖² over layers, left [L, K, in], right [L, K, out], without forming the products."""
+  gram = lambda side: jnp.einsum("lkd,ljd->lkj", side, side)
+  return jnp.sum(gram(left) * gram(right))
 
 
 def switched_slots(cursor, count, rank: int, offset: int):
@@ -181,22 +198,22 @@ def available(clock: Clock):
   return half - jnp.maximum(*frozen)
 
 
-def switch_kind(layers: Layer, clock: Clock, uniforms, schedule: SwitchSchedule, scale, step, skip):
-  """One step of Algorithm 2 for L stacked layers of one kind, with `uniforms` [L].
+def switch_kind(layers: Layer, clock: Clock, uniforms, picks, schedule: SwitchSchedule, scale, step, skip):
+  """One step of Algorithm 2 for L stacked layers of one kind, with `uniforms` [L] and `picks` as `switch_layers`.
 
-  Returns layers, clock, {"lora_a": (reset, frozen), "lora_b": (reset, frozen)} with masks [L, r], and count [L].
+  Returns layers, clock, {"lora_a": (reset, frozen), "lora_b": (reset, frozen)} with masks [L, r], count [L], ‖s·ΔAᵀB‖².
   """
   rank, spares = layers.lora_a.shape[1], layers.spare_a.shape[1]
   window = schedule.window(rank, spares)
   wanted = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)
   count = jnp.where(skip, 0, jnp.clip(wanted, 0, jnp.minimum(window, available(clock))))
-  layers = switch_layers(layers, clock.cursor, count, window, scale)
+  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, picks)
   reset_b = switched_slots(clock.cursor, count, rank, 0)  # switching a_k resets and freezes b_k
   reset_a = switched_slots(clock.cursor, count, rank, rank // 2)  # and the other way round
   frozen_a, timer_a = freeze(clock.timer_a, reset_a, schedule.freeze_steps, skip)
   frozen_b, timer_b = freeze(clock.timer_b, reset_b, schedule.freeze_steps, skip)
   clock = Clock(clock.cursor + count, timer_a, timer_b)
-  return layers, clock, {"lora_a": (reset_a, frozen_a), "lora_b": (reset_b, frozen_b)}, count
+  return layers, clock, {"lora_a": (reset_a, frozen_a), "lora_b": (reset_b, frozen_b)}, count, moved
 
 
 def switchable(candidates) -> list[tuple[str, ...]]:
@@ -221,10 +238,23 @@ def draw_uniforms(key, candidates) -> dict:
   return draws
 
 
+def draw_picks(key, candidates, schedule: SwitchSchedule) -> dict:
+  """Spare rows for each side of each layer, drawn without repetition: {path: ([..., K], [..., K])}."""
+  picks = {}
+  for number, path in enumerate(switchable(candidates)):
+    *lead, spares, _ = flatten_dict(candidates)[(*path, "spare_a")].shape
+    rank = flatten_dict(candidates)[(*path, "timer_a")].shape[-1]
+    chances = jax.random.uniform(jax.random.fold_in(key, number), (2, *lead, spares))
+    picks[path] = tuple(jax.lax.top_k(chances, schedule.window(rank, spares))[1])
+  return picks
+
+
 COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | {"kernel": "frozen"}  # all else: candidates
 
 
-def switch(params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, skip=False) -> Switched:
+def switch(
+  params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, picks=None, skip=False
+) -> Switched:
   """One step's switching of every layer that keeps spares. `kernel + scale·AᵀB` does not change.
 
   Args:
@@ -234,12 +264,13 @@ def switch(params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, 
     scale: s = α/r.
     step: t, from 0.
     uniforms: {path: [...] in [0, 1)} as from `draw_uniforms`, or one number for every layer.
+    picks: spare rows as from `draw_picks`; None: the next ones in order, as the authors do.
     skip: [] bool; where true nothing moves, timers included.
   """
   candidates = candidates or {}
   flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
   reset, frozen_now = dict.fromkeys(flat["params"], False), dict.fromkeys(flat["params"], False)
-  total = jnp.zeros((), jnp.int32)
+  total, moved = jnp.zeros((), jnp.int32), 0.0
   for path in switchable(candidates):
     lead = layer_shape(candidates, path)
     read = lambda name, path=path: flat[COLLECTION.get(name, "candidates")][*path, name]
@@ -248,16 +279,31 @@ def switch(params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, 
     if schedule.window(layers.lora_a.shape[1], layers.spare_a.shape[1]) == 0:
       continue
     draws = uniforms[path] if isinstance(uniforms, dict) else jnp.full(lead, uniforms)
-    layers, clock, masks, count = switch_kind(layers, clock, draws.reshape(-1), schedule, scale, step, skip)
+    chosen = picks and tuple(rows.reshape(-1, rows.shape[-1]) for rows in picks[path])
+    layers, clock, masks, count, norm2 = switch_kind(
+      layers, clock, draws.reshape(-1), chosen, schedule, scale, step, skip
+    )
     for name, value in (layers._asdict() | clock._asdict()).items():
       flat[COLLECTION.get(name, "candidates")][*path, name] = value.reshape(*lead, *value.shape[1:])
     for name, both in masks.items():
       reset[*path, name], frozen_now[*path, name] = (mask.reshape(*lead, -1, 1) for mask in both)
-    total += jnp.sum(count, dtype=jnp.int32)
-  return Switched(*map(unflatten_dict, (*flat.values(), reset, frozen_now)), total)
+    total, moved = total + jnp.sum(count, dtype=jnp.int32), moved + norm2
+  return Switched(*map(unflatten_dict, (*flat.values(), reset, frozen_now)), total, jnp.sqrt(moved))
 
 
 def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> float:
   """How many times a layer's c candidates are all cycled through in a run; far below 1, switching cannot matter."""
   decayed = schedule.decay_point * schedule.total_steps / math.log(1 / schedule.decay_to)
   return rank / (candidates - rank) * decayed / schedule.interval
+
+
+def coverage(candidates):
+  """The share of all candidates that have been in a slot so far, [] in [0, 1], where they are taken in order.
+
+  The first r are there from the start, and every load up to the (c - r)-th brings a new one.
+  """
+  flat, shares = flatten_dict(candidates), []
+  for path in switchable(candidates):
+    rank, spares = flat[(*path, "timer_a")].shape[-1], flat[(*path, "spare_a")].shape[-2]
+    shares.append((rank + jnp.minimum(flat[(*path, "cursor")], spares).reshape(-1)) / (rank + spares))
+  return jnp.mean(jnp.concatenate(shares))

@@ -43,7 +43,7 @@ def accumulated_gradients(model, mesh, accumulation: int):
   return jax.shard_map(local, mesh=mesh, in_specs=(everywhere, everywhere, rows), out_specs=everywhere, check_vma=False)
 
 
-def make_train_step(model, method, schedule, tx, mesh, *, accumulation: int, clip_norm: float):
+def make_train_step(model, method, mesh, *, accumulation: int, clip_norm: float):
   """The jitted step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
 
   A loss or gradient that is not finite skips the whole update, switch included: only `step` and the
@@ -53,11 +53,12 @@ def make_train_step(model, method, schedule, tx, mesh, *, accumulation: int, cli
   gradients = accumulated_gradients(model, mesh, accumulation)
 
   def train_step(state: TrainState, rows):
+    state = method.prepare(state)
     loss, grads = gradients(state.params, state.frozen, rows)
     grads, norm = clip_by_global_norm(grads, clip_norm)
     skip = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     state, masks, metrics = method.adjust(state, skip)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, skip=skip, **masks)
+    updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params, skip=skip, **masks)
     state = state._replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
@@ -65,7 +66,7 @@ def make_train_step(model, method, schedule, tx, mesh, *, accumulation: int, cli
       skipped=state.skipped + skip,
       skipped_in_a_row=jnp.where(skip, state.skipped_in_a_row + 1, 0),
     )
-    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(schedule(state.step - 1))}
+    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(method.schedule(state.step - 1))}
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
   everywhere = replicated(mesh)

@@ -1,61 +1,19 @@
 """The story of a run: build, restore, then step, report, evaluate, save until the last step."""
 
 import time
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from switchlora_jax import dataset, metrics, report, run_directory, train_state
+from switchlora_jax import dataset, metrics, report, run_directory, train_state, warm_start
+from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
-from switchlora_jax.evaluation import make_eval_step, validation_loss
-from switchlora_jax.llama import LLaMA
-from switchlora_jax.methods import METHODS
-from switchlora_jax.methods.base import dtypes
-from switchlora_jax.optimizer import cosine_schedule
-from switchlora_jax.sharding import by_rows, make_mesh, replicated
-from switchlora_jax.train_step import make_train_step
-
-
-class Program(NamedTuple):
-  """Everything compiled or about to be, for one resolved config.
-
-  Attributes:
-    model: the LLaMA.
-    create: () -> TrainState, the state before step 0, placed on the mesh.
-    abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
-    step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
-    place: rows [batch, length] on the host to int32 on the mesh.
-  """
-
-  model: LLaMA
-  create: Any
-  abstract: train_state.TrainState
-  step: Any
-  eval_step: Any
-  place: Any
-
-
-def build(config, mesh) -> Program:
-  """The program of a resolved config on a mesh."""
-  return assemble(config, METHODS[config.method].build(config), mesh)
-
-
-def assemble(config, method, mesh) -> Program:
-  """The program of a config with a given `Method`."""
-  schedule = cosine_schedule(config.learning_rate, config.warmup_steps, config.steps)
-  tx = method.optimizer(schedule)
-  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes(config))
-  create = jax.jit(partial(train_state.create, model, tx, config.seed), out_shardings=replicated(mesh))
-  shapes = jax.eval_shape(create)
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
-  accumulation = dict(accumulation=config.accumulation, clip_norm=config.clip_norm)
-  step = make_train_step(model, method, schedule, tx, mesh, **accumulation)
-  place = lambda rows: jax.device_put(np.asarray(rows, np.int32), by_rows(mesh))
-  return Program(model, create, abstract, step, make_eval_step(model, mesh), place)
+from switchlora_jax.evaluation import validation_loss
+from switchlora_jax.program import Program, phases, trained_by
+from switchlora_jax.sharding import make_mesh
 
 
 class Outcome(NamedTuple):
@@ -78,19 +36,28 @@ def train(config, workdir: Path) -> Outcome:
   dataset.check(config.data, vocab_size=config.model.vocab_size)
   run_directory.prepare(workdir, config)
   mesh = make_mesh()
-  program = build(config, mesh)
-  print(report.describe(config, program.abstract), flush=True)
+  programs = phases(config, mesh)
+  source = warm_start.Source(config.warm_start_from, programs[0], mesh) if config.warm_start_from else None
+  print(report.describe(config, *(program.abstract for program in programs)), flush=True)
   data = dataset.prepare(
     config.data, seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size
   )
   print(report.describe_data(data.summary), flush=True)
+  if source:
+    source.check_tokenizer(data.tokenizer_path)
   run_directory.record(workdir, config, data)
+  evaluate = make_evaluate(config, programs[0], data.valid)
 
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    state = checkpoints.restore(program.abstract) or program.create()
+    state = checkpoints.restore(lambda step: trained_by(programs, step).abstract)
+    if state is None:
+      state = source.state() if source else programs[0].create()
     first = int(state.step)
+    program = trained_by(programs, first)
     log = Log(workdir, config, first)
     for step in range(first, config.steps):
+      if program is not programs[-1] and step == programs[-1].start:
+        state, program = warm_start.hand_over(state, program, programs[-1]), programs[-1]
       rows = dataset.batch(data.train, seed=config.seed, step=step, batch_size=config.batch_size)
       state, numbers = program.step(state, program.place(rows))
       done = step + 1
@@ -98,7 +65,7 @@ def train(config, workdir: Path) -> Outcome:
       log.add(done, numbers)
       if due(done, config.eval_every) or last:
         log.flush()
-        log.evaluation(done, evaluate(program, config, state, data.valid))
+        log.evaluation(done, evaluate(program, state))
       if due(done, config.checkpoint_every) or last:
         log.flush()  # the lines of a step are on disk before the step can be returned to
         run_directory.update(workdir, config)
@@ -112,11 +79,21 @@ def due(step: int, every: int) -> bool:
   return step % every == 0
 
 
-def evaluate(program: Program, config, state, rows) -> dict[str, float]:
-  """Validation loss and perplexity over the first `eval_tokens` tokens of the validation rows."""
+def make_evaluate(config, first: Program, rows):
+  """(program, state) -> validation loss and perplexity over the first `eval_tokens` tokens of the validation rows.
+
+  And, unless the run started from another's weights, the effective rank of what the weights have learnt since.
+  """
   rows = rows[: max(1, config.eval_tokens // config.seq_len)]
-  batch = config.batch_size // config.accumulation
-  return validation_loss(program.eval_step, state, rows, batch, program.place)
+  learnt_rank = None if config.warm_start_from else make_learnt_rank(first)
+
+  def evaluate(program, state) -> dict[str, float]:
+    numbers = validation_loss(program.eval_step, state, rows, config.batch_size // config.accumulation, program.place)
+    if learnt_rank is not None:
+      numbers["learnt_rank"] = float(learnt_rank(state.params, state.frozen, program.scale))
+    return numbers
+
+  return evaluate
 
 
 class Log:

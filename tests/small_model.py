@@ -8,7 +8,6 @@ from configs.base import get_config
 from switchlora_jax import train_state
 from switchlora_jax.llama import LLaMA
 from switchlora_jax.methods import METHODS
-from switchlora_jax.optimizer import cosine_schedule
 from switchlora_jax.sharding import DATA, by_rows, replicated
 from switchlora_jax.train_step import make_train_step
 
@@ -16,7 +15,8 @@ from switchlora_jax.train_step import make_train_step
 def config(method="switchlora", **changes):
   """The base config with a small model that switches often; `changes` by key, `__` for a dot."""
   small = get_config()
-  small.update(method=method, rank=4, steps=100, batch_size=16, seq_len=8, learning_rate=1e-2, warmup_steps=0)
+  small.update(method=method, rank=4, steps=100, batch_size=16, seq_len=8)
+  small.update(learning_rate=1e-2, min_lr_ratio=0.0, warmup_steps=0)
   small.model.update(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
   small.switch.update(interval=4, freeze_steps=2)
   small.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
@@ -39,7 +39,7 @@ def step(config, devices: int):
   """The jitted train step on so many devices."""
   method = METHODS[config.method].build(config)
   options = dict(accumulation=config.accumulation, clip_norm=config.clip_norm)
-  return make_train_step(model(config), method, _schedule(config), _optimizer(config), mesh(devices), **options)
+  return make_train_step(model(config), method, mesh(devices), **options)
 
 
 def first_state(config, devices: int) -> train_state.TrainState:
@@ -53,12 +53,8 @@ def place(rows, devices: int) -> jax.Array:
   return jax.device_put(np.asarray(rows, np.int32), by_rows(mesh(devices)))
 
 
-def _schedule(config):
-  return cosine_schedule(config.learning_rate, config.warmup_steps, config.steps)
-
-
 def _optimizer(config):
-  return METHODS[config.method].build(config).optimizer(_schedule(config))
+  return METHODS[config.method].build(config).optimizer
 
 
 def rows(config, step: int) -> np.ndarray:

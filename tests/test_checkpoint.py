@@ -41,14 +41,14 @@ def assert_same(a, b):
 def test_the_newest_state_comes_back_bit_by_bit(directory):
   with Checkpoints(directory, keep=3) as checkpoints:
     assert checkpoints.steps() == [2, 3, 4]
-    restored = checkpoints.restore(abstract(some_state(0)))
+    restored = checkpoints.restore(lambda _: abstract(some_state(0)))
   assert_same(restored, some_state(4))
   assert restored["params"]["a"].sharding == some_state(4)["params"]["a"].sharding
 
 
 def test_nothing_saved_is_none(tmp_path):
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-    assert checkpoints.restore(abstract(some_state(0))) is None
+    assert checkpoints.restore(lambda _: abstract(some_state(0))) is None
 
 
 def largest_file(folder):
@@ -71,13 +71,13 @@ def truncate(path):
 def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage):
   damage(largest_file(directory / "4"))
   with Checkpoints(directory, keep=3) as checkpoints:
-    restored = checkpoints.restore(abstract(some_state(0)))
+    restored = checkpoints.restore(lambda _: abstract(some_state(0)))
     assert_same(restored, some_state(3))
     assert "checkpoint of step 4 is damaged" in caplog.text
     assert (directory.parent / "damaged-4-0").is_dir()
     checkpoints.save(4, some_state(40))
   with Checkpoints(directory, keep=3) as checkpoints:
-    assert_same(checkpoints.restore(abstract(some_state(0))), some_state(40))
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(40))
 
 
 def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
@@ -87,7 +87,7 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
     Checkpoints(directory, keep=3) as checkpoints,
     pytest.raises(UserError, match=r"step 4: .*step 2: .*new --workdir"),
   ):
-    checkpoints.restore(abstract(some_state(0)))
+    checkpoints.restore(lambda _: abstract(some_state(0)))
   assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
 
@@ -107,7 +107,7 @@ def test_a_save_keeps_the_values_of_its_moment(tmp_path):
     for _ in range(5):
       state = forward(state)
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
-    assert np.all(np.asarray(checkpoints.restore(abstract(state))["x"]) == 1)
+    assert np.all(np.asarray(checkpoints.restore(lambda _: abstract(state))["x"]) == 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])

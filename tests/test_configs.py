@@ -8,8 +8,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from switchlora_jax import report, trainer
+from switchlora_jax import report
 from switchlora_jax.config import resolve
+from switchlora_jax.program import build
 from switchlora_jax.sharding import make_mesh
 
 TABLE_4 = [
@@ -34,7 +35,7 @@ def load(name, **changes):
 @pytest.mark.parametrize(("name", "method", "rank", "expected"), TABLE_4)
 def test_trainable_parameters_are_those_of_table_4(name, method, rank, expected):
   config = resolve(load(name, method=method, rank=rank), devices=1)
-  state = trainer.build(config, make_mesh()).abstract
+  state = build(config, make_mesh()).abstract
   assert report.parameters_line("trainable", state.params).startswith(f"trainable parameters: {expected}")
 
 
@@ -62,5 +63,5 @@ def test_every_key_of_the_base_config_has_a_comment():
 
 def test_building_abstractly_allocates_nothing():
   before = len(jax.live_arrays())
-  trainer.build(resolve(load("llama_1b"), devices=1), make_mesh())
+  build(resolve(load("llama_1b"), devices=1), make_mesh())
   assert len(jax.live_arrays()) <= before

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from tiny import resolved
 
-from switchlora_jax import cost, trainer
+from switchlora_jax import cost
+from switchlora_jax.program import build
 from switchlora_jax.sharding import make_mesh
 
 
@@ -27,7 +28,7 @@ def test_methods_cost_what_the_layer_promises(tmp_path):
   count = {}
   for method in ("full", "lora"):
     config = resolved(tmp_path, method=method, **shape)
-    program = trainer.build(config, mesh)
+    program = build(config, mesh)
     rows = jax.ShapeDtypeStruct((config.batch_size // 8, config.seq_len), jnp.int32)
     state = program.abstract
 

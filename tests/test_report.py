@@ -5,7 +5,8 @@ import sys
 import jax.numpy as jnp
 from tiny import resolved
 
-from switchlora_jax import report, trainer
+from switchlora_jax import report
+from switchlora_jax.program import build
 from switchlora_jax.sharding import make_mesh
 
 
@@ -17,13 +18,13 @@ def test_sizes_are_counted():
 
 def test_a_description_has_every_key_and_the_cycles(tmp_path):
   config = resolved(tmp_path)
-  text = report.describe(config, trainer.build(config, make_mesh()).abstract)
+  text = report.describe(config, build(config, make_mesh()).abstract)
   assert "\nswitch.interval: 2\n" in text and "\nlearning_rate: 0.02\n" in text
   assert "\ntokens per step: 128\n" in text
   # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
   assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
   plain = resolved(tmp_path, method="lora")
-  assert "cycled" not in report.describe(plain, trainer.build(plain, make_mesh()).abstract)
+  assert "cycled" not in report.describe(plain, build(plain, make_mesh()).abstract)
 
 
 def test_data_are_described():

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from tiny import resolved
 
-from switchlora_jax import trainer
+from switchlora_jax.program import build
 from switchlora_jax.sampling import sample
 from switchlora_jax.sharding import make_mesh
 
 
 def test_a_cold_sample_takes_the_likeliest_token_each_time(tmp_path):
-  program = trainer.build(resolved(tmp_path), make_mesh())
+  program = build(resolved(tmp_path), make_mesh())
   state = program.create()
   arguments = dict(new_tokens=5, pieces=320, temperature=1e-6, seed=0)
   tokens = sample(program.model, state.params, state.frozen, [5, 6, 7], **arguments)
@@ -22,7 +22,7 @@ def test_a_cold_sample_takes_the_likeliest_token_each_time(tmp_path):
 
 
 def test_a_warm_sample_follows_the_seed(tmp_path):
-  program = trainer.build(resolved(tmp_path), make_mesh())
+  program = build(resolved(tmp_path), make_mesh())
   state = jax.tree.map(lambda x: x, program.create())
   draw = lambda seed: sample(
     program.model, state.params, state.frozen, [5], new_tokens=20, pieces=300, temperature=1.0, seed=seed

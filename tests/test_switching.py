@@ -159,7 +159,7 @@ def test_a_bfloat16_kernel_is_rounded_twice_a_switch_however_many_vectors_move()
   shapes = Layer((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
   draw = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
   before = Layer(*(draw(key, shape) for key, shape in zip(keys, shapes, strict=True)))
-  after = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
+  after, _ = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
   wide = lambda layers: Layer(*(np.asarray(x[0], np.float64) for x in layers))
   old, new = wide(before), wide(after)
   moved = (old.lora_a.T @ old.lora_b - new.lora_a.T @ new.lora_b) / 16

@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from tiny import resolved, tiny_config
 
-from switchlora_jax import metrics, trainer
+from switchlora_jax import metrics, program, trainer
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
-compiled_once = functools.cache(trainer.build)
+compiled_once = functools.cache(program.build)
 
 
 @pytest.fixture(autouse=True)
 def build_once(monkeypatch):
   """Equal configs share their compiled programs, which hold no state; the kill test uses processes of its own."""
-  monkeypatch.setattr(trainer, "build", compiled_once)
+  monkeypatch.setattr(program, "build", compiled_once)
 
 
 def lines(workdir):
@@ -151,19 +151,19 @@ def test_another_config_in_the_workdir_is_refused(finished):
 
 
 def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
-  build = trainer.build
+  build = program.build
 
   def broken(config, mesh):
-    program = build(config, mesh)
+    whole = build(config, mesh)
 
     def create():
-      state = program.create()
+      state = whole.create()
       norm = {"scale": state.params["norm"]["scale"] * np.nan}
       return state._replace(params=state.params | {"norm": norm})
 
-    return program._replace(create=create)
+    return whole._replace(create=create)
 
-  monkeypatch.setattr(trainer, "build", broken)
+  monkeypatch.setattr(program, "build", broken)
   with pytest.raises(UserError, match=r"stopped after step 6: 6 updates in a row .* lower --config.learning_rate"):
     trainer.train(resolved(tmp_path, max_skipped=5), tmp_path / "run")
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
@@ -171,8 +171,8 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
 
 def test_the_step_compiles_once(tmp_path):
   config = resolved(tmp_path)
-  program = trainer.build(config, make_mesh())
-  state = program.create()
+  built = program.build(config, make_mesh())
+  state = built.create()
   for step in range(3):
-    state, _ = program.step(state, program.place(np.full((8, 16), step)))
-  assert program.step._cache_size() == 1
+    state, _ = built.step(state, built.place(np.full((8, 16), step)))
+  assert built.step._cache_size() == 1

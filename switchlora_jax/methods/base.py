@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from switchlora_jax.optimizer import cosine_schedule, warm_up_again
 from switchlora_jax.train_state import TrainState
 
 
@@ -23,11 +24,6 @@ class Adjusted(NamedTuple):
   metrics: dict[str, Any]
 
 
-def dtypes(config) -> dict[str, Any]:
-  """`dtype` and `param_dtype` of a config, as every module of the model takes them."""
-  return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
-
-
 def nothing(state: TrainState, skip) -> Adjusted:
   """For methods that leave the state to the optimizer."""
   del skip
@@ -39,10 +35,33 @@ class Method(NamedTuple):
 
   Attributes:
     dense: the factory of the model's linear layers, `dense(features, name=…)`.
-    optimizer: from a learning-rate schedule to an optax transformation.
-    adjust: (state, skip) -> Adjusted, traced inside the train step; where `skip` is true nothing may change.
+    optimizer: an optax transformation that follows `schedule`.
+    schedule: from a step to its learning rate.
+    scale: s = α/r where the layers have adapters, else None.
+    prepare: state -> state before the gradients of a step, traced inside the train step; keeps the function.
+    adjust: (state, skip) -> Adjusted, likewise, between gradients and optimizer; where `skip` is true nothing
+      may change.
   """
 
   dense: Callable[..., Any]
-  optimizer: Callable[[optax.Schedule], optax.GradientTransformationExtraArgs]
+  optimizer: optax.GradientTransformationExtraArgs
+  schedule: optax.Schedule
+  scale: float | None = None
+  prepare: Callable[[TrainState], TrainState] = lambda state: state
   adjust: Callable[..., Adjusted] = nothing
+
+
+def dtypes(config) -> dict[str, Any]:
+  """`dtype` and `param_dtype` of a config, as every module of the model takes them."""
+  return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+def cosine(config, **bounds) -> optax.Schedule:
+  """The config's warm-up and cosine, and a second warm-up where a full-rank warm start hands over.
+
+  Moments start afresh there, as at step 0. `bounds` as in `cosine_schedule`.
+  """
+  schedule = cosine_schedule(config.learning_rate, config.warmup_steps, config.steps, **bounds)
+  if not config.warm_start_steps:
+    return schedule
+  return warm_up_again(schedule, lambda _: config.warm_start_steps, config.warmup_steps)

@@ -5,12 +5,13 @@ The paper's baseline: SwitchLoRA's layer and initialisation (section 4.1), witho
 
 from functools import partial
 
-from switchlora_jax.dense import INITS, LoRADense, lora_vectors
+from switchlora_jax.dense import INITS, LoRADense, adapter_scale, lora_vectors
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods.base import Method, dtypes
+from switchlora_jax.methods.base import Method, cosine, dtypes
 from switchlora_jax.optimizer import vector_adam
 
 LEARNING_RATE = 1e-2  # section 4.1
+MIN_LR_RATIO = 0.0
 
 
 def check(config):
@@ -28,16 +29,13 @@ def layer(config, kind=LoRADense):
   return partial(kind, rank=config.rank, adapter_init=config.switch.init, **dtypes(config))
 
 
-def optimizer(config):
-  """From a schedule to Adam with one count per LoRA vector."""
-  return partial(vector_adam, vectors=lora_vectors, count_per_element=config.count_per_element)
-
-
 def describe(config) -> list[str]:
   """Nothing beyond the sizes that every method has."""
   return []
 
 
-def build(config) -> Method:
+def build(config, kind=LoRADense) -> Method:
   """Adapted layers, nothing between the gradients and the optimizer."""
-  return Method(layer(config), optimizer(config))
+  schedule = cosine(config, floor=config.min_lr_ratio)
+  adam = vector_adam(schedule, vectors=lora_vectors, count_per_element=config.count_per_element)
+  return Method(layer(config, kind), adam, schedule, adapter_scale(config.rank))

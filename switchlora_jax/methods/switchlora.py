@@ -1,15 +1,26 @@
 """SwitchLoRA: LoRA whose vectors are switched with spare candidates at every step (Algorithm 2)."""
 
 import jax
+import jax.numpy as jnp
 
-from switchlora_jax.dense import SwitchLoRADense, adapter_scale
+from switchlora_jax.dense import SwitchLoRADense
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method
-from switchlora_jax.switching import SwitchSchedule, draw_uniforms, expected_cycles, switch
+from switchlora_jax.switching import (
+  Switched,
+  SwitchSchedule,
+  coverage,
+  draw_picks,
+  draw_uniforms,
+  expected_cycles,
+  switch,
+)
 from switchlora_jax.train_state import TrainState
 
 LEARNING_RATE = 2e-2  # section 4.1
+MIN_LR_RATIO = 0.0
+ORDERS = ("sequential", "random")
 
 
 def check(config):
@@ -30,6 +41,10 @@ def check(config):
     raise UserError(
       f"switch.interval (={interval}) must be 0 (never switch) or at least 2 × switch.freeze_steps (= {2 * frozen}): "
       f"raise --config.switch.interval or lower --config.switch.freeze_steps"
+    )
+  if config.switch.order not in ORDERS:
+    raise UserError(
+      f"switch.order (={config.switch.order!r}) must be one of {', '.join(ORDERS)}; set --config.switch.order"
     )
   for name in ("decay_point", "decay_to"):
     if not 0 < config.switch[name] < 1:
@@ -55,18 +70,32 @@ def describe(config) -> list[str]:
 
 def build(config) -> Method:
   """`SwitchLoRADense` layers; between gradients and optimizer, the switch."""
-  method = Method(lora.layer(config, SwitchLoRADense), lora.optimizer(config))
+  method = lora.build(config, SwitchLoRADense)
   if config.switch.interval == 0:
     return method
-  plan, scale = schedule(config), adapter_scale(config.rank)
+  plan = schedule(config)
 
   def adjust(state: TrainState, skip) -> Adjusted:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    random = config.switch.order == "random"
     moved = switch(
-      state.params, state.frozen, state.candidates, schedule=plan, scale=scale, step=state.step,
+      state.params, state.frozen, state.candidates, schedule=plan, scale=method.scale, step=state.step,
       uniforms=draw_uniforms(key, state.candidates), skip=skip,
+      picks=draw_picks(jax.random.fold_in(key, 1), state.candidates, plan) if random else None,
     )  # fmt: skip
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
-    return Adjusted(state, {"reset": moved.reset, "freeze": moved.freeze}, {"switched": moved.count})
+    masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.reset else {})
+    return Adjusted(state, masks, telemetry(moved) | ({} if random else {"coverage": coverage(moved.candidates)}))
 
   return method._replace(adjust=adjust)
+
+
+def telemetry(moved: Switched) -> dict[str, jax.Array]:
+  """What a step's switching did, over all layers.
+
+  switched: vectors switched a side. frozen_share: of the LoRA vectors that can be switched, in [0, 1].
+  moved_norm: Frobenius norm of what the base kernels absorbed.
+  """
+  masks = [mask for mask in jax.tree.leaves(moved.freeze) if jnp.ndim(mask)]
+  frozen = sum(jnp.sum(mask) for mask in masks) / max(1, sum(mask.size for mask in masks))
+  return {"switched": moved.count, "frozen_share": frozen, "moved_norm": moved.moved}

@@ -1,0 +1,84 @@
+"""What a resolved config compiles to: a program for each phase of its run."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from switchlora_jax import train_state
+from switchlora_jax.evaluation import make_eval_step
+from switchlora_jax.llama import LLaMA
+from switchlora_jax.methods import METHODS, full
+from switchlora_jax.methods.base import dtypes
+from switchlora_jax.sharding import by_rows, replicated
+from switchlora_jax.train_step import make_train_step
+
+
+class Program(NamedTuple):
+  """Everything compiled or about to be, for one phase.
+
+  Attributes:
+    model: the LLaMA.
+    create: () -> TrainState, the state before step 0, placed on the mesh.
+    abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
+    step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
+    place: rows [batch, length] on the host to int32 on the mesh.
+    scale: of the adapters, s = α/r, or None where there are none.
+    start: the first step of its phase.
+  """
+
+  model: LLaMA
+  create: Any
+  abstract: train_state.TrainState
+  step: Any
+  eval_step: Any
+  place: Any
+  scale: float | None
+  start: int
+
+
+def build(config, mesh) -> Program:
+  """The program of the phase in which the config's own method trains."""
+  return assemble(config, METHODS[config.method].build(config), mesh)
+
+
+def phases(config, mesh) -> list[Program]:
+  """The programs of a run in the order of their steps: full rank first where `warm_start_steps` says so."""
+  main = build(config, mesh)
+  return [build(full_rank(config), mesh), main] if config.warm_start_steps else [main]
+
+
+def trained_by(programs: list[Program], step: int) -> Program:
+  """The program that made the state before step `step`, and whose state tree it therefore has."""
+  return [program for program in programs if program.start < max(step, 1)][-1]
+
+
+def full_rank(config) -> FrozenConfigDict:
+  """The config of the full-rank phase: the full method's learning rate over the same horizon."""
+  plain = config.to_dict() | {
+    "method": "full",
+    "learning_rate": full.LEARNING_RATE,
+    "min_lr_ratio": full.MIN_LR_RATIO,
+    "warm_start_steps": 0,
+  }
+  return FrozenConfigDict(plain)
+
+
+def assemble(config, method, mesh) -> Program:
+  """The program of a config with a given `Method`."""
+  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes(config))
+  create = partial(train_state.create, model, method.optimizer, config.seed)
+  create = jax.jit(create, out_shardings=replicated(mesh))
+  shapes = jax.eval_shape(create)
+  return Program(
+    model=model,
+    create=create,
+    abstract=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes),
+    step=make_train_step(model, method, mesh, accumulation=config.accumulation, clip_norm=config.clip_norm),
+    eval_step=make_eval_step(model, mesh),
+    place=lambda rows: jax.device_put(np.asarray(rows, np.int32), by_rows(mesh)),
+    scale=method.scale,
+    start=config.warm_start_steps,
+  )

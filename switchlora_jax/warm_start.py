@@ -1,0 +1,83 @@
+"""Full-rank training first, then a low-rank method from its weights (section 4.3).
+
+Two ways: `warm_start_steps` of full rank within a run, after which the data go on; or `warm_start_from`, a
+finished run whose weights a new run starts from (the authors' way). Either carries over the function:
+embedding, norms and head as they are, adapters split off the kernels. Moments and counts start afresh.
+"""
+
+from pathlib import Path
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from switchlora_jax import run_directory, weights
+from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.errors import UserError
+from switchlora_jax.program import Program, phases, trained_by
+from switchlora_jax.train_state import TrainState
+
+
+def hand_over(state: TrainState, before: Program, after: Program) -> TrainState:
+  """The state with which `after` goes on from a state of `before`: same function, same step, new optimizer."""
+
+  counters = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row")}
+  return _convert(state, before, after)._replace(**counters)
+
+
+def _convert(state: TrainState, before: Program, after: Program) -> TrainState:
+  """The state of `after` before step 0, with the function of a state of `before`."""
+
+  @jax.jit
+  def convert(params, frozen):
+    fresh = after.create()
+    plain = weights.merged(params, frozen, before.scale)
+    params, frozen = weights.split(plain, fresh.params, fresh.frozen, after.scale)
+    return fresh._replace(params=params, frozen=frozen)
+
+  return convert(state.params, state.frozen)
+
+
+class Source:
+  """The run that `warm_start_from` names.
+
+  Raises:
+    UserError: when it is made, where there is no such run or its model has other arrays; names them.
+  """
+
+  def __init__(self, directory: str, program: Program, mesh):
+    self._directory, self._program = Path(directory).expanduser(), program
+    saved = run_directory.read(self._directory)
+    if saved is None or not (self._directory / "checkpoints").is_dir():
+      raise UserError(
+        f"--config.warm_start_from={directory} is not the directory of a run (it must hold config.json and "
+        f"checkpoints/); give the --workdir of a run that has saved a checkpoint"
+      )
+    self._programs = phases(FrozenConfigDict(saved["config"]), mesh)
+    plain = [jax.eval_shape(_merged, p.abstract, p.scale) for p in (self._programs[-1], program)]
+    if wrong := weights.mismatches(*plain):
+      raise UserError(
+        f"the model of --config.warm_start_from={directory} has other arrays than this one: {'; '.join(wrong)}; "
+        f"set --config.model as in its config.json"
+      )
+
+  def check_tokenizer(self, tokenizer_path: str):
+    """Raise `UserError` unless the run's token ids mean what they mean in the new run."""
+    model = self._directory / "tokenizer.model"
+    if model.read_bytes() != Path(tokenizer_path).read_bytes():
+      raise UserError(
+        f"the run in {self._directory} was trained with another tokenizer than this run would be; "
+        f"pass --config.data.tokenizer={model}"
+      )
+
+  def state(self) -> TrainState:
+    """The state before step 0, with the weights of the run's newest checkpoint."""
+    with Checkpoints(self._directory / "checkpoints", keep=None) as checkpoints:
+      state = checkpoints.restore(lambda step: trained_by(self._programs, step).abstract)
+    if state is None:
+      raise UserError(f"the run in {self._directory} has saved no checkpoint yet; let it train longer")
+    before = trained_by(self._programs, int(state.step))
+    return _convert(state, before, self._program)
+
+
+def _merged(state, scale):
+  return weights.merged(state.params, state.frozen, scale)

@@ -1,0 +1,44 @@
+"""The plain weights of a model, whatever its layers: adapters merged in, or split off again.
+
+Plain weights are the `params` of the full-rank model: what a low-rank layer keeps as `lora_a`, `lora_b`
+and a frozen `kernel` is one `kernel` there; embedding, norms and head are the same.
+"""
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from switchlora_jax.dense import merge
+
+
+def merged(params, frozen, scale) -> dict:
+  """Plain weights: each `kernel + scale·AᵀB`; what has no adapter stays as it is. Stacked layers or not."""
+  flat, base = flatten_dict(params), flatten_dict(frozen)
+  for path, kernel in base.items():
+    lora_a, lora_b = (flat.pop((*path[:-1], name)) for name in ("lora_a", "lora_b"))
+    flat[path] = merge(kernel, lora_a, lora_b, scale)
+  return unflatten_dict(flat)
+
+
+def split(weights, params, frozen, scale) -> tuple[dict, dict]:
+  """Collections like `params` and `frozen`, with their adapters and the function of the plain `weights`."""
+  flat, weights = flatten_dict(params), flatten_dict(weights)
+  kernel = lambda path: merge(weights[path], *(flat[*path[:-1], name] for name in ("lora_a", "lora_b")), -scale)
+  base = {path: kernel(path) for path in flatten_dict(frozen)}
+  flat |= {path: value for path, value in weights.items() if path in flat}
+  return unflatten_dict(flat), unflatten_dict(base)
+
+
+def block_kernels(weights) -> list:
+  """The kernels of the linear layers inside the blocks, [layers, in, out] each; not embedding and head."""
+  return [kernel for path, kernel in sorted(flatten_dict(weights).items()) if in_block(path)]
+
+
+def in_block(path: tuple[str, ...]) -> bool:
+  """Whether the array under a path of plain weights is the kernel of a linear layer inside a block."""
+  return path[0] == "blocks" and path[-1] == "kernel"
+
+
+def mismatches(found, expected) -> list[str]:
+  """One line for each array of two plain trees that is missing on a side or has another shape."""
+  found, expected = ({"/".join(path): x.shape for path, x in flatten_dict(tree).items()} for tree in (found, expected))
+  names = sorted(found.keys() | expected.keys())
+  return [f"{n}: {found.get(n)} there, {expected.get(n)} here" for n in names if found.get(n) != expected.get(n)]
