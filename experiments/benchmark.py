@@ -1,9 +1,10 @@
 """Time whole training steps of each method against full rank, in one run, in turns; medians and ratios.
 
-python -m experiments.benchmark                      # the 350M shape cut to 2 layers, both vocabularies
-python -m experiments.benchmark --memory --layers=24 # what switching adds to the memory of a step; on the GPU
-                                                     # compiler if it is installed, see switchlora_jax/topology.py
-python -m experiments.benchmark --json=out.json
+python -m experiments.benchmark                      # the 350M shape cut to 2 layers, vocabulary 2,048
+python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
+python -m experiments.benchmark --config=configs/llama_tiny.py --methods=full,switchlora
+python -m experiments.benchmark --memory --config.model.num_layers=24
+                                 # compile only; on the GPU compiler if it is installed, see switchlora_jax/topology.py
 """
 
 import json
@@ -19,24 +20,27 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs import llama_350m
 from experiments import cli
 from switchlora_jax import cost, topology
 from switchlora_jax.config import resolve
 from switchlora_jax.dense import LoRADense
+from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.program import Program, assemble
+from switchlora_jax.report import bytes_of
 from switchlora_jax.sharding import by_rows, make_mesh
 
-LAYERS = flags.DEFINE_integer("layers", 2, "transformer blocks of the 350M shape", lower_bound=1)
-ROWS = flags.DEFINE_integer("rows", 4, "rows of a step", lower_bound=1)
-LENGTH = flags.DEFINE_integer("length", 512, "tokens of a row", lower_bound=2)
-VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [2048, 32100], "vocabulary size; repeat for one table each")
-RANKS = flags.DEFINE_multi_integer("rank", [128, 256], "LoRA rank; repeat for several", lower_bound=2)
+TWO_PRODUCTS, REFRESH = "two products", "galore, refreshing"
+PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
+CONFIG = cli.define_config("llama_350m_cut")
+flags.declare_key_flag("config")
+NAMES = flags.DEFINE_list("methods", list(PROGRAMS), f"of {', '.join(PROGRAMS)}; full is always one")
+VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [], "vocabulary size; repeat for one table each")
+RANKS = flags.DEFINE_multi_integer("rank", [], "rank of the low-rank methods; repeat for several", lower_bound=2)
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each program", lower_bound=1)
-MEMORY = flags.DEFINE_bool("memory", False, "compile only, and print the memory of the step with and without switching")
+MEMORY = flags.DEFINE_bool("memory", False, "compile only, and print the memory of each step")
 JSON = flags.DEFINE_string("json", None, "write the results to this file as well")
 
 
@@ -61,16 +65,26 @@ class Case(NamedTuple):
 
 
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
-  """A method, or LoRA with `two products`, on the 350M shape cut as the flags say, without accumulation."""
-  config = ConfigDict(llama_350m.get_config())
+  """A method on the config, without accumulation; or LoRA with two products, or GaLore refreshing at every step."""
+  config = ConfigDict(CONFIG.value)
   config.method, config.rank, config.accumulation = name if name in METHODS else "lora", rank or 1, 1
-  config.batch_size, config.seq_len = ROWS.value, LENGTH.value
-  config.model.num_layers, config.model.vocab_size = LAYERS.value, vocabulary
+  config.model.vocab_size = vocabulary
+  if name == REFRESH:
+    config.method, config.galore.refresh_every = "galore", 1
   config = resolve(config, devices=1)
   method = METHODS[config.method].build(config)
-  if name == "two products":
+  if name == TWO_PRODUCTS:
     method = method._replace(dense=lora.layer(config, TwoProductDense))
   return Case(config, method, assemble(config, method, mesh))
+
+
+def cases_of(vocabulary: int, mesh) -> dict:
+  """{(program, rank): its case}, full rank first."""
+  if unknown := set(NAMES.value) - set(PROGRAMS):
+    raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(PROGRAMS)}")
+  low_rank = [name for name in NAMES.value if name != "full"]
+  names = [("full", 0), *((name, rank) for rank in RANKS.value or [CONFIG.value.rank] for name in low_rank)]
+  return {name: make_case(*name, vocabulary, mesh) for name in names}
 
 
 def time_in_turns(calls: dict, what: str) -> dict:
@@ -120,15 +134,15 @@ def switcher(case: Case, step: int):
 def benchmark(vocabulary: int) -> list[dict]:
   """One row a program: seconds of its step (median), ratios to full rank of time and of operations. One device."""
   mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
-  names = [full, *((name, rank) for rank in RANKS.value for name in ("switchlora", "two products"))]
-  cases = {name: make_case(*name, vocabulary, mesh) for name in names}
-  rows = np.random.default_rng(0).integers(0, vocabulary, (ROWS.value, LENGTH.value), np.int32)
+  cases = cases_of(vocabulary, mesh)
+  shape = (CONFIG.value.batch_size, CONFIG.value.seq_len)
+  rows = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
   with jax.set_mesh(mesh):
     calls = {name: stepper(case.program, rows) for name, case in cases.items()}
-    for rank in RANKS.value:
-      case = cases["switchlora", rank]
-      calls["switching alone, first steps", rank] = switcher(case, 0)
-      calls["switching alone, last steps", rank] = switcher(case, case.config.steps)
+    for (name, rank), case in cases.items():
+      if name == "switchlora":
+        calls["switching alone, first steps", rank] = switcher(case, 0)
+        calls["switching alone, last steps", rank] = switcher(case, case.config.steps)
     seconds = time_in_turns(calls, f"vocabulary {vocabulary}")
     work = {name: cost.operations(case.program.step, case.program.abstract, rows) for name, case in cases.items()}
   return [
@@ -144,15 +158,17 @@ def benchmark(vocabulary: int) -> list[dict]:
   ]
 
 
-def memory() -> list[dict]:
-  """One row a program: bytes of the compiled step, for full rank, without switching (lora) and with it."""
+def memory(vocabulary: int) -> list[dict]:
+  """One row a program: bytes of its compiled step, and of its optimizer's state within the arguments."""
   mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(jax.devices()[:1]), "XLA for this machine's CPU")
-  tokens = jax.ShapeDtypeStruct((ROWS.value, LENGTH.value), jnp.int32, sharding=by_rows(mesh))
+  shape = (CONFIG.value.batch_size, CONFIG.value.seq_len)
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_rows(mesh))
   results = []
-  for name, rank in [("full", 0), *((name, rank) for rank in RANKS.value for name in ("lora", "switchlora"))]:
-    program = make_case(name, rank, VOCABULARIES.value[0], mesh).program
+  for (name, rank), case in cases_of(vocabulary, mesh).items():
+    program = case.program
     compiled = program.step.lower(program.abstract, tokens).compile()
-    results.append({"program": name, "rank": rank, "compiler": compiler} | cost.memory(compiled))
+    row = {"vocabulary": vocabulary, "program": name, "rank": rank, "compiler": compiler}
+    results.append(row | {"optimizer": bytes_of(program.abstract.opt_state)} | cost.memory(compiled))
   return results
 
 
@@ -164,16 +180,20 @@ def table(rows: list[dict]) -> str:
 
 
 def _cell(key: str, value) -> str:
-  if key in ("arguments", "outputs", "shared", "temporaries", "peak"):
+  if key in ("optimizer", "arguments", "outputs", "shared", "temporaries", "peak"):
     return f"{value / 2**20:,.1f} MiB"
   return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def main():
   """Measure, print, write."""
-  results = memory() if MEMORY.value else [row for vocabulary in VOCABULARIES.value for row in benchmark(vocabulary)]
+  measure = memory if MEMORY.value else benchmark
+  config = CONFIG.value
+  results = [row for vocabulary in VOCABULARIES.value or [config.model.vocab_size] for row in measure(vocabulary)]
   where = "compiled only" if MEMORY.value else f"one {jax.devices()[0].device_kind}"
-  print(f"layers: {LAYERS.value}, tokens a step: {ROWS.value} × {LENGTH.value}, float32, {where}")
+  print(
+    f"layers: {config.model.num_layers}, tokens a step: {config.batch_size} × {config.seq_len}, {config.dtype}, {where}"
+  )
   print(table(results))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")

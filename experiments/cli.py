@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from switchlora_jax.errors import UserError
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "llama_tiny.py"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @contextlib.contextmanager
@@ -27,11 +27,11 @@ def mistakes_as_sentences():
     _fail(" ".join(str(cause).split()))
 
 
-def define_config():
-  """The --config flag, with the tiny config as default; `--config.KEY=VALUE` sets one key."""
+def define_config(name: str = "llama_tiny"):
+  """The --config flag, with a file of configs/ as default; `--config.KEY=VALUE` sets one key."""
   with mistakes_as_sentences():  # overrides of the default's keys are looked up already here
     description = "config file; --config.KEY=VALUE sets one key, configs/base.py explains all"
-    return config_flags.DEFINE_config_file("config", str(DEFAULT_CONFIG), description)
+    return config_flags.DEFINE_config_file("config", str(CONFIGS / f"{name}.py"), description)
 
 
 def run(main):

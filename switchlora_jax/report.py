@@ -14,15 +14,25 @@ from switchlora_jax.methods import METHODS
 from switchlora_jax.sampling import sample
 
 
+def parameter_count(tree) -> int:
+  """Numbers in a tree of arrays, abstract or real."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def bytes_of(tree) -> int:
+  """Bytes of a tree of arrays, abstract or real."""
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def parameters_line(name: str, tree) -> str:
   """`trainable parameters: 609.7M (609,720,320)`, which scripts read."""
-  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  count = parameter_count(tree)
   return f"{name} parameters: {count / 1e6:.1f}M ({count:,})"
 
 
 def size_line(name: str, tree) -> str:
   """`optimizer: 4,652.5 MiB (4,878,450,712 bytes)`"""
-  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  size = bytes_of(tree)
   return f"{name}: {size / 2**20:,.1f} MiB ({size:,} bytes)"
 
 

@@ -57,12 +57,16 @@ def schedule(config) -> SwitchSchedule:
   return SwitchSchedule(total_steps=config.steps, **{key: config.switch[key] for key in keys})
 
 
+def cycles(config) -> float:
+  """How many times the candidates of a hidden × hidden layer are cycled over the run."""
+  return expected_cycles(schedule(config), config.rank, config.model.hidden_size) if config.switch.interval else 0.0
+
+
 def describe(config) -> list[str]:
   """How often the candidates are cycled, which decides whether switching can matter, and a known danger."""
   lines = []
   if config.switch.interval:
-    cycles = expected_cycles(schedule(config), config.rank, config.model.hidden_size)
-    lines.append(f"candidates cycled over the run, hidden × hidden layers: {cycles:.2f} times")
+    lines.append(f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times")
   if config.param_dtype == "bfloat16":
     lines.append("WARNING: switching rounds bfloat16 base kernels at every step, and they drift; float32 ones do not")
   return lines

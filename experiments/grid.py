@@ -1,0 +1,311 @@
+"""A grid of training runs under equal tokens: what compare, ablate and reproduce have in common.
+
+An arm is one line of a table. Every arm is trained once at each of its learning rates with the first seed,
+then at the best of them with the other seeds; every such cell is a run of `experiments.pretrain` in a process
+and a directory of its own, so it can be looked at, continued and killed like any other.
+"""
+
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from switchlora_jax import dataset, metrics, run_directory
+from switchlora_jax.config import differences, resolve
+from switchlora_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Base(NamedTuple):
+  """What all cells share: a config file, the keys changed against it, and the config that makes."""
+
+  file: str
+  overrides: dict[str, Any]
+  config: ConfigDict
+
+
+class Arm(NamedTuple):
+  """One line of a table.
+
+  Attributes:
+    label: its name there.
+    overrides: the keys changed against the base.
+    learning_rates: to choose from with the first seed; empty: the method's own.
+    paper: the paper's number, where it has one.
+  """
+
+  label: str
+  overrides: dict[str, Any]
+  learning_rates: tuple[float, ...] = ()
+  paper: float | None = None
+
+
+class Cell(NamedTuple):
+  """One run of an arm."""
+
+  arm: Arm
+  learning_rate: float
+  seed: int
+  config: FrozenConfigDict
+  overrides: dict[str, Any]
+
+  @property
+  def name(self) -> str:
+    """The name of its directory: `switchlora-rank-16_lr=0.02_seed=0`."""
+    words = re.sub(r"[^\w.]+", "-", self.arm.label).strip("-")
+    return f"{words}_lr={self.learning_rate:g}_seed={self.seed}"
+
+
+class Ran(NamedTuple):
+  """A cell that was run, and why it failed if it did."""
+
+  cell: Cell
+  workdir: Path
+  failure: str | None
+
+
+def define_flags(*, seeds: int):
+  """The flags that every command that runs a grid has."""
+  flags.DEFINE_string("workdir", None, "directory of the grid: created, or continued if it holds one")
+  flags.DEFINE_integer("seeds", seeds, "runs of each line at its best learning rate", lower_bound=1)
+  flags.DEFINE_integer(
+    "processes", None, "runs at one time; by default one a core, or one if there are accelerators", lower_bound=1
+  )
+
+
+def options() -> dict:
+  """What these flags say, as `run_grid` takes it; a run is read at its end."""
+  values = flags.FLAGS
+  if values.workdir is None:
+    raise UserError("--workdir is missing: give the directory in which the runs are kept, say --workdir=runs/grid")
+  processes = values.processes or default_processes()
+  return {"workdir": Path(values.workdir).expanduser(), "seeds": values.seeds, "processes": processes, "read_at": 1.0}
+
+
+def numbers(flag: str, words: list[str] | None, kind) -> list:
+  """The words of a flag as numbers of a kind.
+
+  Raises:
+    UserError: one is none.
+  """
+  try:
+    return [kind(word) for word in words or []]
+  except ValueError as error:
+    raise UserError(f"--{flag} must be a list of numbers such as 1e-3,2e-3 or 32,16; {error}") from error
+
+
+def base_from_flags() -> Base:
+  """The base that this command's own --config flags describe."""
+  flag = flags.FLAGS["config"]
+  return Base(config_flags.get_config_filename(flag), config_flags.get_override_values(flag), flags.FLAGS.config)
+
+
+def base_from_file(name: str, overrides: dict[str, Any]) -> Base:
+  """The base of a config in configs/, by its name, with keys changed."""
+  config = ConfigDict(importlib.import_module(f"configs.{name}").get_config())
+  update(config, overrides)
+  return Base(str(ROOT / "configs" / f"{name}.py"), overrides, config)
+
+
+def parse_value(config: ConfigDict, key: str, text: str):
+  """A value written on the command line, with the type that the config's key has.
+
+  Raises:
+    UserError: there is no such key, or the text is no such value.
+  """
+  try:
+    kind = config.get_type(key) if "." not in key else config[key.rsplit(".", 1)[0]].get_type(key.rsplit(".", 1)[1])
+  except (KeyError, AttributeError) as error:
+    raise UserError(f"unknown config key {key!r}; every key stands in configs/base.py") from error
+  try:
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+  except (KeyError, ValueError) as error:
+    raise UserError(f"{key} must be of type {kind.__name__}; found {text!r}") from error
+
+
+def update(config: ConfigDict, overrides: dict[str, Any]) -> None:
+  """Set keys such as `switch.interval`.
+
+  Raises:
+    UserError: there is no such key, or its value has another type.
+  """
+  for key, value in overrides.items():
+    try:
+      config.update_from_flattened_dict({key: value})
+    except (KeyError, AttributeError) as error:
+      raise UserError(f"unknown config key {key!r}; every key stands in configs/base.py") from error
+    except TypeError as error:
+      raise UserError(f"{key} (={value!r}) has the wrong type: {error}") from error
+
+
+def make_cell(base: Base, arm: Arm, learning_rate: float | None, seed_number: int) -> Cell:
+  """The cell of an arm at a learning rate (None: the method's own) and the so-manieth seed of the base."""
+  config = base.config.copy_and_resolve_references()  # a plain copy would share the placeholder of learning_rate
+  update(config, arm.overrides)
+  own = {"seed": config.seed + seed_number}
+  if learning_rate is not None:
+    own["learning_rate"] = learning_rate
+  update(config, own)
+  resolved = resolve(config, devices=1)
+  return Cell(arm, resolved.learning_rate, resolved.seed, resolved, base.overrides | arm.overrides | own)
+
+
+def sweep_cells(base: Base, arms) -> list[Cell]:
+  """The cells of the first seed: every arm at each of its learning rates.
+
+  Raises:
+    UserError: some cell's config makes no sense, or two cells are the same; before anything is run.
+  """
+  cells = [make_cell(base, arm, rate, 0) for arm in arms for rate in arm.learning_rates or (None,)]
+  names = [cell.name for cell in cells]
+  if twice := {name for name in names if names.count(name) > 1}:
+    raise UserError(f"the grid has cells twice ({', '.join(sorted(twice))}); give every value once")
+  return cells
+
+
+def run_grid(base: Base, arms, *, seeds: int, workdir: Path, processes: int, read_at: float) -> list[Ran]:
+  """Run what is not finished yet of a grid: the sweep of learning rates, then the other seeds at the best of each arm.
+
+  Args:
+    seeds: runs of each arm at its best learning rate, the sweep's own included.
+    processes: runs at one time.
+    read_at: the fraction of a run's steps at which its validation loss is read.
+  Raises:
+    UserError: before anything is run, where a config, the data or `read_at` make no sense.
+  """
+  cells = sweep_cells(base, arms)
+  for cell in cells:
+    read_step(cell.config, read_at)
+  prepare_data(cells)
+  folder = workdir / "cells"
+  folder.mkdir(parents=True, exist_ok=True)
+  ran = run_cells(base, cells, folder, processes, "sweep" if len(cells) > len(arms) else "runs")
+  best = [(arm, best_of(arm, ran, read_at)) for arm in arms]
+  more = [make_cell(base, arm, rate, n) for n in range(1, seeds) for arm, rate in best if rate is not None]
+  return ran + (run_cells(base, more, folder, processes, "seeds") if more else [])
+
+
+def prepare_data(cells: list[Cell]):
+  """Tokenise each cell's text once, before many processes want it."""
+  wanted = {(c.config.data, c.config.seq_len, c.config.model.vocab_size): c.config.batch_size for c in cells}
+  for (data, seq_len, vocab_size), batch_size in wanted.items():
+    dataset.prepare(data, seq_len=seq_len, vocab_size=vocab_size, batch_size=batch_size)
+
+
+def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what: str) -> list[Ran]:
+  """Run the cells that are not finished yet, so many at a time; one that fails does not stop the others."""
+  shares = SimpleQueue()
+  for share in range(processes):
+    shares.put(share)
+  with metrics.progress_bar(len(cells), what=what, unit="run") as bar, ThreadPoolExecutor(processes) as pool:
+
+    def one(cell: Cell) -> Ran:
+      share = shares.get()
+      ran = run_cell(base, cell, folder, (share, processes))
+      shares.put(share)
+      bar.write(f"{cell.name}: {ran.failure or summary(ran)}")
+      bar.update()
+      return ran
+
+    return list(pool.map(one, cells))
+
+
+def run_cell(base: Base, cell: Cell, folder: Path, share: tuple[int, int]) -> Ran:
+  """Run one cell in a process, unless it is finished; its output goes to a file beside its directory."""
+  workdir, log = folder / cell.name, folder / f"{cell.name}.log"
+  if finished(workdir, cell.config):
+    return Ran(cell, workdir, None)
+  with log.open("w") as output:
+    process = subprocess.Popen(command(base, cell, workdir), stdout=output, stderr=output, env=environment())
+    share_cores(process.pid, *share)
+    code = process.wait()
+  last_line = (log.read_text().strip().splitlines() or ["no output"])[-1]
+  return Ran(cell, workdir, f"failed with exit code {code}: {last_line} (see {log})" if code else None)
+
+
+def command(base: Base, cell: Cell, workdir: Path) -> list[str]:
+  """The command line of a cell."""
+  keys = [f"--config.{key}={value}" for key, value in cell.overrides.items()]
+  return [sys.executable, "-m", "experiments.pretrain", f"--config={base.file}", *keys, f"--workdir={workdir}"]
+
+
+def environment() -> dict[str, str]:
+  """This process' environment, in which `experiments` is found from any directory."""
+  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+  return os.environ | {"PYTHONPATH": path}
+
+
+def share_cores(pid: int, number: int, processes: int):
+  """Give a process its share of the cores, where the system can: XLA starts as many threads as it sees cores."""
+  if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(pid, cores[number::processes] or cores)
+
+
+def default_processes() -> int:
+  """One process a core where JAX finds only CPUs, else one: a process takes all accelerators."""
+  probe = subprocess.run(
+    [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
+  )
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return cores if probe.stdout.strip() == "cpu" else 1
+
+
+def finished(workdir: Path, config) -> bool:
+  """Whether a run of this very config lies there, evaluated after its last step."""
+  saved = run_directory.read(workdir)
+  if saved is None or differences(saved["config"], config.to_dict()):
+    return False
+  return any(row["step"] == config.steps for row in evaluations(workdir))
+
+
+def evaluations(workdir: Path) -> list[dict]:
+  """The evaluations of a run so far."""
+  return [row for row in metrics.read(workdir / "metrics.jsonl") if "val_loss" in row]
+
+
+def read_step(config, read_at: float) -> int:
+  """The step at which a run's validation loss is read: the fraction `read_at` of its steps.
+
+  Raises:
+    UserError: the run is not evaluated then.
+  """
+  step = round(read_at * config.steps)
+  if step != config.steps and step % config.eval_every:
+    raise UserError(
+      f"the validation loss is read at step {step} ({read_at:g} of {config.steps}), where eval_every "
+      f"(={config.eval_every}) does not evaluate; set --config.eval_every to a divisor of {step}"
+    )
+  return step
+
+
+def read_loss(ran: Ran, read_at: float) -> float:
+  """The validation loss of a cell where it is read, in nats a token; infinite where it failed or diverged."""
+  if ran.failure:
+    return math.inf
+  step = read_step(ran.cell.config, read_at)
+  loss = next(row["val_loss"] for row in evaluations(ran.workdir) if row["step"] == step)
+  return math.inf if loss is None else loss
+
+
+def best_of(arm: Arm, ran: list[Ran], read_at: float) -> float | None:
+  """The learning rate with which an arm's first seed ended lowest, or None where no cell of it did."""
+  losses = {r.cell.learning_rate: read_loss(r, read_at) for r in ran if r.cell.arm is arm}
+  best = min(losses, key=losses.get)
+  return best if math.isfinite(losses[best]) else None
+
+
+def summary(ran: Ran) -> str:
+  """How a cell ended."""
+  last = evaluations(ran.workdir)[-1]
+  return "diverged" if last["val_ppl"] is None else f"validation perplexity {last['val_ppl']:.2f}"

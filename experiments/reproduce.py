@@ -1,0 +1,85 @@
+"""Run a table or a figure of the paper and print its numbers beside ours.
+
+python -m experiments.reproduce --item=table2 --workdir=runs/table2             # minutes on a laptop
+python -m experiments.reproduce --item=table2 --scale=paper --dry_run           # the commands, for a cluster
+python -m experiments.reproduce --item=table2 --scale=paper --workdir=runs/table2_paper \
+    --set=data.path='c4/en/c4-train.*.json.gz' --set=data.eval_path='c4/en/c4-validation.*.json.gz' \
+    --set=data.tokenizer=t5.model
+
+What an item trains, and the paper's numbers, stand in experiments/paper.py.
+"""
+
+import shlex
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments import cli, grid, paper, results, studies
+from switchlora_jax.errors import UserError
+
+ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
+SCALE = flags.DEFINE_enum("scale", "mini", paper.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: change a key of the config for every run; repeat for several")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of every run, and run nothing")
+grid.define_flags(seeds=1)
+
+
+def changed_keys() -> dict:
+  """What --set says, with the types that the config has."""
+  config, keys = paper.base(SCALE.value).config, {}
+  for text in SET.value:
+    key, equals, value = text.partition("=")
+    if not equals:
+      raise UserError(f"--set={text} must be KEY=VALUE, say --set=data.path='c4/*.json.gz'")
+    keys[key] = grid.parse_value(config, key, value)
+  return keys
+
+
+def arms_of(item: paper.Item, base: grid.Base) -> list[grid.Arm]:
+  """What is trained for an item."""
+  if not item.study:
+    return [paper.arm(line, SCALE.value) for line in item.lines]
+  batch = {"batch_size": 128} if SCALE.value == "paper" else {}  # Appendix B
+  rank = 128 if SCALE.value == "paper" else 16
+  shared = paper.size_keys("130M", SCALE.value) | batch | {"rank": rank}
+  config = base.config.copy_and_resolve_references()
+  grid.update(config, shared)
+  found = [arm for name in item.study.split(",") for arm in studies.arms(name, config)]
+  return [arm._replace(overrides=shared | arm.overrides) for arm in found]
+
+
+def tell(item: paper.Item):
+  """Print an item that no training stands behind."""
+  if item.facts:
+    print(f"ours, from the configs:\n\n{results.markdown(item.facts())}")
+  if item.paper:
+    print(f"the paper's:\n\n{results.markdown(item.paper)}")
+  if item.missing:
+    print(f"nothing of ours: {item.missing}")
+
+
+def main():
+  """Check, then print facts, or run and write."""
+  jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
+  if ITEM.value not in paper.ITEMS:
+    found = "missing" if ITEM.value is None else f"{ITEM.value!r}, which there is not"
+    raise UserError(f"--item is {found}; it must be one of {', '.join(paper.ITEMS)}")
+  item = paper.ITEMS[ITEM.value]
+  print(f"{ITEM.value}: {item.title}")
+  if not item.lines and not item.study:
+    tell(item)
+    return
+  base = paper.base(SCALE.value, changed_keys())
+  arms = arms_of(item, base)
+  if DRY_RUN.value:
+    for cell in grid.sweep_cells(base, arms):
+      print(shlex.join(grid.command(base, cell, Path("runs") / ITEM.value / cell.name)))
+    return
+  options = grid.options() | {"read_at": item.read_at}
+  ran = grid.run_grid(base, arms, **options)
+  results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
