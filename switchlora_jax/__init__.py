@@ -8,12 +8,16 @@
   dense           LoRADense, SwitchLoRADense: collections, initialisation, the merged forward and backward
   switching       Algorithms 1 and 2 of the paper, pure functions
   optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping
-  methods/        full · lora · switchlora: what each method adds to a step
+  methods/        full · lora · switchlora · relora · galore: what each method adds to a step
+  weights         the plain weights of a model: adapters merged in, or split off again
   sharding        the mesh, and where arrays live on it
   train_state     everything a run is made of at one moment, one pytree
   train_step      loss → accumulated gradients → clip → method → update, one dispatch
+  program         what a config compiles to, for each phase of its run
+  warm_start      full-rank training first, within the run or in another
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss
+  analysis        the effective rank of what the weights have learnt
   sampling        a short text from the model
   checkpoint      orbax, with checksums and fallback
   run_directory   config.json, tokenizer, and the rules for continuing a run

@@ -146,18 +146,26 @@ def magnitude_mask(x, ratio: float):
   return jnp.abs(x) > jnp.quantile(jnp.abs(x).astype(jnp.float32), ratio).astype(x.dtype)
 
 
-def prune_moments(opt_state, keep: Callable):
-  """`opt_state` with mu and nu zeroed, by one mask, where `keep` says so; counts go on.
+def prune_moments(state: VectorAdamState, pruned, keep: Callable) -> VectorAdamState:
+  """The state with mu and nu zeroed, by one mask, where leaves are `pruned`; counts go on.
 
   Args:
-    keep: from a tree of first moments to a tree of masks like it, whose leaves broadcast.
+    pruned: a tree of bools like the parameters, true for leaves stacked along layers, [layers, …].
+    keep: (number of a layer among those of all leaves, its mu) -> mask like it, true for what stays.
   """
+  (mu, structure), nu, first = jax.tree.flatten(state.mu), jax.tree.leaves(state.nu), 0
+  for leaf, chosen in enumerate(jax.tree.leaves(pruned)):
+    if chosen:
+      mu[leaf], nu[leaf] = _prune_stack(mu[leaf], nu[leaf], first, keep)
+      first += len(mu[leaf])
+  return state._replace(mu=jax.tree.unflatten(structure, mu), nu=jax.tree.unflatten(structure, nu))
 
-  def prune(node):
-    if not isinstance(node, VectorAdamState):
-      return node
-    kept = keep(node.mu)
-    mu, nu = (jax.tree.map(lambda x, k: jnp.where(k, x, 0), tree, kept) for tree in (node.mu, node.nu))
-    return node._replace(mu=mu, nu=nu)
 
-  return jax.tree.map(prune, opt_state, is_leaf=lambda node: isinstance(node, VectorAdamState))
+def _prune_stack(mu, nu, first, keep):
+  """One layer after the other, in place: masks of all layers at once would take memory at every step."""
+
+  def one(layer, moments):
+    mask = keep(first + layer, moments[0][layer])
+    return tuple(x.at[layer].set(jnp.where(mask, x[layer], 0)) for x in moments)
+
+  return jax.lax.fori_loop(0, len(mu), one, (mu, nu))

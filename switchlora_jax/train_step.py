@@ -58,7 +58,9 @@ def make_train_step(model, method, mesh, *, accumulation: int, clip_norm: float)
     grads, norm = clip_by_global_norm(grads, clip_norm)
     skip = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     state, masks, metrics = method.adjust(state, skip)
-    updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params, skip=skip, **masks)
+    directions, opt_state = method.optimizer.update(grads, state.opt_state, state.params, skip=skip, **masks)
+    rate = jnp.asarray(method.schedule(state.step))
+    updates = jax.tree.map(lambda direction: -rate.astype(direction.dtype) * direction, directions)
     state = state._replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
@@ -66,7 +68,7 @@ def make_train_step(model, method, mesh, *, accumulation: int, clip_norm: float)
       skipped=state.skipped + skip,
       skipped_in_a_row=jnp.where(skip, state.skipped_in_a_row + 1, 0),
     )
-    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(method.schedule(state.step - 1))}
+    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
   everywhere = replicated(mesh)

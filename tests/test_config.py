@@ -28,6 +28,16 @@ MISTAKES = {
   "dtype": (dict(dtype="float8"), "dtype (='float8') must be one of float32, bfloat16, float64"),
   "init": (dict(switch__init="kaiming"), "switch.init (='kaiming') must be one of switchlora, lora"),
   "short rows": (dict(seq_len=1), "seq_len (=1) must be at least 2"),
+  "order": (dict(switch__order="shuffled"), "switch.order (='shuffled') must be one of sequential, random; set"),
+  "negative ratio": (dict(min_lr_ratio=-0.1), "min_lr_ratio (=-0.1) must lie between 0 and 1; set --config.min_lr"),
+  "large ratio": (dict(min_lr_ratio=1.5), "min_lr_ratio (=1.5) must lie between 0 and 1"),
+  "negative warm start": (dict(warm_start_steps=-1), "warm_start_steps (=-1) must lie between 0 and steps (=12); set"),
+  "long warm start": (dict(warm_start_steps=13), "warm_start_steps (=13) must lie between 0 and steps (=12)"),
+  "warm start of full": (dict(method="full", warm_start_steps=3), "warm_start_steps (=3) needs a low-rank --config.me"),
+  "two warm starts": (
+    dict(warm_start_steps=3, warm_start_from="runs/full"),
+    "warm_start_steps (=3) and warm_start_from (='runs/full') exclude each other",
+  ),
 }
 
 
@@ -48,16 +58,27 @@ def test_mistakes_have_their_sentence(tmp_path, name):
     dict(method="full", rank=0),
     dict(switch__interval=0),
     dict(switch__interval=10, switch__freeze_steps=5),
+    dict(switch__order="random", switch__reset=False),
+    dict(warm_start_steps=12),
+    dict(method="galore", warm_start_steps=5),
+    dict(method="full", warm_start_from="runs/full"),
+    dict(min_lr_ratio=0.0),
+    dict(min_lr_ratio=1.0),
   ],
 )
 def test_what_makes_sense_passes(tmp_path, changes):
   resolve(tiny_config(tmp_path, **changes), devices=8)
 
 
-@pytest.mark.parametrize(("method", "rate"), [("full", 1e-3), ("lora", 1e-2), ("switchlora", 2e-2)])
-def test_learning_rate_defaults_to_the_papers(tmp_path, method, rate):
-  assert resolve(tiny_config(tmp_path, method=method), 8).learning_rate == rate
-  assert resolve(tiny_config(tmp_path, method=method, learning_rate=0.5), 8).learning_rate == 0.5
+@pytest.mark.parametrize(
+  ("method", "rate", "ratio"),
+  [("full", 1e-3, 0), ("lora", 1e-2, 0), ("switchlora", 2e-2, 0), ("relora", 1e-3, 0.1), ("galore", 1e-2, 0.1)],
+)
+def test_learning_rate_and_its_end_default_to_the_papers(tmp_path, method, rate, ratio):
+  config = resolve(tiny_config(tmp_path, method=method), 8)
+  assert (config.learning_rate, config.min_lr_ratio) == (rate, ratio)
+  config = resolve(tiny_config(tmp_path, method=method, learning_rate=0.5, min_lr_ratio=0.25), 8)
+  assert (config.learning_rate, config.min_lr_ratio) == (0.5, 0.25)
 
 
 def test_the_config_handed_in_is_left_alone(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_model import same_bits
 
 from switchlora_jax.dense import SwitchLoRADense
-from switchlora_jax.switching import SwitchSchedule, switch
+from switchlora_jax.switching import SwitchSchedule, coverage, draw_picks, switch
 
 SCALE = 0.5
 STEPS = 12
@@ -20,6 +20,7 @@ SHAPES = [(2, 9, 6, 4), (1, 7, 9, 5), (3, 5, 4, 3), (2, 12, 10, 8), (1, 6, 20, 2
 SCHEDULES = [(1, 0), (2, 1), (12, 5)]  # interval, freeze_steps
 anything = (st.sampled_from(SHAPES), st.sampled_from(SCHEDULES), st.integers(0, 2**32 - 1))
 many = settings(max_examples=20, deadline=None)
+few = settings(max_examples=6, deadline=None)
 
 
 def draw_layers(shape, dtype, seed):
@@ -38,15 +39,22 @@ def draw_layers(shape, dtype, seed):
   }  # fmt: skip
 
 
+def picks_at(step, candidates, schedule):
+  """The spares that a run in random order takes at a step."""
+  return draw_picks(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
+
+
 @lru_cache
-def switcher(interval, freeze_steps):
+def switcher(interval, freeze_steps, random=False):
   """Jitted: (layers, uniforms [L], step, skip) -> Switched; the rate hardly falls in the first steps."""
   schedule = SwitchSchedule(interval, freeze_steps, total_steps=10_000)
-  return jax.jit(
-    lambda layers, uniforms, step, skip: switch(
-      **layers, schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, skip=skip
-    )
-  )
+
+  def run(layers, uniforms, step, skip):
+    picks = picks_at(step, layers["candidates"], schedule) if random else None
+    plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, picks=picks, skip=skip)
+    return switch(**layers, **plan)
+
+  return jax.jit(run)
 
 
 def take(layers, index):
@@ -58,13 +66,13 @@ def collections(switched):
   return {"params": switched.params, "frozen": switched.frozen, "candidates": switched.candidates}
 
 
-def history(shape, times, seed, dtype=np.float32):
+def history(shape, times, seed, dtype=np.float32, random=False):
   """The (before, after) of each of some steps, on the host; the first draws and a third of the others are 0."""
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
   steps = []
   for t in range(STEPS):
     uniforms = np.where((rng.random(shape[0]) < 1 / 3) | (t == 0), 0, rng.random(shape[0])).astype(dtype)
-    out = jax.tree.map(np.asarray, switcher(*times)(layers, uniforms, t, False))
+    out = jax.tree.map(np.asarray, switcher(*times, random)(layers, uniforms, t, False))
     steps.append((layers, out))
     layers = collections(out)
   return steps
@@ -147,6 +155,82 @@ def test_vectors_are_only_permuted(shape, times, seed):
     assert any(np.any(switched_rows(*step, side)) for step in steps), "some vector moved"
 
 
+@few
+@given(st.sampled_from([(1, 0), (12, 5)]), st.integers(0, 2**32 - 1))
+def test_spares_drawn_at_random_change_no_weight_and_lose_no_vector(times, seed):
+  shape = SHAPES[5]  # with more spares than a step can take
+  with jax.enable_x64(True):
+    steps = history(shape, times, seed, np.float64, random=True)
+  for before, after in steps:
+    kernel, product = magnitudes(before)
+    assert drift(before, after) <= 1e-12 * (kernel + SCALE * shape[3] * product)
+    for side in "ab":
+      assert rows_of(collections(after), side) == rows_of(steps[0][0], side)
+      assert not np.any(switched_rows(before, after, side) & (before["candidates"][f"timer_{side}"] > 0))
+      np.testing.assert_array_equal(switched_rows(before, after, side).sum(-1), counts(before, after))
+  assert sum(int(after.count) for _, after in steps) > 0
+
+
+def test_spares_drawn_at_random_are_those_that_are_loaded():
+  """And what was evicted lies where they lay; how many go to which slots is as in order."""
+  shape, times = SHAPES[5], (1, 0)
+  rank, schedule, differ = shape[3], SwitchSchedule(*times, 10_000), False
+  in_order = history(shape, times, 5)
+  for t, (before, after) in enumerate(history(shape, times, 5, random=True)):
+    np.testing.assert_array_equal(counts(before, after), counts(*in_order[t]))
+    for side, offset, rows in zip("ab", (0, rank // 2), picks_at(t, before["candidates"], schedule)[()], strict=True):
+      differ = differ or np.any(after.params[f"lora_{side}"] != in_order[t][1].params[f"lora_{side}"])
+      for layer, count in enumerate(counts(before, after)):
+        slots = (before["candidates"]["cursor"][layer] + offset + np.arange(count)) % rank
+        taken = np.asarray(rows)[layer, :count]
+        old, new = (x[f"lora_{side}"][layer][slots] for x in (before["params"], after.params))
+        np.testing.assert_array_equal(new, before["candidates"][f"spare_{side}"][layer][taken])
+        np.testing.assert_array_equal(after.candidates[f"spare_{side}"][layer][taken], old)
+  assert differ
+
+
+@few
+@given(*anything)
+def test_moved_is_the_norm_of_what_the_kernels_absorbed(shape, times, seed):
+  """Squares of float64 sums, which may cancel; a step that switches nothing moves exactly nothing."""
+  with jax.enable_x64(True):
+    steps = history(shape, times, seed, np.float64)
+  for before, after in steps:
+    expected = np.linalg.norm(after.frozen["kernel"] - before["frozen"]["kernel"])
+    np.testing.assert_allclose(after.moved, expected, rtol=1e-7)
+    assert (after.moved == 0) == (after.count == 0)
+
+
+covered = jax.jit(coverage)
+
+
+@few
+@given(*anything)
+def test_coverage_is_the_share_of_vectors_that_have_been_in_a_slot(shape, times, seed):
+  layers, rng = draw_layers(shape, np.float32, seed), np.random.default_rng(seed)
+  layers["candidates"]["cursor"][:] = 0
+  seen = {(side, index): set() for side in "ab" for index in range(shape[0])}
+  for t in range(STEPS):
+    for (side, index), rows in seen.items():
+      rows |= {row.tobytes() for row in layers["params"][f"lora_{side}"][index]}
+    share = covered(layers["candidates"])
+    for side in "ab":
+      shares = [len(seen[side, index]) / min(shape[1:3]) for index in range(shape[0])]
+      np.testing.assert_allclose(share, np.mean(shares), rtol=1e-6)
+    out = switcher(*times)(layers, rng.random(shape[0], np.float32), t, bool(rng.random() < 0.2))
+    layers = jax.tree.map(np.asarray, collections(out))
+
+
+def test_coverage_is_complete_after_a_cycle():
+  layers = draw_layers((2, 9, 6, 4), np.float32, 0)
+  layers["candidates"]["cursor"][:] = 0
+  shares = []
+  for t in range(3):
+    shares.append(float(covered(layers["candidates"])))
+    layers = collections(switcher(1, 0)(layers, np.zeros(2, np.float32), t, False))
+  assert shares == [np.float32(4 / 6), 1, 1], "two a step, of two spares"
+
+
 @many
 @given(*anything)
 def test_nothing_frozen_is_switched(shape, times, seed):
@@ -204,7 +288,7 @@ def test_skip_changes_nothing(shape, times, seed):
     layers = collections(after)
     out = switcher(*times)(layers, np.zeros(shape[0], np.float32), 0, True)
     assert same_bits(collections(out), layers)
-    assert out.count == 0 and not any(np.any(mask) for mask in jax.tree.leaves(out.reset))
+    assert out.count == out.moved == 0 and not any(np.any(mask) for mask in jax.tree.leaves(out.reset))
 
 
 @many

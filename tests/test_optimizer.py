@@ -11,6 +11,7 @@ from small_model import same_bits
 
 from switchlora_jax import switching
 from switchlora_jax.dense import lora_vectors
+from switchlora_jax.methods.galore import scale_by_galore
 from switchlora_jax.optimizer import (
   VectorAdamState,
   clip_by_global_norm,
@@ -25,6 +26,10 @@ OURS = {
   "scale_by_vector_adam per element": scale_by_vector_adam(vectors=lora_vectors, count_per_element=True),
   "vector_adam": vector_adam(1e-2, vectors=lora_vectors),
   "vector_adam with a schedule": vector_adam(cosine_schedule(1e-2, 2, 20), vectors=lora_vectors),
+  "galore": optax.chain(
+    scale_by_galore(2, 2, 1.0, projected=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
+    optax.scale_by_learning_rate(1e-2),
+  ),
 }
 
 
@@ -132,10 +137,12 @@ def test_the_first_live_update_is_a_warm_up(x64):
   assert sizes[19] > 0.99
 
 
-def test_cosine_schedule_is_the_recorded_one(golden, x64):
-  recorded = golden("schedulers")[0]["switchlora_cosine"]
+@pytest.mark.parametrize(("name", "floor"), [("switchlora_cosine", 0.0), ("switchlora_cosine_with_min_lr", 0.1)])
+def test_cosine_schedule_is_the_recorded_one(name, floor, golden, x64):
+  recorded = golden("schedulers")[0][name]
   counts = jnp.arange(101, dtype=jnp.int32)  # as an optimizer counts, in float64 too
-  np.testing.assert_allclose(jax.vmap(cosine_schedule(1.0, 10, 100))(counts), recorded, rtol=0, atol=1e-12)
+  schedule = cosine_schedule(1.0, 10, 100, floor=floor)
+  np.testing.assert_allclose(jax.vmap(schedule)(counts), recorded, rtol=0, atol=1e-12)
 
 
 def test_the_first_update_has_learning_rate_0_and_the_warm_up_ends_at_the_peak():

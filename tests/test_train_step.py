@@ -220,10 +220,10 @@ def test_a_step_that_is_not_finite_changes_nothing(poison):
   assert not np.isfinite(first["grad_norm"])
   for part in ("params", "frozen", "candidates"):
     assert same_bits(getattr(states[-1], part), getattr(sick, part))
-  assert same_bits(states[-1].opt_state[0], sick.opt_state[0])
+  assert same_bits(states[-1].opt_state, sick.opt_state)
   assert (first["skipped"], first["skipped_in_a_row"], second["skipped"], second["skipped_in_a_row"]) == (1, 1, 2, 2)
   assert (first["switched"], second["switched"]) == (0, 0)
-  assert states[-1].step == sick.step + 2 and states[-1].opt_state[1].count == sick.opt_state[1].count + 2
+  assert states[-1].step == sick.step + 2
 
   cured, (report,) = train(1, "switchlora", state=states[-1]._replace(params=healthy.params))
   assert (report["skipped"], report["skipped_in_a_row"]) == (2, 0) and np.isfinite(report["loss"])

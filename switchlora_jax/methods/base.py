@@ -35,8 +35,8 @@ class Method(NamedTuple):
 
   Attributes:
     dense: the factory of the model's linear layers, `dense(features, name=…)`.
-    optimizer: an optax transformation that follows `schedule`.
-    schedule: from a step to its learning rate.
+    optimizer: an optax transformation from gradients to what the learning rate is multiplied with.
+    schedule: from a step to its learning rate; the step is the train state's, the only clock there is.
     scale: s = α/r where the layers have adapters, else None.
     prepare: state -> state before the gradients of a step, traced inside the train step; keeps the function.
     adjust: (state, skip) -> Adjusted, likewise, between gradients and optimizer; where `skip` is true nothing

@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from switchlora_jax.dense import KERNEL_INIT
 from switchlora_jax.methods.base import Method, cosine, dtypes
-from switchlora_jax.optimizer import vector_adam
+from switchlora_jax.optimizer import scale_by_vector_adam
 
 LEARNING_RATE = 1e-3  # section 4.1
 MIN_LR_RATIO = 0.0
@@ -24,5 +24,4 @@ def describe(config) -> list[str]:
 def build(config) -> Method:
   """Plain linear layers and plain Adam."""
   dense = partial(nn.Dense, use_bias=False, kernel_init=KERNEL_INIT, **dtypes(config))
-  schedule = cosine(config, floor=config.min_lr_ratio)
-  return Method(dense, vector_adam(schedule), schedule)
+  return Method(dense, scale_by_vector_adam(), cosine(config, floor=config.min_lr_ratio))

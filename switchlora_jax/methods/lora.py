@@ -8,7 +8,7 @@ from functools import partial
 from switchlora_jax.dense import INITS, LoRADense, adapter_scale, lora_vectors
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods.base import Method, cosine, dtypes
-from switchlora_jax.optimizer import vector_adam
+from switchlora_jax.optimizer import scale_by_vector_adam
 
 LEARNING_RATE = 1e-2  # section 4.1
 MIN_LR_RATIO = 0.0
@@ -37,5 +37,5 @@ def describe(config) -> list[str]:
 def build(config, kind=LoRADense) -> Method:
   """Adapted layers, nothing between the gradients and the optimizer."""
   schedule = cosine(config, floor=config.min_lr_ratio)
-  adam = vector_adam(schedule, vectors=lora_vectors, count_per_element=config.count_per_element)
+  adam = scale_by_vector_adam(vectors=lora_vectors, count_per_element=config.count_per_element)
   return Method(layer(config, kind), adam, schedule, adapter_scale(config.rank))

@@ -1,0 +1,76 @@
+"""The phases of a run: which program trains which step, and has made which state."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import resolved
+
+from switchlora_jax import warm_start
+from switchlora_jax.methods import METHODS
+from switchlora_jax.program import Program, build, full_rank, phases, trained_by
+from switchlora_jax.sharding import make_mesh
+
+# --- which program ------------------------------------------------------------------------------------------------
+
+
+def named(name, start):
+  """A program that has nothing but its start and, for its model, a name."""
+  return Program(name, *[None] * (len(Program._fields) - 2), start)
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_a_state_belongs_to_the_program_that_trained_the_step_before(warm_start_steps, steps):
+  """Step t makes the state before step t + 1: full rank does so for t < K, the low-rank method from t = K on."""
+  programs = [named("full", 0), named("main", warm_start_steps)]
+  trained = ["full" if t < warm_start_steps else "main" for t in range(steps)]
+  assert [trained_by(programs, t + 1).model for t in range(steps)] == trained
+  assert trained_by(programs, 0).model == "full", "which creates the state before step 0"
+
+
+@given(st.integers(0, 30))
+def test_without_a_warm_start_all_states_belong_to_one_program(step):
+  assert trained_by([named("main", 0)], step).model == "main"
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
+def test_a_warm_start_is_a_phase_of_its_own(method, tmp_path):
+  shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3)
+  config = resolved(tmp_path, **shape, warm_start_steps=5)
+  first, main = phases(config, make_mesh())
+  (only,) = phases(resolved(tmp_path, **shape), make_mesh())
+  assert (first.start, main.start, only.start) == (0, 5, 0)
+  assert (first.scale, main.scale) == (None, METHODS[method].build(config).scale)
+  assert first.abstract.frozen == first.abstract.candidates == {}
+  assert main.abstract == only.abstract
+  assert main.abstract.opt_state != first.abstract.opt_state
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
+def test_the_first_phase_is_the_full_method_with_its_own_learning_rate(method, tmp_path):
+  """… whatever the method's; in all else that full rank reads, the run is the same."""
+  config = resolved(tmp_path, method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
+  assert full_rank(config).to_dict() == resolved(tmp_path, method="full").to_dict()
+  assert full_rank(config).learning_rate == 1e-3
+  assert phases(config, make_mesh())[0].abstract == build(resolved(tmp_path, method="full"), make_mesh()).abstract
+
+
+# --- compiled -----------------------------------------------------------------------------------------------------
+
+
+def test_the_step_compiles_once_per_phase(tmp_path):
+  """The state that is handed over lies where the next phase has it, so that no step is compiled for it alone."""
+  first, main = phases(resolved(tmp_path, method="lora", warm_start_steps=2), make_mesh())
+  kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+  def two_steps(program, state):
+    assert kind(state) == kind(program.abstract)
+    for t in (0, 1):
+      state, _ = program.step(state, program.place(np.full((8, 16), t)))
+    return state
+
+  state = warm_start.hand_over(two_steps(first, first.create()), first, main)
+  assert state.step == 2
+  assert two_steps(main, state).step == 4
+  assert (first.step._cache_size(), main.step._cache_size()) == (1, 1)

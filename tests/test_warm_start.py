@@ -1,0 +1,367 @@
+"""Full rank first: what is handed over, what starts afresh, and that a run may be stopped on either side of it."""
+
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import small_model
+from flax.traverse_util import flatten_dict
+from small_model import host, same_bits
+from tiny import resolved
+
+from switchlora_jax import dataset, metrics, program, trainer, warm_start
+from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.config import FREE
+from switchlora_jax.errors import UserError
+
+LOW_RANK = ("lora", "switchlora", "relora", "galore")
+STEPS, K = 12, 5  # of all runs, and of their full-rank phase
+SHAPE = dict(
+  eval_every=4, checkpoint_every=STEPS, keep_checkpoints=STEPS,
+  relora__restart_every=4, relora__restart_warmup_steps=2, galore__refresh_every=3,
+)  # fmt: skip
+
+
+def scales(first):
+  """In place of the rank learnt, which takes long to compile: the scales it is given, of then and of now."""
+  return lambda params, frozen, scale: 100 * (first.scale or 0) + (scale or 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+  """One device, few optimizations, and equal configs share their compiled programs, which hold no state."""
+  build, built = program.build, {}
+
+  def build_once(config, mesh):
+    key = json.dumps(config.to_dict() | dict.fromkeys((*FREE, "warm_start_from")))
+    return built[key] if key in built else built.setdefault(key, build(config, mesh))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(program, "build", build_once)
+    patch.setattr(trainer, "make_mesh", lambda: small_model.mesh(1))
+    patch.setattr(trainer, "make_learnt_rank", scales)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def train(folder, name, **changes):
+  """A run in `folder / name`: its outcome, and what was seen on the way.
+
+  Attributes:
+    workdir, outcome: of the run.
+    batches: (seed, step, rows) of each step.
+    saved: {step: state} on the host.
+    handed: of each hand-over, the (state, program) before and after, on the host.
+  """
+  config, workdir = resolved(folder, devices=1, **SHAPE | changes), folder / name
+  batches, saved, handed = [], {}, []
+  batch, save, hand_over = dataset.batch, Checkpoints.save, warm_start.hand_over
+
+  def seen_batch(rows, *, seed, step, batch_size):
+    batches.append((seed, step, batch(rows, seed=seed, step=step, batch_size=batch_size)))
+    return batches[-1][-1]
+
+  def seen_hand_over(state, before, after):
+    new = hand_over(state, before, after)
+    handed.append(((host(state), before), (host(new), after)))
+    return new
+
+  def seen_save(self, step, state):
+    saved[step] = host(state)
+    save(self, step, state)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dataset, "batch", seen_batch)
+    patch.setattr(Checkpoints, "save", seen_save)
+    patch.setattr(warm_start, "hand_over", seen_hand_over)
+    outcome = trainer.train(config, workdir)
+  return SimpleNamespace(workdir=workdir, outcome=outcome, batches=batches, saved=saved, handed=handed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """With the text of all runs."""
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+  """From a method to its whole run, with a full-rank phase of K steps unless it is full; saved at every step."""
+  phase = lambda method: {} if method == "full" else PHASE
+  return functools.cache(lambda method: train(folder, method, method=method, checkpoint_every=1, **phase(method)))
+
+
+PHASE = dict(warm_start_steps=K)
+each = pytest.mark.parametrize("method", LOW_RANK)
+
+
+def lines(run, kind="loss"):
+  """The lines of metrics.jsonl, of training or (val_loss) of evaluation, but for what is a matter of time."""
+  rows = [row for row in metrics.read(run.workdir / "metrics.jsonl") if kind in row]
+  return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+@functools.cache
+def forward(model):
+  """Compiled: (params, frozen, tokens) -> logits."""
+  return jax.jit(lambda params, frozen, tokens: model.apply({"params": params, "frozen": frozen}, tokens))
+
+
+def logits(of, state, run):
+  """Of the first rows that the run was trained on."""
+  return np.asarray(forward(of.model)(state.params, state.frozen, run.batches[0][-1]))
+
+
+# --- within a run: what is handed over ----------------------------------------------------------------------------
+
+
+@each
+def test_the_function_is_handed_over(runs, method):
+  """Kernels of at most 1 are rounded once at 2⁻²⁴ as W - s·BA, and once more in the sum; logits are below 1."""
+  ((before, full), (after, low)), *more = runs(method).handed
+  assert not more and (full.scale, low.start) == (None, K)
+  expected = logits(full, before, runs(method))
+  np.testing.assert_allclose(logits(low, after, runs(method)), expected, rtol=0, atol=2e-6)
+  assert np.abs(logits(full, host(full.create()), runs(method)) - expected).max() > 1e-3, "which has been trained"
+
+
+@each
+def test_moments_and_counts_start_afresh_and_the_rest_goes_on(runs, method):
+  ((before, _), (after, _)), *_ = runs(method).handed
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
+  for part in ("embed", "norm", "head"):
+    assert same_bits(after.params[part], before.params[part])
+  assert (after.step, after.skipped, after.skipped_in_a_row) == (K, 0, 0)
+
+
+def test_adapters_and_candidates_are_those_of_a_run_without_a_warm_start(runs):
+  _, (after, low) = runs("switchlora").handed[0]
+  fresh = host(low.create())
+  vectors = lambda state: [layer for path, layer in sorted(flatten_dict(state.params).items()) if "lora" in path[-1]]
+  assert len(vectors(after)) == 14 and same_bits(vectors(after), vectors(fresh))
+  assert after.candidates and same_bits(after.candidates, fresh.candidates)
+  assert same_bits(after.opt_state, fresh.opt_state)
+  assert not same_bits(after.frozen, fresh.frozen)
+
+
+def test_counters_of_skipped_steps_go_on(runs):
+  ((before, full), (_, low)), *_ = runs("galore").handed
+  counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2))
+  after = warm_start.hand_over(counted, full, low)
+  assert (after.step, after.skipped, after.skipped_in_a_row) == (K, 3, 2)
+
+
+# --- within a run: steps and data ---------------------------------------------------------------------------------
+
+
+@each
+def test_the_first_steps_are_those_of_a_full_run(runs, method):
+  """… at the full method's learning rate over the same horizon; the next steps are not."""
+  ours, full = lines(runs(method)), lines(runs("full"))
+  assert ours[:K] == full[:K] and ours[K + 2]["loss"] != full[K + 2]["loss"]
+  assert max(line["learning_rate"] for line in full) == np.float32(1e-3)
+  for t in range(1, K + 1):
+    assert same_bits(runs(method).saved[t], runs("full").saved[t])
+
+
+@each
+def test_data_do_not_depend_on_a_warm_start(runs, method):
+  ours, full = runs(method).batches, runs("full").batches
+  assert [step for _, step, _ in ours] == list(range(STEPS)) and same_bits(ours, full)
+
+
+@each
+def test_the_learning_rate_climbs_again(runs, method):
+  """From 0, in as many steps as at the start (2); ReLoRA restarts at 8 besides."""
+  rates = [line["learning_rate"] for line in lines(runs(method))]
+  assert rates[0] == rates[K] == 0 < rates[K + 1] < rates[K + 2]
+  np.testing.assert_allclose(rates[K + 1], rates[K + 2] / 2, rtol=1e-5)
+  assert min(rates[1:K]) > 0 and [t for t in range(K + 1, STEPS) if rates[t] == 0] == [8] * (method == "relora")
+  assert max(rates[K:]) > 2 * max(rates[:K]) or method == "relora", "the method's own, at this point of the horizon"
+
+
+def adam_direction(state):
+  """What the learning rate multiplies, of the parameters without vectors and projections; from the new moments."""
+  adam = state.opt_state
+  count = adam.count["head"]["kernel"] if isinstance(adam.count, dict) else adam.count
+  m, v = (np.asarray(moment["head"]["kernel"], np.float64) for moment in (adam.mu, adam.nu))
+  if hasattr(adam, "projector"):  # GaLore's eps stands on the uncorrected √v
+    return m / (np.sqrt(v) + 1e-6) * np.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+  return m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+
+
+@each
+def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(runs, method):
+  """Measured on the head: by how much of Adam's direction it moved."""
+  states = dict(runs(method).saved)
+  used = [0.0]  # and the first is 0, which no state before it is there to show
+  for t in range(2, STEPS + 1):
+    before, after = runs(method).handed[0][1][0] if t == K + 1 else states[t - 1], states[t]
+    moved = np.asarray(after.params["head"]["kernel"], np.float64) - before.params["head"]["kernel"]
+    direction = adam_direction(after)
+    used.append(-np.vdot(direction, moved) / np.vdot(direction, direction))
+  logged = [line["learning_rate"] for line in lines(runs(method))]
+  np.testing.assert_allclose(used, logged, rtol=1e-3, atol=1e-9)
+
+
+@each
+def test_a_warm_start_as_long_as_the_run_is_full_rank(folder, runs, method):
+  run = train(folder, f"{method}-never", method=method, warm_start_steps=STEPS)
+  for kind in ("loss", "val_loss"):
+    assert lines(run, kind) == lines(runs("full"), kind)
+  assert same_bits(run.outcome.state, runs("full").outcome.state) and not run.handed
+  assert not same_bits(runs(method).outcome.state.params["head"], runs("full").outcome.state.params["head"])
+
+
+@each
+def test_evaluations_know_the_phase(runs, method):
+  """The rank learnt counts from the first program's weights, which have no adapters; those of now have a scale."""
+  low = runs(method).outcome.program
+  evaluations = lines(runs(method), "val_loss")
+  assert [line["step"] for line in evaluations] == [4, 8, 12]
+  assert [line["learnt_rank"] for line in evaluations] == [0, low.scale or 0, low.scale or 0]
+  assert evaluations[0] == lines(runs("full"), "val_loss")[0]
+  assert evaluations[2]["val_loss"] < evaluations[1]["val_loss"] < evaluations[0]["val_loss"]
+
+
+# --- within a run: stopped and continued --------------------------------------------------------------------------
+
+
+def continued(folder, whole, method, step):
+  """The run that goes on from what a kill leaves right after the checkpoint of a step: lines of later steps, too."""
+  workdir = folder / f"{method}-{step}"
+  shutil.copytree(whole.workdir, workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+  for kept in (step - 1, step):
+    shutil.copytree(whole.workdir / "checkpoints" / str(kept), workdir / "checkpoints" / str(kept))
+  return train(folder, workdir.name, method=method, **PHASE)
+
+
+@pytest.mark.parametrize(
+  ("method", "step"), [("switchlora", K - 1), *((method, step) for method in LOW_RANK for step in (K, K + 1))]
+)
+def test_a_stopped_run_continues_bit_by_bit(folder, runs, method, step):
+  """On either side of the hand-over, and where it is the next thing to be done."""
+  whole = runs(method)
+  again = continued(folder, whole, method, step)
+  assert again.outcome.first_step == step and len(again.handed) == (step <= K)
+  for kind in ("loss", "val_loss"):
+    assert lines(again, kind) == lines(whole, kind)
+  assert same_bits(again.outcome.state, whole.outcome.state)
+
+
+@each
+def test_steps_compile_once_per_phase(runs, method):
+  """… over all runs of this file, new and continued."""
+  _, (_, low) = runs(method).handed[0]
+  assert low.step._cache_size() == runs("full").outcome.program.step._cache_size() == 1
+
+
+# --- from another run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(folder, runs):
+  """The directory of the LoRA run as it was one step before its full-rank phase was over."""
+  workdir = folder / "half"
+  shutil.copytree(runs("lora").workdir, workdir, ignore=shutil.ignore_patterns("checkpoints"))
+  shutil.copytree(runs("lora").workdir / "checkpoints" / str(K - 1), workdir / "checkpoints" / str(K - 1))
+  return workdir
+
+
+def started(folder, method, source, **changes):
+  """The first state of a run with the weights of another, and its program."""
+  of = program.build(resolved(folder, devices=1, **SHAPE | changes, method=method), small_model.mesh(1))
+  return host(warm_start.Source(str(source), of, small_model.mesh(1)).state()), of
+
+
+@pytest.mark.parametrize(("source", "method"), [("full", "switchlora"), ("lora", "galore"), ("half", "galore")])
+def test_the_function_is_that_of_the_other_run(folder, runs, half, source, method):
+  """Of its newest checkpoint; a run with a full-rank phase may be in either."""
+  run, workdir = (runs("lora"), half) if source == "half" else (runs(source), runs(source).workdir)
+  step = K - 1 if source == "half" else STEPS
+  model_of = run.handed[0][0][1] if source == "half" else run.outcome.program
+  state, of = started(folder, method, workdir)
+  expected = logits(model_of, run.saved[step], run)
+  np.testing.assert_allclose(logits(runs(method).outcome.program, state, run), expected, rtol=0, atol=2e-6)
+  assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, of.abstract)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
+  if method == "switchlora":
+    low = runs("switchlora").handed[0][1][0]
+    assert same_bits(state.candidates, low.candidates), "which neither run has touched"
+
+
+def test_a_run_from_another_begins_at_step_0(folder, runs):
+  """… with the other's weights: first row, first learning rate, horizon of its own. It is continued like any other."""
+  source = runs("full")
+  begun = dict(method="full", warm_start_from=str(source.workdir))
+  run = train(folder, "begun", **begun, checkpoint_every=1)
+  assert run.outcome.first_step == 0 and same_bits(run.batches, source.batches)
+  rates = [[line["learning_rate"] for line in lines(r)] for r in (run, source)]
+  assert rates[0] == rates[1]
+  losses = [[line["loss"] for line in lines(r)] for r in (run, source)]
+  assert losses[0][0] < losses[1][0] - 0.1, "the first rows have been seen before"
+  assert run.saved[1].params["head"]["kernel"].tobytes() == source.saved[STEPS].params["head"]["kernel"].tobytes(), (
+    "which the first update, with learning rate 0, leaves alone"
+  )
+  assert all("learnt_rank" not in line for line in lines(run, "val_loss"))
+
+  for later in range(8, STEPS + 1):
+    shutil.rmtree(run.workdir / "checkpoints" / str(later))
+  again = train(folder, "begun", **begun)
+  assert again.outcome.first_step == 7 and same_bits(again.outcome.state, run.outcome.state)
+  assert lines(again) == lines(run)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def refused(folder, source, sentence, **changes):
+  """A run from `source` ends with a sentence, and has trained nothing."""
+  options = dict(method="full", warm_start_from=str(source)) | changes
+  with pytest.raises(UserError) as caught:
+    train(folder, "refused", **options)
+  assert sentence in str(caught.value)
+  shutil.rmtree(folder / "refused")
+
+
+def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
+  refused(folder, tmp_path, f"warm_start_from={tmp_path} is not the directory of a run")
+  refused(folder, tmp_path / "nowhere", "is not the directory of a run (it must hold config.json and checkpoints/)")
+  shutil.copy(runs("full").workdir / "config.json", tmp_path)
+  refused(folder, tmp_path, "give the --workdir of a run that has saved a checkpoint")
+
+
+def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
+  for name in ("config.json", "tokenizer.model"):
+    shutil.copy(runs("full").workdir / name, tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  refused(folder, tmp_path, f"the run in {tmp_path} has saved no checkpoint yet")
+
+
+@pytest.mark.parametrize("source", ["full", "lora"])
+def test_another_model_is_refused_by_the_names_of_its_arrays(folder, runs, source):
+  workdir = runs(source).workdir
+  sentence = f"the model of --config.warm_start_from={workdir} has other arrays than this one: "
+  down, gate, up = ((name, *sides) for name, *sides in (("down", 24, 16), ("gate", 16, 24), ("up", 16, 24)))
+  wider = [
+    f"blocks/{n}/kernel: (2, {i}, {o}) there, (2, {i + 8 * (i == 24)}, {o + 8 * (o == 24)}) here"
+    for n, i, o in (down, gate, up)
+  ]
+  refused(folder, workdir, f"{sentence}{'; '.join(wider)}; set --config.model", model__intermediate_size=32)
+  deeper = (
+    "blocks/attention_norm/scale: (2, 16) there, (3, 16) here; blocks/down/kernel: (2, 24, 16) there, (3, 24, 16)"
+  )
+  refused(folder, workdir, sentence + deeper, model__num_layers=3, method="lora")
+
+
+def test_another_tokenizer_is_refused(folder, runs, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(runs("full").workdir, other)
+  (other / "tokenizer.model").write_bytes(b"other pieces")
+  refused(folder, other, f"trained with another tokenizer than this run would be; pass --config.data.tokenizer={other}")
