@@ -9,14 +9,14 @@ The outputs are those of experiments.compare: table.md, results.json, curves.png
 import jax
 from absl import flags
 
-from experiments import cli, grid, results, studies
+from experiments import cli, grid, results, settings, studies
 from switchlora_jax.errors import UserError
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
 STUDY = flags.DEFINE_string("study", None, f"what to change: {', '.join(studies.STUDIES)}")
 LEARNING_RATES = flags.DEFINE_list("learning_rates", None, "learning rates to choose from; by default the config's")
-grid.define_flags(seeds=1)
+settings.define_flags(seeds=1)
 
 
 def main():
@@ -25,11 +25,11 @@ def main():
   if STUDY.value not in studies.STUDIES:
     found = "missing" if STUDY.value is None else f"{STUDY.value!r}, which there is not"
     raise UserError(f"--study is {found}; it must be one of {', '.join(studies.STUDIES)}")
-  base = grid.base_from_flags()
-  rates = grid.numbers("learning_rates", LEARNING_RATES.value, float)
+  base = settings.base_from_flags()
+  rates = settings.numbers("learning_rates", LEARNING_RATES.value, float)
   lines = studies.arms(STUDY.value, base.config, rates)
   study = studies.STUDIES[STUDY.value](base.config)
-  options = grid.options()
+  options = settings.options()
   ran = grid.run_grid(base, lines, **options)
   results.conclude(lines, ran, options, f"{study.question} ({study.source} of the paper)")
 

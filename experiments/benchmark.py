@@ -32,13 +32,13 @@ from switchlora_jax.program import Program, assemble
 from switchlora_jax.report import bytes_of
 from switchlora_jax.sharding import by_rows, make_mesh
 
-TWO_PRODUCTS, REFRESH = "two products", "galore, refreshing"
+TWO_PRODUCTS, REFRESH = "two products", "galore refreshing"
 PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
 CONFIG = cli.define_config("llama_350m_cut")
 flags.declare_key_flag("config")
 NAMES = flags.DEFINE_list("methods", list(PROGRAMS), f"of {', '.join(PROGRAMS)}; full is always one")
 VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [], "vocabulary size; repeat for one table each")
-RANKS = flags.DEFINE_multi_integer("rank", [], "rank of the low-rank methods; repeat for several", lower_bound=2)
+RANKS = flags.DEFINE_multi_integer("rank", [], "rank of the low-rank methods; repeat for several", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each program", lower_bound=1)
 MEMORY = flags.DEFINE_bool("memory", False, "compile only, and print the memory of each step")
 JSON = flags.DEFINE_string("json", None, "write the results to this file as well")

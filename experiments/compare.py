@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, grid, results
+from experiments import cli, grid, results, settings
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS
 
@@ -29,20 +29,22 @@ LEARNING_RATES = flags.DEFINE_multi_string(
   [],
   "RATE,RATE,… for every method, or METHOD,METHOD,…:RATE,RATE,… for some; by default a method's own",
 )
-grid.define_flags(seeds=3)
+settings.define_flags(seeds=3)
 TIME = flags.DEFINE_bool("time", True, "measure the time of a training step of each method, after the runs")
 
 
 def arms(config) -> list[grid.Arm]:
   """A line of the table for each method and rank."""
-  if unknown := [name for name in METHOD_NAMES.value if name not in METHODS]:
-    raise UserError(f"--methods has {', '.join(unknown)}; they must be of {', '.join(METHODS)}")
+  unknown = [name for name in METHOD_NAMES.value if name not in METHODS]
+  if unknown or not METHOD_NAMES.value:
+    raise UserError(f"--methods has {', '.join(unknown) or 'none'}; they must be of {', '.join(METHODS)}")
   rates, found = learning_rates(), []
+  ranks = settings.numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
     if method == "full":
       found.append(grid.Arm("full", {"method": "full"}, rates.get("full", ())))
       continue
-    for rank in grid.numbers("ranks", RANKS.value, int) or [config.rank]:
+    for rank in ranks:
       label = f"{method}, rank {rank}"
       found.append(grid.Arm(label, {"method": method, "rank": rank}, rates.get(method, ())))
   return found
@@ -53,18 +55,21 @@ def learning_rates() -> dict[str, tuple[float, ...]]:
   of_all, of_some = {}, {}
   for text in LEARNING_RATES.value:
     names, colon, rates = text.rpartition(":")
-    rates = tuple(grid.numbers("learning_rates", rates.split(","), float))
+    rates = tuple(settings.numbers("learning_rates", rates.split(","), float))
     if unknown := set(names.split(",") if colon else ()) - set(METHODS):
       raise UserError(f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected of {', '.join(METHODS)}")
     (of_some if colon else of_all).update(dict.fromkeys(names.split(",") if colon else METHODS, rates))
   return of_all | of_some
 
 
-def step_times(base: grid.Base, workdir: Path) -> dict[str, float]:
-  """{label: time of a training step relative to full rank}, all methods in turns in one process of its own."""
+def step_times(base: settings.Base, workdir: Path) -> dict[str, float]:
+  """{label: time of a training step relative to full rank}, all methods in turns in one process of its own.
+
+  Empty where that process fails, as it says: what was trained for hours is written nevertheless.
+  """
   out = workdir / "step_time.json"
   keys = [f"--config.{key}={value}" for key, value in base.overrides.items()]
-  ranks = [f"--rank={rank}" for rank in grid.numbers("ranks", RANKS.value, int) or [base.config.rank]]
+  ranks = [f"--rank={rank}" for rank in settings.numbers("ranks", RANKS.value, int) or [base.config.rank]]
   methods = f"--methods={','.join(dict.fromkeys(['full', *METHOD_NAMES.value]))}"
   command = [
     sys.executable,
@@ -76,7 +81,9 @@ def step_times(base: grid.Base, workdir: Path) -> dict[str, float]:
     methods,
     f"--json={out}",
   ]
-  subprocess.run(command, env=grid.environment(), check=True, stdout=subprocess.DEVNULL)
+  if code := subprocess.run(command, env=settings.environment(), stdout=subprocess.DEVNULL).returncode:
+    sys.stderr.write(f"no step times: the benchmark ended with exit code {code}, see above; all else is written\n")
+    return {}
   return {
     row["program"] if row["program"] == "full" else f"{row['program']}, rank {row['rank']}": row["time_ratio"]
     for row in json.loads(out.read_text())
@@ -86,7 +93,7 @@ def step_times(base: grid.Base, workdir: Path) -> dict[str, float]:
 def main():
   """Check, run, time, write."""
   jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
-  base, options = grid.base_from_flags(), grid.options()
+  base, options = settings.base_from_flags(), settings.options()
   lines = arms(base.config)
   ran = grid.run_grid(base, lines, **options)
   times = step_times(base, options["workdir"]) if TIME.value else None

@@ -5,7 +5,6 @@ then at the best of them with the other seeds; every such cell is a run of `expe
 and a directory of its own, so it can be looked at, continued and killed like any other.
 """
 
-import importlib
 import math
 import os
 import re
@@ -16,22 +15,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+from ml_collections import FrozenConfigDict
 
+from experiments.settings import Base, environment, update
 from switchlora_jax import dataset, metrics, run_directory
 from switchlora_jax.config import differences, resolve
 from switchlora_jax.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class Base(NamedTuple):
-  """What all cells share: a config file, the keys changed against it, and the config that makes."""
-
-  file: str
-  overrides: dict[str, Any]
-  config: ConfigDict
 
 
 class Arm(NamedTuple):
@@ -72,80 +61,6 @@ class Ran(NamedTuple):
   cell: Cell
   workdir: Path
   failure: str | None
-
-
-def define_flags(*, seeds: int):
-  """The flags that every command that runs a grid has."""
-  flags.DEFINE_string("workdir", None, "directory of the grid: created, or continued if it holds one")
-  flags.DEFINE_integer("seeds", seeds, "runs of each line at its best learning rate", lower_bound=1)
-  flags.DEFINE_integer(
-    "processes", None, "runs at one time; by default one a core, or one if there are accelerators", lower_bound=1
-  )
-
-
-def options() -> dict:
-  """What these flags say, as `run_grid` takes it; a run is read at its end."""
-  values = flags.FLAGS
-  if values.workdir is None:
-    raise UserError("--workdir is missing: give the directory in which the runs are kept, say --workdir=runs/grid")
-  processes = values.processes or default_processes()
-  return {"workdir": Path(values.workdir).expanduser(), "seeds": values.seeds, "processes": processes, "read_at": 1.0}
-
-
-def numbers(flag: str, words: list[str] | None, kind) -> list:
-  """The words of a flag as numbers of a kind.
-
-  Raises:
-    UserError: one is none.
-  """
-  try:
-    return [kind(word) for word in words or []]
-  except ValueError as error:
-    raise UserError(f"--{flag} must be a list of numbers such as 1e-3,2e-3 or 32,16; {error}") from error
-
-
-def base_from_flags() -> Base:
-  """The base that this command's own --config flags describe."""
-  flag = flags.FLAGS["config"]
-  return Base(config_flags.get_config_filename(flag), config_flags.get_override_values(flag), flags.FLAGS.config)
-
-
-def base_from_file(name: str, overrides: dict[str, Any]) -> Base:
-  """The base of a config in configs/, by its name, with keys changed."""
-  config = ConfigDict(importlib.import_module(f"configs.{name}").get_config())
-  update(config, overrides)
-  return Base(str(ROOT / "configs" / f"{name}.py"), overrides, config)
-
-
-def parse_value(config: ConfigDict, key: str, text: str):
-  """A value written on the command line, with the type that the config's key has.
-
-  Raises:
-    UserError: there is no such key, or the text is no such value.
-  """
-  try:
-    kind = config.get_type(key) if "." not in key else config[key.rsplit(".", 1)[0]].get_type(key.rsplit(".", 1)[1])
-  except (KeyError, AttributeError) as error:
-    raise UserError(f"unknown config key {key!r}; every key stands in configs/base.py") from error
-  try:
-    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-  except (KeyError, ValueError) as error:
-    raise UserError(f"{key} must be of type {kind.__name__}; found {text!r}") from error
-
-
-def update(config: ConfigDict, overrides: dict[str, Any]) -> None:
-  """Set keys such as `switch.interval`.
-
-  Raises:
-    UserError: there is no such key, or its value has another type.
-  """
-  for key, value in overrides.items():
-    try:
-      config.update_from_flattened_dict({key: value})
-    except (KeyError, AttributeError) as error:
-      raise UserError(f"unknown config key {key!r}; every key stands in configs/base.py") from error
-    except TypeError as error:
-      raise UserError(f"{key} (={value!r}) has the wrong type: {error}") from error
 
 
 def make_cell(base: Base, arm: Arm, learning_rate: float | None, seed_number: int) -> Cell:
@@ -203,7 +118,13 @@ def prepare_data(cells: list[Cell]):
 
 
 def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what: str) -> list[Ran]:
-  """Run the cells that are not finished yet, so many at a time; one that fails does not stop the others."""
+  """Run the cells that are not finished yet, so many at a time; one that fails does not stop the others.
+
+  Raises:
+    UserError: before any of them is run, where a directory holds another run.
+  """
+  for cell in cells:
+    check_same_run(folder / cell.name, cell.config)
   shares = SimpleQueue()
   for share in range(processes):
     shares.put(share)
@@ -211,13 +132,20 @@ def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what:
 
     def one(cell: Cell) -> Ran:
       share = shares.get()
-      ran = run_cell(base, cell, folder, (share, processes))
-      shares.put(share)
+      try:
+        ran = run_cell(base, cell, folder, (share, processes))
+      finally:
+        shares.put(share)
       bar.write(f"{cell.name}: {ran.failure or summary(ran)}")
       bar.update()
       return ran
 
-    return list(pool.map(one, cells))
+    futures = [pool.submit(one, cell) for cell in cells]
+    try:
+      return [future.result() for future in futures]
+    except BaseException:  # Ctrl-C above all
+      pool.shutdown(cancel_futures=True)  # else the runs that still wait would be started before the pool lets go
+      raise
 
 
 def run_cell(base: Base, cell: Cell, folder: Path, share: tuple[int, int]) -> Ran:
@@ -239,26 +167,11 @@ def command(base: Base, cell: Cell, workdir: Path) -> list[str]:
   return [sys.executable, "-m", "experiments.pretrain", f"--config={base.file}", *keys, f"--workdir={workdir}"]
 
 
-def environment() -> dict[str, str]:
-  """This process' environment, in which `experiments` is found from any directory."""
-  path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-  return os.environ | {"PYTHONPATH": path}
-
-
 def share_cores(pid: int, number: int, processes: int):
   """Give a process its share of the cores, where the system can: XLA starts as many threads as it sees cores."""
   if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(pid, cores[number::processes] or cores)
-
-
-def default_processes() -> int:
-  """One process a core where JAX finds only CPUs, else one: a process takes all accelerators."""
-  probe = subprocess.run(
-    [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
-  )
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return cores if probe.stdout.strip() == "cpu" else 1
 
 
 def finished(workdir: Path, config) -> bool:
@@ -267,6 +180,16 @@ def finished(workdir: Path, config) -> bool:
   if saved is None or differences(saved["config"], config.to_dict()):
     return False
   return any(row["step"] == config.steps for row in evaluations(workdir))
+
+
+def check_same_run(workdir: Path, config):
+  """Raise `UserError` where a run of another config lies there: neither to be taken for this one nor extended."""
+  saved = run_directory.read(workdir)
+  if saved and (changed := differences(saved["config"], config.to_dict())):
+    raise UserError(
+      f"{workdir} holds a run with another config ({'; '.join(changed)}); "
+      f"choose a new --workdir, or set these keys as they were to continue it"
+    )
 
 
 def evaluations(workdir: Path) -> list[dict]:
@@ -290,17 +213,25 @@ def read_step(config, read_at: float) -> int:
 
 
 def read_loss(ran: Ran, read_at: float) -> float:
-  """The validation loss of a cell where it is read, in nats a token; infinite where it failed or diverged."""
+  """The validation loss of a cell where it is read, in nats a token; infinite where it failed or diverged.
+
+  Raises:
+    UserError: the run was not evaluated then, because it was made with another `eval_every`.
+  """
   if ran.failure:
     return math.inf
   step = read_step(ran.cell.config, read_at)
-  loss = next(row["val_loss"] for row in evaluations(ran.workdir) if row["step"] == step)
-  return math.inf if loss is None else loss
+  for row in evaluations(ran.workdir):
+    if row["step"] == step:
+      return math.inf if row["val_ppl"] is None else row["val_loss"]
+  raise UserError(f"{ran.workdir} was not evaluated at step {step}; delete it, and the same command runs it again")
 
 
 def best_of(arm: Arm, ran: list[Ran], read_at: float) -> float | None:
   """The learning rate with which an arm's first seed ended lowest, or None where no cell of it did."""
-  losses = {r.cell.learning_rate: read_loss(r, read_at) for r in ran if r.cell.arm is arm}
+  own = [r for r in ran if r.cell.arm is arm]
+  first_seed = min(r.cell.seed for r in own)
+  losses = {r.cell.learning_rate: read_loss(r, read_at) for r in own if r.cell.seed == first_seed}
   best = min(losses, key=losses.get)
   return best if math.isfinite(losses[best]) else None
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.grid import Arm, Base, base_from_file, update
+from experiments.grid import Arm
+from experiments.settings import Base, base_from_file, update
 from switchlora_jax.config import flatten, resolve
 from switchlora_jax.program import build
 from switchlora_jax.report import parameter_count
@@ -144,8 +145,11 @@ def with_rank(size: str, *numbers: tuple[str, int | None, float | None]) -> tupl
   return tuple(Line(size, method, rank, paper) for method, rank, paper in numbers)
 
 
-WARM = dict(steps=Scaled(20_000, 600), warmup_steps=Scaled(500, 50), min_lr_ratio=0.1)
+WARM = dict(  # Appendix C.1
+  steps=Scaled(20_000, 600), warmup_steps=Scaled(1000, 30), min_lr_ratio=0.1, warm_start_learning_rate=5e-4
+)
 RELORA = WARM | {
+  "warmup_steps": Scaled(500, 15),  # in the authors' code
   "relora.restart_every": Scaled(5000, 150),
   "relora.restart_warmup_steps": Scaled(100, 15),
   "learning_rate": 1e-3,
@@ -230,12 +234,12 @@ ITEMS = {
     glue("full-rank", "48.60±2", "87.64±0.1", "78.43±1", "58.05±3", "91.93±1"),
     glue("SwitchLoRA", "47.43±3", "88.49±0.3", "80.15±2", "61.37±3", "92.39±0.5"),
   )),
-  "table8": Item("learning rates for GLUE, 350M", missing=NO_GLUE, paper=(
+  "table8": Item("learning rates for GLUE, 350M; batch 16, 30 epochs, length 512", missing=NO_GLUE, paper=(
     glue("full-rank", 8e-6, 1e-5, 1e-5, 8e-6, 3e-6),
     glue("SwitchLoRA", 3e-5, 5e-5, 5e-5, 5e-5, 1e-5),
     glue("GaLore", 2e-6, 5e-6, 5e-6, 3e-6, 8e-7),
   )),
-  "table9": Item("learning rates for GLUE, 1.3B", missing=NO_GLUE, paper=(
+  "table9": Item("learning rates for GLUE, 1.3B; batch 16, 30 epochs, length 512", missing=NO_GLUE, paper=(
     glue("full-rank", 8e-6, 1e-5, 2e-5, 1e-5, 5e-6),
     glue("SwitchLoRA", 1e-5, 1e-5, 1e-5, 2e-6, 5e-6),
   )),

@@ -34,6 +34,7 @@ def main():
   workdir = Path(WORKDIR.value).expanduser()
   outcome = trainer.train(config, workdir)
   print(report.conclude(config, workdir, outcome))
+  print(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 
 
 if __name__ == "__main__":

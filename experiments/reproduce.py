@@ -15,38 +15,62 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, grid, paper, results, studies
+from experiments import cli, grid, paper, results, settings, studies
 from switchlora_jax.errors import UserError
 
 ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", paper.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: change a key of the config for every run; repeat for several")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of every run, and run nothing")
-grid.define_flags(seeds=1)
+settings.define_flags(seeds=1)
 
 
 def changed_keys() -> dict:
-  """What --set says, with the types that the config has."""
+  """What --set says, with the types that the config has; it may not make a line another than it is called."""
   config, keys = paper.base(SCALE.value).config, {}
   for text in SET.value:
     key, equals, value = text.partition("=")
     if not equals:
       raise UserError(f"--set={text} must be KEY=VALUE, say --set=data.path='c4/*.json.gz'")
-    keys[key] = grid.parse_value(config, key, value)
+    keys[key] = settings.parse_value(config, key, value)
+  if fixed := sorted(keys.keys() & {"method", "rank", *paper.SHAPE}):
+    raise UserError(f"--set={fixed[0]} would change what the lines are; for that use experiments.compare or .ablate")
   return keys
 
 
-def arms_of(item: paper.Item, base: grid.Base) -> list[grid.Arm]:
-  """What is trained for an item."""
+def arms_of(item: paper.Item, base: settings.Base, keys: dict) -> list[grid.Arm]:
+  """What is trained for an item; `keys`, from --set, go before what its lines set."""
   if not item.study:
-    return [paper.arm(line, SCALE.value) for line in item.lines]
+    lines = [paper.arm(line, SCALE.value) for line in item.lines]
+    arms = [arm._replace(overrides=arm.overrides | keys) for arm in lines]
+    if len({frozenset(arm.overrides.items()) for arm in arms}) < len(arms):
+      raise UserError(f"--set={','.join(keys)} makes two lines the same run; leave out what tells them apart")
+    return arms
   batch = {"batch_size": 128} if SCALE.value == "paper" else {}  # Appendix B
   rank = 128 if SCALE.value == "paper" else 16
-  shared = paper.size_keys("130M", SCALE.value) | batch | {"rank": rank}
+  shared = paper.size_keys("130M", SCALE.value) | batch | {"rank": rank} | keys
   config = base.config.copy_and_resolve_references()
-  grid.update(config, shared)
+  settings.update(config, shared)
   found = [arm for name in item.study.split(",") for arm in studies.arms(name, config)]
-  return [arm._replace(overrides=shared | arm.overrides) for arm in found]
+  return [arm._replace(overrides=shared | arm.overrides) for arm in distinct(config, found)]
+
+
+def distinct(config, arms: list[grid.Arm]) -> list[grid.Arm]:
+  """The arms without those that train what one before them trains: two studies share the config's own setting."""
+  kept = {}
+  for arm in arms:
+    changed = config.copy_and_resolve_references()
+    settings.update(changed, arm.overrides)
+    kept.setdefault(changed.to_json(), arm)
+  return list(kept.values())
+
+
+def commands(base: settings.Base, arms: list[grid.Arm]) -> list[str]:
+  """The command of every run, into the directory in which this command then finds it."""
+  cells = grid.sweep_cells(base, arms)
+  cells += [grid.make_cell(base, arm, None, n) for n in range(1, flags.FLAGS.seeds) for arm in arms]
+  folder = Path(flags.FLAGS.workdir or f"runs/{ITEM.value}") / "cells"
+  return [shlex.join(grid.command(base, cell, folder / cell.name)) for cell in cells]
 
 
 def tell(item: paper.Item):
@@ -70,13 +94,13 @@ def main():
   if not item.lines and not item.study:
     tell(item)
     return
-  base = paper.base(SCALE.value, changed_keys())
-  arms = arms_of(item, base)
+  keys = changed_keys()
+  base = paper.base(SCALE.value, keys)
+  arms = arms_of(item, base, keys)
   if DRY_RUN.value:
-    for cell in grid.sweep_cells(base, arms):
-      print(shlex.join(grid.command(base, cell, Path("runs") / ITEM.value / cell.name)))
+    print("\n".join(commands(base, arms)))
     return
-  options = grid.options() | {"read_at": item.read_at}
+  options = settings.options() | {"read_at": item.read_at}
   ran = grid.run_grid(base, arms, **options)
   results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
 

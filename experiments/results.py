@@ -18,6 +18,7 @@ from switchlora_jax.sharding import make_mesh
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 
 def collect(arms, ran: list[Ran], read_at: float, step_times: dict[str, float] | None = None) -> dict:
@@ -44,6 +45,7 @@ def row(arm: Arm, ran: list[Ran], read_at: float, step_time: float | None) -> di
     "learning_rate": best,
     "at_edge_of_sweep": len(sweep) > 1 and best in (min(sweep), max(sweep)),
     "sweep": {f"{rate:g}": finite(math.exp(min(loss, 700))) for rate, loss in sorted(sweep.items())},
+    "seeds": len(losses),
     "perplexities": perplexities,
     "mean": statistics.mean(perplexities) if perplexities else None,
     "std": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
@@ -98,11 +100,13 @@ def number(value: float | None) -> str:
 
 
 def perplexity(row: dict) -> str:
-  """`38.01 ± 0.12 (3)`: mean, standard deviation and number of seeds."""
+  """`38.01 ± 0.12 (3 seeds)`: mean, standard deviation and number of seeds; `(2 of 3 seeds)` where one has none."""
   if row["mean"] is None:
     return "failed"
-  spread = f" ± {row['std']:.2f} ({len(row['perplexities'])} seeds)" if row["std"] is not None else ""
-  return f"{row['mean']:.2f}{spread}"
+  good, seeds = len(row["perplexities"]), row["seeds"]
+  spread = f" ± {row['std']:.2f}" if row["std"] is not None else ""
+  among = f" ({good} of {seeds} seeds)" if good < seeds else f" ({seeds} seeds)" if seeds > 1 else ""
+  return f"{row['mean']:.2f}{spread}{among}"
 
 
 def table(results: dict) -> str:
@@ -146,11 +150,11 @@ def plot_curves(results: dict, path: Path, title: str):
   figure, axes = plt.subplots(figsize=(9, 6))
   for arm in results["arms"]:
     chosen = [c for c in results["cells"] if c["label"] == arm["label"] and c["learning_rate"] == arm["learning_rate"]]
-    curves = [c["curve"] for c in chosen if not c["failure"]]
+    curves = [dict(c["curve"]) for c in chosen if not c["failure"]]
     if not curves:
       continue
-    steps = [step for step, _ in curves[0]]
-    losses = np.array([[math.nan if loss is None else loss for _, loss in curve] for curve in curves])
+    steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+    losses = np.array([[curve[step] for step in steps] for curve in curves], float)  # None becomes nan
     (line,) = axes.plot(steps, losses.mean(0), marker=".", label=f"{arm['label']}, lr {arm['learning_rate']:g}")
     axes.fill_between(steps, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
   axes.set(xlabel="step", ylabel="validation loss (nats per token)", title=title)
@@ -164,6 +168,7 @@ def plot_parameters(results: dict, path: Path, title: str):
     if arm["mean"] is not None:
       place = arm["trainable_parameters"], arm["mean"]
       axes.errorbar(*place, yerr=arm["std"] or 0, fmt="o", capsize=3, label=arm["label"])
+  axes.xaxis.set_major_formatter(EngFormatter())  # 1.2 M
   axes.set(xlabel="trainable parameters", ylabel="validation perplexity", title=title)
   finish(figure, axes, path)
 

@@ -42,6 +42,8 @@ def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
   config = config.copy_and_resolve_references()  # a plain copy would share the placeholder
   if config.learning_rate is None:
     config.learning_rate = method.LEARNING_RATE
+  if config.warm_start_learning_rate is None:
+    config.warm_start_learning_rate = METHODS["full"].LEARNING_RATE
   if config.min_lr_ratio is None:
     config.min_lr_ratio = method.MIN_LR_RATIO
   return FrozenConfigDict(config)
@@ -85,8 +87,9 @@ def _check_training(config, devices: int):
       f"warmup_steps (={config.warmup_steps}) must be at least 0 and less than steps (={config.steps}); "
       f"set --config.warmup_steps or --config.steps"
     )
-  if config.learning_rate is not None and not config.learning_rate > 0:
-    raise UserError(f"learning_rate (={config.learning_rate}) must be greater than 0; set --config.learning_rate")
+  for key in ("learning_rate", "warm_start_learning_rate"):
+    if config[key] is not None and not config[key] > 0:
+      raise UserError(f"{key} (={config[key]}) must be greater than 0; set --config.{key}")
   if config.min_lr_ratio is not None and not 0 <= config.min_lr_ratio <= 1:
     raise UserError(f"min_lr_ratio (={config.min_lr_ratio}) must lie between 0 and 1; set --config.min_lr_ratio")
   if config.seed < 0:

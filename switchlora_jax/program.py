@@ -56,10 +56,10 @@ def trained_by(programs: list[Program], step: int) -> Program:
 
 
 def full_rank(config) -> FrozenConfigDict:
-  """The config of the full-rank phase: the full method's learning rate over the same horizon."""
+  """The config of the full-rank phase, over the same horizon as the run."""
   plain = config.to_dict() | {
     "method": "full",
-    "learning_rate": full.LEARNING_RATE,
+    "learning_rate": config.warm_start_learning_rate,
     "min_lr_ratio": full.MIN_LR_RATIO,
     "warm_start_steps": 0,
   }

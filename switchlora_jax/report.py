@@ -67,7 +67,7 @@ def describe_data(summary: dict) -> str:
 
 
 def conclude(config, workdir: Path, outcome) -> str:
-  """Draw loss.png, sample a text, and say how the run went, where it lies and how it goes on."""
+  """Draw loss.png, sample a text, and say how the run went and where it lies."""
   rows = outcome.rows
   metrics.plot_loss(rows, workdir / "loss.png", f"{workdir.name}: {config.method}, {config.steps:,} steps")
   lines = [
@@ -77,7 +77,6 @@ def conclude(config, workdir: Path, outcome) -> str:
     f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",
     f"saved in: {workdir} (config.json, metrics.jsonl, checkpoints/, tensorboard/, tokenizer.model)",
-    f"continue for twice as long: {continue_command(config.steps * 2)}",
   ]
   return "\n".join(lines)
 

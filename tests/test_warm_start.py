@@ -106,15 +106,13 @@ def lines(run, kind="loss"):
   return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
-@functools.cache
-def forward(model):
-  """Compiled: (params, frozen, tokens) -> logits."""
-  return jax.jit(lambda params, frozen, tokens: model.apply({"params": params, "frozen": frozen}, tokens))
+forwards = {}  # by the scale of the adapters, in which alone the models of this file differ
 
 
 def logits(of, state, run):
   """Of the first rows that the run was trained on."""
-  return np.asarray(forward(of.model)(state.params, state.frozen, run.batches[0][-1]))
+  forward = jax.jit(lambda params, frozen, tokens: of.model.apply({"params": params, "frozen": frozen}, tokens))
+  return np.asarray(forwards.setdefault(of.scale, forward)(state.params, state.frozen, run.batches[0][-1]))
 
 
 # --- within a run: what is handed over ----------------------------------------------------------------------------
@@ -199,14 +197,13 @@ def adam_direction(state):
 @each
 def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(runs, method):
   """Measured on the head: by how much of Adam's direction it moved."""
-  states = dict(runs(method).saved)
-  used = [0.0]  # and the first is 0, which no state before it is there to show
+  run, used = runs(method), [0.0]  # the first is 0; what was before it is not saved
   for t in range(2, STEPS + 1):
-    before, after = runs(method).handed[0][1][0] if t == K + 1 else states[t - 1], states[t]
+    before, after = run.handed[0][1][0] if t == K + 1 else run.saved[t - 1], run.saved[t]
     moved = np.asarray(after.params["head"]["kernel"], np.float64) - before.params["head"]["kernel"]
     direction = adam_direction(after)
     used.append(-np.vdot(direction, moved) / np.vdot(direction, direction))
-  logged = [line["learning_rate"] for line in lines(runs(method))]
+  logged = [line["learning_rate"] for line in lines(run)]
   np.testing.assert_allclose(used, logged, rtol=1e-3, atol=1e-9)
 
 
@@ -266,34 +263,29 @@ def test_steps_compile_once_per_phase(runs, method):
 
 
 @pytest.fixture(scope="module")
-def half(folder, runs):
-  """The directory of the LoRA run as it was one step before its full-rank phase was over."""
-  workdir = folder / "half"
-  shutil.copytree(runs("lora").workdir, workdir, ignore=shutil.ignore_patterns("checkpoints"))
-  shutil.copytree(runs("lora").workdir / "checkpoints" / str(K - 1), workdir / "checkpoints" / str(K - 1))
-  return workdir
-
-
-def started(folder, method, source, **changes):
-  """The first state of a run with the weights of another, and its program."""
-  of = program.build(resolved(folder, devices=1, **SHAPE | changes, method=method), small_model.mesh(1))
-  return host(warm_start.Source(str(source), of, small_model.mesh(1)).state()), of
+def sources(folder, runs):
+  """{what it has saved last: (directory, program, state)}: full rank, a LoRA, or its full-rank phase, not yet over."""
+  full, lora = runs("full"), runs("lora")
+  half = folder / "half"
+  shutil.copytree(lora.workdir, half, ignore=shutil.ignore_patterns("checkpoints"))
+  shutil.copytree(lora.workdir / "checkpoints" / str(K - 1), half / "checkpoints" / str(K - 1))
+  ends = {run.workdir.name: (run.workdir, run.outcome.program, run.saved[STEPS]) for run in (full, lora)}
+  return ends | {"half": (half, lora.handed[0][0][1], lora.saved[K - 1])}
 
 
 @pytest.mark.parametrize(("source", "method"), [("full", "switchlora"), ("lora", "galore"), ("half", "galore")])
-def test_the_function_is_that_of_the_other_run(folder, runs, half, source, method):
-  """Of its newest checkpoint; a run with a full-rank phase may be in either."""
-  run, workdir = (runs("lora"), half) if source == "half" else (runs(source), runs(source).workdir)
-  step = K - 1 if source == "half" else STEPS
-  model_of = run.handed[0][0][1] if source == "half" else run.outcome.program
-  state, of = started(folder, method, workdir)
-  expected = logits(model_of, run.saved[step], run)
-  np.testing.assert_allclose(logits(runs(method).outcome.program, state, run), expected, rtol=0, atol=2e-6)
-  assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, of.abstract)
+def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, method):
+  """Of its newest checkpoint; all else is as at step 0."""
+  workdir, theirs, saved = sources[source]
+  ours = program.build(resolved(folder, devices=1, **SHAPE, method=method), small_model.mesh(1))
+  state = warm_start.Source(str(workdir), ours, small_model.mesh(1)).state()
+  expected = logits(theirs, saved, runs("full"))
+  np.testing.assert_allclose(logits(ours, state, runs("full")), expected, rtol=0, atol=2e-6)
+  kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kind(state) == kind(ours.abstract)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
-  if method == "switchlora":
-    low = runs("switchlora").handed[0][1][0]
-    assert same_bits(state.candidates, low.candidates), "which neither run has touched"
+  fresh = runs(method).handed[0][1][0]
+  assert same_bits(state.candidates, fresh.candidates), "drawn from the seed, as where full rank was within the run"
 
 
 def test_a_run_from_another_begins_at_step_0(folder, runs):
@@ -306,9 +298,7 @@ def test_a_run_from_another_begins_at_step_0(folder, runs):
   assert rates[0] == rates[1]
   losses = [[line["loss"] for line in lines(r)] for r in (run, source)]
   assert losses[0][0] < losses[1][0] - 0.1, "the first rows have been seen before"
-  assert run.saved[1].params["head"]["kernel"].tobytes() == source.saved[STEPS].params["head"]["kernel"].tobytes(), (
-    "which the first update, with learning rate 0, leaves alone"
-  )
+  assert same_bits(run.saved[1].params, source.saved[STEPS].params), "which a learning rate of 0 leaves alone"
   assert all("learnt_rank" not in line for line in lines(run, "val_loss"))
 
   for later in range(8, STEPS + 1):
@@ -348,15 +338,13 @@ def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
 def test_another_model_is_refused_by_the_names_of_its_arrays(folder, runs, source):
   workdir = runs(source).workdir
   sentence = f"the model of --config.warm_start_from={workdir} has other arrays than this one: "
-  down, gate, up = ((name, *sides) for name, *sides in (("down", 24, 16), ("gate", 16, 24), ("up", 16, 24)))
   wider = [
-    f"blocks/{n}/kernel: (2, {i}, {o}) there, (2, {i + 8 * (i == 24)}, {o + 8 * (o == 24)}) here"
-    for n, i, o in (down, gate, up)
+    "blocks/down/kernel: (2, 24, 16) there, (2, 32, 16) here",
+    "blocks/gate/kernel: (2, 16, 24) there, (2, 16, 32) here",
+    "blocks/up/kernel: (2, 16, 24) there, (2, 16, 32) here; set --config.model as in its config.json",
   ]
-  refused(folder, workdir, f"{sentence}{'; '.join(wider)}; set --config.model", model__intermediate_size=32)
-  deeper = (
-    "blocks/attention_norm/scale: (2, 16) there, (3, 16) here; blocks/down/kernel: (2, 24, 16) there, (3, 24, 16)"
-  )
+  refused(folder, workdir, sentence + "; ".join(wider), model__intermediate_size=32)
+  deeper = "blocks/attention_norm/scale: (2, 16) there, (3, 16) here; blocks/down/kernel: (2, 24, 16) there, (3, 24,"
   refused(folder, workdir, sentence + deeper, model__num_layers=3, method="lora")
 
 
