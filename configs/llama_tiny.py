@@ -23,5 +23,7 @@ def get_config():
   config.model.num_layers = 4
   config.model.num_heads = 4
   config.switch.interval = 10
+  config.relora.restart_every = 250
+  config.relora.restart_warmup_steps = 25
   config.data.source = "docs"
   return config

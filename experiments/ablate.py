@@ -26,6 +26,7 @@ def main():
     found = "missing" if STUDY.value is None else f"{STUDY.value!r}, which there is not"
     raise UserError(f"--study is {found}; it must be one of {', '.join(studies.STUDIES)}")
   base = settings.base_from_flags()
+  cli.set_precision(base.config)
   rates = settings.numbers("learning_rates", LEARNING_RATES.value, float)
   lines = studies.arms(STUDY.value, base.config, rates)
   study = studies.STUDIES[STUDY.value](base.config)

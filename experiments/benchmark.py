@@ -67,7 +67,8 @@ class Case(NamedTuple):
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   """A method on the config, without accumulation; or LoRA with two products, or GaLore refreshing at every step."""
   config = ConfigDict(CONFIG.value)
-  config.method, config.rank, config.accumulation = name if name in METHODS else "lora", rank or 1, 1
+  config.method, config.rank = name if name in METHODS else "lora", rank or 1
+  config.batch_size, config.accumulation, config.warm_start_steps = batch_size(), 1, 0
   config.model.vocab_size = vocabulary
   if name == REFRESH:
     config.method, config.galore.refresh_every = "galore", 1
@@ -76,6 +77,11 @@ def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   if name == TWO_PRODUCTS:
     method = method._replace(dense=lora.layer(config, TwoProductDense))
   return Case(config, method, assemble(config, method, mesh))
+
+
+def batch_size() -> int:
+  """Rows of a timed step: one micro-batch of the config."""
+  return CONFIG.value.batch_size // CONFIG.value.accumulation
 
 
 def cases_of(vocabulary: int, mesh) -> dict:
@@ -135,7 +141,7 @@ def benchmark(vocabulary: int) -> list[dict]:
   """One row a program: seconds of its step (median), ratios to full rank of time and of operations. One device."""
   mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
   cases = cases_of(vocabulary, mesh)
-  shape = (CONFIG.value.batch_size, CONFIG.value.seq_len)
+  shape = (batch_size(), CONFIG.value.seq_len)
   rows = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
   with jax.set_mesh(mesh):
     calls = {name: stepper(case.program, rows) for name, case in cases.items()}
@@ -161,7 +167,7 @@ def benchmark(vocabulary: int) -> list[dict]:
 def memory(vocabulary: int) -> list[dict]:
   """One row a program: bytes of its compiled step, and of its optimizer's state within the arguments."""
   mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(jax.devices()[:1]), "XLA for this machine's CPU")
-  shape = (CONFIG.value.batch_size, CONFIG.value.seq_len)
+  shape = (batch_size(), CONFIG.value.seq_len)
   tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_rows(mesh))
   results = []
   for (name, rank), case in cases_of(vocabulary, mesh).items():
@@ -189,11 +195,10 @@ def main():
   """Measure, print, write."""
   measure = memory if MEMORY.value else benchmark
   config = CONFIG.value
+  cli.set_precision(config)
   results = [row for vocabulary in VOCABULARIES.value or [config.model.vocab_size] for row in measure(vocabulary)]
   where = "compiled only" if MEMORY.value else f"one {jax.devices()[0].device_kind}"
-  print(
-    f"layers: {config.model.num_layers}, tokens a step: {config.batch_size} × {config.seq_len}, {config.dtype}, {where}"
-  )
+  print(f"layers: {config.model.num_layers}, tokens a step: {batch_size()} × {config.seq_len}, {config.dtype}, {where}")
   print(table(results))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -32,6 +33,11 @@ def define_config(name: str = "llama_tiny"):
   with mistakes_as_sentences():  # overrides of the default's keys are looked up already here
     description = "config file; --config.KEY=VALUE sets one key, configs/base.py explains all"
     return config_flags.DEFINE_config_file("config", str(CONFIGS / f"{name}.py"), description)
+
+
+def set_precision(config):
+  """Let JAX have float64 where a config asks for it, and only there."""
+  jax.config.update("jax_enable_x64", "float64" in (config.dtype, config.param_dtype))
 
 
 def run(main):

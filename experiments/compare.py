@@ -42,7 +42,7 @@ def arms(config) -> list[grid.Arm]:
   ranks = settings.numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
     if method == "full":
-      found.append(grid.Arm("full", {"method": "full"}, rates.get("full", ())))
+      found.append(grid.Arm("full", {"method": "full", "warm_start_steps": 0}, rates.get("full", ())))
       continue
     for rank in ranks:
       label = f"{method}, rank {rank}"
@@ -65,12 +65,14 @@ def learning_rates() -> dict[str, tuple[float, ...]]:
 def step_times(base: settings.Base, workdir: Path) -> dict[str, float]:
   """{label: time of a training step relative to full rank}, all methods in turns in one process of its own.
 
-  Empty where that process fails, as it says: what was trained for hours is written nevertheless.
+  GaLore's has its share of a refresh, and SwitchLoRA is timed at its first steps, where it is busiest. Empty
+  where that process fails, as it says: what was trained for hours is written nevertheless.
   """
   out = workdir / "step_time.json"
   keys = [f"--config.{key}={value}" for key, value in base.overrides.items()]
   ranks = [f"--rank={rank}" for rank in settings.numbers("ranks", RANKS.value, int) or [base.config.rank]]
-  methods = f"--methods={','.join(dict.fromkeys(['full', *METHOD_NAMES.value]))}"
+  refreshing = ["galore refreshing"] * ("galore" in METHOD_NAMES.value)
+  methods = f"--methods={','.join(dict.fromkeys(['full', *METHOD_NAMES.value, *refreshing]))}"
   command = [
     sys.executable,
     "-m",
@@ -84,16 +86,18 @@ def step_times(base: settings.Base, workdir: Path) -> dict[str, float]:
   if code := subprocess.run(command, env=settings.environment(), stdout=subprocess.DEVNULL).returncode:
     sys.stderr.write(f"no step times: the benchmark ended with exit code {code}, see above; all else is written\n")
     return {}
-  return {
-    row["program"] if row["program"] == "full" else f"{row['program']}, rank {row['rank']}": row["time_ratio"]
-    for row in json.loads(out.read_text())
-  }
+  ratios = {(row["program"], row["rank"]): row["time_ratio"] for row in json.loads(out.read_text())}
+  for (program, rank), ratio in ratios.items():
+    if program == "galore":
+      ratios[program, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
+  return {name if name == "full" else f"{name}, rank {rank}": ratio for (name, rank), ratio in ratios.items()}
 
 
 def main():
   """Check, run, time, write."""
   jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
   base, options = settings.base_from_flags(), settings.options()
+  cli.set_precision(base.config)
   lines = arms(base.config)
   ran = grid.run_grid(base, lines, **options)
   times = step_times(base, options["workdir"]) if TIME.value else None

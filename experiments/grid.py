@@ -21,6 +21,7 @@ from experiments.settings import Base, environment, update
 from switchlora_jax import dataset, metrics, run_directory
 from switchlora_jax.config import differences, resolve
 from switchlora_jax.errors import UserError
+from switchlora_jax.methods import METHODS
 
 
 class Arm(NamedTuple):
@@ -101,6 +102,8 @@ def run_grid(base: Base, arms, *, seeds: int, workdir: Path, processes: int, rea
   cells = sweep_cells(base, arms)
   for cell in cells:
     read_step(cell.config, read_at)
+  for arm, config in {cell.arm.label: cell.config for cell in cells}.items():
+    print("".join(f"{arm}: {warning}\n" for warning in warnings(config)), end="", flush=True)
   prepare_data(cells)
   folder = workdir / "cells"
   folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,11 @@ def run_grid(base: Base, arms, *, seeds: int, workdir: Path, processes: int, rea
   best = [(arm, best_of(arm, ran, read_at)) for arm in arms]
   more = [make_cell(base, arm, rate, n) for n in range(1, seeds) for arm, rate in best if rate is not None]
   return ran + (run_cells(base, more, folder, processes, "seeds") if more else [])
+
+
+def warnings(config) -> list[str]:
+  """What a method warns of before a run of this config."""
+  return [line for line in METHODS[config.method].describe(config) if line.startswith("WARNING")]
 
 
 def prepare_data(cells: list[Cell]):
@@ -153,7 +161,7 @@ def run_cell(base: Base, cell: Cell, folder: Path, share: tuple[int, int]) -> Ra
   workdir, log = folder / cell.name, folder / f"{cell.name}.log"
   if finished(workdir, cell.config):
     return Ran(cell, workdir, None)
-  with log.open("w") as output:
+  with log.open("a") as output:  # behind what an earlier try said
     process = subprocess.Popen(command(base, cell, workdir), stdout=output, stderr=output, env=environment())
     share_cores(process.pid, *share)
     code = process.wait()
@@ -171,7 +179,7 @@ def share_cores(pid: int, number: int, processes: int):
   """Give a process its share of the cores, where the system can: XLA starts as many threads as it sees cores."""
   if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(pid, cores[number::processes] or cores)
+    os.sched_setaffinity(pid, cores[number::processes] or [cores[number % len(cores)]])
 
 
 def finished(workdir: Path, config) -> bool:

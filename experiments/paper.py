@@ -150,6 +150,7 @@ WARM = dict(  # Appendix C.1
 )
 RELORA = WARM | {
   "warmup_steps": Scaled(500, 15),  # in the authors' code
+  "relora.alpha": Scaled(32.0, 4.0),  # the same scale α / r
   "relora.restart_every": Scaled(5000, 150),
   "relora.restart_warmup_steps": Scaled(100, 15),
   "learning_rate": 1e-3,

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from experiments.grid import Arm, Ran, best_of, evaluations, read_loss
+from experiments.grid import Arm, Ran, best_of, evaluations, read_loss, warnings
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import switchlora
 from switchlora_jax.program import build
@@ -51,6 +51,8 @@ def row(arm: Arm, ran: list[Ran], read_at: float, step_time: float | None) -> di
     "std": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
     "trainable_parameters": parameter_count(state.params),
     "optimizer_bytes": bytes_of(state.opt_state),
+    "state_bytes": bytes_of((state.params, state.frozen, state.candidates, state.opt_state)),
+    "warnings": warnings(config),
     "candidates_cycled": switchlora.cycles(config) if config.method == "switchlora" else None,
     "step_time": step_time,
     "paper": arm.paper,
@@ -83,6 +85,7 @@ COLUMNS = {
   "learning rate": lambda row: learning_rate(row),
   "trainable parameters": lambda row: f"{row['trainable_parameters']:,}",
   "optimizer, MiB": lambda row: f"{row['optimizer_bytes'] / 2**20:,.2f}",
+  "all state, MiB": lambda row: f"{row['state_bytes'] / 2**20:,.2f}",
   "step time / full rank": lambda row: number(row["step_time"]),
   "candidates cycled": lambda row: number(row["candidates_cycled"]),
   "paper": lambda row: number(row["paper"]),
@@ -115,7 +118,8 @@ def table(results: dict) -> str:
   text = markdown([{name: show(row) for name, show in filled.items()} for row in results["arms"]])
   if any(row["at_edge_of_sweep"] for row in results["arms"]):
     text += "\n† the best learning rate lies at the edge of the sweep; a wider one may find a better\n"
-  return text
+  warned = [f"{row['label']}: {warning}" for row in results["arms"] for warning in row["warnings"]]
+  return text + "".join(f"\n{line}\n" for line in warned)
 
 
 def markdown(rows) -> str:

@@ -21,7 +21,9 @@ def interval(config) -> Study:
   own, shortest = config.switch.interval, 2 * config.switch.freeze_steps
   values = [value for value in (own // 4, own // 2, own, own * 2, own * 4) if value >= max(shortest, 1)]
   lines = {f"interval {value}": {"switch.interval": value} for value in values}
-  return Study("how often to switch", "Figure 6", lines | {"never": {"switch.interval": 0}})
+  return Study(
+    "how often to switch", "Figure 6", lines | {"never: LoRA, at this learning rate": {"switch.interval": 0}}
+  )
 
 
 def ratio(config) -> Study:

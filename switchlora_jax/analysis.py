@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
-from switchlora_jax import weights
+from switchlora_jax.dense import merge
+from switchlora_jax.weights import in_block
 
 
 def participation_ratio(matrix):
@@ -18,17 +20,31 @@ def participation_ratio(matrix):
 
 
 def make_learnt_rank(first):
-  """(state, scale) -> the mean participation ratio of W_t - W_0 over all block kernels, [].
+  """(params, frozen, scale) -> the mean participation ratio of W_t - W_0 over all block kernels, [].
+
+  One layer is merged at a time; what it takes is another copy of W_0, drawn again from the seed rather than kept.
 
   Args:
-    first: the run's first program; W_0 is drawn again from its seed rather than kept.
+    first: the run's first program.
   """
 
   def learnt_rank(params, frozen, scale):
     start = first.create()
-    now, then = weights.merged(params, frozen, scale), weights.merged(start.params, start.frozen, first.scale)
-    stacks = [a - b for a, b in zip(*map(weights.block_kernels, (now, then)), strict=True)]
-    ratios = [jax.lax.map(participation_ratio, stack.astype(jnp.float32)) for stack in stacks]
-    return jnp.mean(jnp.concatenate(ratios))
+    now, then = block_layers(params, frozen), block_layers(start.params, start.frozen)
+
+    def ratio(layer):
+      kernels = [merge(*arrays, s) if len(arrays) > 1 else arrays[0] for arrays, s in zip(layer, scales, strict=True)]
+      return participation_ratio((kernels[0] - kernels[1]).astype(jnp.float32))
+
+    scales = (scale, first.scale)
+    return jnp.mean(jnp.concatenate([jax.lax.map(ratio, (now[path], then[path])) for path in now]))
 
   return jax.jit(learnt_rank, static_argnums=2)
+
+
+def block_layers(params, frozen) -> dict:
+  """{path of a block kernel: (kernel,) or (kernel, lora_a, lora_b)}, each stacked along layers, in sorted order."""
+  flat, base = flatten_dict(params), flatten_dict(frozen)
+  adapted = {path: (base[path], flat[*path[:-1], "lora_a"], flat[*path[:-1], "lora_b"]) for path in base}
+  plain = {path: (kernel,) for path, kernel in flat.items() if in_block(path)}
+  return dict(sorted((adapted | plain).items()))

@@ -36,7 +36,10 @@ def named_checksums(state) -> dict[str, int]:
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `directory`; a context that waits for the last save when it ends."""
+  """The checkpoints of one run, in `directory`; a context that waits for the last save when it ends.
+
+  Without `keep`, the number of newest ones that are kept, they are another's, only to be read.
+  """
 
   def __init__(self, directory: Path, keep: int | None = None):
     self._directory, self._keep = directory.absolute(), keep
@@ -79,7 +82,8 @@ class Checkpoints:
         damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         continue
       for bad, reason in damaged.items():
-        log.warning("checkpoint of step %d is damaged (%s); moved to %s", bad, reason, self._set_aside(bad))
+        where = f"moved to {self._set_aside(bad)}" if self._keep else "an older one is read"
+        log.warning("checkpoint of step %d is damaged (%s); %s", bad, reason, where)
       return state
     if damaged:
       raise UserError(

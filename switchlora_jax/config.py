@@ -105,6 +105,11 @@ def _check_warm_start(config):
     raise UserError(
       f"warm_start_steps (={steps}) must lie between 0 and steps (={config.steps}); set --config.warm_start_steps"
     )
+  if steps and 0 < config.steps - steps <= config.warmup_steps:
+    raise UserError(
+      f"warm_start_steps (={steps}) leaves {config.steps - steps} of {config.steps} steps, in which the learning rate "
+      f"would only warm up (warmup_steps = {config.warmup_steps}); lower one of them"
+    )
   if steps and config.method == "full":
     raise UserError(f"warm_start_steps (={steps}) needs a low-rank --config.method to hand over to; found full")
   if steps and config.warm_start_from:

@@ -298,12 +298,14 @@ def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> flo
 
 
 def coverage(candidates):
-  """The share of all candidates that have been in a slot so far, [] in [0, 1], where they are taken in order.
+  """The share of all candidates, of all layers, that have been in a slot so far, [] in [0, 1]; taken in order.
 
-  The first r are there from the start, and every load up to the (c - r)-th brings a new one.
+  The first r of a layer are there from the start, and every load up to the (c - r)-th brings a new one.
   """
-  flat, shares = flatten_dict(candidates), []
+  flat, seen, there_are = flatten_dict(candidates), 0, 0
   for path in switchable(candidates):
     rank, spares = flat[(*path, "timer_a")].shape[-1], flat[(*path, "spare_a")].shape[-2]
-    shares.append((rank + jnp.minimum(flat[(*path, "cursor")], spares).reshape(-1)) / (rank + spares))
-  return jnp.mean(jnp.concatenate(shares))
+    cursor = flat[(*path, "cursor")]
+    seen += jnp.sum(rank + jnp.minimum(cursor, spares))
+    there_are += cursor.size * (rank + spares)
+  return seen / there_are

@@ -37,7 +37,9 @@ def train(config, workdir: Path) -> Outcome:
   run_directory.prepare(workdir, config)
   mesh = make_mesh()
   programs = phases(config, mesh)
-  source = warm_start.Source(config.warm_start_from, programs[0], mesh) if config.warm_start_from else None
+  started = any((workdir / "checkpoints").glob("[0-9]*"))  # from then on the other run is not needed any more
+  wanted = config.warm_start_from and not started
+  source = warm_start.Source(config.warm_start_from, programs[0], mesh) if wanted else None
   print(report.describe(config, *(program.abstract for program in programs)), flush=True)
   data = dataset.prepare(
     config.data, seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size

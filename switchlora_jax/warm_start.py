@@ -32,7 +32,9 @@ def _convert(state: TrainState, before: Program, after: Program) -> TrainState:
     fresh = after.create()
     plain = weights.merged(params, frozen, before.scale)
     params, frozen = weights.split(plain, fresh.params, fresh.frozen, after.scale)
-    return fresh._replace(params=params, frozen=frozen)
+    # Another run's weights may be of another dtype than this one stores.
+    cast = lambda new, old: jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
+    return fresh._replace(params=cast(params, fresh.params), frozen=cast(frozen, fresh.frozen))
 
   return convert(state.params, state.frozen)
 
@@ -47,10 +49,16 @@ class Source:
   def __init__(self, directory: str, program: Program, mesh):
     self._directory, self._program = Path(directory).expanduser(), program
     saved = run_directory.read(self._directory)
-    if saved is None or not (self._directory / "checkpoints").is_dir():
+    parts = [self._directory / name for name in ("checkpoints", "tokenizer.model")]
+    if saved is None or not all(part.exists() for part in parts):
       raise UserError(
-        f"--config.warm_start_from={directory} is not the directory of a run (it must hold config.json and "
-        f"checkpoints/); give the --workdir of a run that has saved a checkpoint"
+        f"--config.warm_start_from={directory} is not the directory of a run (it must hold config.json, checkpoints/ "
+        f"and tokenizer.model); give the --workdir of a run that has saved a checkpoint"
+      )
+    if saved["config"]["param_dtype"] == "float64" and not jax.config.jax_enable_x64:
+      raise UserError(
+        f"the run in {self._directory} is stored in float64 and cannot be read by a float32 run; "
+        f"set --config.param_dtype=float64"
       )
     self._programs = phases(FrozenConfigDict(saved["config"]), mesh)
     plain = [jax.eval_shape(_merged, p.abstract, p.scale) for p in (self._programs[-1], program)]
@@ -71,7 +79,7 @@ class Source:
 
   def state(self) -> TrainState:
     """The state before step 0, with the weights of the run's newest checkpoint."""
-    with Checkpoints(self._directory / "checkpoints", keep=None) as checkpoints:
+    with Checkpoints(self._directory / "checkpoints") as checkpoints:
       state = checkpoints.restore(lambda step: trained_by(self._programs, step).abstract)
     if state is None:
       raise UserError(f"the run in {self._directory} has saved no checkpoint yet; let it train longer")

@@ -27,11 +27,6 @@ def split(weights, params, frozen, scale) -> tuple[dict, dict]:
   return unflatten_dict(flat), unflatten_dict(base)
 
 
-def block_kernels(weights) -> list:
-  """The kernels of the linear layers inside the blocks, [layers, in, out] each; not embedding and head."""
-  return [kernel for path, kernel in sorted(flatten_dict(weights).items()) if in_block(path)]
-
-
 def in_block(path: tuple[str, ...]) -> bool:
   """Whether the array under a path of plain weights is the kernel of a linear layer inside a block."""
   return path[0] == "blocks" and path[-1] == "kernel"

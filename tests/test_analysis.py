@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+from flax.traverse_util import flatten_dict
 from small_model import host
 
 from switchlora_jax import program, weights
@@ -95,7 +96,8 @@ def test_it_grows_with_the_vectors_that_were_trained(lora):
 def test_it_is_the_mean_over_the_kernels_of_all_layers_and_of_nothing_else(lora):
   first, state, learnt_rank = lora
   params = changed(changed(state.params, "lora_a", 2), "lora_b", 1)
-  kernels = lambda params: weights.block_kernels(weights.merged(params, state.frozen, first.scale))
+  plain = lambda params: flatten_dict(weights.merged(params, state.frozen, first.scale))
+  kernels = lambda params: [kernel for path, kernel in sorted(plain(params).items()) if weights.in_block(path)]
   stacks = [np.asarray(a) - b for a, b in zip(kernels(params), kernels(state.params), strict=True)]
   expected = np.concatenate([by_decomposition(stack) for stack in stacks])
   assert expected.shape == (14,) and np.ptp(expected) > 0.5
@@ -104,12 +106,15 @@ def test_it_is_the_mean_over_the_kernels_of_all_layers_and_of_nothing_else(lora)
   assert learnt_rank(params | rest) == learnt_rank(params)
 
 
-def test_it_counts_from_the_first_phase_of_a_run():
-  """W_0 of full rank, W_t with adapters: the scale of either is its own."""
-  plain = {"blocks": {"q": {"kernel": normal(0, 1, 9, 6)}}, "head": {"kernel": normal(1, 6, 5)}}
-  params = {"blocks": {"q": {"lora_a": normal(2, 1, 3, 9), "lora_b": normal(3, 1, 3, 6)}}, "head": plain["head"]}
-  first = SimpleNamespace(create=lambda: SimpleNamespace(params=plain, frozen={}), scale=None)
+@pytest.mark.parametrize("adapted", [False, True], ids=["full rank", "adapters"])
+def test_then_and_now_have_each_their_own_arrays_and_scale(adapted):
+  """As in a run whose first phase is of full rank; W_0 could have adapters of another scale as well."""
+  head, frozen = {"kernel": normal(1, 6, 5)}, {"blocks": {"q": {"kernel": normal(0, 1, 9, 6)}}}
+  adapter = lambda seed: {"blocks": {"q": {"lora_a": normal(seed, 1, 3, 9), "lora_b": normal(seed + 1, 1, 3, 6)}}}
+  start = (adapter(2) | {"head": head}, frozen, 2.0) if adapted else (frozen | {"head": head}, {}, None)
+  first = SimpleNamespace(create=lambda: SimpleNamespace(params=start[0], frozen=start[1]), scale=start[2])
   learnt = jnp.outer(normal(4, 9), normal(5, 6)) + jnp.outer(normal(6, 9), normal(7, 6))
-  now = {"blocks": {"q": {"kernel": plain["blocks"]["q"]["kernel"] + learnt[None]}}, "head": plain["head"]}
-  params, frozen = weights.split(now, params, {"blocks": {"q": {"kernel": None}}}, 0.5)
+  now = weights.merged(*start)
+  now["blocks"]["q"]["kernel"] += learnt[None]
+  params, frozen = weights.split(now, adapter(8) | {"head": head}, frozen, 0.5)
   np.testing.assert_allclose(make_learnt_rank(first)(params, frozen, 0.5), by_decomposition(learnt), rtol=1e-4)

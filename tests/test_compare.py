@@ -197,7 +197,7 @@ def test_a_line_for_each_method_and_rank():
   ]
   with imported("compare", *flags) as compare:
     assert compare.arms(compare.CONFIG.value) == [
-      Arm("full", {"method": "full"}, (1e-4, 1e-3)),
+      Arm("full", {"method": "full", "warm_start_steps": 0}, (1e-4, 1e-3)),
       Arm("lora, rank 8", {"method": "lora", "rank": 8}, (0.5,)),
       Arm("lora, rank 4", {"method": "lora", "rank": 4}, (0.5,)),
       Arm("galore, rank 8", {"method": "galore", "rank": 8}, (1e-4, 1e-3)),
@@ -238,6 +238,21 @@ def test_step_times_have_the_labels_of_the_table(tmp_path, monkeypatch):
   assert times == {"full": 1.0, "lora, rank 4": 0.5, "lora, rank 8": 0.75}
   assert commands[0][:4] == [sys.executable, "-m", "experiments.benchmark", f"--config={base.file}"]
   assert {"--config.model.hidden_size=16", "--rank=4", "--rank=8", "--methods=full,lora"} < {*commands[0]}
+
+
+def test_the_step_of_galore_has_its_share_of_a_refresh(tmp_path, monkeypatch):
+  measured = {"full": 1.0, "galore": 1.25, "galore refreshing": 5.25}
+  rows = [{"program": name, "rank": 0 if name == "full" else 4, "time_ratio": r} for name, r in measured.items()]
+
+  def benchmark(words, **_):
+    assert "--methods=full,galore,galore refreshing" in words
+    (tmp_path / "step_time.json").write_text(json.dumps(rows))
+    return SimpleNamespace(returncode=0)
+
+  with imported("compare", "--methods=galore", "--ranks=4") as compare:
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=benchmark, DEVNULL=None))
+    times = compare.step_times(tiny_base(tmp_path, galore__refresh_every=200), tmp_path)
+  assert times["galore, rank 4"] == 1.25 + 4 / 200
 
 
 def test_a_benchmark_that_fails_does_not_lose_the_runs(tmp_path, monkeypatch, capsys):

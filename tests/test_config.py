@@ -7,6 +7,10 @@ from switchlora_jax.config import differences, resolve
 from switchlora_jax.errors import UserError
 
 MISTAKES = {
+  "late warm start": (
+    dict(method="lora", warm_start_steps=10),
+    "warm_start_steps (=10) leaves 2 of 12 steps, in which the learning rate would only warm up (warmup_steps = 2)",
+  ),
   "unknown method": (dict(method="loar"), "method (='loar') must be one of full, lora, switchlora"),
   "rank 0": (dict(rank=0), "rank (=0) must be at least 1"),
   "rank 1": (dict(rank=1), "rank (=1) cannot switch"),
@@ -33,6 +37,10 @@ MISTAKES = {
   "large ratio": (dict(min_lr_ratio=1.5), "min_lr_ratio (=1.5) must lie between 0 and 1"),
   "negative warm start": (dict(warm_start_steps=-1), "warm_start_steps (=-1) must lie between 0 and steps (=12); set"),
   "long warm start": (dict(warm_start_steps=13), "warm_start_steps (=13) must lie between 0 and steps (=12)"),
+  "warm start's rate": (
+    dict(warm_start_learning_rate=0.0),
+    "warm_start_learning_rate (=0.0) must be greater than 0; set --config.warm_start_learning_rate",
+  ),
   "warm start of full": (dict(method="full", warm_start_steps=3), "warm_start_steps (=3) needs a low-rank --config.me"),
   "two warm starts": (
     dict(warm_start_steps=3, warm_start_from="runs/full"),

@@ -232,3 +232,12 @@ def test_telemetry_says_what_the_switch_did():
     np.testing.assert_allclose(report["coverage"], np.mean((4 + np.minimum(cursors, 12)) / 16), rtol=1e-6)
     before = switched
   assert loads[-1] > 0 and len({int(report["switched"]) for report in metrics}) > 1
+
+
+def test_candidates_are_cycled_less_often_after_a_warm_start():
+  """Against the sum of the schedule's own rates over the steps that switch."""
+  for start in (0, 200):
+    config = small_model.config("switchlora", steps=1000, warm_start_steps=start)
+    rates = np.asarray(switchlora.schedule(config).rate(np.arange(start, 1000)), np.float64)
+    expected = config.rank / (16 - config.rank) * rates.sum() / config.switch.interval
+    np.testing.assert_allclose(switchlora.cycles(config), expected, rtol=0.02)

@@ -47,12 +47,16 @@ def test_a_warm_start_is_a_phase_of_its_own(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
-def test_the_first_phase_is_the_full_method_with_its_own_learning_rate(method, tmp_path):
-  """… whatever the method's; in all else that full rank reads, the run is the same."""
-  config = resolved(tmp_path, method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
+def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(method, tmp_path):
+  """… over the same horizon; in all else that full rank reads, the run is the same."""
+  shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
+  config = resolved(tmp_path, **shape)
   assert full_rank(config).to_dict() == resolved(tmp_path, method="full").to_dict()
   assert full_rank(config).learning_rate == 1e-3
   assert phases(config, make_mesh())[0].abstract == build(resolved(tmp_path, method="full"), make_mesh()).abstract
+  slow = dict(warm_start_learning_rate=0.25)
+  full = resolved(tmp_path, method="full", learning_rate=0.25, **slow)
+  assert full_rank(resolved(tmp_path, **shape, **slow)).to_dict() == full.to_dict()
 
 
 def test_what_is_handed_over_lies_where_the_next_phase_has_it(tmp_path):

@@ -78,15 +78,23 @@ def test_the_table(found):
     "learning rate",
     "trainable parameters",
     "optimizer, MiB",
+    "all state, MiB",
     "step time / full rank",
     "candidates cycled",
     "paper",
   ]
   assert rows[0][:4] == ["full", "13.00 ± 3.61 (3 seeds)", "0.001", "14,672"]
-  assert rows[0][5:] == ["1.00", "", "27.71"]
-  assert rows[1][:3] == ["switchlora, rank 4", "22.00 ± 2.00 (3 seeds)", "0.02"] and rows[1][5] == "0.81"
+  assert rows[0][6:] == ["1.00", "", "27.71"]
+  assert rows[1][:3] == ["switchlora, rank 4", "22.00 ± 2.00 (3 seeds)", "0.02"] and rows[1][6] == "0.81"
   assert rows[2][:3] == ["lora, rank 4", "failed", ""]
   assert "†" not in text
+
+
+def test_warnings_of_a_method_stand_under_the_table(tmp_path, runs):
+  arm = Arm("relora, rank 4", {"method": "relora", "relora.restart_every": 100})
+  ran = grid.run_grid(tiny_base(tmp_path), (arm,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
+  text = results.table(results.collect((arm,), ran, 1.0))
+  assert "\nrelora, rank 4: WARNING: without a restart this is LoRA;" in text
 
 
 def test_empty_columns_are_left_out(ran):
@@ -94,7 +102,9 @@ def test_empty_columns_are_left_out(ran):
   same = [r._replace(cell=r.cell._replace(arm=arms[0])) for r in ran if r.cell.arm is FULL]
   text = results.table(results.collect(arms, same + [r for r in ran if r.cell.arm is LORA], 1.0))
   header = text.splitlines()[0]
-  assert header == "|  | validation perplexity | learning rate | trainable parameters | optimizer, MiB |"
+  assert (
+    header == "|  | validation perplexity | learning rate | trainable parameters | optimizer, MiB | all state, MiB |"
+  )
 
 
 @pytest.mark.parametrize(("best", "dagger"), [("0.01", True), ("0.02", False), ("0.05", True)])

@@ -200,12 +200,12 @@ def test_norm_squared_is_that_of_the_products(x64):
   assert norm_squared(jnp.asarray(left), jnp.zeros((3, 5, 6))) == 0
 
 
-def test_coverage_is_the_mean_over_all_layers():
+def test_coverage_is_the_share_of_the_candidates_of_all_layers():
   """Rank 4: of 4 + 2 candidates 4, 5, 6 and 6 have been in a slot; of 4 + 6 there are 7 after three loads."""
   walked = candidates_of(4) | {"cursor": jnp.array([0, 1, 2, 9], jnp.int32)}
   other = candidates_of(1, spares=6) | {"cursor": jnp.array([3], jnp.int32)}
   np.testing.assert_allclose(coverage({"blocks": {"q": walked}}), (4 + 5 + 6 + 6) / 6 / 4, rtol=1e-6)
-  np.testing.assert_allclose(coverage({"q": walked, "v": other}), ((4 + 5 + 6 + 6) / 6 + 7 / 10) / 5, rtol=1e-6)
+  np.testing.assert_allclose(coverage({"q": walked, "v": other}), (4 + 5 + 6 + 6 + 7) / (4 * 6 + 10), rtol=1e-6)
   single = jax.tree.map(lambda x: x[1], walked)
   np.testing.assert_allclose(coverage({"q": single}), 5 / 6, rtol=1e-6)
 

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
@@ -308,6 +309,32 @@ def test_a_run_from_another_begins_at_step_0(folder, runs):
   assert lines(again) == lines(run)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(folder, runs, dtype):
+  """The other run's weights are cast; and it is needed until the first checkpoint only."""
+  others = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
+  other = train(folder, f"other-than-{dtype}", method="full", param_dtype=others)
+  options = dict(method="switchlora", param_dtype=dtype, warm_start_from=str(other.workdir), checkpoint_every=4)
+  run = train(folder, f"cast-to-{dtype}", **options)
+  floats = [leaf for leaf in jax.tree.leaves(run.outcome.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  assert len(floats) > 20 and {str(leaf.dtype) for leaf in floats} == {dtype}
+  shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
+  shutil.rmtree(other.workdir)
+  assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
+
+
+def test_another_runs_damaged_checkpoint_is_left_where_it_is(folder, runs, tmp_path, caplog):
+  source = tmp_path / "source"
+  shutil.copytree(runs("full").workdir, source)
+  newest = source / "checkpoints" / str(STEPS)
+  for part in newest.rglob("*"):
+    if part.is_file() and part.stat().st_size > 1000:
+      part.write_bytes(b"")
+  train(folder, "from-damaged", method="full", warm_start_from=str(source))
+  assert newest.is_dir() and not list(source.glob("damaged*"))
+  assert f"checkpoint of step {STEPS} is damaged" in caplog.text and "an older one is read" in caplog.text
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +349,11 @@ def refused(folder, source, sentence, **changes):
 
 def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
   refused(folder, tmp_path, f"warm_start_from={tmp_path} is not the directory of a run")
-  refused(folder, tmp_path / "nowhere", "is not the directory of a run (it must hold config.json and checkpoints/)")
+  refused(
+    folder,
+    tmp_path / "nowhere",
+    "is not the directory of a run (it must hold config.json, checkpoints/ and tokenizer.model)",
+  )
   shutil.copy(runs("full").workdir / "config.json", tmp_path)
   refused(folder, tmp_path, "give the --workdir of a run that has saved a checkpoint")
 

@@ -159,9 +159,6 @@ def test_the_plain_weights_of_every_method_are_those_of_full(method):
 
 def test_seven_kernels_are_those_of_the_blocks():
   plain = drawn(shapes(small_model.config("full", model__vocab_size=40)).params)
-  kernels = weights.block_kernels(plain)
-  assert same_bits(kernels, [plain["blocks"][name]["kernel"] for name in KINDS])
-  assert all(kernel.shape[0] == 2 and 40 not in kernel.shape for kernel in kernels)
   inside = {path for path in flatten_dict(plain) if weights.in_block(path)}
   assert inside == {("blocks", name, "kernel") for name in KINDS}
 

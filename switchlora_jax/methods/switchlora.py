@@ -58,8 +58,12 @@ def schedule(config) -> SwitchSchedule:
 
 
 def cycles(config) -> float:
-  """How many times the candidates of a hidden × hidden layer are cycled over the run."""
-  return expected_cycles(schedule(config), config.rank, config.model.hidden_size) if config.switch.interval else 0.0
+  """How many times the candidates of a hidden × hidden layer are cycled over the run, after a warm start if any."""
+  if not config.switch.interval:
+    return 0.0
+  plan = schedule(config)
+  faded = plan.decay_to ** (config.warm_start_steps / (plan.decay_point * plan.total_steps))
+  return faded * expected_cycles(plan, config.rank, config.model.hidden_size)
 
 
 def describe(config) -> list[str]:
@@ -85,7 +89,7 @@ def build(config) -> Method:
     moved = switch(
       state.params, state.frozen, state.candidates, schedule=plan, scale=method.scale, step=state.step,
       uniforms=draw_uniforms(key, state.candidates), skip=skip,
-      picks=draw_picks(jax.random.fold_in(key, 1), state.candidates, plan) if random else None,
+      picks=draw_picks(jax.random.fold_in(key, 2**31 - 1), state.candidates, plan) if random else None,
     )  # fmt: skip
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
     masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.reset else {})
