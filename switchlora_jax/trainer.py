@@ -37,7 +37,8 @@ def train(config, workdir: Path) -> Outcome:
   run_directory.prepare(workdir, config)
   mesh = make_mesh()
   programs = phases(config, mesh)
-  started = any((workdir / "checkpoints").glob("[0-9]*"))  # from then on the other run is not needed any more
+  # From its first finished checkpoint on, a run does not need the other any more.
+  started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
   wanted = config.warm_start_from and not started
   source = warm_start.Source(config.warm_start_from, programs[0], mesh) if wanted else None
   print(report.describe(config, *(program.abstract for program in programs)), flush=True)

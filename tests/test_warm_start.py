@@ -323,6 +323,15 @@ def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(fold
   assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
 
 
+def test_a_run_killed_while_it_first_saved_takes_the_other_weights_again(folder, runs):
+  """A save that was not finished is no checkpoint: the run must not start from its seed in silence."""
+  begun = dict(method="full", warm_start_from=str(runs("full").workdir))
+  whole = train(folder, "whole", **begun)
+  shutil.copytree(whole.workdir, folder / "cut", ignore=shutil.ignore_patterns("checkpoints"))
+  (folder / "cut" / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  assert same_bits(train(folder, "cut", **begun).outcome.state, whole.outcome.state)
+
+
 def test_another_runs_damaged_checkpoint_is_left_where_it_is(folder, runs, tmp_path, caplog):
   source = tmp_path / "source"
   shutil.copytree(runs("full").workdir, source)
