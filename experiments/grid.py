@@ -194,10 +194,7 @@ def check_same_run(workdir: Path, config):
   """Raise `UserError` where a run of another config lies there: neither to be taken for this one nor extended."""
   saved = run_directory.read(workdir)
   if saved and (changed := differences(saved["config"], config.to_dict())):
-    raise UserError(
-      f"{workdir} holds a run with another config ({'; '.join(changed)}); "
-      f"choose a new --workdir, or set these keys as they were to continue it"
-    )
+    raise run_directory.another_run(workdir, changed)
 
 
 def evaluations(workdir: Path) -> list[dict]:

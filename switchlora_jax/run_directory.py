@@ -52,8 +52,13 @@ def _check_same_run(workdir: Path, saved: dict, config):
   if now > then and all(change.startswith("steps:") for change in changed):
     log.warning("extending the run from %d to %d steps: learning rate and switching follow the new horizon", then, now)
     return
-  raise UserError(
-    f"--workdir={workdir} holds a run with another config ({'; '.join(changed)}); "
+  raise another_run(f"--workdir={workdir}", changed)
+
+
+def another_run(where, changed: list[str]) -> UserError:
+  """The sentence for a directory that holds a run whose config has `changed`, as from `config.differences`."""
+  return UserError(
+    f"{where} holds a run with another config ({'; '.join(changed)}); "
     f"choose a new --workdir, or set these keys as they were to continue it"
   )
 
