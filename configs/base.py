@@ -41,6 +41,13 @@ def get_config() -> ConfigDict:
   config.model.num_layers = 24  # blocks
   config.model.num_heads = 16  # attention heads; must divide hidden_size into even parts
 
+  config.sharding = ConfigDict()  # where arrays live; the run is the same, and continues, whatever it says
+  config.sharding.fsdp = 1  # devices in the second axis of the mesh, over which `sharded` splits; the first: the rest
+  config.sharding.trained = "sharded"  # what is trained: sharded | replicated
+  config.sharding.optimizer = "sharded"  # the optimizer's state: sharded | replicated
+  config.sharding.frozen = "replicated"  # base kernels: replicated | sharded
+  config.sharding.candidates = "sharded"  # over all devices, by rows; replicated | host (pinned memory) as well
+
   config.switch = ConfigDict()  # used by switchlora; init by lora too
   config.switch.interval = 40  # steps between two switches of one vector at the start; 0: never
   config.switch.freeze_steps = 5  # steps for which a switched vector's counterpart is frozen

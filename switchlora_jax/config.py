@@ -22,7 +22,16 @@ POSITIVE = (
 DTYPES = ("float32", "bfloat16", "float64")
 
 # What may differ when a run is continued: none of it changes a number that the run computes.
-FREE = ("eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "max_skipped", "data.cache_dir")
+FREE = (
+  "eval_every",
+  "checkpoint_every",
+  "keep_checkpoints",
+  "log_every",
+  "max_skipped",
+  "data.cache_dir",
+  *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
+)
+SPLIT = ("sharded", "replicated")
 
 
 def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
@@ -34,6 +43,7 @@ def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
   _check_positive(config)
   _check_model(config)
   _check_training(config, devices)
+  _check_sharding(config, devices)
   if config.method not in METHODS:
     raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
   method = METHODS[config.method]
@@ -69,6 +79,20 @@ def _check_model(config):
       f"the head size (model.hidden_size / model.num_heads = {hidden} / {heads} = {hidden // heads}) must be even, "
       f"for rotary positions; change --config.model.num_heads or --config.model.hidden_size"
     )
+
+
+def _check_sharding(config, devices: int):
+  fsdp = config.sharding.fsdp
+  if fsdp < 1 or devices % fsdp:
+    raise UserError(
+      f"sharding.fsdp (={fsdp}) must divide the number of devices (={devices}); set --config.sharding.fsdp"
+    )
+  allowed = {"trained": SPLIT, "optimizer": SPLIT, "frozen": SPLIT, "candidates": (*SPLIT, "host")}
+  for key, values in allowed.items():
+    if config.sharding[key] not in values:
+      raise UserError(
+        f"sharding.{key} (={config.sharding[key]!r}) must be one of {', '.join(values)}; set --config.sharding.{key}"
+      )
 
 
 def _check_training(config, devices: int):

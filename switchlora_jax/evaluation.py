@@ -1,20 +1,26 @@
 """Validation loss: a token-weighted mean over a fixed set of rows, the same for every method."""
 
-from functools import partial
-
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from switchlora_jax.metrics import progress_bar
-from switchlora_jax.sharding import by_rows, replicated
-from switchlora_jax.train_step import row_losses
+from switchlora_jax.sharding import BOTH, replicated
+from switchlora_jax.train_step import local_row_losses
 
 
-def make_eval_step(model, mesh):
-  """The jitted (params, frozen, rows [batch, length]) -> the loss of each row, [batch]."""
-  everywhere, rows = replicated(mesh), by_rows(mesh)
-  shardings = dict(in_shardings=(everywhere, everywhere, rows), out_shardings=everywhere)
-  return jax.jit(partial(row_losses, model), **shardings)
+def make_eval_step(model, placement, state):
+  """The jitted (params, frozen, rows [batch, length]) -> the loss of each row, [batch], for states like `state`."""
+  params, frozen = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
+  rows = PartitionSpec(BOTH)
+  losses = jax.shard_map(
+    local_row_losses(model, params, frozen),
+    mesh=placement.mesh,
+    in_specs=(params, frozen, rows),
+    out_specs=rows,
+    check_vma=False,
+  )
+  return jax.jit(losses, out_shardings=replicated(placement.mesh))
 
 
 def validation_loss(eval_step, state, rows: np.ndarray, batch_size: int, place) -> dict[str, float]:

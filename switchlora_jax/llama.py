@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from switchlora_jax.sharding import GATHERED
+
 EPSILON = 1e-6  # of RMSNorm
 ROPE_BASE = 10_000.0
 INIT = nn.initializers.normal(0.02)
@@ -91,6 +93,7 @@ class LLaMA(nn.Module):
     dense: makes the seven linear layers of a block: `dense(features, name=…)`.
     dtype: of the computation; `param_dtype`: of embedding, norms and head.
     remat: recompute each block's activations in the backward pass instead of keeping them.
+    gather: from the variables of one layer as they lie, {collection: tree}, to whole arrays; None: they are whole.
   """
 
   vocab_size: int
@@ -102,6 +105,7 @@ class LLaMA(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   remat: bool = False
+  gather: Callable[[dict], dict] | None = None
 
   @nn.compact
   def __call__(self, tokens):
@@ -110,7 +114,7 @@ class LLaMA(nn.Module):
     wide = jnp.promote_types(self.dtype, jnp.float32)
     angles = rotary_angles(tokens.shape[1], self.hidden_size // self.num_heads, wide)
     blocks = nn.scan(
-      nn.remat(Block, prevent_cse=False) if self.remat else Block,
+      self.block(),
       variable_axes={"params": 0, "frozen": 0, "candidates": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
@@ -119,3 +123,14 @@ class LLaMA(nn.Module):
     x, _ = blocks(self.num_heads, self.intermediate_size, self.dense, **kinds, name="blocks")(x, angles)
     x = RMSNorm(**kinds, name="norm")(x)
     return nn.Dense(self.vocab_size, use_bias=False, kernel_init=INIT, **kinds, name="head")(x)
+
+  def block(self):
+    """`Block`, gathering its variables and recomputing as the attributes say."""
+    gathering = Block if self.gather is None else nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
+    if self.remat:
+      return nn.remat(gathering, prevent_cse=False)
+    if self.gather is None:
+      return Block
+    # Kept for the backward pass, what is gathered would pile up to the whole model; it is gathered again.
+    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return nn.remat(gathering, prevent_cse=False, policy=policy)

@@ -1,6 +1,5 @@
 """What a resolved config compiles to: a program for each phase of its run."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from switchlora_jax.evaluation import make_eval_step
 from switchlora_jax.llama import LLaMA
 from switchlora_jax.methods import METHODS, full
 from switchlora_jax.methods.base import dtypes
-from switchlora_jax.sharding import by_rows, replicated
+from switchlora_jax.sharding import by_rows, placement
 from switchlora_jax.train_step import make_train_step
 
 
@@ -69,15 +68,17 @@ def full_rank(config) -> FrozenConfigDict:
 def assemble(config, method, mesh) -> Program:
   """The program of a config with a given `Method`."""
   model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes(config))
-  create = partial(train_state.create, model, method.optimizer, config.seed)
-  create = jax.jit(create, out_shardings=replicated(mesh))
+  lies = placement(config, mesh)
+  create = lambda: lies.pad(train_state.create(model, method.optimizer, config.seed))
   shapes = jax.eval_shape(create)
+  shardings = lies.shardings(shapes)
+  step = dict(accumulation=config.accumulation, clip_norm=config.clip_norm)
   return Program(
     model=model,
-    create=create,
-    abstract=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes),
-    step=make_train_step(model, method, mesh, accumulation=config.accumulation, clip_norm=config.clip_norm),
-    eval_step=make_eval_step(model, mesh),
+    create=jax.jit(create, out_shardings=shardings),
+    abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
+    step=make_train_step(model, method, lies, shapes, **step),
+    eval_step=make_eval_step(model, lies, shapes),
     place=lambda rows: jax.device_put(np.asarray(rows, np.int32), by_rows(mesh)),
     scale=method.scale,
     start=config.warm_start_steps,

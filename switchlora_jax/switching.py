@@ -5,8 +5,9 @@ layout of `dense`, `kernel + scale·AᵀB` with one LoRA vector a row: `lora_a [
 
 Three cursors walk a layer, all derived from `cursor`, the number k of vectors loaded so far: load
 k of A goes to slot `k mod r`, load k of B to slot `(k + r//2) mod r`, and both take and leave spare
-row `k mod (c - r)`, unless rows are drawn (`draw_picks`). The authors keep all c candidates and write
+row `k mod (c - r)`, unless rows are drawn (`candidates.draw_picks`). The authors keep all c candidates and write
 an evicted vector back to its own id; swapping with c - r spares visits the same vectors in the same order.
+There may be more rows of spares than c - r, to split them evenly over devices; these are never touched.
 
 Pure functions. No model, no config: any pytree whose `params`, `frozen` and `candidates` hold a
 layer's arrays under one path will do, stacked along leading axes or not.
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from switchlora_jax.candidates import everywhere, layer_shape, read_rows, switchable, write_rows
 
 
 class SwitchSchedule(NamedTuple):
@@ -76,6 +79,11 @@ class Layer(NamedTuple):
   spare_a: jax.Array  # [L, c - r, in]
   spare_b: jax.Array  # [L, c - r, out]
 
+  def rank_and_spares(self) -> tuple[int, int]:
+    """r and c - r."""
+    rank = self.lora_a.shape[1]
+    return rank, min(self.kernel.shape[1:]) - rank
+
 
 class Clock(NamedTuple):
   """Where L stacked layers stand: the cursor, and for how many steps each vector stays frozen."""
@@ -101,13 +109,12 @@ def swap(vectors, spares, slots, picks, live):
   Returns the new vectors, the new spares, and the rows that left minus those that came, [L, K, d], in
   float32 or wider.
   """
-  layer, live = jnp.arange(slots.shape[0])[:, None], live[:, :, None]
-  options = dict(mode="promise_in_bounds", unique_indices=True)
-  old, new = vectors.at[layer, slots].get(**options), spares.at[layer, picks].get(**options)
-  vectors = vectors.at[layer, slots].set(jnp.where(live, new, old), **options)
-  spares = spares.at[layer, picks].set(jnp.where(live, old, new), **options)
+  old, new = read_rows(vectors, slots, live), read_rows(spares, picks, live)
+  moving = live[:, :, None]
+  vectors = write_rows(vectors, slots, live, jnp.where(moving, new, old))
+  spares = write_rows(spares, picks, live, jnp.where(moving, old, new))
   wide = jnp.promote_types(vectors.dtype, jnp.float32)
-  return vectors, spares, jnp.where(live, old.astype(wide) - new.astype(wide), 0)
+  return vectors, spares, jnp.where(moving, old.astype(wide) - new.astype(wide), 0)
 
 
 def switch_vectors(layers: Layer, slots_a, slots_b, picks_a, picks_b, live):
@@ -120,8 +127,8 @@ def switch_vectors(layers: Layer, slots_a, slots_b, picks_a, picks_b, live):
   """
   lora_a, spare_a, lost_a = swap(layers.lora_a, layers.spare_a, slots_a, picks_a, live)
   lora_b, spare_b, lost_b = swap(layers.lora_b, layers.spare_b, slots_b, picks_b, live)
-  with_b = jnp.take_along_axis(lora_b, slots_a[:, :, None], 1)
-  with_a = jnp.take_along_axis(lora_a, slots_b[:, :, None], 1)
+  with_b = everywhere(jnp.take_along_axis(lora_b, slots_a[:, :, None], 1))
+  with_a = everywhere(jnp.take_along_axis(lora_a, slots_b[:, :, None], 1))
   layers = Layer(layers.kernel, lora_a, lora_b, spare_a, spare_b)
   return layers, jnp.concatenate([lost_a, with_a], 1), jnp.concatenate([with_b, lost_b], 1)
 
@@ -155,7 +162,7 @@ def switch_layers(layers: Layer, cursor, count, window: int, scale, picks=None):
 
   Returns the layers and ‖s·ΔAᵀB‖², [] summed over them.
   """
-  rank, spares = layers.lora_a.shape[1], layers.spare_a.shape[1]
+  rank, spares = layers.rank_and_spares()
   ahead = cursor[:, None] + jnp.arange(window)[None]
   live = jnp.arange(window)[None] < count[:, None]
   slots_a, slots_b = ahead % rank, (ahead + rank // 2) % rank
@@ -203,7 +210,7 @@ def switch_kind(layers: Layer, clock: Clock, uniforms, picks, schedule: SwitchSc
 
   Returns layers, clock, {"lora_a": (reset, frozen), "lora_b": (reset, frozen)} with masks [L, r], count [L], ‖s·ΔAᵀB‖².
   """
-  rank, spares = layers.lora_a.shape[1], layers.spare_a.shape[1]
+  rank, spares = layers.rank_and_spares()
   window = schedule.window(rank, spares)
   wanted = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)
   count = jnp.where(skip, 0, jnp.clip(wanted, 0, jnp.minimum(window, available(clock))))
@@ -214,39 +221,6 @@ def switch_kind(layers: Layer, clock: Clock, uniforms, picks, schedule: SwitchSc
   frozen_b, timer_b = freeze(clock.timer_b, reset_b, schedule.freeze_steps, skip)
   clock = Clock(clock.cursor + count, timer_a, timer_b)
   return layers, clock, {"lora_a": (reset_a, frozen_a), "lora_b": (reset_b, frozen_b)}, count, moved
-
-
-def switchable(candidates) -> list[tuple[str, ...]]:
-  """The paths of the layers that keep spares, in sorted order: their index numbers the random draws."""
-  return sorted({path[:-1] for path in flatten_dict(candidates)})
-
-
-def layer_shape(candidates, path) -> tuple[int, ...]:
-  """The leading axes along which the layers under `path` are stacked: () or (layers,)."""
-  return flatten_dict(candidates)[(*path, "cursor")].shape
-
-
-def draw_uniforms(key, candidates) -> dict:
-  """One number in [0, 1) for each layer: {path: [...]}; the key is folded with the layer's number."""
-  draws, number = {}, 0
-  for path in switchable(candidates):
-    shape = layer_shape(candidates, path)
-    size = math.prod(shape)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number + jnp.arange(size))
-    draws[path] = jax.vmap(jax.random.uniform)(keys).reshape(shape)
-    number += size
-  return draws
-
-
-def draw_picks(key, candidates, schedule: SwitchSchedule) -> dict:
-  """Spare rows for each side of each layer, drawn without repetition: {path: ([..., K], [..., K])}."""
-  picks = {}
-  for number, path in enumerate(switchable(candidates)):
-    *lead, spares, _ = flatten_dict(candidates)[(*path, "spare_a")].shape
-    rank = flatten_dict(candidates)[(*path, "timer_a")].shape[-1]
-    chances = jax.random.uniform(jax.random.fold_in(key, number), (2, *lead, spares))
-    picks[path] = tuple(jax.lax.top_k(chances, schedule.window(rank, spares))[1])
-  return picks
 
 
 COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | {"kernel": "frozen"}  # all else: candidates
@@ -276,7 +250,7 @@ def switch(
     read = lambda name, path=path: flat[COLLECTION.get(name, "candidates")][*path, name]
     stack = lambda name, lead=lead, read=read: read(name).reshape(-1, *read(name).shape[len(lead) :])
     layers, clock = Layer(*map(stack, Layer._fields)), Clock(*map(stack, Clock._fields))
-    if schedule.window(layers.lora_a.shape[1], layers.spare_a.shape[1]) == 0:
+    if schedule.window(*layers.rank_and_spares()) == 0:
       continue
     draws = uniforms[path] if isinstance(uniforms, dict) else jnp.full(lead, uniforms)
     chosen = picks and tuple(rows.reshape(-1, rows.shape[-1]) for rows in picks[path])
@@ -295,17 +269,3 @@ def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> flo
   """How many times a layer's c candidates are all cycled through in a run; far below 1, switching cannot matter."""
   decayed = schedule.decay_point * schedule.total_steps / math.log(1 / schedule.decay_to)
   return rank / (candidates - rank) * decayed / schedule.interval
-
-
-def coverage(candidates):
-  """The share of all candidates, of all layers, that have been in a slot so far, [] in [0, 1]; taken in order.
-
-  The first r of a layer are there from the start, and every load up to the (c - r)-th brings a new one.
-  """
-  flat, seen, there_are = flatten_dict(candidates), 0, 0
-  for path in switchable(candidates):
-    rank, spares = flat[(*path, "timer_a")].shape[-1], flat[(*path, "spare_a")].shape[-2]
-    cursor = flat[(*path, "cursor")]
-    seen += jnp.sum(rank + jnp.minimum(cursor, spares))
-    there_are += cursor.size * (rank + spares)
-  return seen / there_are

@@ -14,11 +14,12 @@ from switchlora_jax.sharding import make_mesh
 DESCRIPTIONS = Path(__file__).parent / "gpus"
 
 
-def gpu_mesh(gpu: str, shape: str = "1x1x1"):
+def gpu_mesh(gpu: str, shape: str = "1x1x1", fsdp: int = 1):
   """(mesh of absent GPUs, what compiles for it), or None where the CUDA plugin is not installed.
 
   Args:
     gpu: the name of a file in `gpus/`. shape: hosts, as `1x2x8`: 1 slice of 2 hosts with 8 GPUs each.
+    fsdp: devices along the mesh's second axis, see `sharding.make_mesh`.
   Raises:
     UserError: no such description; lists those there are.
   """
@@ -30,4 +31,4 @@ def gpu_mesh(gpu: str, shape: str = "1x1x1"):
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
   except NotImplementedError:
     return None
-  return make_mesh(found.devices), f"XLA for {found.devices[0].device_kind}"
+  return make_mesh(found.devices, fsdp), f"XLA for {found.devices[0].device_kind}"

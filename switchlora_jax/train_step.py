@@ -6,7 +6,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from switchlora_jax.optimizer import clip_by_global_norm
-from switchlora_jax.sharding import DATA, by_rows, replicated
+from switchlora_jax.sharding import BOTH, Placement, by_rows, gather, is_split, reduce, replicated
 from switchlora_jax.train_state import TrainState
 
 
@@ -20,16 +20,39 @@ def row_losses(model, params, frozen, rows):
   return optax.softmax_cross_entropy_with_integer_labels(wide, rows[:, 1:]).mean(-1)
 
 
-def accumulated_gradients(model, mesh, accumulation: int):
+def local_row_losses(model, params, frozen):
+  """`row_losses` as one device computes them inside a `shard_map`, gathering what lies in parts.
+
+  The blocks' arrays are gathered a layer at a time, inside the model's loop over them.
+
+  Args:
+    params, frozen: PartitionSpecs as from `Placement.specs`.
+  """
+  blocks = {"params": params["blocks"], "frozen": frozen.get("blocks", {})}
+  if is_split(blocks):
+    model = model.clone(gather=lambda layer: gather(layer, {name: blocks[name] for name in layer}, lost=1))
+
+  def losses(held, base, rows):
+    outside = {name: held[name] if name == "blocks" else gather(held[name], params[name]) for name in held}
+    return row_losses(model, outside, base, rows)
+
+  return losses
+
+
+def accumulated_gradients(model, placement: Placement, state, accumulation: int):
   """(params, frozen, rows [batch, length]) -> mean loss and gradients over the batch of all devices.
 
   Each device sums its `accumulation` micro-batches by itself; the sums meet in one reduction at the
-  end, however many micro-batches there are.
+  end, however many micro-batches there are. Only what is trained in parts (`sharding.trained`) is
+  gathered, and its gradient scattered, in every micro-batch.
   """
+  held, base = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
+  wanted = placement.specs(state.params, "gradient")
+  losses = local_row_losses(model, held, base)
 
   def local(params, frozen, rows):
     micro_batches = rows.reshape(accumulation, -1, rows.shape[-1])
-    value_and_grad = jax.value_and_grad(lambda p, tokens: row_losses(model, p, frozen, tokens).mean())
+    value_and_grad = jax.value_and_grad(lambda p, tokens: losses(p, frozen, tokens).mean())
 
     def add(total, tokens):
       return jax.tree.map(jnp.add, total, value_and_grad(params, tokens)), None
@@ -37,20 +60,24 @@ def accumulated_gradients(model, mesh, accumulation: int):
     shapes = jax.eval_shape(value_and_grad, params, micro_batches[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, micro_batches)
-    return jax.lax.psum(jax.tree.map(lambda x: x / (accumulation * mesh.size), total), DATA)
+    loss, grads = jax.tree.map(lambda x: x / (accumulation * placement.mesh.size), total)
+    return jax.lax.psum(loss, BOTH), reduce(grads, held, wanted)
 
-  everywhere, rows = PartitionSpec(), PartitionSpec(DATA)
-  return jax.shard_map(local, mesh=mesh, in_specs=(everywhere, everywhere, rows), out_specs=everywhere, check_vma=False)
+  rows, everywhere = PartitionSpec(BOTH), PartitionSpec()
+  specs = dict(in_specs=(held, base, rows), out_specs=(everywhere, wanted))
+  return jax.shard_map(local, mesh=placement.mesh, **specs, check_vma=False)
 
 
-def make_train_step(model, method, mesh, *, accumulation: int, clip_norm: float):
+def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float):
   """The jitted step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
+
+  Made for states like `state`, abstract or not, which lie where `placement` has them.
 
   A loss or gradient that is not finite skips the whole update, switch included: only `step` and the
   counters of skipped steps move. Metrics are [] arrays: loss, grad_norm (before clipping), learning_rate,
   skipped, skipped_in_a_row, and the method's own.
   """
-  gradients = accumulated_gradients(model, mesh, accumulation)
+  gradients = accumulated_gradients(model, placement, state, accumulation)
 
   def train_step(state: TrainState, rows):
     state = method.prepare(state)
@@ -71,5 +98,6 @@ def make_train_step(model, method, mesh, *, accumulation: int, clip_norm: float)
     metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
-  everywhere = replicated(mesh)
-  return jax.jit(train_step, donate_argnums=0, in_shardings=(everywhere, by_rows(mesh)), out_shardings=everywhere)
+  lies, everywhere = placement.shardings(state), replicated(placement.mesh)
+  shardings = dict(in_shardings=(lies, by_rows(placement.mesh)), out_shardings=(lies, everywhere))
+  return jax.jit(train_step, donate_argnums=0, **shardings)

@@ -35,7 +35,7 @@ def train(config, workdir: Path) -> Outcome:
   """
   dataset.check(config.data, vocab_size=config.model.vocab_size)
   run_directory.prepare(workdir, config)
-  mesh = make_mesh()
+  mesh = make_mesh(fsdp=config.sharding.fsdp)
   programs = phases(config, mesh)
   # From its first finished checkpoint on, a run does not need the other any more.
   started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.base import get_config
-from switchlora_jax import train_state
-from switchlora_jax.llama import LLaMA
 from switchlora_jax.methods import METHODS
-from switchlora_jax.sharding import DATA, by_rows, replicated
-from switchlora_jax.train_step import make_train_step
+from switchlora_jax.program import Program, assemble
+from switchlora_jax.sharding import by_rows, make_mesh
+from switchlora_jax.train_state import TrainState
 
 
 def config(method="switchlora", **changes):
@@ -23,38 +22,34 @@ def config(method="switchlora", **changes):
   return small
 
 
-def mesh(devices: int) -> jax.sharding.Mesh:
-  """The first so many devices, as `sharding.make_mesh` lays out all of them."""
-  axis_types = (jax.sharding.AxisType.Auto,)
-  return jax.make_mesh((devices,), (DATA,), axis_types=axis_types, devices=jax.devices()[:devices])
+def mesh(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
+  """The first so many devices."""
+  return make_mesh(jax.devices()[:devices], fsdp)
 
 
-def model(config) -> LLaMA:
+def program(config, devices: int) -> Program:
+  """What the config compiles to on so many devices."""
+  return assemble(config, METHODS[config.method].build(config), mesh(devices, config.sharding.fsdp))
+
+
+def model(config):
   """The model of a config."""
-  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
-  return LLaMA(**config.model, dense=METHODS[config.method].build(config).dense, remat=config.remat, **dtypes)
+  return program(config, 1).model
 
 
 def step(config, devices: int):
   """The jitted train step on so many devices."""
-  method = METHODS[config.method].build(config)
-  options = dict(accumulation=config.accumulation, clip_norm=config.clip_norm)
-  return make_train_step(model(config), method, mesh(devices), **options)
+  return program(config, devices).step
 
 
-def first_state(config, devices: int) -> train_state.TrainState:
-  """The state before step 0, a copy on each of so many devices."""
-  create = lambda: train_state.create(model(config), _optimizer(config), config.seed)
-  return jax.jit(create, out_shardings=replicated(mesh(devices)))()
+def first_state(config, devices: int) -> TrainState:
+  """The state before step 0, placed on so many devices."""
+  return program(config, devices).create()
 
 
 def place(rows, devices: int) -> jax.Array:
   """Rows [batch, length], split over so many devices."""
   return jax.device_put(np.asarray(rows, np.int32), by_rows(mesh(devices)))
-
-
-def _optimizer(config):
-  return METHODS[config.method].build(config).optimizer
 
 
 def rows(config, step: int) -> np.ndarray:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import same_bits
 
+from switchlora_jax.candidates import coverage, draw_picks
 from switchlora_jax.dense import SwitchLoRADense
-from switchlora_jax.switching import SwitchSchedule, coverage, draw_picks, switch
+from switchlora_jax.switching import SwitchSchedule, switch
 
 SCALE = 0.5
 STEPS = 12

@@ -12,9 +12,10 @@ import small_model
 from jax.sharding import PartitionSpec
 from small_model import host, same_bits
 
+from switchlora_jax.candidates import draw_uniforms
 from switchlora_jax.methods import switchlora
 from switchlora_jax.sharding import DATA, replicated
-from switchlora_jax.switching import draw_uniforms, switch
+from switchlora_jax.switching import switch
 
 
 @lru_cache

@@ -3,19 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from switchlora_jax.candidates import coverage, draw_picks, draw_uniforms
 from switchlora_jax.dense import SwitchLoRADense
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method
-from switchlora_jax.switching import (
-  Switched,
-  SwitchSchedule,
-  coverage,
-  draw_picks,
-  draw_uniforms,
-  expected_cycles,
-  switch,
-)
+from switchlora_jax.switching import Switched, SwitchSchedule, expected_cycles, switch
 from switchlora_jax.train_state import TrainState
 
 LEARNING_RATE = 2e-2  # section 4.1

@@ -1,0 +1,175 @@
+"""Where arrays lie: every placement trains the same run, holds what it says, and moves only what it must."""
+
+import math
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+import small_model
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+from small_model import host, same_bits
+
+from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.sharding import FSDP, Placement
+
+REPLICATED = dict(sharding__candidates="replicated")
+LAYOUTS = {
+  "candidates over 8 devices": {},
+  "candidates on the host": dict(sharding__candidates="host"),
+  "optimizer over 8 devices": dict(sharding__fsdp=8, sharding__trained="replicated"),
+  "trained over 8 devices": dict(sharding__fsdp=8),
+  "all over 4 of 8 devices": dict(sharding__fsdp=4, sharding__frozen="sharded"),
+  "all over 8 devices, recomputing": dict(sharding__fsdp=8, sharding__frozen="sharded", remat=True),
+}
+# What is reduced in another order, or by other devices, differs by roundings that Adam amplifies.
+SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
+
+
+def config(method="switchlora", **layout):
+  """Rank 5, 11 spares: nothing divides by 8, but for hidden and vocabulary."""
+  return small_model.config(method, rank=5, **layout)
+
+
+@lru_cache
+def trained(devices=8, method="switchlora", steps=5, **layout):
+  """The program, the metrics of some steps, the last state on the host and some validation losses."""
+  settings = config(method, **layout)
+  program, metrics = small_model.program(settings, devices), []
+  with jax.set_mesh(small_model.mesh(devices, settings.sharding.fsdp)):
+    state = program.create()
+    for t in range(steps):
+      state, report = program.step(state, program.place(small_model.rows(settings, t)))
+      metrics.append(host(report))
+    losses = program.eval_step(state.params, state.frozen, program.place(small_model.rows(settings, 99)))
+    return program, metrics, host(state), np.asarray(losses)
+
+
+def without_padding(state):
+  """A state on the host whose spares are the c - r = 11 that there are, and not their padding."""
+  real = lambda path, x: x[..., :11, :] if path[-1].key in ("spare_a", "spare_b") else x
+  return state._replace(candidates=jax.tree.map_with_path(real, state.candidates))
+
+
+# --- the same run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_the_same_run(name):
+  _, expected, last, losses = trained(**REPLICATED)
+  _, found, state, found_losses = trained(**LAYOUTS[name])
+  assert sum(int(report["switched"]) for report in expected) > 0
+  assert [int(report["switched"]) for report in found] == [int(report["switched"]) for report in expected]
+  state, last = without_padding(state), without_padding(last)
+  if name in SUMS_ALIKE:
+    assert same_bits(state, last) and same_bits(found_losses, losses)
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
+  jax.tree.map(close, (state, found_losses), (last, losses))
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "relora", "galore"])
+def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
+  _, expected, last, losses = trained(method=method, steps=3, **REPLICATED)
+  _, found, state, found_losses = trained(method=method, steps=3, sharding__fsdp=8, sharding__frozen="sharded")
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
+  np.testing.assert_allclose(found_losses, losses, rtol=1e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), state.params, last.params)
+
+
+def test_rows_of_padding_are_there_and_stay_zero():
+  spares = trained()[2].candidates["blocks"]["gate"]["spare_b"]
+  assert spares.shape == (2, 16, 24) and not spares[:, 11:].any() and spares[:, :11].any()
+  assert trained(**REPLICATED)[2].candidates["blocks"]["gate"]["spare_b"].shape == (2, 11, 24)
+
+
+# --- what a device holds ------------------------------------------------------------------------------------------
+
+
+def held(tree) -> int:
+  """Numbers on one device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def test_a_device_holds_its_share():
+  whole = trained(**REPLICATED)[0].abstract
+  layouts = {name: trained(**layout)[0].abstract for name, layout in LAYOUTS.items()}
+  spares = lambda state: [{n: x for n, x in c.items() if "spare" in n} for c in state.candidates["blocks"].values()]
+  assert held(spares(layouts["candidates over 8 devices"])) * 8 == held(spares(whole)) * 16 / 11
+  for part in ("params", "frozen", "opt_state"):
+    assert held(getattr(layouts["candidates over 8 devices"], part)) == held(getattr(whole, part))
+  split = layouts["optimizer over 8 devices"]
+  assert (held(split.params), held(split.frozen)) == (held(whole.params), held(whole.frozen))
+  vectors_of_5 = 2 * 7 * 2 * 5  # their counts, in Adam's state, which nothing divides
+  assert held(split.opt_state) < held(whole.opt_state) / 8 + vectors_of_5 + 10
+  assert held(layouts["trained over 8 devices"].params) == held(whole.params) / 8
+  assert held(layouts["trained over 8 devices"].frozen) == held(whole.frozen)
+  assert held(layouts["all over 4 of 8 devices"].frozen) == held(whole.frozen) / 4
+
+
+def test_candidates_on_the_host_are_in_its_pinned_memory():
+  kinds = lambda layout: {
+    (path[-1].key, x.sharding.memory_kind)
+    for path, x in jax.tree.leaves_with_path(trained(**layout)[0].abstract.candidates)
+  }
+  there = {("spare_a", "pinned_host"), ("spare_b", "pinned_host")}
+  assert kinds(LAYOUTS["candidates on the host"]) & there == there
+  assert all(kind == "device" for _, kind in kinds(REPLICATED))
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 5, 8, 16, 24, 40]), min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_blocks, vectors):
+  name = "lora_a" if vectors else "kernel"
+  tree = {"blocks": {"q": {name: np.zeros(shape)}}} if in_blocks else {"head": {name: np.zeros(shape)}}
+  placement = Placement(small_model.mesh(8, 8), trained=True)
+  (spec,) = jax.tree.leaves(placement.specs(tree, "trained"), is_leaf=lambda x: isinstance(x, PartitionSpec))
+  axes = [axis for axis in range(in_blocks, len(shape)) if shape[axis] % 8 == 0]
+  if FSDP not in tuple(spec):
+    assert not axes
+    return
+  axis = tuple(spec).index(FSDP)
+  assert axis in axes
+  if vectors and len(shape) - 2 in axes:
+    assert axis == len(shape) - 2, "between LoRA vectors, not across them"
+  else:
+    assert shape[axis] == max(shape[a] for a in axes)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("saved", "wanted"),
+  [
+    ({}, REPLICATED),
+    (REPLICATED, LAYOUTS["all over 4 of 8 devices"]),
+    (LAYOUTS["candidates on the host"], {}),
+    (LAYOUTS["all over 4 of 8 devices"], LAYOUTS["candidates on the host"]),
+  ],
+)
+def test_a_checkpoint_of_one_layout_restores_in_another(saved, wanted, tmp_path):
+  program, _, state, _ = trained(**saved)
+  placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.abstract)
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.save(5, placed)
+  abstract = trained(**wanted)[0].abstract
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    restored = checkpoints.restore(lambda _: abstract)
+  assert same_bits(without_padding(restored), without_padding(state))
+  place = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  assert place(restored) == place(abstract)
+
+
+def test_one_device_goes_on_from_a_checkpoint_of_eight(tmp_path):
+  program, _, state, _ = trained()
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.save(5, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.abstract))
+  one = trained(devices=1)[0]
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    restored = checkpoints.restore(lambda _: one.abstract)
+  assert same_bits(without_padding(restored), without_padding(state))
+  rows = small_model.rows(config(), 5)
+  on_one, report = one.step(restored, one.place(rows))
+  assert np.isfinite(report["loss"]) and int(on_one.step) == 6
