@@ -1,7 +1,6 @@
 """A LLaMA of a few thousand numbers and its train step, without text, files or a trainer."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs.base import get_config
@@ -18,6 +17,7 @@ def config(method="switchlora", **changes):
   small.update(learning_rate=1e-2, min_lr_ratio=0.0, warmup_steps=0)
   small.model.update(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
   small.switch.update(interval=4, freeze_steps=2)
+  small.sharding.candidates = "replicated"  # as all else: a state can be put on any devices as it is
   small.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   return small
 

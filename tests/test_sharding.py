@@ -15,14 +15,15 @@ from small_model import host, same_bits
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.sharding import FSDP, Placement
 
-REPLICATED = dict(sharding__candidates="replicated")
+REPLICATED = {}
+SPARES = dict(sharding__candidates="sharded")
 LAYOUTS = {
-  "candidates over 8 devices": {},
+  "candidates over 8 devices": SPARES,
   "candidates on the host": dict(sharding__candidates="host"),
-  "optimizer over 8 devices": dict(sharding__fsdp=8, sharding__trained="replicated"),
-  "trained over 8 devices": dict(sharding__fsdp=8),
-  "all over 4 of 8 devices": dict(sharding__fsdp=4, sharding__frozen="sharded"),
-  "all over 8 devices, recomputing": dict(sharding__fsdp=8, sharding__frozen="sharded", remat=True),
+  "optimizer over 8 devices": dict(**SPARES, sharding__fsdp=8, sharding__trained="replicated"),
+  "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
+  "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded"),
+  "all over 8 devices, recomputing": dict(**SPARES, sharding__fsdp=8, sharding__frozen="sharded", remat=True),
 }
 # What is reduced in another order, or by other devices, differs by roundings that Adam amplifies.
 SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
@@ -80,7 +81,7 @@ def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
 
 
 def test_rows_of_padding_are_there_and_stay_zero():
-  spares = trained()[2].candidates["blocks"]["gate"]["spare_b"]
+  spares = trained(**SPARES)[2].candidates["blocks"]["gate"]["spare_b"]
   assert spares.shape == (2, 16, 24) and not spares[:, 11:].any() and spares[:, :11].any()
   assert trained(**REPLICATED)[2].candidates["blocks"]["gate"]["spare_b"].shape == (2, 11, 24)
 
@@ -143,9 +144,9 @@ def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_bl
 @pytest.mark.parametrize(
   ("saved", "wanted"),
   [
-    ({}, REPLICATED),
+    (SPARES, REPLICATED),
     (REPLICATED, LAYOUTS["all over 4 of 8 devices"]),
-    (LAYOUTS["candidates on the host"], {}),
+    (LAYOUTS["candidates on the host"], SPARES),
     (LAYOUTS["all over 4 of 8 devices"], LAYOUTS["candidates on the host"]),
   ],
 )
@@ -163,10 +164,10 @@ def test_a_checkpoint_of_one_layout_restores_in_another(saved, wanted, tmp_path)
 
 
 def test_one_device_goes_on_from_a_checkpoint_of_eight(tmp_path):
-  program, _, state, _ = trained()
+  program, _, state, _ = trained(**SPARES)
   with Checkpoints(tmp_path, 1) as checkpoints:
     checkpoints.save(5, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.abstract))
-  one = trained(devices=1)[0]
+  one = trained(devices=1, **SPARES)[0]
   with Checkpoints(tmp_path, 1) as checkpoints:
     restored = checkpoints.restore(lambda _: one.abstract)
   assert same_bits(without_padding(restored), without_padding(state))

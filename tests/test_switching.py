@@ -1,4 +1,4 @@
-"""Switching: the recorded schedule, the rates, the random draws. What always holds is in test_invariants."""
+"""Switching: the recorded schedule, the rates. What always holds is in test_invariants."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,6 @@ from switchlora_jax.dense import SwitchLoRADense
 from switchlora_jax.switching import (
   Layer,
   SwitchSchedule,
-  coverage,
-  draw_picks,
-  draw_uniforms,
   expected_cycles,
   norm_squared,
   switch,
@@ -37,15 +34,15 @@ def recorded_case(arrays, meta, name):
 
 
 def replay(case, schedule, uniforms, first_a, first_b):
-  """Switch vectors of length 1 that hold the ids of their candidates; a history of every step."""
+  """Switch vectors that hold the ids of their candidates; a history of every step, of each vector its first number."""
   rank, spares = case["r"], case["c"] - case["r"]
-  column = lambda ids: jnp.asarray(ids, jnp.float64)[:, None]
+  vectors = lambda ids: jnp.tile(jnp.asarray(ids, jnp.float64)[:, None], case["c"])
   zero = jnp.zeros(rank, jnp.int32)
   layer = {
-    "params": {"lora_a": column(first_a), "lora_b": column(first_b)},
-    "frozen": {"kernel": jnp.zeros((1, 1))},
+    "params": {"lora_a": vectors(first_a), "lora_b": vectors(first_b)},
+    "frozen": {"kernel": jnp.zeros((case["c"], case["c"]))},
     "candidates": {
-      "spare_a": column(range(spares)), "spare_b": column(range(spares)),
+      "spare_a": vectors(range(spares)), "spare_b": vectors(range(spares)),
       "timer_a": zero, "timer_b": zero, "cursor": jnp.zeros((), jnp.int32),
     },
   }  # fmt: skip
@@ -56,7 +53,8 @@ def replay(case, schedule, uniforms, first_a, first_b):
     layer = {"params": out.params, "frozen": out.frozen, "candidates": out.candidates}
     masks = {"reset": out.reset, "freeze": out.freeze}
     wide = jax.tree.map(lambda m, p: jnp.broadcast_to(m, (p.shape[0], 1)), masks, {k: out.params for k in masks})
-    return layer, (layer, wide, out.count)
+    seen = {"params": out.params, "candidates": {n: x for n, x in out.candidates.items() if "spare" not in n}}
+    return layer, (jax.tree.map(lambda x: x[..., :1] if x.ndim == 2 else x, seen), wide, out.count)
 
   run = jax.jit(lambda layer: jax.lax.scan(one, layer, (jnp.arange(len(uniforms), dtype=jnp.int32), uniforms))[1])
   return jax.tree.map(np.asarray, run(layer))
@@ -129,66 +127,6 @@ def test_switch_count_rounds_up_as_often_as_the_fraction_says():
   assert set(np.unique(switch_count(uniforms, 2.0))) == {2}
 
 
-# --- draws --------------------------------------------------------------------------------------------------------
-
-
-def candidates_of(layers, value=0.0, spares=2):
-  """The candidates of so many stacked layers of rank 4."""
-  vectors, timer = jnp.full((layers, spares, 6), value), jnp.zeros((layers, 4), jnp.int32)
-  cursor = jnp.full(layers, value, jnp.int32)
-  return {"spare_a": vectors, "spare_b": vectors, "timer_a": timer, "timer_b": timer, "cursor": cursor}
-
-
-def test_draws_follow_from_the_key_and_the_number_of_the_layer():
-  key, candidates = jax.random.key(7), {"blocks": {"q": candidates_of(3), "v": candidates_of(2)}}
-  draws = draw_uniforms(key, candidates)
-  assert {path: u.shape for path, u in draws.items()} == {("blocks", "q"): (3,), ("blocks", "v"): (2,)}
-  flat = np.concatenate(list(draws.values()))
-  np.testing.assert_array_equal(flat, [jax.random.uniform(jax.random.fold_in(key, number)) for number in range(5)])
-  assert len(np.unique(flat)) == 5 and flat.min() >= 0 and flat.max() < 1
-  assert same_bits(draw_uniforms(key, candidates), draws)
-  elsewhere = draw_uniforms(jax.random.fold_in(key, 1), candidates)
-  assert not np.any(np.isin(np.concatenate(list(elsewhere.values())), flat))
-
-
-def test_draws_do_not_depend_on_what_the_layers_hold():
-  key = jax.random.key(7)
-  assert same_bits(draw_uniforms(key, {"q": candidates_of(3)}), draw_uniforms(key, {"q": candidates_of(3, 1.0)}))
-
-
-PICKING = SwitchSchedule(interval=2)  # at most two vectors a side of a layer of rank 4
-
-
-def test_picks_are_distinct_rows_that_follow_from_the_key():
-  key, candidates = jax.random.key(7), {"blocks": {"q": candidates_of(3, spares=50), "v": candidates_of(2, spares=40)}}
-  picks = draw_picks(key, candidates, PICKING)
-  rows = [np.stack(picks["blocks", name]) for name in "qv"]  # [side, layer, K]
-  assert [x.shape for x in rows] == [(2, 3, 2), (2, 2, 2)]
-  assert all(x.min() >= 0 for x in rows) and rows[0].max() < 50 and rows[1].max() < 40
-  assert all(np.all(x[..., 0] != x[..., 1]) for x in rows)
-  flat = [tuple(pair) for x in rows for pair in x.reshape(-1, 2)]
-  assert len(set(flat)) == 10, "each side of each layer draws for itself"
-  assert same_bits(draw_picks(key, candidates, PICKING), picks)
-  assert same_bits(draw_picks(key, jax.tree.map(lambda x: x + 1, candidates), PICKING), picks)
-  assert not same_bits(draw_picks(jax.random.fold_in(key, 1), candidates, PICKING), picks)
-
-
-def test_picks_are_drawn_evenly_and_without_repetition():
-  """2,000 draws of 2 rows of 5: each row comes up 800 times, give or take six standard deviations of 22."""
-  draw = jax.jit(jax.vmap(lambda key: draw_picks(key, {"q": candidates_of(1, spares=5)}, PICKING)["q",]))
-  for side in draw(jax.random.split(jax.random.key(0), 2000)):
-    assert np.all(side[..., 0] != side[..., 1])
-    for rows, expected, slack in ((side, 800, 132), (side[..., 0], 400, 108)):
-      assert np.abs(np.bincount(rows.ravel(), minlength=5) - expected).max() < slack
-
-
-def test_picks_of_every_spare_are_a_permutation():
-  """The window takes all there are: two spares, of which two are drawn."""
-  for side in draw_picks(jax.random.key(3), {"q": candidates_of(20)}, PICKING)["q",]:
-    np.testing.assert_array_equal(np.sort(side, -1), np.tile([0, 1], (20, 1)))
-    assert len({tuple(row) for row in np.asarray(side)}) == 2, "in either order"
-
-
 # --- telemetry ----------------------------------------------------------------------------------------------------
 
 
@@ -198,16 +136,6 @@ def test_norm_squared_is_that_of_the_products(x64):
   expected = np.sum(np.einsum("lkn,lkm->lnm", left, right) ** 2)
   np.testing.assert_allclose(norm_squared(jnp.asarray(left), jnp.asarray(right)), expected, rtol=1e-12)
   assert norm_squared(jnp.asarray(left), jnp.zeros((3, 5, 6))) == 0
-
-
-def test_coverage_is_the_share_of_the_candidates_of_all_layers():
-  """Rank 4: of 4 + 2 candidates 4, 5, 6 and 6 have been in a slot; of 4 + 6 there are 7 after three loads."""
-  walked = candidates_of(4) | {"cursor": jnp.array([0, 1, 2, 9], jnp.int32)}
-  other = candidates_of(1, spares=6) | {"cursor": jnp.array([3], jnp.int32)}
-  np.testing.assert_allclose(coverage({"blocks": {"q": walked}}), (4 + 5 + 6 + 6) / 6 / 4, rtol=1e-6)
-  np.testing.assert_allclose(coverage({"q": walked, "v": other}), (4 + 5 + 6 + 6 + 7) / (4 * 6 + 10), rtol=1e-6)
-  single = jax.tree.map(lambda x: x[1], walked)
-  np.testing.assert_allclose(coverage({"q": single}), 5 / 6, rtol=1e-6)
 
 
 # --- what is and is not switched ----------------------------------------------------------------------------------

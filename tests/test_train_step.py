@@ -77,19 +77,29 @@ def collectives(program: str) -> list[tuple[float, int]]:
   return list(walk("ENTRY", 1))
 
 
+def sent(**changes):
+  """The collectives of a step of SwitchLoRA on 8 devices: outside of loops, and within."""
+  config = small_model.config("switchlora", batch_size=32, **changes)
+  program = small_model.program(config, 8)
+  rows = small_model.place(small_model.rows(config, 0), 8)
+  found = collectives(program.step.lower(program.abstract, rows).compile().as_text())
+  return [size for times, size in found if times == 1], [size for times, size in found if times != 1]
+
+
 def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
-  _, state, _ = prepared("switchlora")
+  once, often = (sent(accumulation=n) for n in (1, 4))
+  assert once[0] and once[1] == often[1] == [], "none in a loop"
+  assert len(once[0]) == len(often[0])
+  trained = sum(leaf.size for leaf in jax.tree.leaves(prepared("switchlora")[1].params))
+  assert sum(once[0]) == sum(often[0]) == trained + 1  # and the loss
 
-  def sent(accumulation):
-    config = small_model.config("switchlora", accumulation=accumulation, batch_size=32)
-    rows = small_model.place(small_model.rows(config, 0), 8)
-    return collectives(small_model.step(config, 8).lower(state, rows).compile().as_text())
 
-  once, often = sent(1), sent(4)
-  assert once and all(times == 1 for times, _ in once + often), "none in a loop"
-  assert len(once) == len(often)
-  trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  assert sum(size for _, size in once) == sum(size for _, size in often) == trained + 1  # and the loss
+def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched():
+  """In the switch's own loop, which turns at most once: K = 2 rows a side of each layer of 7 kinds, spares alone."""
+  outside, inside = sent(sharding__candidates="sharded")
+  assert sum(outside) == sum(sent()[0])
+  sides = [16 + 16] * 4 + [16 + 24] * 3
+  assert sorted(inside) == sorted(2 * 2 * both for both in sides)
 
 
 def test_the_counter_sees_a_collective_in_a_loop():
