@@ -4,17 +4,21 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from switchlora_jax.loss import row_losses
 from switchlora_jax.metrics import progress_bar
-from switchlora_jax.sharding import by_rows, replicated
-from switchlora_jax.train_step import row_losses
+from switchlora_jax.sharding import DATA, by_rows, replicated
 
 
 def make_eval_step(model, mesh):
   """The jitted (params, frozen, rows [batch, length]) -> the loss of each row, [batch]."""
-  everywhere, rows = replicated(mesh), by_rows(mesh)
-  shardings = dict(in_shardings=(everywhere, everywhere, rows), out_shardings=everywhere)
-  return jax.jit(partial(row_losses, model), **shardings)
+  # Each device works on its own rows: left to the compiler, chunks of tokens would cross the devices.
+  everywhere, split = PartitionSpec(), PartitionSpec(DATA)
+  specs = dict(in_specs=(everywhere, everywhere, split), out_specs=split)
+  local = jax.shard_map(partial(row_losses, model), mesh=mesh, **specs, check_vma=False)
+  shardings = dict(in_shardings=(replicated(mesh), replicated(mesh), by_rows(mesh)), out_shardings=replicated(mesh))
+  return jax.jit(local, **shardings)
 
 
 def validation_loss(eval_step, state, rows: np.ndarray, batch_size: int, place) -> dict[str, float]:

@@ -5,19 +5,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from switchlora_jax.loss import mean_loss
 from switchlora_jax.optimizer import clip_by_global_norm
 from switchlora_jax.sharding import DATA, by_rows, replicated
 from switchlora_jax.train_state import TrainState
-
-
-def row_losses(model, params, frozen, rows):
-  """Cross-entropy of each row's `length - 1` next-token targets, their mean; [batch, length] to [batch], nats.
-
-  In float32 or wider.
-  """
-  logits = model.apply({"params": params, "frozen": frozen}, rows)[:, :-1]
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return optax.softmax_cross_entropy_with_integer_labels(wide, rows[:, 1:]).mean(-1)
 
 
 def accumulated_gradients(model, mesh, accumulation: int):
@@ -29,7 +20,7 @@ def accumulated_gradients(model, mesh, accumulation: int):
 
   def local(params, frozen, rows):
     micro_batches = rows.reshape(accumulation, -1, rows.shape[-1])
-    value_and_grad = jax.value_and_grad(lambda p, tokens: row_losses(model, p, frozen, tokens).mean())
+    value_and_grad = jax.value_and_grad(lambda p, tokens: mean_loss(model, p, frozen, tokens))
 
     def add(total, tokens):
       return jax.tree.map(jnp.add, total, value_and_grad(params, tokens)), None
