@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
 
   config.dtype = "float32"  # of the computation: float32 | bfloat16 | float64
   config.param_dtype = "float32"  # of all that is stored; bfloat16 is what the authors train in
-  config.remat = False  # recompute each block's activations in the backward pass
+  config.remat = "none"  # recomputed in the backward pass: none | linear (all but linear layers) | full (each block)
   config.count_per_element = False  # Adam's step count as large as the parameters (App. D); lora and switchlora
 
   config.eval_every = 1000  # steps between evaluations; one more at the end

@@ -5,6 +5,7 @@
   tokenizer       trains or loads SentencePiece
   dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
   llama           the model; each linear layer is made by a factory it is handed
+  loss            next-token cross-entropy from the hidden states, a chunk of tokens at a time
   dense           LoRADense, SwitchLoRADense: collections, initialisation, the merged forward and backward
   switching       Algorithms 1 and 2 of the paper, pure functions
   optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from switchlora_jax.errors import UserError
+from switchlora_jax.llama import REMAT
 from switchlora_jax.methods import METHODS
 
 POSITIVE = (
@@ -121,6 +122,8 @@ def _check_training(config, devices: int):
   for key in ("dtype", "param_dtype"):
     if config[key] not in DTYPES:
       raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
+  if config.remat not in REMAT:
+    raise UserError(f"remat (={config.remat!r}) must be one of {', '.join(REMAT)}; set --config.remat")
 
 
 def _check_warm_start(config):

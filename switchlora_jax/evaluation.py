@@ -4,22 +4,18 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from switchlora_jax.loss import on_parts, row_losses
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.sharding import BOTH, replicated
-from switchlora_jax.train_step import local_row_losses
 
 
 def make_eval_step(model, placement, state):
   """The jitted (params, frozen, rows [batch, length]) -> the loss of each row, [batch], for states like `state`."""
   params, frozen = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
   rows = PartitionSpec(BOTH)
-  losses = jax.shard_map(
-    local_row_losses(model, params, frozen),
-    mesh=placement.mesh,
-    in_specs=(params, frozen, rows),
-    out_specs=rows,
-    check_vma=False,
-  )
+  # Each device works on its own rows: left to the compiler, chunks of tokens would cross the devices.
+  specs = dict(in_specs=(params, frozen, rows), out_specs=rows)
+  losses = jax.shard_map(on_parts(row_losses, model, params, frozen), mesh=placement.mesh, **specs, check_vma=False)
   return jax.jit(losses, out_shardings=replicated(placement.mesh))
 
 

@@ -4,17 +4,26 @@ Each linear layer of a block is made by the factory the model is handed; nothing
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from switchlora_jax.sharding import GATHERED
 
 EPSILON = 1e-6  # of RMSNorm
 ROPE_BASE = 10_000.0
 INIT = nn.initializers.normal(0.02)
+LINEAR = "linear"  # by this name the policies of `REMAT` know the outputs of a block's linear layers
+REMAT = {
+  "none": lambda block: block,
+  "linear": partial(nn.remat, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(LINEAR)),
+  "full": partial(nn.remat, prevent_cse=False),
+}
+ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 
 
 def rotary_angles(length: int, head_size: int, dtype=jnp.float32):
@@ -30,16 +39,26 @@ def rotate(x, angles):
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, fused: bool = False):
   """Softmax attention to the past; all [batch, length, heads, head_size]. Scores in float32 or wider.
 
-  Not `jax.nn.dot_product_attention`, whose softmax is float32 even where the model is float64.
+  Args:
+    fused: by cuDNN's kernel, which holds no [length, length] array, where it takes the dtype and the head size.
+      Needs an NVIDIA GPU.
   """
+  if fused and takes_fused(q.dtype, q.shape[-1]):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+  # Not JAX's own for the rest: its softmax is float32 even where the model is float64.
   wide = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
   past = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
   weights = jax.nn.softmax(jnp.where(past, scores, jnp.finfo(wide).min), -1).astype(q.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def takes_fused(dtype, head_size: int) -> bool:
+  """Whether cuDNN's attention takes such heads, of any length: 16 bits, a multiple of 8 up to 128."""
+  return dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
 
 
 class RMSNorm(nn.Module):
@@ -62,6 +81,7 @@ class Block(nn.Module):
   num_heads: int
   intermediate_size: int
   dense: Callable[..., nn.Module]
+  fused_attention: bool
   dtype: Any
   param_dtype: Any
 
@@ -74,25 +94,31 @@ class Block(nn.Module):
   def _norm(self, name):
     return RMSNorm(self.dtype, self.param_dtype, name=name)
 
+  def _linear(self, name, features, x):
+    return checkpoint_name(self.dense(features, name=name)(x), LINEAR)
+
   def attention(self, x, angles):
     heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
-    q, k, v = (self.dense(x.shape[-1], name=name)(x).reshape(heads) for name in "qkv")
-    mixed = causal_attention(rotate(q, angles), rotate(k, angles), v)
-    return self.dense(x.shape[-1], name="o")(mixed.reshape(x.shape))
+    q, k, v = (self._linear(name, x.shape[-1], x).reshape(heads) for name in "qkv")
+    mixed = causal_attention(rotate(q, angles), rotate(k, angles), v, self.fused_attention)
+    return self._linear("o", x.shape[-1], mixed.reshape(x.shape))
 
   def mlp(self, x):
-    gate = self.dense(self.intermediate_size, name="gate")(x)
-    up = self.dense(self.intermediate_size, name="up")(x)
-    return self.dense(x.shape[-1], name="down")(nn.silu(gate) * up)
+    gate = self._linear("gate", self.intermediate_size, x)
+    up = self._linear("up", self.intermediate_size, x)
+    return self._linear("down", x.shape[-1], nn.silu(gate) * up)
 
 
 class LLaMA(nn.Module):
-  """Token ids [batch, length] to logits [batch, length, vocab_size] in `dtype`.
+  """Token ids [batch, length] to logits [batch, length, vocab_size] in `dtype`; without a head, to its inputs.
 
   Attributes:
     dense: makes the seven linear layers of a block: `dense(features, name=…)`.
     dtype: of the computation; `param_dtype`: of embedding, norms and head.
-    remat: recompute each block's activations in the backward pass instead of keeping them.
+    remat: what of a block's activations is kept for the backward pass, the rest being recomputed: `none` keeps
+      them all, `linear` the outputs of the linear layers, `full` the block's input alone.
+    fused_attention: see `causal_attention`.
+    head: whether to end in logits, or in the hidden states [batch, length, hidden_size] that the head takes.
     gather: from the variables of one layer as they lie, {collection: tree}, to whole arrays; None: they are whole.
   """
 
@@ -104,13 +130,18 @@ class LLaMA(nn.Module):
   dense: Callable[..., nn.Module]
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = "none"
+  fused_attention: bool = False
+  head: bool = True
   gather: Callable[[dict], dict] | None = None
 
   @nn.compact
   def __call__(self, tokens):
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    x = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=INIT, **kinds, name="embed")(tokens)
+    # Looked up wide and narrowed after: the gradient of a frequent token sums hundreds, too many for bfloat16.
+    stored = dict(dtype=self.param_dtype, param_dtype=self.param_dtype)
+    embed = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=INIT, **stored, name="embed")
+    x = embed(tokens).astype(self.dtype)
     wide = jnp.promote_types(self.dtype, jnp.float32)
     angles = rotary_angles(tokens.shape[1], self.hidden_size // self.num_heads, wide)
     blocks = nn.scan(
@@ -120,17 +151,19 @@ class LLaMA(nn.Module):
       in_axes=nn.broadcast,
       length=self.num_layers,
     )
-    x, _ = blocks(self.num_heads, self.intermediate_size, self.dense, **kinds, name="blocks")(x, angles)
+    sizes = (self.num_heads, self.intermediate_size)
+    x, _ = blocks(*sizes, self.dense, self.fused_attention, **kinds, name="blocks")(x, angles)
     x = RMSNorm(**kinds, name="norm")(x)
+    if not self.head:
+      return x
     return nn.Dense(self.vocab_size, use_bias=False, kernel_init=INIT, **kinds, name="head")(x)
 
   def block(self):
     """`Block`, gathering its variables and recomputing as the attributes say."""
-    gathering = Block if self.gather is None else nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
-    if self.remat:
-      return nn.remat(gathering, prevent_cse=False)
     if self.gather is None:
-      return Block
+      return REMAT[self.remat](Block)
+    block = nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
     # Kept for the backward pass, what is gathered would pile up to the whole model; it is gathered again.
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return nn.remat(gathering, prevent_cse=False, policy=policy)
+    if self.remat == "none":
+      return nn.remat(block, prevent_cse=False, policy=ALL_BUT_GATHERED)
+    return REMAT[self.remat](block)

@@ -65,9 +65,15 @@ def full_rank(config) -> FrozenConfigDict:
   return FrozenConfigDict(plain)
 
 
+def runs_fused_attention(device) -> bool:
+  """Whether a device runs cuDNN's attention: an NVIDIA GPU from Ampere on."""
+  return device.platform == "gpu" and float(device.compute_capability) >= 8
+
+
 def assemble(config, method, mesh) -> Program:
   """The program of a config with a given `Method`."""
-  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, **dtypes(config))
+  fused = runs_fused_attention(mesh.devices.flat[0])
+  model = LLaMA(**config.model, dense=method.dense, remat=config.remat, fused_attention=fused, **dtypes(config))
   lies = placement(config, mesh)
   create = lambda: lies.pad(train_state.create(model, method.optimizer, config.seed))
   shapes = jax.eval_shape(create)

@@ -5,38 +5,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from switchlora_jax.loss import mean_loss, on_parts
 from switchlora_jax.optimizer import clip_by_global_norm
-from switchlora_jax.sharding import BOTH, Placement, by_rows, gather, is_split, reduce, replicated
+from switchlora_jax.sharding import BOTH, Placement, by_rows, reduce, replicated
 from switchlora_jax.train_state import TrainState
-
-
-def row_losses(model, params, frozen, rows):
-  """Cross-entropy of each row's `length - 1` next-token targets, their mean; [batch, length] to [batch], nats.
-
-  In float32 or wider.
-  """
-  logits = model.apply({"params": params, "frozen": frozen}, rows)[:, :-1]
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return optax.softmax_cross_entropy_with_integer_labels(wide, rows[:, 1:]).mean(-1)
-
-
-def local_row_losses(model, params, frozen):
-  """`row_losses` as one device computes them inside a `shard_map`, gathering what lies in parts.
-
-  The blocks' arrays are gathered a layer at a time, inside the model's loop over them.
-
-  Args:
-    params, frozen: PartitionSpecs as from `Placement.specs`.
-  """
-  blocks = {"params": params["blocks"], "frozen": frozen.get("blocks", {})}
-  if is_split(blocks):
-    model = model.clone(gather=lambda layer: gather(layer, {name: blocks[name] for name in layer}, lost=1))
-
-  def losses(held, base, rows):
-    outside = {name: held[name] if name == "blocks" else gather(held[name], params[name]) for name in held}
-    return row_losses(model, outside, base, rows)
-
-  return losses
 
 
 def accumulated_gradients(model, placement: Placement, state, accumulation: int):
@@ -48,11 +20,11 @@ def accumulated_gradients(model, placement: Placement, state, accumulation: int)
   """
   held, base = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
   wanted = placement.specs(state.params, "gradient")
-  losses = local_row_losses(model, held, base)
+  loss_of = on_parts(mean_loss, model, held, base)
 
   def local(params, frozen, rows):
     micro_batches = rows.reshape(accumulation, -1, rows.shape[-1])
-    value_and_grad = jax.value_and_grad(lambda p, tokens: losses(p, frozen, tokens).mean())
+    value_and_grad = jax.value_and_grad(lambda p, tokens: loss_of(p, frozen, tokens))
 
     def add(total, tokens):
       return jax.tree.map(jnp.add, total, value_and_grad(params, tokens)), None

@@ -30,6 +30,7 @@ MISTAKES = {
   "warm-up": (dict(warmup_steps=12), "warmup_steps (=12) must be at least 0 and less than steps (=12)"),
   "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),
   "dtype": (dict(dtype="float8"), "dtype (='float8') must be one of float32, bfloat16, float64"),
+  "remat": (dict(remat="half"), "remat (='half') must be one of none, linear, full; set --config.remat"),
   "init": (dict(switch__init="kaiming"), "switch.init (='kaiming') must be one of switchlora, lora"),
   "short rows": (dict(seq_len=1), "seq_len (=1) must be at least 2"),
   "order": (dict(switch__order="shuffled"), "switch.order (='shuffled') must be one of sequential, random; set"),

@@ -7,9 +7,9 @@ from tiny import resolved
 
 from switchlora_jax import trainer
 from switchlora_jax.evaluation import validation_loss
+from switchlora_jax.loss import row_losses
 from switchlora_jax.program import build
 from switchlora_jax.sharding import make_mesh
-from switchlora_jax.train_step import row_losses
 
 
 def test_the_mean_does_not_depend_on_the_batch(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import small_model
 from jax.extend.core import jaxprs_in_params
 
+from switchlora_jax import cost
 from switchlora_jax.dense import lora_vectors
-from switchlora_jax.llama import causal_attention, rotary_angles, rotate
-from switchlora_jax.train_step import row_losses
+from switchlora_jax.llama import REMAT, causal_attention, rotary_angles, rotate, takes_fused
+from switchlora_jax.loss import mean_loss
 
 METHODS = ["full", "lora", "switchlora"]
 
@@ -30,7 +31,7 @@ def shapes(config):
 
 def loss_of(model, tokens):
   """(params, frozen) -> mean loss, jitted."""
-  return jax.jit(lambda params, frozen: row_losses(model, params, frozen, tokens).mean())
+  return jax.jit(lambda params, frozen: mean_loss(model, params, frozen, tokens))
 
 
 def gradients(model, tokens):
@@ -86,32 +87,103 @@ def test_attention_of_the_first_token_is_its_own_value():
   np.testing.assert_allclose(causal_attention(q, k, v)[:, 0], v[:, 0], rtol=1e-6)
 
 
-def test_remat_gives_the_same_numbers():
+def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
+  """The call that a GPU gets, answered here by JAX's own attention: the same scale, mask and order of axes."""
+  theirs, asked = jax.nn.dot_product_attention, []
+
+  def answer(*qkv, implementation, **options):
+    asked.append(implementation)
+    return theirs(*qkv, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 3, 16), jnp.bfloat16)
+  wide = lambda x: np.asarray(x, np.float32)
+  np.testing.assert_allclose(wide(causal_attention(q, k, v, True)), wide(causal_attention(q, k, v)), atol=2**-6)
+  assert asked == ["cudnn"]
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  np.testing.assert_array_equal(causal_attention(q, k, v, True), causal_attention(q, k, v))
+  assert asked == ["cudnn"], "which does not take float32"
+
+
+@pytest.mark.parametrize(
+  ("dtype", "head_size", "taken"),
+  [
+    ("bfloat16", 64, True),
+    ("float16", 128, True),
+    ("bfloat16", 8, True),
+    ("bfloat16", 12, False),
+    ("bfloat16", 136, False),
+    ("float32", 64, False),
+    ("float64", 64, False),
+  ],
+)
+def test_what_cudnn_takes(dtype, head_size, taken):
+  assert takes_fused(jnp.dtype(dtype), head_size) == taken
+
+
+def test_without_a_head_it_ends_in_what_the_head_takes():
+  model, params, frozen, tokens = start(small_model.config("switchlora"))
+  of = lambda model: jax.jit(model.apply)({"params": params, "frozen": frozen}, tokens)
+  hidden = of(model.clone(head=False))
+  assert hidden.shape == (*tokens.shape, 16)
+  np.testing.assert_allclose(hidden @ params["head"]["kernel"][None], of(model), rtol=0, atol=1e-6)
+
+
+# --- what is kept for the backward pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["linear", "full"])
+def test_remat_gives_the_same_numbers(remat):
   results = []
-  for remat in (False, True):
-    model, *state, tokens = start(small_model.config("switchlora", remat=remat))
-    traced = gradients(model, tokens).trace(*state)
-    results.append((traced.lower().compile()(*state), str(traced.jaxpr)))
-  (usual, plain), (recomputed, with_remat) = results
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), usual, recomputed)
-  assert "remat" in with_remat and "remat" not in plain
+  for policy in ("none", remat):
+    model, *state, tokens = start(small_model.config("switchlora", remat=policy))
+    results.append(gradients(model, tokens)(*state))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), *results)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_no_copy_of_the_frozen_kernels_is_stacked(remat):
-  """What the layer scan hands from forward to backward has no [layers, in, out] beside the kernels themselves."""
+@pytest.mark.parametrize("method", ["full", "switchlora"])
+def test_what_is_recomputed(method):
+  """`linear`: attention; `full`: the linear layers too, but for the last of a block, whose output nothing needs."""
+
+  def work(remat):
+    model, *state, tokens = shapes(small_model.config(method, remat=remat))
+    return cost.operations(gradients(model, tokens), *state)
+
+  layers, tokens, hidden, inner, length, rank = 2, 16 * 8, 16, 24, 8, 4
+  attention = layers * 2 * 2 * tokens * length * hidden
+  weights = layers * (4 * hidden**2 + 2 * hidden * inner)
+  merging = 2 * rank * weights if method == "switchlora" else 0
+  assert work("linear") - work("none") == attention
+  assert work("full") - work("none") == attention + 2 * tokens * weights + merging
+
+
+def kept(method, remat, **changes) -> list[tuple]:
+  """Shapes of all that the scan over three layers stacks: gradients, and what forward hands to backward."""
 
   def handed_out(jaxpr):
-    own = {out.aval.shape for e in jaxpr.eqns if e.primitive.name == "scan" for out in e.outvars}
-    return own.union(*(handed_out(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)))
+    own = [out.aval.shape for e in jaxpr.eqns if e.primitive.name == "scan" for out in e.outvars]
+    return sum((handed_out(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)), own)
 
-  def saved(method):
-    model, *state, tokens = shapes(small_model.config(method, remat=remat, model__num_layers=3))
-    return handed_out(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
+  model, *state, tokens = shapes(small_model.config(method, remat=remat, model__num_layers=3, **changes))
+  shapes_ = handed_out(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
+  return [shape for shape in shapes_ if shape[:1] == (3,)]
 
+
+def test_what_is_kept():
+  """Of a block with 16 rows of 8 tokens: its input; `linear`: q, k, v, o, gate and up besides."""
+  of_activations = lambda remat: sorted(s[1:] for s in kept("switchlora", remat) if s[1:3] == (16, 8))
+  assert of_activations("full") == [(16, 8, 16)]
+  assert of_activations("linear") == [(16, 8, 16)] * 5 + [(16, 8, 24)] * 2
+  assert len(of_activations("none")) > 12
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_no_copy_of_the_frozen_kernels_is_stacked(remat):
+  """What the layer scan hands from forward to backward has no [layers, in, out] beside the kernels themselves."""
   kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}
-  assert not saved("switchlora") & kernels
-  assert kernels <= saved("full"), "where they are trained, their gradients are"
+  for dtype in ("float32", "bfloat16"):
+    assert not set(kept("switchlora", remat, dtype=dtype)) & kernels
+  assert kernels <= set(kept("full", remat)), "where they are trained, their gradients are"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,10 +8,10 @@ import pytest
 import small_model
 
 from switchlora_jax.dense import lora_vectors, merge, merged_dense
+from switchlora_jax.loss import mean_loss, row_losses
 from switchlora_jax.optimizer import clip_by_global_norm, cosine_schedule, vector_adam
 from switchlora_jax.sharding import replicated
 from switchlora_jax.switching import SwitchSchedule, switch
-from switchlora_jax.train_step import row_losses
 
 # --- switched layers, state by state ------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def test_logits_loss_and_gradients_are_the_recorded_ones_in_float64(golden, x64)
   params = jax.tree.map(lambda w: w.astype(jnp.float64), ours(part(arrays, "w/"))[0])
   model, ids = small_model.model(config(meta, "float64", method="full")), jnp.asarray(arrays["input_ids"], jnp.int32)
   np.testing.assert_allclose(model.apply({"params": params}, ids), arrays["f64_logits"], rtol=0, atol=1e-12)
-  loss, grads = jax.value_and_grad(lambda p: row_losses(model, p, {}, ids).mean())(params)
+  loss, grads = jax.value_and_grad(lambda p: mean_loss(model, p, {}, ids))(params)
   np.testing.assert_allclose(loss, arrays["f64_loss"], rtol=0, atol=1e-12)
   grads, recorded = theirs(grads), part(arrays, "f64_g/")
   assert grads.keys() == recorded.keys()

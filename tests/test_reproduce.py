@@ -91,13 +91,13 @@ def test_set_changes_every_line(capsys):
     "--set=warmup_steps=30",
     "--set=data.path=a b/*",
     "--set=data.source=text",
-    "--set=remat=true",
+    "--set=switch.reset=false",
   ]
   for item in ("table2", "table5", "figure6"):  # of which Table 5 sets the steps itself
     cells = planned(capsys, f"--item={item}", *flags)
     for cell in cells:
-      found = [cell[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "remat")]
-      assert found == ["300", "30", "a b/*", "text", "True"]
+      found = [cell[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "switch.reset")]
+      assert found == ["300", "30", "a b/*", "text", "False"]
   cells = planned(capsys, "--item=table2", "--scale=paper", "--set=accumulation=3", "--set=batch_size=24")
   assert {(cell["--config.accumulation"], cell["--config.batch_size"]) for cell in cells} == {("3", "24")}
 

@@ -25,7 +25,8 @@ def test_a_value_on_the_command_line_gets_the_type_of_its_key(tmp_path):
     "rank": ("8", 8),
     "learning_rate": ("1e-3", 1e-3),  # None in the config
     "clip_norm": ("2", 2.0),
-    "remat": ("True", True),
+    "remat": ("full", "full"),
+    "count_per_element": ("True", True),
     "switch.reset": ("false", False),
     "switch.decay_to": ("0.3", 0.3),
     "data.path": ("c4/*.json.gz", "c4/*.json.gz"),

@@ -23,7 +23,7 @@ LAYOUTS = {
   "optimizer over 8 devices": dict(**SPARES, sharding__fsdp=8, sharding__trained="replicated"),
   "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
   "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded"),
-  "all over 8 devices, recomputing": dict(**SPARES, sharding__fsdp=8, sharding__frozen="sharded", remat=True),
+  "all over 8 devices, recomputing": dict(**SPARES, sharding__fsdp=8, sharding__frozen="sharded", remat="full"),
 }
 # What is reduced in another order, or by other devices, differs by roundings that Adam amplifies.
 SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
