@@ -5,6 +5,7 @@
   tokenizer       trains or loads SentencePiece
   dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
   llama           the model; each linear layer is made by a factory it is handed
+  split_float     base kernels in 16 bits, and 8 more so that they do not drift
   dense           LoRADense, SwitchLoRADense: collections, initialisation, the merged forward and backward
   switching       Algorithms 1 and 2 of the paper, pure functions
   optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping

@@ -22,7 +22,7 @@ def checksums(state) -> list[jax.Array]:
   """One uint32 a leaf: Σ bits·(2i + 1) mod 2³². Any single flipped bit changes it."""
 
   def of(leaf):
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32))
     bits = bits.reshape(-1).astype(jnp.uint32)
     return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 

@@ -20,6 +20,7 @@ def config(method="switchlora", **changes):
   small.model.update(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
   small.switch.update(interval=4, freeze_steps=2)
   small.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+  small.dtype, small.frozen_dtype = small.dtype or "float32", small.frozen_dtype or small.param_dtype
   return small
 
 

@@ -38,7 +38,8 @@ def test_times_and_operations_of_each_program(tmp_path):
   assert 0 < operations["two products"] < operations["switchlora"] < 1
   assert operations["galore refreshing"] == operations["galore"] > 1  # a decomposition is no matrix product
   assert operations[alone[0]] is operations[alone[1]] is None
-  assert printed.startswith("layers: 1, tokens a step: 2 × 16, float32, one ")
+  assert printed.startswith("layers: 1, tokens a step: 2 × 16, one ")
+  assert {row["dtype"] for name, row in rows.items() if name not in alone} == {"float32"}
   assert "time_ratio" in printed and "galore refreshing" in printed
 
 
