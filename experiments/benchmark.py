@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from experiments import cli
 from switchlora_jax import cost, topology
@@ -68,12 +67,14 @@ class Case(NamedTuple):
 
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   """A method on the config, without accumulation; or LoRA with two products, or GaLore refreshing at every step."""
-  config = ConfigDict(CONFIG.value)
+  config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
   config.method, config.rank = name if name in METHODS else "lora", rank or 1
   config.batch_size, config.accumulation, config.warm_start_steps = batch_size(), 1, 0
   config.model.vocab_size = vocabulary
   if name == REFRESH:
     config.method, config.galore.refresh_every = "galore", 1
+  if config.method in ("full", "galore"):
+    config.frozen_dtype = None  # they freeze no kernels
   config = resolve(config, devices=1, platform=mesh.devices.flat[0].platform)
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:

@@ -14,7 +14,7 @@ from switchlora_jax.drift import Setting, drifts
 from switchlora_jax.errors import UserError
 from switchlora_jax.switching import SwitchSchedule
 
-SWITCHES = flags.DEFINE_integer("switches", 4000, "steps with one switch each; a run's schedule has 10 times as many")
+SWITCHES = flags.DEFINE_integer("switches", 4000, "steps with one switch each; a run has 10 times as many steps")
 SIZE = flags.DEFINE_integer("size", 256, "inputs and outputs of the layer", lower_bound=8)
 RANK = flags.DEFINE_integer("rank", 32, "LoRA vectors a side", lower_bound=2)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for drift.json and drift.png; created")
@@ -27,9 +27,10 @@ def settings() -> dict[str, Setting]:
   layer = f"{size} × {size}, rank {rank}"
   one = SwitchSchedule(rank, freeze_steps=0, total_steps=steps, decay_to=1.0)
   run = SwitchSchedule(10, freeze_steps=0, total_steps=10 * steps)
+  first = f"the first {4 * steps:,} of {10 * steps:,} steps at interval 10"
   return {
-    f"{layer}, one vector a side in each of {steps:,} steps": Setting(size, rank, one),
-    f"{layer}, {10 * steps:,} steps at interval 10, the rate falling as in a run": Setting(size, rank, run),
+    f"{layer}: one vector a side in each of {steps:,} steps": Setting(size, rank, one, steps),
+    f"{layer}: {first}": Setting(size, rank, run, 4 * steps),  # in which 99% of a run's switching is done
   }
 
 
@@ -49,7 +50,8 @@ def plot(results: dict, path: Path):
     for name, values in found.items():
       if name != "switched":
         axes.semilogy(found["switched"], values, "o-", markersize=4, label=name)
-    axes.set_title(title.replace(", ", ",\n", 2), fontsize=10)
+    axes.set_title(title.replace(": ", ":\n"), fontsize=10)
+    axes.set_xlim(left=0)
     axes.set(xlabel="vectors switched a side", ylabel="‖W - W₃₂‖ / ‖W₃₂‖")
     axes.grid(alpha=0.3, which="both")
   panels[0, 0].legend()

@@ -25,11 +25,12 @@ STORED = {  # attributes of the layer
 
 
 class Setting(NamedTuple):
-  """A layer [size, size] of some rank and when its vectors are switched, for `schedule.total_steps` steps."""
+  """A layer [size, size] of some rank, when its vectors are switched, and the steps to look at."""
 
   size: int
   rank: int
   schedule: SwitchSchedule
+  steps: int
 
 
 def drifts(setting: Setting, points: int) -> dict[str, list[float]]:
@@ -46,7 +47,7 @@ def drifts(setting: Setting, points: int) -> dict[str, list[float]]:
 def weights_in_force(setting: Setting, stored: str, points: int) -> tuple[np.ndarray, np.ndarray]:
   """Vectors switched a side [points] and the weight in force [points, size, size], in float32."""
   layer = SwitchLoRADense(setting.size, setting.rank, **STORED[stored])
-  seed, every = jax.random.key(0), setting.schedule.total_steps // points
+  seed, every = jax.random.key(0), setting.steps // points
 
   def step(t, variables):
     key = jax.random.fold_in(seed, t)

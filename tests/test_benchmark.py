@@ -71,6 +71,13 @@ def test_what_each_program_is():
   assert [case.config.method for case in found.values()] == [*METHODS, "lora", "galore"]
 
 
+def test_a_base_in_16_bits_is_for_the_methods_that_freeze_one():
+  found = cases("--config.frozen_dtype=bfloat16", "--config.dtype=bfloat16")
+  wide = {name for (name, _), case in found.items() if case.config.frozen_dtype == "float32"}
+  assert wide == {"full", "galore", "galore refreshing"}
+  assert {case.config.dtype for case in found.values()} == {"bfloat16"}
+
+
 def test_the_default_is_the_350m_shape_cut():
   with imported("benchmark") as benchmark:
     config = benchmark.CONFIG.value
