@@ -18,6 +18,7 @@
   warm_start      full-rank training first, within the run or in another
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss
+  drift           a study: how far stored kernels drift while vectors are switched
   analysis        the effective rank of what the weights have learnt
   sampling        a short text from the model
   checkpoint      orbax, with checksums and fallback
