@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from experiments import cli
 from switchlora_jax import cost, topology
@@ -52,8 +51,10 @@ class TwoProductDense(LoRADense):
     """x [..., in] to [..., features]."""
     if self.is_initializing():
       return super().__call__(x)
-    lora_a, lora_b = self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
-    return x @ self.get_variable("frozen", "kernel") + self.scale * ((x @ lora_a.T) @ lora_b)
+    names = {"kernel": "frozen", "lora_a": "params", "lora_b": "params"}
+    arrays = (x, *(self.get_variable(collection, name) for name, collection in names.items()))
+    x, kernel, lora_a, lora_b = (array.astype(self.dtype) for array in arrays)
+    return x @ kernel + self.scale * ((x @ lora_a.T) @ lora_b)
 
 
 class Case(NamedTuple):
@@ -66,13 +67,15 @@ class Case(NamedTuple):
 
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   """A method on the config, without accumulation; or LoRA with two products, or GaLore refreshing at every step."""
-  config = ConfigDict(CONFIG.value)
+  config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
   config.method, config.rank = name if name in METHODS else "lora", rank or 1
   config.batch_size, config.accumulation, config.warm_start_steps = batch_size(), 1, 0
   config.model.vocab_size = vocabulary
   if name == REFRESH:
     config.method, config.galore.refresh_every = "galore", 1
-  config = resolve(config, devices=1)
+  if config.method in ("full", "galore"):
+    config.frozen_dtype = None  # they freeze no kernels
+  config = resolve(config, devices=1, platform=mesh.devices.flat[0].platform)
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:
     method = method._replace(dense=lora.layer(config, TwoProductDense))
@@ -156,6 +159,7 @@ def benchmark(vocabulary: int) -> list[dict]:
       "vocabulary": vocabulary,
       "program": name[0],
       "rank": name[1],
+      "dtype": cases[name].config.dtype if name in cases else None,
       "seconds": statistics.median(times),
       "time_ratio": statistics.median(a / b for a, b in zip(times, seconds[full], strict=True)),
       "operations_ratio": work[name] / work[full] if name in work else None,
@@ -173,7 +177,7 @@ def memory(vocabulary: int) -> list[dict]:
   for (name, rank), case in cases_of(vocabulary, mesh).items():
     program = case.program
     compiled = program.step.lower(program.abstract, tokens).compile()
-    row = {"vocabulary": vocabulary, "program": name, "rank": rank, "compiler": compiler}
+    row = {"vocabulary": vocabulary, "program": name, "rank": rank, "dtype": case.config.dtype, "compiler": compiler}
     results.append(row | {"optimizer": bytes_of(program.abstract.opt_state)} | cost.memory(compiled))
   return results
 
@@ -198,7 +202,7 @@ def main():
   cli.set_precision(config)
   results = [row for vocabulary in VOCABULARIES.value or [config.model.vocab_size] for row in measure(vocabulary)]
   where = "compiled only" if MEMORY.value else f"one {jax.devices()[0].device_kind}"
-  print(f"layers: {config.model.num_layers}, tokens a step: {batch_size()} × {config.seq_len}, {config.dtype}, {where}")
+  print(f"layers: {config.model.num_layers}, tokens a step: {batch_size()} × {config.seq_len}, {where}")
   print(table(results))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")

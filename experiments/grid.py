@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import FrozenConfigDict
 
-from experiments.settings import Base, environment, update
+from experiments.settings import Base, environment, platform, update
 from switchlora_jax import dataset, metrics, run_directory
 from switchlora_jax.config import differences, resolve
 from switchlora_jax.errors import UserError
@@ -72,7 +72,7 @@ def make_cell(base: Base, arm: Arm, learning_rate: float | None, seed_number: in
   if learning_rate is not None:
     own["learning_rate"] = learning_rate
   update(config, own)
-  resolved = resolve(config, devices=1)
+  resolved = resolve(config, devices=1, platform=platform())
   return Cell(arm, resolved.learning_rate, resolved.seed, resolved, base.overrides | arm.overrides | own)
 
 

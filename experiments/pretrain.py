@@ -24,7 +24,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the resolved config and all
 
 def main():
   """Check, then describe or train and conclude."""
-  config = resolve(CONFIG.value, jax.device_count())
+  config = resolve(CONFIG.value, jax.device_count(), jax.default_backend())
   cli.set_precision(config)
   if DRY_RUN.value:
     print(report.describe(config, *(program.abstract for program in phases(config, make_mesh()))))

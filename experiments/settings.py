@@ -1,5 +1,6 @@
 """What the commands that run grids are told: a config to start from, keys to change, and their common flags."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -99,11 +100,15 @@ def update(config: ConfigDict, overrides: dict[str, Any]) -> None:
 
 def default_processes() -> int:
   """One process a core where JAX finds only CPUs, else one: a process takes all accelerators."""
-  probe = subprocess.run(
-    [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
-  )
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return cores if probe.stdout.strip() == "cpu" else 1
+  return cores if platform() == "cpu" else 1
+
+
+@functools.cache
+def platform() -> str:
+  """What the runs will run on, "cpu" or "gpu"; asked in a process of its own, which lets go of the accelerators."""
+  probe = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+  return subprocess.run(probe, capture_output=True, text=True).stdout.strip()
 
 
 def environment() -> dict[str, str]:

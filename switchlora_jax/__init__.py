@@ -6,6 +6,7 @@
   dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
   llama           the model; each linear layer is made by a factory it is handed
   loss            next-token cross-entropy from the hidden states, a chunk of tokens at a time
+  split_float     base kernels in 16 bits, and 8 more so that they do not drift
   dense           LoRADense, SwitchLoRADense: collections, initialisation, the merged forward and backward
   switching       Algorithms 1 and 2 of the paper, pure functions
   optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping
@@ -18,6 +19,7 @@
   warm_start      full-rank training first, within the run or in another
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss
+  drift           a study: how far stored kernels drift while vectors are switched
   analysis        the effective rank of what the weights have learnt
   sampling        a short text from the model
   checkpoint      orbax, with checksums and fallback

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from switchlora_jax.dense import merge
-from switchlora_jax.weights import in_block
+from switchlora_jax.split_float import KERNEL, bases, read
+from switchlora_jax.weights import ADAPTER, in_block
 
 
 def participation_ratio(matrix):
@@ -33,18 +34,18 @@ def make_learnt_rank(first):
     now, then = block_layers(params, frozen), block_layers(start.params, start.frozen)
 
     def ratio(layer):
-      kernels = [merge(*arrays, s) if len(arrays) > 1 else arrays[0] for arrays, s in zip(layer, scales, strict=True)]
+      kernels = [in_force(*arrays, s) for arrays, s in zip(layer, (scale, first.scale), strict=True)]
       return participation_ratio((kernels[0] - kernels[1]).astype(jnp.float32))
 
-    scales = (scale, first.scale)
+    in_force = lambda base, adapter, s: merge(read(base), *adapter, s) if adapter else read(base)
     return jnp.mean(jnp.concatenate([jax.lax.map(ratio, (now[path], then[path])) for path in now]))
 
   return jax.jit(learnt_rank, static_argnums=2)
 
 
 def block_layers(params, frozen) -> dict:
-  """{path of a block kernel: (kernel,) or (kernel, lora_a, lora_b)}, each stacked along layers, in sorted order."""
-  flat, base = flatten_dict(params), flatten_dict(frozen)
-  adapted = {path: (base[path], flat[*path[:-1], "lora_a"], flat[*path[:-1], "lora_b"]) for path in base}
-  plain = {path: (kernel,) for path, kernel in flat.items() if in_block(path)}
+  """{path of a layer in the blocks: (its base arrays, its adapter or ())}, stacked along layers, in sorted order."""
+  flat = flatten_dict(params)
+  adapted = {path: (base, tuple(flat[*path, name] for name in ADAPTER)) for path, base in bases(frozen).items()}
+  plain = {path[:-1]: ({KERNEL: kernel}, ()) for path, kernel in flat.items() if in_block(path)}
   return dict(sorted((adapted | plain).items()))

@@ -21,6 +21,7 @@ POSITIVE = (
   *(f"model.{key}" for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")),
 )
 DTYPES = ("float32", "bfloat16", "float64")
+STORED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # dtypes that frozen kernels and the rest may mix
 
 # What may differ when a run is continued: none of it changes a number that the run computes.
 FREE = (
@@ -35,9 +36,11 @@ FREE = (
 SPLIT = ("sharded", "replicated")
 
 
-def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
-  """The config as it will be used: checked against itself and the number of devices, the method's own values filled in.
+def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenConfigDict:
+  """The config as it will be used: checked against itself and the number of devices, what follows from it filled in.
 
+  Args:
+    platform: what it will run on, as `jax.default_backend()` has it: "gpu" computes in bfloat16 by default.
   Raises:
     UserError: a value makes no sense, says which, and what to set instead.
   """
@@ -45,6 +48,7 @@ def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
   _check_model(config)
   _check_training(config, devices)
   _check_sharding(config, devices)
+  _check_precision(config)
   if config.method not in METHODS:
     raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
   method = METHODS[config.method]
@@ -57,6 +61,10 @@ def resolve(config: ConfigDict, devices: int) -> FrozenConfigDict:
     config.warm_start_learning_rate = METHODS["full"].LEARNING_RATE
   if config.min_lr_ratio is None:
     config.min_lr_ratio = method.MIN_LR_RATIO
+  if config.dtype is None:
+    config.dtype = "bfloat16" if platform == "gpu" else "float32"
+  if config.frozen_dtype is None:
+    config.frozen_dtype = config.param_dtype
   return FrozenConfigDict(config)
 
 
@@ -119,11 +127,20 @@ def _check_training(config, devices: int):
     raise UserError(f"min_lr_ratio (={config.min_lr_ratio}) must lie between 0 and 1; set --config.min_lr_ratio")
   if config.seed < 0:
     raise UserError(f"seed (={config.seed}) must not be negative; set --config.seed")
-  for key in ("dtype", "param_dtype"):
-    if config[key] not in DTYPES:
-      raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
   if config.remat not in REMAT:
     raise UserError(f"remat (={config.remat!r}) must be one of {', '.join(REMAT)}; set --config.remat")
+
+
+def _check_precision(config):
+  for key, unset in {"dtype": (None,), "param_dtype": (), "frozen_dtype": (None,)}.items():
+    if config[key] not in (*DTYPES, *unset):
+      raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
+  stored, frozen = config.param_dtype, config.frozen_dtype
+  if frozen not in (None, stored) and (stored, frozen) not in STORED:
+    raise UserError(
+      f"frozen_dtype (={frozen!r}) must be that of all that is stored, param_dtype (={stored!r}), or one of the two "
+      f"bfloat16 and the other float32; set --config.frozen_dtype or --config.param_dtype"
+    )
 
 
 def _check_warm_start(config):

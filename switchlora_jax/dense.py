@@ -3,7 +3,8 @@
 Three collections keep apart what is trained, what is not, and what waits its turn:
 
   params      lora_a [r, in], lora_b [r, out]: the LoRA vectors, one a row
-  frozen      kernel [in, out]: the base weight; never differentiated
+  frozen      kernel [in, out]: the base weight; never differentiated. Where it is stored in 16 bits by a method that
+              changes it, kernel_tail [in, out]: the next 8 bits, which the forward pass does not read
   candidates  spare_a [c - r, in], spare_b [c - r, out], timer_a [r], timer_b [r], cursor []
               with c = min(in, out); created by `init` and not needed by `apply`
 
@@ -16,6 +17,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from switchlora_jax.split_float import split
 
 GAIN = 3**-0.5  # for every layer: the text's "depends on the activation" is not what the authors' code does
 KERNEL_INIT = nn.initializers.normal(0.02)
@@ -47,9 +50,9 @@ def adapter_std(in_features: int, out_features: int, rank: int, init: str = "swi
 def merge(kernel, lora_a, lora_b, scale, dtype=None):
   """The weight in force, `kernel + scale·AᵀB`, [..., in, out], in the wider of the kernel's dtype and `dtype`.
 
-  The product's factors are cast to `dtype` first (the kernel's by default).
+  The product's factors are cast to `dtype` first (by default the wider of theirs and the kernel's).
   """
-  dtype = dtype or kernel.dtype
+  dtype = dtype or jnp.promote_types(kernel.dtype, lora_a.dtype)
   wide = jnp.promote_types(kernel.dtype, dtype)
   return kernel + scale * jnp.matmul(lora_a.mT.astype(dtype), lora_b.astype(dtype), preferred_element_type=wide)
 
@@ -96,6 +99,9 @@ class LoRADense(nn.Module):
     alpha: the adapter is scaled by `alpha / rank`.
     adapter_init: `switchlora` (eq. 3) or `lora` (A uniform in ±1/√in, B zero).
     dtype: of the computation; `param_dtype`: of everything stored.
+    frozen_dtype: of the kernel; None: `param_dtype`.
+    kernel_tail: keep the next 8 bits beside a kernel narrower than `param_dtype`: for methods that change kernels,
+      which would drift if each change were rounded to 16 bits.
   """
 
   features: int
@@ -104,6 +110,8 @@ class LoRADense(nn.Module):
   adapter_init: str = "switchlora"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
+  frozen_dtype: Any = None
+  kernel_tail: bool = False
 
   @property
   def scale(self) -> float:
@@ -130,10 +138,15 @@ class LoRADense(nn.Module):
     lora_a = self._draw(key, 1, std_a, (self.rank, in_features))
     lora_b = self._draw(key, 2, std_b, (self.rank, self.features))
     plain = KERNEL_INIT(key, (in_features, self.features), self.param_dtype)
-    return {
-      "params": {"lora_a": lora_a, "lora_b": lora_b},
-      "frozen": {"kernel": merge(plain, lora_a, lora_b, -self.scale)},
-    }
+    frozen = self._stored(merge(plain, lora_a, lora_b, -self.scale))
+    return {"params": {"lora_a": lora_a, "lora_b": lora_b}, "frozen": frozen}
+
+  def _stored(self, kernel):
+    dtype = jnp.dtype(self.frozen_dtype or self.param_dtype)
+    if self.kernel_tail and dtype.itemsize < kernel.dtype.itemsize:
+      head, tail = split(kernel)
+      return {"kernel": head, "kernel_tail": tail}
+    return {"kernel": kernel.astype(dtype)}
 
   def _draw(self, key, number: int, std: float, shape):
     bound = 3**0.5 * std
@@ -183,6 +196,8 @@ class SwitchLoRADense(LoRADense):
   >>> bool(loss(run[0], run[1], x) < before / 2)
   True
   """
+
+  kernel_tail: bool = True
 
   def initial(self, key, in_features: int):
     """As `LoRADense.initial`, and the spares: all c candidates of a side are drawn alike, r are in the slots."""

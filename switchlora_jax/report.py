@@ -12,11 +12,13 @@ from switchlora_jax import metrics
 from switchlora_jax.config import flatten
 from switchlora_jax.methods import METHODS
 from switchlora_jax.sampling import sample
+from switchlora_jax.split_float import TAIL
 
 
 def parameter_count(tree) -> int:
-  """Numbers in a tree of arrays, abstract or real."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  """Numbers in a tree of arrays, abstract or real; head and tail of a kernel are one."""
+  leaves = jax.tree.leaves_with_path(tree)
+  return sum(math.prod(leaf.shape) for path, leaf in leaves if TAIL not in jax.tree_util.keystr(path[-1:]))
 
 
 def bytes_of(tree) -> int:

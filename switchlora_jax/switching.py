@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.candidates import everywhere, layer_shape, read_rows, switchable, write_rows
+from switchlora_jax.split_float import KERNEL, TAIL, read, write
 
 
 class SwitchSchedule(NamedTuple):
@@ -78,6 +79,12 @@ class Layer(NamedTuple):
   lora_b: jax.Array  # [L, r, out]
   spare_a: jax.Array  # [L, c - r, in]
   spare_b: jax.Array  # [L, c - r, out]
+  kernel_tail: jax.Array | None = None  # [L, in, out], where the kernel is a head
+
+  @property
+  def base(self) -> dict[str, jax.Array]:
+    """The arrays that hold the kernels."""
+    return {KERNEL: self.kernel} if self.kernel_tail is None else {KERNEL: self.kernel, TAIL: self.kernel_tail}
 
   def rank_and_spares(self) -> tuple[int, int]:
     """r and c - r."""
@@ -129,15 +136,18 @@ def switch_vectors(layers: Layer, slots_a, slots_b, picks_a, picks_b, live):
   lora_b, spare_b, lost_b = swap(layers.lora_b, layers.spare_b, slots_b, picks_b, live)
   with_b = everywhere(jnp.take_along_axis(lora_b, slots_a[:, :, None], 1))
   with_a = everywhere(jnp.take_along_axis(lora_a, slots_b[:, :, None], 1))
-  layers = Layer(layers.kernel, lora_a, lora_b, spare_a, spare_b)
+  layers = layers._replace(lora_a=lora_a, lora_b=lora_b, spare_a=spare_a, spare_b=spare_b)
   return layers, jnp.concatenate([lost_a, with_a], 1), jnp.concatenate([with_b, lost_b], 1)
 
 
-def absorb(kernel, left, right, busy):
+def absorb(base, left, right, busy):
   """kernel[l] += left[l]ᵀ·right[l] for the layers l that are `busy` [L] (Algorithm 1, lines 1 and 4), in place.
 
+  `base` holds the stacked kernels as a layer's frozen arrays do: heads alone, or with their tails.
+
   A sum of outer products rather than a matrix product: XLA fuses it into one pass over the kernel,
-  with nothing of the kernel's size beside it. The sum is taken in the dtype of `left`, float32 or wider.
+  with nothing of the kernel's size beside it, or one layer of it where there are tails to write as well.
+  The sum is taken in the dtype of `left`, float32 or wider, and rounded once, as the kernel is stored.
   Only busy layers are visited; a quiet step costs nothing.
   """
   rows = left.shape[1]
@@ -146,12 +156,14 @@ def absorb(kernel, left, right, busy):
   left, right = (jnp.pad(x, ((0, 0), (0, chunks * chunk - rows), (0, 0))) for x in (left, right))
   busy_first = jnp.argsort(~busy)
 
-  def turn(number, kernel):
+  def turn(number, base):
     layer, first = busy_first[number // chunks], number % chunks * chunk
-    x, y = (jax.lax.dynamic_slice(side, (layer, first, 0), (1, chunk, side.shape[2]))[0] for side in (left, right))
-    return kernel.at[layer].add(sum(x[k, :, None] * y[k, None, :] for k in range(chunk)).astype(kernel.dtype))
+    x, y = (jax.lax.dynamic_slice(side, (layer, first, 0), (1, chunk, side.shape[2])) for side in (left, right))
+    old = {name: jax.lax.dynamic_slice_in_dim(stack, layer, 1) for name, stack in base.items()}  # [1, in, out]
+    new = write(read(old) + sum(x[:, k, :, None] * y[:, k, None, :] for k in range(chunk)), old)
+    return {name: jax.lax.dynamic_update_slice_in_dim(stack, new[name], layer, 0) for name, stack in base.items()}
 
-  return jax.lax.fori_loop(0, jnp.sum(busy) * chunks, turn, kernel)
+  return jax.lax.fori_loop(0, jnp.sum(busy) * chunks, turn, base)
 
 
 def switch_layers(layers: Layer, cursor, count, window: int, scale, picks=None):
@@ -171,7 +183,7 @@ def switch_layers(layers: Layer, cursor, count, window: int, scale, picks=None):
   def turn(_, carry):
     layers, left, right = switch_vectors(carry[0], slots_a, slots_b, picks_a, picks_b, live)
     right = scale * right
-    return layers._replace(kernel=absorb(layers.kernel, left, right, count > 0)), norm_squared(left, right)
+    return layers._replace(**absorb(layers.base, left, right, count > 0)), norm_squared(left, right)
 
   nothing = jnp.zeros((), jnp.promote_types(layers.lora_a.dtype, jnp.float32))
   return jax.lax.fori_loop(0, jnp.any(count > 0).astype(jnp.int32), turn, (layers, nothing))
@@ -223,13 +235,17 @@ def switch_kind(layers: Layer, clock: Clock, uniforms, picks, schedule: SwitchSc
   return layers, clock, {"lora_a": (reset_a, frozen_a), "lora_b": (reset_b, frozen_b)}, count, moved
 
 
-COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | {"kernel": "frozen"}  # all else: candidates
+# The collection of each array; of all others, candidates.
+COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | dict.fromkeys((KERNEL, TAIL), "frozen")
 
 
 def switch(
   params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, picks=None, skip=False
 ) -> Switched:
   """One step's switching of every layer that keeps spares. `kernel + scale·AᵀB` does not change.
+
+  Where a kernel has a tail, that holds of the two joined. The function is that of the head alone, and moves by
+  no more than the rounding of the kernel to bfloat16, however often it is switched.
 
   Args:
     params, frozen, candidates: the collections of `dense.SwitchLoRADense`, nested under equal paths; there are no
@@ -247,9 +263,9 @@ def switch(
   total, moved = jnp.zeros((), jnp.int32), 0.0
   for path in switchable(candidates):
     lead = layer_shape(candidates, path)
-    read = lambda name, path=path: flat[COLLECTION.get(name, "candidates")][*path, name]
-    stack = lambda name, lead=lead, read=read: read(name).reshape(-1, *read(name).shape[len(lead) :])
-    layers, clock = Layer(*map(stack, Layer._fields)), Clock(*map(stack, Clock._fields))
+    find = lambda name, path=path: flat[COLLECTION.get(name, "candidates")].get((*path, name))
+    stack = lambda x, lead=lead: None if x is None else x.reshape(-1, *x.shape[len(lead) :])
+    layers, clock = (kind(*(stack(find(name)) for name in kind._fields)) for kind in (Layer, Clock))
     if schedule.window(*layers.rank_and_spares()) == 0:
       continue
     draws = uniforms[path] if isinstance(uniforms, dict) else jnp.full(lead, uniforms)
@@ -258,7 +274,8 @@ def switch(
       layers, clock, draws.reshape(-1), chosen, schedule, scale, step, skip
     )
     for name, value in (layers._asdict() | clock._asdict()).items():
-      flat[COLLECTION.get(name, "candidates")][*path, name] = value.reshape(*lead, *value.shape[1:])
+      if value is not None:
+        flat[COLLECTION.get(name, "candidates")][*path, name] = value.reshape(*lead, *value.shape[1:])
     for name, both in masks.items():
       reset[*path, name], frozen_now[*path, name] = (mask.reshape(*lead, -1, 1) for mask in both)
     total, moved = total + jnp.sum(count, dtype=jnp.int32), moved + norm2

@@ -33,8 +33,8 @@ def _convert(state: TrainState, before: Program, after: Program) -> TrainState:
     plain = weights.merged(params, frozen, before.scale)
     params, frozen = weights.split(plain, fresh.params, fresh.frozen, after.scale)
     # Another run's weights may be of another dtype than this one stores.
-    cast = lambda new, old: jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
-    return fresh._replace(params=cast(params, fresh.params), frozen=cast(frozen, fresh.frozen))
+    params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, fresh.params)
+    return fresh._replace(params=params, frozen=frozen)
 
   return convert(state.params, state.frozen)
 

@@ -85,6 +85,15 @@ def test_nothing_is_learnt_at_step_0(lora):
   assert learnt_rank(state.params) == 0
 
 
+def test_kernels_in_16_bits_are_seen_with_their_tails():
+  config = small_model.config("switchlora", rank=RANK, frozen_dtype="bfloat16")
+  first = program.build(resolve(config, devices=1), small_model.mesh(1))
+  state, learnt_rank = host(first.create()), make_learnt_rank(first)
+  ratio = lambda frozen: float(learnt_rank(state.params, frozen, first.scale))
+  move = lambda path, x: x + np.int8(1) if path[-1].key == "kernel_tail" else x
+  assert ratio(state.frozen) == 0 < ratio(jax.tree.map_with_path(move, state.frozen))
+
+
 def test_it_grows_with_the_vectors_that_were_trained(lora):
   """LoRA learns at most the ranks of W_t and of W_0 together."""
   _, state, learnt_rank = lora

@@ -38,7 +38,8 @@ def test_times_and_operations_of_each_program(tmp_path):
   assert 0 < operations["two products"] < operations["switchlora"] < 1
   assert operations["galore refreshing"] == operations["galore"] > 1  # a decomposition is no matrix product
   assert operations[alone[0]] is operations[alone[1]] is None
-  assert printed.startswith("layers: 1, tokens a step: 2 × 16, float32, one ")
+  assert printed.startswith("layers: 1, tokens a step: 2 × 16, one ")
+  assert {row["dtype"] for name, row in rows.items() if name not in alone} == {"float32"}
   assert "time_ratio" in printed and "galore refreshing" in printed
 
 
@@ -68,6 +69,13 @@ def test_what_each_program_is():
   assert refreshes["galore refreshing"] == 1 and refreshes["galore"] == 7
   assert {case.config.accumulation for case in found.values()} == {1}
   assert [case.config.method for case in found.values()] == [*METHODS, "lora", "galore"]
+
+
+def test_a_base_in_16_bits_is_for_the_methods_that_freeze_one():
+  found = cases("--config.frozen_dtype=bfloat16", "--config.dtype=bfloat16")
+  wide = {name for (name, _), case in found.items() if case.config.frozen_dtype == "float32"}
+  assert wide == {"full", "galore", "galore refreshing"}
+  assert {case.config.dtype for case in found.values()} == {"bfloat16"}
 
 
 def test_the_default_is_the_350m_shape_cut():

@@ -11,11 +11,12 @@ from switchlora_jax.sharding import make_mesh, replicated
 
 
 def some_state(seed: int):
-  """A tree with what a train state holds: nesting, empty dicts, float32, bfloat16 and int32 arrays."""
+  """A tree with what a train state holds: nesting, empty dicts, float32, bfloat16, int8 and int32 arrays."""
   keys = jax.random.split(jax.random.key(seed), 2)
   state = {
     "params": {"a": jax.random.normal(keys[0], (300, 40)), "b": jax.random.normal(keys[1], (7,), jnp.bfloat16)},
-    "frozen": {},
+    "candidates": {},
+    "frozen": {"kernel_tail": jnp.full((4, 5), seed, jnp.int8)},
     "step": jnp.array(seed, jnp.int32),
   }
   return jax.device_put(state, replicated(make_mesh()))
@@ -110,7 +111,7 @@ def test_a_save_keeps_the_values_of_its_moment(tmp_path):
     assert np.all(np.asarray(checkpoints.restore(lambda _: abstract(state))["x"]) == 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8"])
 def test_any_flipped_bit_changes_the_checksum(dtype):
   values = np.arange(60).astype(jnp.dtype(dtype)).reshape(6, 10)
   expected = named_checksums({"x": jnp.array(values)})

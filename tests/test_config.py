@@ -31,6 +31,20 @@ MISTAKES = {
   "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),
   "dtype": (dict(dtype="float8"), "dtype (='float8') must be one of float32, bfloat16, float64"),
   "remat": (dict(remat="half"), "remat (='half') must be one of none, linear, full; set --config.remat"),
+  "frozen dtype": (dict(frozen_dtype="int8"), "frozen_dtype (='int8') must be one of float32, bfloat16, float64"),
+  "frozen under float64": (
+    dict(param_dtype="float64", frozen_dtype="bfloat16"),
+    "frozen_dtype (='bfloat16') must be that of all that is stored, param_dtype (='float64'), or one of the two",
+  ),
+  "frozen above float32": (
+    dict(frozen_dtype="float64"),
+    "frozen_dtype (='float64') must be that of all that is stored, param_dtype (='float32'), or one of the two",
+  ),
+  "nothing frozen": (
+    dict(method="full", frozen_dtype="bfloat16"),
+    "frozen_dtype (='bfloat16') is for the frozen kernels below adapters, and --config.method=full trains its kernels",
+  ),
+  "nothing frozen either": (dict(method="galore", frozen_dtype="bfloat16"), "--config.method=galore trains its"),
   "init": (dict(switch__init="kaiming"), "switch.init (='kaiming') must be one of switchlora, lora"),
   "short rows": (dict(seq_len=1), "seq_len (=1) must be at least 2"),
   "order": (dict(switch__order="shuffled"), "switch.order (='shuffled') must be one of sequential, random; set"),
@@ -73,6 +87,10 @@ def test_mistakes_have_their_sentence(tmp_path, name):
     dict(method="full", warm_start_from="runs/full"),
     dict(min_lr_ratio=0.0),
     dict(min_lr_ratio=1.0),
+    dict(frozen_dtype="bfloat16"),
+    dict(param_dtype="bfloat16", frozen_dtype="float32"),
+    dict(method="relora", frozen_dtype="bfloat16", rank=4, relora__restart_every=6, relora__restart_warmup_steps=1),
+    dict(method="full", frozen_dtype="float32"),
   ],
 )
 def test_what_makes_sense_passes(tmp_path, changes):
@@ -88,6 +106,20 @@ def test_learning_rate_and_its_end_default_to_the_papers(tmp_path, method, rate,
   assert (config.learning_rate, config.min_lr_ratio) == (rate, ratio)
   config = resolve(tiny_config(tmp_path, method=method, learning_rate=0.5, min_lr_ratio=0.25), 8)
   assert (config.learning_rate, config.min_lr_ratio) == (0.5, 0.25)
+
+
+def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(tmp_path):
+  computed = lambda platform, **changes: resolve(tiny_config(tmp_path, **changes), 8, platform).dtype
+  assert (computed("gpu"), computed("cpu"), computed("tpu")) == ("bfloat16", "float32", "float32")
+  assert resolve(tiny_config(tmp_path), 8).dtype == "float32"
+  assert (computed("gpu", dtype="float32"), computed("cpu", dtype="bfloat16")) == ("float32", "bfloat16")
+  assert resolve(tiny_config(tmp_path), 8, "gpu").param_dtype == "float32", "whatever is computed in"
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float64"])
+def test_kernels_are_stored_like_everything_else_unless_told_otherwise(tmp_path, stored):
+  assert resolve(tiny_config(tmp_path, param_dtype=stored), 8).frozen_dtype == stored
+  assert resolve(tiny_config(tmp_path, frozen_dtype="bfloat16"), 8).frozen_dtype == "bfloat16"
 
 
 def test_the_config_handed_in_is_left_alone(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from switchlora_jax.dense import KERNEL_INIT, LoRADense, SwitchLoRADense, adapter_std, lora_vectors, merge, merged_dense
+from switchlora_jax.split_float import read
 
 RECORDED_LAYERS = [
   "switchlora_m24_n16_r4",
@@ -183,6 +184,73 @@ def test_a_layer_in_bfloat16_stores_float32():
   assert layer.apply(variables, x).dtype == jnp.bfloat16
   stored = jax.tree.leaves({name: variables[name] for name in ("params", "frozen")})
   assert {leaf.dtype for leaf in stored} == {jnp.dtype("float32")}
+
+
+# --- the kernel in 16 bits ----------------------------------------------------------------------------------------
+
+NARROW = dict(features=24, rank=4, frozen_dtype=jnp.bfloat16)
+NARROW_LAYER = SwitchLoRADense(**NARROW)
+
+
+@pytest.mark.parametrize(
+  ("layer", "tail"),
+  [
+    (LoRADense(**NARROW), False),
+    (LoRADense(**NARROW, kernel_tail=True), True),
+    (SwitchLoRADense(**NARROW), True),
+    (SwitchLoRADense(**NARROW, kernel_tail=False), False),
+    (SwitchLoRADense(**NARROW, param_dtype=jnp.bfloat16), False),  # nothing is stored more exactly
+  ],
+)
+def test_a_kernel_in_16_bits_has_a_tail_where_it_will_be_changed(layer, tail):
+  frozen = layer.init(jax.random.key(1), jnp.ones((2, 16)))["frozen"]
+  kinds = {name: str(values.dtype) for name, values in frozen.items()}
+  assert kinds == {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
+
+
+def test_only_the_kernel_is_narrower_and_head_and_tail_are_the_wide_one():
+  wide, narrow = (kind.init(jax.random.key(1), jnp.ones((2, 16))) for kind in (SwitchLoRADense(24, 4), NARROW_LAYER))
+  (kernel,) = wide.pop("frozen").values()
+  base = narrow.pop("frozen")
+  assert jax.tree.all(jax.tree.map(np.array_equal, wide, narrow))
+  np.testing.assert_allclose(read(base), kernel, rtol=2**-16)
+  assert 2**-10 < np.abs(base["kernel"].astype(np.float32) / kernel - 1).max() < 2**-7
+
+
+def test_the_function_is_that_of_the_head():
+  x = draw(jnp.float32, n=16)[0]
+  variables = NARROW_LAYER.init(jax.random.key(1), x)
+  y = NARROW_LAYER.apply(variables, x)
+  lora_a, lora_b = (variables["params"][name] for name in ("lora_a", "lora_b"))
+  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), read(variables["frozen"])
+  np.testing.assert_array_equal(y, merged_dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
+  assert np.abs(y - merged_dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale)).max() > 1e-5
+  other = variables["frozen"] | {"kernel_tail": ~variables["frozen"]["kernel_tail"]}
+  np.testing.assert_array_equal(NARROW_LAYER.apply(variables | {"frozen": other}, x), y)
+
+
+def shapes_in(jaxpr) -> set:
+  """(dtype, shape) of everything computed in a jaxpr."""
+  found = {(str(out.aval.dtype), out.aval.shape) for equation in jaxpr.eqns for out in equation.outvars}
+  return found.union(*(shapes_in(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params)))
+
+
+@pytest.mark.parametrize(("frozen_dtype", "widens"), [(jnp.bfloat16, False), (jnp.float32, True)])
+def test_a_computation_in_bfloat16_makes_no_float32_weight_of_a_bfloat16_kernel(frozen_dtype, widens):
+  layer = SwitchLoRADense(24, 4, dtype=jnp.bfloat16, frozen_dtype=frozen_dtype)
+  x = jnp.ones((2, 16), jnp.bfloat16)
+  variables = layer.init(jax.random.key(0), x)
+  loss = lambda params, x: layer.apply({"params": params, "frozen": variables["frozen"]}, x).astype(jnp.float32).sum()
+  jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables["params"], x).jaxpr
+  assert ("bfloat16", (16, 24)) in shapes_in(jaxpr)
+  assert (("float32", (16, 24)) in shapes_in(jaxpr)) == widens
+
+
+def test_plain_weights_of_a_narrow_kernel_are_summed_in_the_adapters_dtype():
+  _, kernel, lora_a, lora_b, _ = draw(jnp.float32)
+  narrow = merge(kernel.astype(jnp.bfloat16), lora_a, lora_b, 0.25)
+  assert narrow.dtype == jnp.float32
+  np.testing.assert_array_equal(narrow, merge(kernel.astype(jnp.bfloat16).astype(jnp.float32), lora_a, lora_b, 0.25))
 
 
 def scan_outputs(jaxpr) -> set[tuple[int, ...]]:

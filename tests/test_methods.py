@@ -103,6 +103,20 @@ def test_steps_train_in_bfloat16_and_keep_float32(method):
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.parametrize(("method", "tail"), [("lora", False), ("switchlora", True), ("relora", True)])
+def test_kernels_in_16_bits_stay_so_and_have_a_tail_where_they_change(method, tail):
+  states, metrics = train(3, method, frozen_dtype="bfloat16")
+  assert all(kinds(state) == kinds(states[0]) for state in states)
+  layers = states[-1].frozen["blocks"].values()
+  dtypes = {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
+  assert len(layers) == 7
+  assert all({name: str(values.dtype) for name, values in layer.items()} == dtypes for layer in layers)
+  assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype("float32")}
+  assert all(np.isfinite(report["loss"]) for report in metrics)
+  moved = not same_bits(states[0].frozen, states[-1].frozen)
+  assert moved == (method == "switchlora"), "no restart of ReLoRA is due"
+
+
 @each
 def test_a_step_replays_and_goes_on_from_any_state(method):
   straight, told = train(3, method)
@@ -130,6 +144,13 @@ def test_a_step_that_is_not_finite_changes_nothing(method):
 
 
 # --- SwitchLoRA's options -----------------------------------------------------------------------------------------
+
+
+def test_it_warns_of_kernels_that_drift():
+  told = lambda **changes: " ".join(switchlora.describe(small_model.config("switchlora", **changes)))
+  assert "WARNING: switching rounds bfloat16 base kernels" in told(param_dtype="bfloat16")
+  for safe in (dict(), dict(frozen_dtype="bfloat16"), dict(param_dtype="bfloat16", frozen_dtype="float32")):
+    assert "WARNING" not in told(**safe)
 
 
 def test_an_interval_of_0_is_lora_to_the_bit():

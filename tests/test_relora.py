@@ -21,6 +21,7 @@ from switchlora_jax.optimizer import (
   scale_by_vector_adam,
 )
 from switchlora_jax.sharding import replicated
+from switchlora_jax.split_float import read, split
 from switchlora_jax.train_state import TrainState
 
 # --- against the authors' code: schedules -------------------------------------------------------------------------
@@ -290,6 +291,24 @@ def test_a_restart_keeps_the_function():
 
 def test_a_restart_keeps_the_function_in_float64(x64):
   check_that_the_function_is_kept(1e-12, dtype="float64", param_dtype="float64")
+
+
+def test_a_restart_keeps_the_function_to_the_rounding_of_a_bfloat16_kernel():
+  """Kernels of 0.05 rounded to 8 bits, before and after, and two blocks of width 16 to the logits of 0.1."""
+  check_that_the_function_is_kept(5e-3, frozen_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("tail", "unit"), [(True, 2**-16), (False, 2**-8)], ids=["with a tail", "head alone"])
+def test_a_kernel_in_16_bits_takes_in_the_adapter_as_exactly_as_it_is_stored(tail, unit):
+  state, _ = small_layers(small_model.config("relora", **SMALL))
+  head, rest = split(state.frozen["q"]["kernel"])
+  base = {"kernel": head} | ({"kernel_tail": rest} if tail else {})
+  frozen, draw = {"q": base}, lambda _, shape: jnp.zeros(shape)
+  _, after = jax.jit(lambda *trees: relora.merge_adapters(*trees, draw, 0.5))(state.params, frozen)
+  expected = np.float64(read(base)) + 0.5 * np.einsum("lrn,lrm->lnm", *map(np.float64, state.params["q"].values()))
+  error = np.abs(np.float64(read(after["q"])) - expected)
+  assert np.all(error <= unit * np.abs(expected) + 1e-6) and error.max() > unit / 4
+  assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, frozen)
 
 
 def test_a_restart_redraws_a_and_zeroes_b():

@@ -16,6 +16,12 @@ def test_sizes_are_counted():
   assert report.size_line("optimizer", tree) == "optimizer: 4.7 MiB (4,936,006 bytes)"
 
 
+def test_a_kernel_and_its_tail_are_one_number_of_three_bytes():
+  tree = {"q": {"kernel": jnp.zeros((10, 20), jnp.bfloat16), "kernel_tail": jnp.zeros((10, 20), jnp.int8)}}
+  assert report.parameters_line("frozen", tree) == "frozen parameters: 0.0M (200)"
+  assert report.size_line("frozen", tree).endswith("(600 bytes)")
+
+
 def test_a_description_has_every_key_and_the_cycles(tmp_path):
   config = resolved(tmp_path)
   text = report.describe(config, build(config, make_mesh()).abstract)

@@ -73,8 +73,12 @@ def test_the_package_is_found_from_any_directory(tmp_path, monkeypatch):
 
 
 def test_one_process_a_core_or_one_where_there_are_accelerators(monkeypatch):
-  answer = SimpleNamespace(stdout="cpu\n")
-  monkeypatch.setattr(settings, "subprocess", SimpleNamespace(run=lambda *_, **__: answer))
-  assert settings.default_processes() == len(os.sched_getaffinity(0))
+  answer, asked = SimpleNamespace(stdout="cpu\n"), []
+  monkeypatch.setattr(settings, "subprocess", SimpleNamespace(run=lambda command, **_: asked.append(command) or answer))
+  settings.platform.cache_clear()
+  assert settings.default_processes() == len(os.sched_getaffinity(0)) and settings.platform() == "cpu"
+  settings.platform.cache_clear()
   answer.stdout = "gpu\n"
-  assert settings.default_processes() == 1
+  assert settings.default_processes() == 1 and settings.platform() == "gpu"
+  settings.platform.cache_clear()
+  assert len(asked) == 2, "once in a process"

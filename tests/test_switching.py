@@ -7,6 +7,7 @@ import pytest
 from small_model import same_bits
 
 from switchlora_jax.dense import SwitchLoRADense
+from switchlora_jax.split_float import read, split
 from switchlora_jax.switching import (
   Layer,
   SwitchSchedule,
@@ -141,19 +142,27 @@ def test_norm_squared_is_that_of_the_products(x64):
 # --- what is and is not switched ----------------------------------------------------------------------------------
 
 
-def test_a_bfloat16_kernel_is_rounded_twice_a_switch_however_many_vectors_move():
-  """The sum of all outer products once, and its addition to the kernel once: 2⁻⁸ each, relative."""
+@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["head alone", "with a tail"])
+def test_a_kernel_in_16_bits_is_rounded_once_a_switch_however_many_vectors_move(tail, unit):
+  """To 8 bits of mantissa, or with a tail to 16; the function, which is the head's, to 8 before and after.
+
+  Exact but for that and for 16 outer products of float32, which sum to less than 8.
+  """
   keys = jax.random.split(jax.random.key(0), 5)
-  shapes = Layer((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
-  draw = lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16)
-  before = Layer(*(draw(key, shape) for key, shape in zip(keys, shapes, strict=True)))
+  shapes = ((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
+  kernel, *vectors = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+  head, rest = split(kernel)
+  before = Layer(head, *vectors, rest if tail else None)
   after, _ = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
-  wide = lambda layers: Layer(*(np.asarray(x[0], np.float64) for x in layers))
-  old, new = wide(before), wide(after)
-  moved = (old.lora_a.T @ old.lora_b - new.lora_a.T @ new.lora_b) / 16
-  bound = 2**-8 * (np.abs(moved) + np.abs(old.kernel + moved)) * 1.02 + 1e-6
-  assert np.all(np.abs(new.kernel - old.kernel - moved) <= bound)
-  assert np.abs(moved).max() > 1
+  assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not tail)
+  product = lambda layers: np.einsum("krn,krm->nm", np.float64(layers.lora_a), np.float64(layers.lora_b)) / 16
+  old, new = (np.asarray(read(layers.base)[0], np.float64) for layers in (before, after))
+  moved = product(before) - product(after)
+  assert np.all(np.abs(new - old - moved) <= unit * np.abs(new) + 1e-5) and np.abs(moved).max() > 1
+  assert np.abs(new - old - moved).max() > unit / 4, "which a kernel of float32 would keep"
+  old_head, new_head = (np.asarray(layers.kernel[0], np.float64) for layers in (before, after))
+  rounding = 2**-8 * (np.abs(old_head) + np.abs(new_head)) * 1.01 + 1e-5
+  assert np.all(np.abs(new_head - old_head - moved) <= rounding)
 
 
 def test_an_interval_of_0_and_layers_without_spares_are_never_switched():

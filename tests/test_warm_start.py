@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from small_model import host, same_bits
 from tiny import resolved
 
-from switchlora_jax import dataset, metrics, program, trainer, warm_start
+from switchlora_jax import dataset, metrics, program, trainer, warm_start, weights
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.config import FREE
 from switchlora_jax.errors import UserError
@@ -321,6 +321,23 @@ def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(fold
   shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
   shutil.rmtree(other.workdir)
   assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
+
+
+def test_a_run_whose_kernels_are_in_16_bits_goes_on_bit_by_bit_and_hands_its_weights_on(folder):
+  options = dict(method="switchlora", frozen_dtype="bfloat16", warm_start_steps=K, checkpoint_every=4)
+  run = train(folder, "narrow", **options)
+  (before, _), (after, program_after) = run.handed[0]
+  plain = weights.merged(after.params, after.frozen, program_after.scale)
+  for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(before.params), strict=True):
+    np.testing.assert_allclose(left, right, rtol=0, atol=2**-16)  # of kernels below 1
+  assert {str(x.dtype) for x in jax.tree.leaves(run.outcome.state.frozen)} == {"bfloat16", "int8"}
+  shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
+  assert same_bits(train(folder, "narrow", **options).outcome.state, run.outcome.state)
+  heir = train(folder, "heir", method="lora", warm_start_from=str(run.workdir), checkpoint_every=1)
+  ends = run.outcome.state
+  plain = [weights.merged(s.params, s.frozen, run.outcome.program.scale) for s in (ends, heir.saved[1])]
+  for left, right in zip(*map(jax.tree.leaves, plain), strict=True):
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
 def test_a_run_killed_while_it_first_saved_takes_the_other_weights_again(folder, runs):

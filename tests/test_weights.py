@@ -65,6 +65,19 @@ def test_split_undoes_merged_and_merged_undoes_split_float32(lead):
   round_trips(lead, np.float32, 2**-24 * 2 * 16)
 
 
+@pytest.mark.parametrize(("tail", "unit"), [(True, 2**-16), (False, 2**-8)], ids=["with tails", "heads alone"])
+def test_kernels_in_16_bits_are_split_off_and_merged_as_exactly_as_they_are_stored(tail, unit):
+  """Of kernels up to 16 in size, an adapter in float32."""
+  plain, params, frozen = some_trees((3,))
+  kinds = {"kernel": jnp.bfloat16} | ({"kernel_tail": jnp.int8} if tail else {})
+  like = {"blocks": {q: {n: jnp.zeros((), d) for n, d in kinds.items()} for q in frozen["blocks"]}}
+  params_of, base = weights.split(plain, params, like, 0.7)
+  assert jax.tree.map(lambda x: x.dtype, base) == jax.tree.map(lambda x: x.dtype, like)
+  back = weights.merged(params_of, base, 0.7)
+  assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype("float32")}
+  assert unit / 4 < largest_difference(back, plain) <= unit * 16
+
+
 @pytest.mark.parametrize("lead", [(), (3,)], ids=["single", "stacked"])
 def test_merged_is_the_sum_of_the_paper(lead, x64):
   _, params, frozen = some_trees(lead, np.float64)
@@ -147,14 +160,18 @@ def test_logits_are_those_of_the_plain_model_float32():
   models_agree("switchlora", 2**-16)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_plain_weights_of_every_method_are_those_of_full(method):
+@pytest.mark.parametrize(
+  ("method", "frozen_dtype"), [(m, None) for m in METHODS] + [(m, "bfloat16") for m in ("lora", "switchlora", "relora")]
+)
+def test_the_plain_weights_of_every_method_are_those_of_full(method, frozen_dtype):
   """So that any run can start from any other."""
-  low = small_model.config(method)
+  low = small_model.config(method, frozen_dtype=frozen_dtype)
   merged = jax.eval_shape(
     lambda state: weights.merged(state.params, state.frozen, METHODS[method].build(low).scale), shapes(low)
   )
-  assert weights.mismatches(merged, shapes(small_model.config("full")).params) == []
+  plain = shapes(small_model.config("full")).params
+  assert weights.mismatches(merged, plain) == []
+  assert jax.tree.map(lambda x: x.dtype, merged) == jax.tree.map(lambda x: x.dtype, plain)
 
 
 def test_seven_kernels_are_those_of_the_blocks():

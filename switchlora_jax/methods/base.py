@@ -56,6 +56,11 @@ def dtypes(config) -> dict[str, Any]:
   return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
+def adapter_dtypes(config) -> dict[str, Any]:
+  """Those and `frozen_dtype`, as layers with adapters take them."""
+  return dtypes(config) | {"frozen_dtype": jnp.dtype(config.frozen_dtype)}
+
+
 def cosine(config, **bounds) -> optax.Schedule:
   """The config's warm-up and cosine, and a second warm-up where a full-rank warm start hands over.
 

@@ -5,6 +5,7 @@ from functools import partial
 import flax.linen as nn
 
 from switchlora_jax.dense import KERNEL_INIT
+from switchlora_jax.errors import UserError
 from switchlora_jax.methods.base import Method, cosine, dtypes
 from switchlora_jax.optimizer import scale_by_vector_adam
 
@@ -13,7 +14,12 @@ MIN_LR_RATIO = 0.0
 
 
 def check(config):
-  """Nothing to check: the rank is not used."""
+  """Raise `UserError` if kernels shall be frozen; the rank is not used."""
+  if config.frozen_dtype not in (None, config.param_dtype):
+    raise UserError(
+      f"frozen_dtype (={config.frozen_dtype!r}) is for the frozen kernels below adapters, and --config.method="
+      f"{config.method} trains its kernels; leave it unset, or use --config.method=lora, switchlora or relora"
+    )
 
 
 def describe(config) -> list[str]:

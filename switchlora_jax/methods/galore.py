@@ -129,6 +129,7 @@ def _project_back(low, projector, shape):
 
 def check(config):
   """Raise `UserError` unless there are directions to keep, and a way to find and to scale them."""
+  full.check(config)
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
   if config.rank > config.model.hidden_size:  # the largest min(in, out) of any layer

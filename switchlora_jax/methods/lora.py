@@ -7,7 +7,7 @@ from functools import partial
 
 from switchlora_jax.dense import INITS, LoRADense, adapter_scale, lora_vectors
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods.base import Method, cosine, dtypes
+from switchlora_jax.methods.base import Method, adapter_dtypes, cosine
 from switchlora_jax.optimizer import scale_by_vector_adam
 
 LEARNING_RATE = 1e-2  # section 4.1
@@ -26,7 +26,7 @@ def check(config):
 
 def layer(config, kind=LoRADense):
   """The factory of adapted layers for a config."""
-  return partial(kind, rank=config.rank, adapter_init=config.switch.init, **dtypes(config))
+  return partial(kind, rank=config.rank, adapter_init=config.switch.init, **adapter_dtypes(config))
 
 
 def describe(config) -> list[str]:

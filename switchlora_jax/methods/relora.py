@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.dense import LoRADense, adapter_scale, lora_vectors, merge
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods.base import Method, cosine, dtypes
+from switchlora_jax.methods.base import Method, adapter_dtypes, cosine
 from switchlora_jax.optimizer import magnitude_mask, prune_moments, scale_by_vector_adam, warm_up_again
+from switchlora_jax.split_float import bases, read, write
 from switchlora_jax.train_state import TrainState
 
 LEARNING_RATE = 1e-3  # appendix C.1
@@ -90,28 +91,31 @@ def merge_adapters(params, frozen, draw, scale):
   Args:
     draw: (number of a layer among all of them, shape (r, in)) -> its new A.
   """
-  flat, base = flatten_dict(params), flatten_dict(frozen)
-  for number, path in enumerate(sorted(base)):
-    a, b = (*path[:-1], "lora_a"), (*path[:-1], "lora_b")
-    first = number * len(base[path])
-    base[path], flat[a], flat[b] = merge_stack(base[path], flat[a], flat[b], first, draw, scale)
-  return unflatten_dict(flat), unflatten_dict(base)
+  flat, merged = flatten_dict(params), {}
+  for number, (path, base) in enumerate(sorted(bases(frozen).items())):
+    a, b = (*path, "lora_a"), (*path, "lora_b")
+    first = number * len(flat[a])
+    base, flat[a], flat[b] = merge_stack(base, flat[a], flat[b], first, draw, scale)
+    merged |= {(*path, name): value for name, value in base.items()}
+  return unflatten_dict(flat), unflatten_dict(merged)
 
 
-def merge_stack(kernel, lora_a, lora_b, first, draw, scale):
+def merge_stack(base, lora_a, lora_b, first, draw, scale):
   """`merge_adapters` for the L layers from number `first` on, in place: at once they would take a second stack.
 
-  Shapes: kernel [L, in, out], lora_a [L, r, in], lora_b [L, r, out].
+  Shapes: base {"kernel" [L, in, out], maybe its tail}, lora_a [L, r, in], lora_b [L, r, out].
   """
-  wide = jnp.promote_types(kernel.dtype, jnp.float32)
+  wide = jnp.promote_types(base["kernel"].dtype, jnp.float32)
 
   def one(layer, stacks):
-    kernel, lora_a, lora_b = stacks
-    merged = merge(kernel[layer], lora_a[layer], lora_b[layer], scale, wide).astype(kernel.dtype)
+    base, lora_a, lora_b = stacks
+    old = {name: stack[layer] for name, stack in base.items()}
+    new = write(merge(read(old), lora_a[layer], lora_b[layer], scale, wide), old)
+    base = {name: stack.at[layer].set(new[name]) for name, stack in base.items()}
     fresh = draw(first + layer, lora_a.shape[1:])
-    return kernel.at[layer].set(merged), lora_a.at[layer].set(fresh), lora_b.at[layer].set(0)
+    return base, lora_a.at[layer].set(fresh), lora_b.at[layer].set(0)
 
-  return jax.lax.fori_loop(0, len(kernel), one, (kernel, lora_a, lora_b))
+  return jax.lax.fori_loop(0, len(lora_a), one, (base, lora_a, lora_b))
 
 
 def draw_a(key, dtype, number, shape):
@@ -130,7 +134,8 @@ def survivors(key, relora, number, mu):
 def build(config) -> Method:
   """`LoRADense` layers under plain Adam; before the gradients of the step after t = K·j, the restart."""
   relora, scale = config.relora, adapter_scale(config.rank, config.relora.alpha)
-  dense = partial(LoRADense, rank=config.rank, alpha=relora.alpha, adapter_init="lora", **dtypes(config))
+  kinds = dict(alpha=relora.alpha, adapter_init="lora", kernel_tail=True, **adapter_dtypes(config))
+  dense = partial(LoRADense, rank=config.rank, **kinds)
   schedule, dtype = jagged_cosine(config), jnp.dtype(config.param_dtype)
 
   def restart(step, carry):

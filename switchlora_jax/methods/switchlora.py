@@ -64,8 +64,11 @@ def describe(config) -> list[str]:
   lines = []
   if config.switch.interval:
     lines.append(f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times")
-  if config.param_dtype == "bfloat16":
-    lines.append("WARNING: switching rounds bfloat16 base kernels at every step, and they drift; float32 ones do not")
+  if config.param_dtype == config.frozen_dtype == "bfloat16":
+    lines.append(
+      "WARNING: switching rounds bfloat16 base kernels at every step, and they drift; they do not with "
+      "--config.param_dtype=float32, nor with --config.frozen_dtype=bfloat16 under it"
+    )
   return lines
 
 
