@@ -16,7 +16,7 @@ _HELLO = re.compile(r"process (\d+) of (\d+)\n")
 
 
 def meet(coordinator: str, processes: int, process: int, seconds: float) -> None:
-  """Return when all of the `processes` have come to `coordinator`, HOST:PORT, where process 0 listens.
+  """Return when all of the two or more `processes` have come to `coordinator`, HOST:PORT, where process 0 listens.
 
   Raises:
     UserError: not all came within so many seconds, or they do not fit together; on every process that came.

@@ -76,6 +76,7 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
+    hosts.check_same({f"the list of checkpoints in {self._directory}": self.steps()})
     damaged = {}
     for step in reversed(self.steps()):
       try:

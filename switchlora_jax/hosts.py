@@ -57,8 +57,11 @@ def everywhere(action: Callable[[], Any]):
   failures = exchange(f"{type(failure).__name__}: {failure}" if unexpected else str(failure or ""))
   if unexpected:
     raise failure
-  if found := [f"{_name(process)}{sentence}" for process, sentence in enumerate(failures) if sentence]:
-    raise UserError(found[0])
+  if len(set(failures)) == 1 and failures[0]:
+    raise UserError(failures[0])
+  for process, sentence in enumerate(failures):
+    if sentence:
+      raise UserError(f"process {process}: {sentence}")
   return result
 
 
@@ -84,7 +87,9 @@ def check_same(facts: dict[str, Any]) -> None:
   for process, found in enumerate(others, 1):
     keys = sorted(key for key in first.keys() | found.keys() if first.get(key) != found.get(key))
     if keys:
-      differences = (f"{key} is {found.get(key)} there and {first.get(key)} on process 0" for key in keys)
+      differences = (
+        f"{key} is {found.get(key, 'unset')} there and {first.get(key, 'unset')} on process 0" for key in keys
+      )
       raise UserError(
         f"process {process} was not started like process 0: {'; '.join(differences)}; "
         f"start all processes with the same code, command and files"
@@ -108,7 +113,3 @@ def describe() -> str:
   """`process 1 of 2 on node7: 4 × NVIDIA H100`"""
   devices = f"{jax.local_device_count()} × {jax.local_devices()[0].device_kind}"
   return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: {devices}"
-
-
-def _name(process: int) -> str:
-  return "" if jax.process_count() == 1 else f"process {process}: "

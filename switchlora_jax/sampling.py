@@ -27,4 +27,4 @@ def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, tempe
 
   row = np.zeros(length, np.int32)  # of the host: it joins parameters that may lie on several processes
   row[: len(prompt)] = prompt
-  return [int(token) for token in generate(params, frozen, row)]
+  return np.asarray(generate(params, frozen, row)).tolist()
