@@ -34,12 +34,12 @@ def say(text: str) -> None:
 
 def exchange(text: str) -> list[str]:
   """What every process hands in here, in the order of their numbers."""
-  if jax.process_count() == 1:
+  here = distributed.global_state  # knows the processes even where devices cannot be found
+  if here.num_processes == 1:
     return [text]
-  client, turn = distributed.global_state.client, next(_turns)
-  client.key_value_set(f"switchlora_jax/{turn}/{jax.process_index()}", text)
-  get = client.blocking_key_value_get
-  return [get(f"switchlora_jax/{turn}/{process}", LONGEST_WAIT) for process in range(jax.process_count())]
+  turn, get = next(_turns), here.client.blocking_key_value_get
+  here.client.key_value_set(f"switchlora_jax/{turn}/{here.process_id}", text)
+  return [get(f"switchlora_jax/{turn}/{process}", LONGEST_WAIT) for process in range(here.num_processes)]
 
 
 def everywhere(action: Callable[[], Any]):
@@ -97,16 +97,27 @@ def check_same(facts: dict[str, Any]) -> None:
 
 
 def check_devices() -> None:
-  """Make sure that every process has as many devices as every other, all of a kind.
+  """Make sure that every process has devices, as many as every other, all of a kind.
 
   Raises:
-    UserError: on all processes; says how many each has.
+    UserError: on all processes; says which has none, or how many each has.
   """
+  everywhere(_find_devices)
   devices, count = jax.devices(), jax.process_count()
   held = [[device.device_kind for device in devices if device.process_index == p] for p in range(count)]
   if any(kinds != held[0] for kinds in held):
     found = ", ".join(f"{len(kinds)} × {'/'.join(sorted(set(kinds)))} on process {p}" for p, kinds in enumerate(held))
     raise UserError(f"all processes must have the same devices; found {found}; give each as many, of one kind")
+
+
+def _find_devices():
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    raise UserError(
+      f"JAX found no devices for all processes: {reason}; see JAX_PLATFORMS and the GPUs of each"
+    ) from error
 
 
 def describe() -> str:

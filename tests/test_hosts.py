@@ -41,6 +41,10 @@ def processes(count, main):
     def __next__(self):
       return next(here.turns)
 
+  class State:
+    client, num_processes = Store(), count
+    process_id = property(lambda _: here.process)
+
   def start(process):
     here.process, here.turns = process, itertools.count()
     try:
@@ -52,7 +56,7 @@ def processes(count, main):
     patch.setattr(jax, "process_index", lambda: here.process)
     patch.setattr(jax, "process_count", lambda: count)
     patch.setattr(hosts, "_turns", Turns())
-    patch.setattr(hosts.distributed, "global_state", SimpleNamespace(client=Store()))
+    patch.setattr(hosts.distributed, "global_state", State())
     return list(pool.map(start, range(count)))
 
 
@@ -136,6 +140,14 @@ def test_processes_have_the_same_devices(monkeypatch, held, message):
   monkeypatch.setattr(jax, "devices", lambda: devices)
   found = processes(2, lambda _: hosts.check_devices())
   assert found == [None, None] if message is None else all(message in str(error) for error in found)
+
+
+def test_a_process_without_devices_stops_all(monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: jax.process_index() and fail(RuntimeError("no GPU\nat all")))
+  found = processes(2, lambda _: hosts.check_devices())
+  assert {str(error) for error in found} == {
+    "process 1: JAX found no devices for all processes: no GPU; see JAX_PLATFORMS and the GPUs of each"
+  }
 
 
 def test_one_process_needs_nobody(capsys):
