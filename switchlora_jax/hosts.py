@@ -113,8 +113,8 @@ def check_devices() -> None:
 def _find_devices():
   try:
     jax.devices()
-  except RuntimeError as error:
-    reason = (str(error).strip().splitlines() or [""])[0]
+  except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names a plugin that is not installed
+    reason = (str(error).strip().splitlines() or ["no such platform"])[0]
     raise UserError(
       f"JAX found no devices for all processes: {reason}; see JAX_PLATFORMS and the GPUs of each"
     ) from error
