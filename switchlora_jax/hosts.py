@@ -55,10 +55,8 @@ def everywhere(action: Callable[[], Any]):
     failure = error
   unexpected = failure is not None and not isinstance(failure, UserError)
   failures = exchange(f"{type(failure).__name__}: {failure}" if unexpected else str(failure or ""))
-  if unexpected:
+  if unexpected or (failure and len(set(failures)) == 1):  # a mistake that all make needs no name of a process
     raise failure
-  if len(set(failures)) == 1 and failures[0]:
-    raise UserError(failures[0])
   for process, sentence in enumerate(failures):
     if sentence:
       raise UserError(f"process {process}: {sentence}")
