@@ -2,6 +2,8 @@
 
 python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tiny
 python -m experiments.pretrain --config=configs/llama_350m.py --config.rank=128 --dry_run
+Several processes train together when SLURM starts them, or with --coordinator, --num_processes and --process_id;
+see docs/cluster.md.
 """
 
 from pathlib import Path
@@ -9,9 +11,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli
-from switchlora_jax import report, trainer
-from switchlora_jax.config import resolve
+from experiments import cli, distributed
+from switchlora_jax import hosts, report, run_directory, trainer
+from switchlora_jax.config import flatten, resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.program import phases
 from switchlora_jax.sharding import make_mesh
@@ -20,21 +22,41 @@ CONFIG = cli.define_config()
 flags.declare_key_flag("config")  # shown by --help
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: created, or continued if it holds one")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the resolved config and all sizes, allocate nothing, and exit")
+distributed.define_flags()
+flags.adopt_module_key_flags(distributed)
 
 
 def main():
   """Check, then describe or train and conclude."""
-  config = resolve(CONFIG.value, jax.device_count(), jax.default_backend())
+  distributed.join()
+  config, workdir = hosts.everywhere(check)
+  hosts.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
   if DRY_RUN.value:
-    print(report.describe(config, *(program.abstract for program in phases(config, make_mesh()))))
+    hosts.say(
+      report.describe(config, *(program.abstract for program in phases(config, make_mesh(fsdp=config.sharding.fsdp))))
+    )
     return
+  outcome = trainer.train(config, workdir)
+  hosts.say(report.conclude(config, workdir, outcome))
+  hosts.say(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
+
+
+def check():
+  """(resolved config, directory of the run or None in a dry run), before anything expensive."""
+  config = resolve(CONFIG.value, jax.device_count(), jax.default_backend())
+  if DRY_RUN.value:
+    return config, None
   if WORKDIR.value is None:
     raise UserError("--workdir is missing: give the directory in which the run is kept, say --workdir=runs/tiny")
-  workdir = Path(WORKDIR.value).expanduser()
-  outcome = trainer.train(config, workdir)
-  print(report.conclude(config, workdir, outcome))
-  print(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
+  return config, Path(WORKDIR.value).expanduser()
+
+
+def what_must_agree(config, workdir: Path | None) -> dict:
+  """What processes that train one run have in common: all but where each keeps its packed rows."""
+  keys = {key: value for key, value in flatten(config).items() if key != "data.cache_dir"}
+  command = {"--workdir": workdir and str(workdir.absolute()), "--dry_run": DRY_RUN.value}
+  return keys | command | run_directory.versions() | {"git revision": run_directory.git_revision()}
 
 
 if __name__ == "__main__":

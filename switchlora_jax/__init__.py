@@ -12,6 +12,7 @@
   optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping
   methods/        full · lora · switchlora · relora · galore: what each method adds to a step
   weights         the plain weights of a model: adapters merged in, or split off again
+  hosts           several processes, one run: what they agree on, what the first does alone
   sharding        the mesh, and where arrays live on it
   train_state     everything a run is made of at one moment, one pytree
   train_step      loss → accumulated gradients → clip → method → update, one dispatch

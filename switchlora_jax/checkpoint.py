@@ -2,7 +2,8 @@
 
 Orbax renames a finished save into place, so a save that was interrupted is never listed. What it
 does not notice is a flipped bit: every save therefore carries checksums of the arrays themselves,
-compared after a restore.
+compared after a restore. Every process of a run calls each of these functions; each writes its share of the
+arrays into the one directory that all share.
 """
 
 import logging
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from switchlora_jax import hosts
 from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def checksums(leaves) -> list[jax.Array]:
 
 
 def named_checksums(state) -> dict[str, int]:
-  """{path of the leaf: its checksum}, on the host."""
+  """{path of the leaf: its checksum}, on the host; of whole arrays, wherever their parts lie."""
   named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
   # What waits in the memory of the host comes to the device one array at a time.
   there = {name: leaf for name, leaf in named.items() if leaf.sharding.memory_kind == "pinned_host"}
@@ -88,6 +90,7 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
+    hosts.check_same({f"the list of checkpoints in {self._directory}": self.steps()})
     damaged = {}
     for step in reversed(self.steps()):
       try:
@@ -95,9 +98,8 @@ class Checkpoints:
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
         damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         continue
-      for bad, reason in damaged.items():
-        where = f"moved to {self._set_aside(bad)}" if self._keep else "an older one is read"
-        log.warning("checkpoint of step %d is damaged (%s); %s", bad, reason, where)
+      if damaged:
+        self._pass_over(damaged)
       return state
     if damaged:
       raise UserError(
@@ -107,19 +109,28 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, abstract):
+    # Padding is not the same in every layout: the checksums see to it that nothing else is cut off or added.
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False), checksums=ocp.args.JsonRestore())
-    restored = self._manager.restore(step, args=items)
+    # A file that only one process could not read must be passed over by all.
+    restored = hosts.everywhere(lambda: self._manager.restore(step, args=items))
     expected, found = restored.checksums, named_checksums(restored.state)
     wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if wrong:
       raise ValueError(f"checksum of {min(wrong)} and {len(wrong) - 1} more arrays differs from what was saved")
     return restored.state
 
-  def _set_aside(self, step: int) -> Path:
+  def _pass_over(self, damaged: dict[int, str]):
+    """Say which checkpoints are damaged, {step: why}, and move them aside if they are ours."""
     self._manager.close()
+    hosts.on_first(lambda: [self._report(step, reason) for step, reason in damaged.items()])
+    self._manager = self._open()
+
+  def _report(self, step: int, reason: str):
+    where = f"moved to {self._set_aside(step)}" if self._keep else "an older one is read"
+    log.warning("checkpoint of step %d is damaged (%s); %s", step, reason, where)
+
+  def _set_aside(self, step: int) -> Path:
     number = 0
     while (target := self._directory.with_name(f"damaged-{step}-{number}")).exists():
       number += 1
-    (self._directory / str(step)).rename(target)
-    self._manager = self._open()
-    return target
+    return (self._directory / str(step)).rename(target)

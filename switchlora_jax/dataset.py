@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,23 @@ from switchlora_jax import corpus, tokenizer
 from switchlora_jax.errors import UserError
 
 HELD_OUT = 100  # one row in so many validates where the text has no validation files
+
+
+@dataclass(frozen=True)
+class Batch:
+  """Rows of `rows` [n, seq_len] by their numbers, `picks` [batch]; read when it is sliced, and only that slice."""
+
+  rows: np.ndarray
+  picks: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(batch, seq_len)."""
+    return len(self.picks), self.rows.shape[1]
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    """That part of the batch, int32 [part, seq_len]."""
+    return np.asarray(self.rows[self.picks[part]], np.int32)
 
 
 class Dataset(NamedTuple):
@@ -73,12 +91,12 @@ def prepare(data, *, seq_len: int, vocab_size: int, batch_size: int, progress: b
   return dataset
 
 
-def batch(rows: np.ndarray, *, seed: int, step: int, batch_size: int) -> np.ndarray:
-  """The batch of a step, int32 [batch_size, seq_len]: each epoch takes every row once, in an order of its own."""
+def batch(rows: np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
+  """The batch of a step, [batch_size, seq_len]: each epoch takes every row once, in an order of its own."""
   positions = step * batch_size + np.arange(batch_size)
   epochs, places = np.divmod(positions, len(rows))
   picks = [_order(len(rows), seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
-  return np.asarray(rows[picks], np.int32)
+  return Batch(rows, np.array(picks))
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

@@ -52,9 +52,10 @@ class Metrics:
     self._board.close()
 
 
-def progress_bar(total: int, start: int = 0, what: str = "train", unit: str = "step"):
+def progress_bar(total: int, start: int = 0, what: str = "train", unit: str = "step", shown: bool = True):
   """A tqdm bar in the one style of this project."""
-  return tqdm(total=total, initial=start, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05)
+  style = dict(unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not shown)
+  return tqdm(total=total, initial=start, desc=what, **style)
 
 
 def plot_loss(rows: list[dict], path: Path, title: str):

@@ -1,5 +1,6 @@
 """What a resolved config compiles to: a program for each phase of its run."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,8 @@ class Program(NamedTuple):
     create: () -> TrainState, the state before step 0, placed on the mesh.
     abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
     step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
-    place: rows [batch, length] on the host to int32 on the mesh.
+    place: rows [batch, length] on the host, an array or a `dataset.Batch`, to int32 on the mesh; a process reads
+      those of its own devices.
     scale: of the adapters, s = α/r, or None where there are none.
     start: the first step of its phase.
   """
@@ -85,7 +87,16 @@ def assemble(config, method, mesh) -> Program:
     abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
     step=make_train_step(model, method, lies, shapes, **step),
     eval_step=make_eval_step(model, lies, shapes),
-    place=lambda rows: jax.device_put(np.asarray(rows, np.int32), by_rows(mesh)),
+    place=partial(place, mesh),
     scale=method.scale,
     start=config.warm_start_steps,
   )
+
+
+def place(mesh, rows) -> jax.Array:
+  """Rows [batch, length], an array or a `dataset.Batch`, as int32 on the mesh, each device with its share.
+
+  The batch is the same for any number of processes; each reads the rows of its own devices.
+  """
+  share = lambda index: np.asarray(rows[index[0]], np.int32)
+  return jax.make_array_from_callback(rows.shape, by_rows(mesh), share)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import sentencepiece
 
-from switchlora_jax import metrics
+from switchlora_jax import hosts, metrics
 from switchlora_jax.config import flatten
 from switchlora_jax.methods import METHODS
 from switchlora_jax.sampling import sample
@@ -69,9 +69,10 @@ def describe_data(summary: dict) -> str:
 
 
 def conclude(config, workdir: Path, outcome) -> str:
-  """Draw loss.png, sample a text, and say how the run went and where it lies."""
+  """Draw loss.png, sample a text, and say how the run went and where it lies; called by every process."""
   rows = outcome.rows
-  metrics.plot_loss(rows, workdir / "loss.png", f"{workdir.name}: {config.method}, {config.steps:,} steps")
+  title = f"{workdir.name}: {config.method}, {config.steps:,} steps"
+  hosts.on_first(lambda: metrics.plot_loss(rows, workdir / "loss.png", title))
   lines = [
     "",
     *_numbers(rows),

@@ -94,6 +94,15 @@ def record(workdir: Path, config, dataset) -> None:
     _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | now)
 
 
+def check_shared(workdir: Path) -> None:
+  """Raise `UserError` unless this process sees what process 0 has recorded."""
+  if read(workdir) is None:
+    raise UserError(
+      f"--workdir={workdir} holds no config.json here, though process 0 has written one; all processes must share "
+      f"the file system of the run: choose a --workdir that they all see under this name"
+    )
+
+
 def update(workdir: Path, config) -> None:
   """Let config.json say what the checkpoint about to be saved was trained with, where a run was extended."""
   saved = read(workdir)

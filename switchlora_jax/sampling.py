@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, temperature: float, seed: int) -> list[int]:
@@ -10,7 +11,7 @@ def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, tempe
   Only the first `pieces` ids are drawn, those that the tokenizer has: the model's vocabulary may be larger.
 
   Each token runs the model over the whole, padded row (the causal mask hides the padding): fit for
-  a sample at the end of a run, not for serving.
+  a sample at the end of a run, not for serving. Every process must call it, and gets the same ids.
   """
   length = len(prompt) + new_tokens
 
@@ -24,5 +25,6 @@ def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, tempe
 
     return jax.lax.fori_loop(len(prompt), length, draw, row)
 
-  row = jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.array(prompt, jnp.int32))
-  return [int(token) for token in generate(params, frozen, row)]
+  row = np.zeros(length, np.int32)  # of the host: it joins parameters that may lie on several processes
+  row[: len(prompt)] = prompt
+  return np.asarray(generate(params, frozen, row)).tolist()

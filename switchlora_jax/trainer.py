@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from switchlora_jax import dataset, metrics, report, run_directory, train_state, warm_start
+from switchlora_jax import dataset, hosts, metrics, report, run_directory, train_state, warm_start
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
@@ -29,26 +29,27 @@ class Outcome(NamedTuple):
 def train(config, workdir: Path) -> Outcome:
   """Train as `config` (resolved) says in `workdir`, from its newest good checkpoint if there is one.
 
+  With several processes, each of them calls it with the same config and directory.
+
   Raises:
     UserError: before anything expensive where config, data or directory do not fit together; while
       training when too many updates in a row were not finite.
   """
-  dataset.check(config.data, vocab_size=config.model.vocab_size)
-  run_directory.prepare(workdir, config)
+  hosts.everywhere(lambda: dataset.check(config.data, vocab_size=config.model.vocab_size))
+  hosts.on_first(lambda: run_directory.prepare(workdir, config))
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   programs = phases(config, mesh)
   # From its first finished checkpoint on, a run does not need the other any more.
   started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
   wanted = config.warm_start_from and not started
-  source = warm_start.Source(config.warm_start_from, programs[0], mesh) if wanted else None
-  print(report.describe(config, *(program.abstract for program in programs)), flush=True)
-  data = dataset.prepare(
-    config.data, seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size
-  )
-  print(report.describe_data(data.summary), flush=True)
+  open_source = lambda: warm_start.Source(config.warm_start_from, programs[0], mesh) if wanted else None
+  source = hosts.everywhere(open_source)
+  hosts.say(report.describe(config, *(program.abstract for program in programs)))
+  data = prepare_data(config)
   if source:
     source.check_tokenizer(data.tokenizer_path)
-  run_directory.record(workdir, config, data)
+  hosts.on_first(lambda: run_directory.record(workdir, config, data))
+  hosts.everywhere(lambda: run_directory.check_shared(workdir))
   evaluate = make_evaluate(config, programs[0], data.valid)
 
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
@@ -71,10 +72,19 @@ def train(config, workdir: Path) -> Outcome:
         log.evaluation(done, evaluate(program, state))
       if due(done, config.checkpoint_every) or last:
         log.flush()  # the lines of a step are on disk before the step can be returned to
-        run_directory.update(workdir, config)
+        hosts.on_first(lambda: run_directory.update(workdir, config))
         checkpoints.save(done, state)
     log.close()
-  return Outcome(program, state, data, metrics.read(log.path), first)
+  return Outcome(program, state, data, metrics.read(workdir / "metrics.jsonl"), first)
+
+
+def prepare_data(config) -> dataset.Dataset:
+  """The packed rows, made by the first process and found by the others, or made again where they share no cache."""
+  sizes = dict(seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size)
+  data = hosts.first_then_others(lambda: dataset.prepare(config.data, **sizes, progress=hosts.is_first()))
+  hosts.check_same({"data fingerprint": data.fingerprint})
+  hosts.say(report.describe_data(data.summary))
+  return data
 
 
 def due(step: int, every: int) -> bool:
@@ -100,13 +110,15 @@ def make_evaluate(config, first: Program, rows):
 
 
 class Log:
-  """Collects the numbers of each step on the device, and writes them out every `log_every` steps."""
+  """Collects the numbers of each step on the device, and writes them out every `log_every` steps.
+
+  On every process, since each must find out by itself that the run goes nowhere; only the first writes.
+  """
 
   def __init__(self, workdir: Path, config, start: int):
-    self._metrics, self._config = metrics.Metrics(workdir, start), config
-    self._bar = metrics.progress_bar(config.steps, start)
+    self._metrics, self._config = metrics.Metrics(workdir, start) if hosts.is_first() else None, config
+    self._bar = metrics.progress_bar(config.steps, start, shown=hosts.is_first())
     self._waiting, self._since = [], time.monotonic()
-    self.path = self._metrics.path
 
   def add(self, step: int, numbers: dict):
     """Take the numbers of a step, still being computed."""
@@ -121,7 +133,7 @@ class Log:
     rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._waiting)]
     seconds = time.monotonic() - self._since
     speed = len(rows) * self._config.batch_size * self._config.seq_len / seconds
-    self._metrics.write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
+    self._write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
     self._bar.update(len(rows))
     shown = {"loss": f"{rows[-1]['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
     self._bar.set_postfix(shown | ({"skipped": rows[-1]["skipped"]} if rows[-1]["skipped"] else {}))
@@ -140,11 +152,17 @@ class Log:
 
   def evaluation(self, step: int, numbers: dict):
     """Write the numbers of an evaluation after `step`; flushed before it, its time is not training time."""
-    self._metrics.write([{"step": step} | numbers])
-    self._bar.write(f"step {step}: validation perplexity {numbers['val_ppl']:.2f}")
+    self._write([{"step": step} | numbers])
+    if hosts.is_first():
+      self._bar.write(f"step {step}: validation perplexity {numbers['val_ppl']:.2f}")
     self._since = time.monotonic()
+
+  def _write(self, rows: list[dict]):
+    if self._metrics:
+      self._metrics.write(rows)
 
   def close(self):
     """Write what is left and end the bar."""
     self._bar.close()
-    self._metrics.close()
+    if self._metrics:
+      self._metrics.close()

@@ -260,7 +260,7 @@ ROWS = np.arange(10, dtype=np.uint16)[:, None] * np.ones(3, np.uint16)
 def stream(batch_size, examples, seed=0):
   """The first examples of a run, as numbers of rows."""
   steps = range(-(-examples // batch_size))
-  batches = [dataset.batch(ROWS, seed=seed, step=step, batch_size=batch_size) for step in steps]
+  batches = [dataset.batch(ROWS, seed=seed, step=step, batch_size=batch_size)[:] for step in steps]
   return np.concatenate(batches)[:examples, 0].tolist()
 
 
@@ -278,16 +278,16 @@ def test_the_order_depends_on_the_seed_and_not_on_the_batch_size():
 
 
 def test_a_batch_is_a_function_of_its_step():
-  late = dataset.batch(ROWS, seed=3, step=17, batch_size=4)
+  late = dataset.batch(ROWS, seed=3, step=17, batch_size=4)[:]
   dataset._order.cache_clear()
   for step in (17, 2, 17):
-    again = dataset.batch(ROWS, seed=3, step=step, batch_size=4)
+    again = dataset.batch(ROWS, seed=3, step=step, batch_size=4)[:]
   np.testing.assert_array_equal(late, again)
   assert late.dtype == np.int32 and late.shape == (4, 3) and type(late) is np.ndarray
 
 
 def test_batches_of_rows_on_disk(data):
   rows = dataset.prepare(data, **SIZES).train
-  once = dataset.batch(rows, seed=0, step=0, batch_size=len(rows))
+  once = dataset.batch(rows, seed=0, step=0, batch_size=len(rows))[:]
   assert type(once) is np.ndarray and once.dtype == np.int32
   assert sorted(once.tolist()) == sorted(rows.tolist()) and once.tolist() != rows.tolist()

@@ -1,6 +1,7 @@
 """The phases of a run: which program trains which step, and has made which state."""
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,8 +9,8 @@ from tiny import resolved
 
 from switchlora_jax import warm_start
 from switchlora_jax.methods import METHODS
-from switchlora_jax.program import Program, build, full_rank, phases, trained_by
-from switchlora_jax.sharding import make_mesh
+from switchlora_jax.program import Program, build, full_rank, phases, place, trained_by
+from switchlora_jax.sharding import by_rows, make_mesh
 
 # --- which program ------------------------------------------------------------------------------------------------
 
@@ -57,6 +58,20 @@ def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(meth
   slow = dict(warm_start_learning_rate=0.25)
   full = resolved(tmp_path, method="full", learning_rate=0.25, **slow)
   assert full_rank(resolved(tmp_path, **shape, **slow)).to_dict() == full.to_dict()
+
+
+def test_each_device_is_handed_its_own_rows_and_they_are_all(tmp_path):
+  class Rows:
+    shape, parts = (16, 3), []
+
+    def __getitem__(self, part):
+      self.parts.append(range(16)[part])
+      return np.arange(48).reshape(self.shape)[part]
+
+  placed = place(make_mesh(), Rows())
+  assert sorted(map(list, Rows.parts)) == [[2 * i, 2 * i + 1] for i in range(8)]
+  np.testing.assert_array_equal(placed, np.arange(48).reshape(16, 3))
+  assert placed.dtype == np.int32 and placed.sharding == by_rows(make_mesh())
 
 
 def test_what_is_handed_over_lies_where_the_next_phase_has_it(tmp_path):

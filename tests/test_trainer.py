@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import resolved, tiny_config
+from tiny import flags_of, resolved, tiny_config
 
 from switchlora_jax import metrics, program, trainer
 from switchlora_jax.errors import UserError
@@ -104,8 +104,7 @@ def test_a_finished_run_is_not_run_again(finished):
 def test_a_run_killed_by_sigkill_continues_bit_by_bit(tmp_path):
   """Real processes, killed wherever they happen to be, until the run is through."""
   config = tiny_config(tmp_path, steps=60, checkpoint_every=5, eval_every=20)
-  flags = [f"--config.{key}={value}" for key, value in _changed(config)]
-  command = [sys.executable, "-m", "experiments.pretrain", *flags]
+  command = [sys.executable, "-m", "experiments.pretrain", *flags_of(config)]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
 
   def start(workdir):
@@ -129,14 +128,6 @@ def test_a_run_killed_by_sigkill_continues_bit_by_bit(tmp_path):
   assert lines(killed) == lines(whole)
   sums = [(d / "checkpoints" / "60" / "checksums" / "metadata").read_text() for d in (whole, killed)]
   assert json.loads(sums[0]) == json.loads(sums[1])
-
-
-def _changed(config):
-  from configs import llama_tiny
-  from switchlora_jax.config import flatten
-
-  default = flatten(llama_tiny.get_config())
-  return [(key, value) for key, value in flatten(config).items() if value != default[key]]
 
 
 def _last_step(workdir):

@@ -64,8 +64,9 @@ def train(folder, name, **changes):
   batch, save, hand_over = dataset.batch, Checkpoints.save, warm_start.hand_over
 
   def seen_batch(rows, *, seed, step, batch_size):
-    batches.append((seed, step, batch(rows, seed=seed, step=step, batch_size=batch_size)))
-    return batches[-1][-1]
+    made = batch(rows, seed=seed, step=step, batch_size=batch_size)
+    batches.append((seed, step, made[:]))
+    return made
 
   def seen_hand_over(state, before, after):
     new = hand_over(state, before, after)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import llama_tiny
-from switchlora_jax.config import resolve
+from switchlora_jax.config import flatten, resolve
 
 
 def write_text(folder: Path, lines: int = 400) -> str:
@@ -32,3 +32,9 @@ def tiny_config(folder: Path, **changes) -> ConfigDict:
 def resolved(folder: Path, devices: int = 8, **changes):
   """`tiny_config`, resolved."""
   return resolve(tiny_config(folder, **changes), devices)
+
+
+def flags_of(config) -> list[str]:
+  """The flags that make the default config this one."""
+  default = flatten(llama_tiny.get_config())
+  return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != default[key]]
