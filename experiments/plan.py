@@ -120,11 +120,10 @@ def column(name: str, where: Machine, config, phase: int) -> Column:
 def compiled(name: str, where: Machine, config, phase: int) -> Plan:
   """The plan of one phase of a config; says how long it took."""
   rows = config.batch_size // (where.mesh.size * config.accumulation)
-  sys.stderr.write(f"compiling {name}, micro-batch {rows} × {config.seq_len} … ")
-  sys.stderr.flush()
+  print(f"compiling {name}, micro-batch {rows} × {config.seq_len} …", file=sys.stderr, flush=True)
   program, on_cpus = (phases(config, mesh)[phase] for mesh in (where.mesh, where.cpus))
   plan = planner.plan(program, config, where.mesh, planner.host_bytes(on_cpus.abstract))
-  sys.stderr.write(f"{plan.seconds:.1f} s, peak {mib(plan.peak)}\n")
+  print(f"  {plan.seconds:.1f} s, peak {mib(plan.peak)}", file=sys.stderr, flush=True)
   return plan
 
 
@@ -188,6 +187,7 @@ def main():
   print(f"per device of {TOPOLOGY.value} {GPU.value}, {config.dtype}, {where.compiler}")
   found = [column for config in wanted.values() for column in columns(where, config)]
   print(table(where, found))
+  print("the times are a roofline, not measured: a real step takes longer")
   if any(not collective.certain for column in found for collective in column.plan.traffic):
     print("some traffic is in loops whose turns the compiler does not know; they were counted as one turn")
   if JSON.value:

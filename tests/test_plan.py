@@ -36,7 +36,7 @@ def test_a_column_for_each_method(no_gpu_compiler, quick_compiler, tmp_path, cap
   with imported("plan", *SMALL, "--methods=full,lora", f"--json={out}", "--largest") as plan:
     plan.main()
   printed, progress = capsys.readouterr()
-  first, header, *lines = printed.splitlines()
+  first, header, *lines, last = printed.splitlines()
   assert first.startswith("per device of 1x1x8 h100, float32, XLA for CPUs, since the GPU extra is missing")
   assert header.split() == ["full", "lora"]
   assert len({len(line) for line in [header, *lines]}) == 1, "aligned"
@@ -50,7 +50,8 @@ def test_a_column_for_each_method(no_gpu_compiler, quick_compiler, tmp_path, cap
   assert full["estimate"]["step"] > 0
   assert list(full["tried"]) == ["2", "4"] and full["largest"] == 4, "no micro-batch is larger than a device's rows"
   assert progress.count("compiling ") == 4 and progress.count(" s, peak ") == 4
-  assert "compiling lora, micro-batch 4 × 16 … " in progress
+  assert "compiling lora, micro-batch 4 × 16 …\n" in progress
+  assert "not measured" in last
 
 
 def test_a_warm_start_is_a_column_of_its_own(no_gpu_compiler, monkeypatch):
