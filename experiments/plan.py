@@ -32,7 +32,7 @@ GPU = flags.DEFINE_string("gpu", "h100", f"of {', '.join(topology.known())}")
 TOPOLOGY = flags.DEFINE_string("topology", "1x1x8", "slices × hosts × GPUs of a host; 1x2x8 is 16 GPUs in 2 hosts")
 NAMES = flags.DEFINE_list("methods", [], f"one column each, of {', '.join(METHODS)}; the config's own by default")
 FRACTION = flags.DEFINE_float(
-  "memory_fraction", 0.75, "of the GPU's memory that JAX may take: XLA_CLIENT_MEM_FRACTION where it runs", 0.0, 1.0
+  "memory_fraction", 0.75, "of the GPU's memory that JAX may take: XLA_CLIENT_MEM_FRACTION where it runs", 0.01, 1.0
 )
 LINK = flags.DEFINE_float("link", None, "speed between any two GPUs, GB/s in one direction; the GPU's own by default")
 LARGEST = flags.DEFINE_bool(
@@ -180,10 +180,9 @@ def results(where: Machine, column: Column) -> dict:
 
 def main():
   """Check, compile, print, write."""
-  where = machine()
+  config, where = CONFIG.value, machine()
   wanted = configs(where.mesh.size)
-  cli.set_precision(CONFIG.value)
-  config = CONFIG.value
+  cli.set_precision(config)
   print(f"per device of {TOPOLOGY.value} {GPU.value}, {config.dtype}, {where.compiler}")
   found = [column for config in wanted.values() for column in columns(where, config)]
   print(table(where, found))

@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     host: how many of them lie in the memory of the host.
     temporaries: bytes of activations, gradients and whatever else lives only within a step.
     peak: bytes of the device that the step needs at once.
-    moved: bytes read and written in its memory in a step, about: see `moved_bytes`.
+    moved: bytes read and written in its memory in a step, at least: see `moved_bytes`.
     operations: multiplications and additions of the matrix products of a step.
     tokens: of a step.
     traffic: the collectives of a step.
@@ -61,6 +61,7 @@ class Estimate(NamedTuple):
 
   @property
   def step(self) -> float:
+    """Of all parts together."""
     return max(self.products, self.memory) + self.links
 
   @property
@@ -118,10 +119,10 @@ def plan(program: Program, config, mesh, host: int) -> Plan:
 
 
 def moved_bytes(memory: dict[str, int], accumulation: int) -> int:
-  """Bytes that a step reads and writes, about: all arguments once, all outputs once, temporaries twice a micro-batch.
+  """Bytes that a step reads and writes, at least: all it is given and returns once, temporaries twice a micro-batch.
 
-  The compiler's own count is of no use: on CPUs it takes every loop, the layers' too, for one turn, and for absent
-  GPUs there is none.
+  Space that is used several times in a step, as under recomputation, moves more. The compiler's own count is of no
+  use: on CPUs it takes every loop, that over layers too, for one turn, and for absent GPUs there is none.
   """
   return memory["arguments"] + memory["outputs"] + 2 * accumulation * memory["temporaries"]
 
