@@ -28,6 +28,8 @@
   metrics         JSON lines, TensorBoard, progress bar, loss curve
   report          what is printed before and after a run
   cost, topology  operations and memory of a compiled step, also for GPUs that are not there
+  collectives     what a compiled step sends between devices
+  planner         what a run costs, before it starts
 
 To use the layer, the switch and the optimizer in a model of your own, see `dense.SwitchLoRADense`.
 """

@@ -1,0 +1,197 @@
+"""Know what a run costs before renting anything: memory, traffic, operations, and the least time of a step.
+
+python -m experiments.plan --config=configs/llama_350m.py --gpu=h100 --topology=1x1x8
+python -m experiments.plan --config=configs/llama_1b.py --methods=full,switchlora --gpu=a100 --topology=1x2x8 --largest
+
+The very training step of the config is compiled, by XLA's GPU compiler where the GPU extra is installed
+(requirements-gpu.txt; no GPU is needed or touched), else by its CPU compiler, whose memory is only a hint.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from experiments import cli
+from switchlora_jax import planner, topology
+from switchlora_jax.collectives import KINDS
+from switchlora_jax.config import resolve
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import METHODS
+from switchlora_jax.planner import Estimate, Plan
+from switchlora_jax.program import phases
+from switchlora_jax.sharding import make_mesh
+
+CONFIG = cli.define_config("llama_350m")
+flags.declare_key_flag("config")
+GPU = flags.DEFINE_string("gpu", "h100", f"of {', '.join(topology.known())}")
+TOPOLOGY = flags.DEFINE_string("topology", "1x1x8", "slices × hosts × GPUs of a host; 1x2x8 is 16 GPUs in 2 hosts")
+NAMES = flags.DEFINE_list("methods", [], f"one column each, of {', '.join(METHODS)}; the config's own by default")
+FRACTION = flags.DEFINE_float(
+  "memory_fraction", 0.75, "of the GPU's memory that JAX may take: XLA_CLIENT_MEM_FRACTION where it runs", 0.01, 1.0
+)
+LINK = flags.DEFINE_float("link", None, "speed between any two GPUs, GB/s in one direction; the GPU's own by default")
+LARGEST = flags.DEFINE_bool(
+  "largest", False, "look for the largest micro-batch that fits, with up to 4 more compiles each"
+)
+JSON = flags.DEFINE_string("json", None, "write the results to this file as well")
+
+
+class Column(NamedTuple):
+  """What is printed of one program: its plan, its estimate, and the rows of a micro-batch tried with their peaks."""
+
+  name: str
+  plan: Plan
+  estimate: Estimate
+  tried: dict[int, int]
+
+
+class Machine(NamedTuple):
+  """What is planned for: the GPU's figures, a mesh to compile on, simulated CPUs as many, and a host's GPUs."""
+
+  gpu: topology.Gpu
+  mesh: Any
+  cpus: Any
+  compiler: str
+  per_host: int
+
+  @property
+  def limit(self) -> float:
+    """Bytes of a GPU that JAX may take."""
+    return self.gpu.memory * FRACTION.value
+
+
+def machine() -> Machine:
+  """What the flags ask for, where they make sense."""
+  if LINK.value is not None and not LINK.value > 0:
+    raise UserError(f"--link (={LINK.value}) must be greater than 0; leave it out for the links of {GPU.value}")
+  gpu = topology.figures(GPU.value)
+  if LINK.value:
+    gpu = gpu._replace(nvlink=LINK.value * 1e9, network=LINK.value * 1e9)
+  devices, per_host = topology.parse(TOPOLOGY.value)
+  topology.without_gpus()
+  jax.config.update("jax_num_cpu_devices", devices)
+  found = topology.gpu_mesh(GPU.value, TOPOLOGY.value)
+  cpus = make_mesh(jax.devices("cpu"))
+  mesh, compiler = found or (cpus, "XLA for CPUs, since the GPU extra is missing: memory is only a hint")
+  return Machine(gpu, mesh, cpus, compiler, per_host)
+
+
+def configs(devices: int) -> dict[str, FrozenConfigDict]:
+  """{method: resolved config} of the columns; full rank needs no full-rank warm start."""
+  if unknown := set(NAMES.value) - set(METHODS):
+    raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(METHODS)}")
+  found = {}
+  for name in NAMES.value or [CONFIG.value.method]:
+    config = ConfigDict(CONFIG.value)
+    config.method = name
+    if name == "full":
+      config.warm_start_steps = 0
+    found[name] = resolve(config, devices)
+  return found
+
+
+def columns(where: Machine, config) -> list[Column]:
+  """The columns of a config: its method's, after that of a full-rank warm start if it has one."""
+  names = ["full (warm start)", config.method] if config.warm_start_steps else [config.method]
+  return [column(name, where, config, phase) for phase, name in enumerate(names)]
+
+
+def column(name: str, where: Machine, config, phase: int) -> Column:
+  """One column, and the search for its largest micro-batch if that is asked for."""
+  plan = compiled(name, where, config, phase)
+  share = where.mesh.size * config.accumulation
+
+  def peak_of(rows: int) -> int:
+    if rows * share == config.batch_size:
+      return plan.peak
+    changed = FrozenConfigDict(config.to_dict() | {"batch_size": rows * share})
+    return compiled(name, where, changed, phase).peak
+
+  rows, most = config.batch_size // share, config.batch_size // where.mesh.size
+  tried = planner.largest(peak_of, rows, most, where.limit) if LARGEST.value else {}
+  return Column(name, plan, planner.estimate(plan, where.gpu, config.dtype, where.per_host), tried)
+
+
+def compiled(name: str, where: Machine, config, phase: int) -> Plan:
+  """The plan of one phase of a config; says how long it took."""
+  rows = config.batch_size // (where.mesh.size * config.accumulation)
+  print(f"compiling {name}, micro-batch {rows} × {config.seq_len} …", file=sys.stderr, flush=True)
+  program, on_cpus = (phases(config, mesh)[phase] for mesh in (where.mesh, where.cpus))
+  plan = planner.plan(program, config, where.mesh, planner.host_bytes(on_cpus.abstract))
+  print(f"  {plan.seconds:.1f} s, peak {mib(plan.peak)}", file=sys.stderr, flush=True)
+  return plan
+
+
+def mib(size: float) -> str:
+  """Bytes as MiB."""
+  return f"{size / 2**20:,.1f} MiB"
+
+
+def table(where: Machine, found: list[Column]) -> str:
+  """One column a program, as aligned text."""
+  lines = [("", [column.name for column in found])]
+  lines += [(label, [cell(column) for column in found]) for label, cell in cells(where, found)]
+  left = max(len(label) for label, _ in lines)
+  widths = [max(map(len, column)) for column in zip(*(texts for _, texts in lines), strict=True)]
+  return "\n".join(
+    f"{label:<{left}}  " + "  ".join(text.rjust(width) for text, width in zip(texts, widths, strict=True))
+    for label, texts in lines
+  )
+
+
+def cells(where: Machine, found: list[Column]):
+  """(label, column -> its cell) of each line of the table; a line of which all columns have nothing is left out."""
+  share = lambda part: f"{part:.1%}"
+  for key in ("trainable", "frozen", "candidates", "optimizer"):
+    yield key, lambda column, key=key: mib(getattr(column.plan, key))
+  if any(column.plan.host for column in found):
+    yield "of these, on the host", lambda column: mib(column.plan.host)
+  yield "activations, temporaries", lambda column: mib(column.plan.temporaries)
+  yield "peak", lambda column: mib(column.plan.peak)
+  yield f"peak, of {mib(where.limit)}", lambda column: share(column.plan.peak / where.limit)
+  for kind in KINDS:
+    if any(column.plan.carried(kind) for column in found):
+      yield f"{kind} a step", lambda column, kind=kind: mib(column.plan.carried(kind))
+  yield "operations a token", lambda column: f"{column.plan.operations / column.plan.tokens / 1e6:,.1f} M"
+  yield "step at best: products", lambda column: f"{column.estimate.products:.4f} s"
+  yield "  memory", lambda column: f"{column.estimate.memory:.4f} s"
+  yield "  links", lambda column: f"{column.estimate.links:.4f} s"
+  yield "  in all", lambda column: f"{column.estimate.step:.4f} s"
+  yield "  share of links", lambda column: share(column.estimate.link_share)
+  yield "  share of peak", lambda column: share(column.estimate.peak_share)
+  yield "time to compile", lambda column: f"{column.plan.seconds:.1f} s"
+  if LARGEST.value:
+    yield "largest micro-batch", lambda column: f"{planner.fitting(column.tried, where.limit)} rows"
+
+
+def results(where: Machine, column: Column) -> dict:
+  """A column for JSON: bytes, seconds, and the rows of a micro-batch tried with their peaks."""
+  traffic = [collective._asdict() | {"sent": collective.sent} for collective in column.plan.traffic]
+  names = {"program": column.name, "gpu": GPU.value, "topology": TOPOLOGY.value, "compiler": where.compiler}
+  times = column.estimate._asdict() | {"step": column.estimate.step}
+  largest = {"tried": column.tried, "largest": planner.fitting(column.tried, where.limit)} if LARGEST.value else {}
+  return names | column.plan._asdict() | {"traffic": traffic, "limit": where.limit, "estimate": times} | largest
+
+
+def main():
+  """Check, compile, print, write."""
+  config, where = CONFIG.value, machine()
+  wanted = configs(where.mesh.size)
+  cli.set_precision(config)
+  print(f"per device of {TOPOLOGY.value} {GPU.value}, {config.dtype}, {where.compiler}")
+  found = [column for config in wanted.values() for column in columns(where, config)]
+  print(table(where, found))
+  print("the times are a roofline, not measured: a real step takes longer")
+  if any(not collective.certain for column in found for collective in column.plan.traffic):
+    print("some traffic is in loops whose turns the compiler does not know; they were counted as one turn")
+  if JSON.value:
+    Path(JSON.value).write_text(json.dumps([results(where, column) for column in found], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  cli.run(main)
