@@ -75,14 +75,15 @@ def machine() -> Machine:
   devices, per_host = topology.parse(TOPOLOGY.value)
   topology.without_gpus()
   jax.config.update("jax_num_cpu_devices", devices)
-  found = topology.gpu_mesh(GPU.value, TOPOLOGY.value)
-  cpus = make_mesh(jax.devices("cpu"))
+  fsdp = CONFIG.value.sharding.fsdp
+  found = topology.gpu_mesh(GPU.value, TOPOLOGY.value, fsdp)
+  cpus = make_mesh(jax.devices("cpu"), fsdp)
   mesh, compiler = found or (cpus, "XLA for CPUs, since the GPU extra is missing: memory is only a hint")
   return Machine(gpu, mesh, cpus, compiler, per_host)
 
 
 def configs(devices: int) -> dict[str, FrozenConfigDict]:
-  """{method: resolved config} of the columns; full rank needs no full-rank warm start."""
+  """{method: resolved config} of the columns; full rank needs no warm start, and freezes no kernels, as GaLore."""
   if unknown := set(NAMES.value) - set(METHODS):
     raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(METHODS)}")
   found = {}
@@ -91,7 +92,9 @@ def configs(devices: int) -> dict[str, FrozenConfigDict]:
     config.method = name
     if name == "full":
       config.warm_start_steps = 0
-    found[name] = resolve(config, devices)
+    if name in ("full", "galore"):
+      config.frozen_dtype = None
+    found[name] = resolve(config, devices, platform="gpu")
   return found
 
 
@@ -180,10 +183,11 @@ def results(where: Machine, column: Column) -> dict:
 
 def main():
   """Check, compile, print, write."""
-  config, where = CONFIG.value, machine()
-  wanted = configs(where.mesh.size)
-  cli.set_precision(config)
-  print(f"per device of {TOPOLOGY.value} {GPU.value}, {config.dtype}, {where.compiler}")
+  devices, _ = topology.parse(TOPOLOGY.value)
+  wanted, where = configs(devices), machine()
+  first = next(iter(wanted.values()))
+  cli.set_precision(first)
+  print(f"per device of {TOPOLOGY.value} {GPU.value}, {first.dtype}, {where.compiler}")
   found = [column for config in wanted.values() for column in columns(where, config)]
   print(table(where, found))
   print("the times are a roofline, not measured: a real step takes longer")

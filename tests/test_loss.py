@@ -12,7 +12,6 @@ import small_model
 
 from switchlora_jax import cost
 from switchlora_jax.loss import CHUNK, mean_loss, mean_token_loss, row_losses, token_losses
-from switchlora_jax.train_step import accumulated_gradients
 
 TOKENS, HIDDEN, VOCABULARY = 2500, 8, 41  # three chunks, the last of them filled up
 
@@ -113,10 +112,9 @@ def test_the_logits_of_all_tokens_are_never_alive():
 
 def test_nor_are_they_in_a_step():
   config = small_model.config("switchlora", model__vocab_size=61, batch_size=12, seq_len=256)
-  model, mesh = small_model.model(config), small_model.mesh(1)
+  program = small_model.program(config, 1)
   tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
-  state = jax.eval_shape(lambda: small_model.first_state(config, 1))
-  compiled = jax.jit(accumulated_gradients(model, mesh, 1)).lower(state.params, state.frozen, tokens).compile()
+  compiled = program.step.lower(program.abstract, tokens).compile()
   of_vocabulary = {shape for shape in float_arrays(compiled) if 61 in shape}
   assert max(math.prod(shape) for shape in of_vocabulary) in range(16 * 61 + 1, CHUNK * 61 + 1)
 
