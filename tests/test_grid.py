@@ -32,6 +32,14 @@ def run(base, arms, folder, **options):
   return grid.run_grid(base, arms, **{"seeds": 1, "workdir": folder, "processes": 2, "read_at": 1.0} | options)
 
 
+def test_a_cell_is_resolved_for_the_platform_it_will_run_on(tmp_path, monkeypatch):
+  """Else a finished run, whose own config says bfloat16, would be taken for another."""
+  base, arm = tiny_base(tmp_path), grid.Arm("lora", {"method": "lora"})
+  for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
+    monkeypatch.setattr(grid, "platform", lambda platform=platform: platform)
+    assert grid.make_cell(base, arm, None, 0).config.dtype == dtype
+
+
 def test_the_cells_of_a_sweep_and_their_names(tmp_path):
   base = tiny_base(tmp_path, seed=7)
   before = base.config.to_dict()
