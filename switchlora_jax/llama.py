@@ -43,10 +43,9 @@ def causal_attention(q, k, v, fused: bool = False):
   """Softmax attention to the past; all [batch, length, heads, head_size]. Scores in float32 or wider.
 
   Args:
-    fused: by cuDNN's kernel, which holds no [length, length] array, where it takes the dtype and the head size.
-      Needs an NVIDIA GPU.
+    fused: by cuDNN's kernel, which holds no [length, length] array, where it takes them. Needs an NVIDIA GPU.
   """
-  if fused and takes_fused(q.dtype, q.shape[-1]):
+  if fused and takes_fused(q.dtype, q.shape[1], q.shape[-1]):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
   # Not JAX's own for the rest: its softmax is float32 even where the model is float64.
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -56,9 +55,9 @@ def causal_attention(q, k, v, fused: bool = False):
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def takes_fused(dtype, head_size: int) -> bool:
-  """Whether cuDNN's attention takes such heads, of any length: 16 bits, a multiple of 8 up to 128."""
-  return dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
+def takes_fused(dtype, length: int, head_size: int) -> bool:
+  """Whether cuDNN's attention takes them: 16 bits, an even length, heads of a multiple of 8 up to 128."""
+  return dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0 and head_size % 8 == 0 and head_size <= 128
 
 
 class RMSNorm(nn.Module):

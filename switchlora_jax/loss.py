@@ -90,8 +90,7 @@ def _forward(x, kernel, targets):
     dx = jnp.matmul(d_logits, weight.T, preferred_element_type=wide) / tokens
     return d_kernel + jnp.matmul(x.T, d_logits, preferred_element_type=wide), (losses, dx.astype(x.dtype))
 
-  zeros = 0 * kernel.astype(wide)  # constant ones XLA takes for the optimizer's, and keeps for the whole step
-  d_kernel, (losses, dx) = jax.lax.scan(one, zeros, _chunks(x, targets))
+  d_kernel, (losses, dx) = jax.lax.scan(one, nothing_yet(kernel.astype(wide)), _chunks(x, targets))
   dx = dx.reshape(-1, x.shape[-1])[:tokens]
   return losses.reshape(-1)[:tokens].mean(), (dx, (d_kernel / tokens).astype(kernel.dtype))
 
@@ -102,6 +101,15 @@ def _backward(gradients, cotangent):
 
 
 mean_token_loss.defvjp(_forward, _backward)
+
+
+def nothing_yet(x):
+  """Zeros like x, for a loop to add gradients to.
+
+  Not constant: the optimizer has zeros of this shape too, and XLA would make one array of both and keep it, beside
+  the sum, for the whole step.
+  """
+  return 0 * x
 
 
 def _softmax(x, targets, weight):

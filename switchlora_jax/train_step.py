@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from switchlora_jax.loss import mean_loss, on_parts
+from switchlora_jax.loss import mean_loss, nothing_yet, on_parts
 from switchlora_jax.optimizer import clip_by_global_norm
 from switchlora_jax.sharding import BOTH, Placement, by_rows, reduce, replicated
 from switchlora_jax.train_state import TrainState
@@ -23,21 +23,27 @@ def accumulated_gradients(model, placement: Placement, state, accumulation: int)
   loss_of = on_parts(mean_loss, model, held, base)
 
   def local(params, frozen, rows):
-    micro_batches = rows.reshape(accumulation, -1, rows.shape[-1])
     value_and_grad = jax.value_and_grad(lambda p, tokens: loss_of(p, frozen, tokens))
-
-    def add(total, tokens):
-      return jax.tree.map(jnp.add, total, value_and_grad(params, tokens)), None
-
-    shapes = jax.eval_shape(value_and_grad, params, micro_batches[0])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, micro_batches)
+    total = _summed(value_and_grad, params, rows.reshape(accumulation, -1, rows.shape[-1]))
     loss, grads = jax.tree.map(lambda x: x / (accumulation * placement.mesh.size), total)
     return jax.lax.psum(loss, BOTH), reduce(grads, held, wanted)
 
   rows, everywhere = PartitionSpec(BOTH), PartitionSpec()
   specs = dict(in_specs=(held, base, rows), out_specs=(everywhere, wanted))
   return jax.shard_map(local, mesh=placement.mesh, **specs, check_vma=False)
+
+
+def _summed(value_and_grad, params, micro_batches):
+  """The sum of value_and_grad(params, tokens) over micro_batches [accumulation, rows, length]."""
+  if len(micro_batches) == 1:  # a sum of one would keep an array beside it
+    return value_and_grad(params, micro_batches[0])
+
+  def add(total, tokens):
+    return jax.tree.map(jnp.add, total, value_and_grad(params, tokens)), None
+
+  loss, _ = jax.eval_shape(value_and_grad, params, micro_batches[0])
+  start = (jnp.zeros((), loss.dtype), jax.tree.map(nothing_yet, params))
+  return jax.lax.scan(add, start, micro_batches)[0]
 
 
 def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float):

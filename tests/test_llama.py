@@ -106,19 +106,20 @@ def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("dtype", "head_size", "taken"),
+  ("dtype", "length", "head_size", "taken"),
   [
-    ("bfloat16", 64, True),
-    ("float16", 128, True),
-    ("bfloat16", 8, True),
-    ("bfloat16", 12, False),
-    ("bfloat16", 136, False),
-    ("float32", 64, False),
-    ("float64", 64, False),
+    ("bfloat16", 512, 64, True),
+    ("float16", 100, 128, True),
+    ("bfloat16", 8, 8, True),
+    ("bfloat16", 512, 12, False),
+    ("bfloat16", 512, 136, False),
+    ("bfloat16", 511, 64, False),
+    ("float32", 512, 64, False),
+    ("float64", 512, 64, False),
   ],
 )
-def test_what_cudnn_takes(dtype, head_size, taken):
-  assert takes_fused(jnp.dtype(dtype), head_size) == taken
+def test_what_cudnn_takes(dtype, length, head_size, taken):
+  assert takes_fused(jnp.dtype(dtype), length, head_size) == taken
 
 
 def test_without_a_head_it_ends_in_what_the_head_takes():
@@ -224,3 +225,14 @@ def test_bfloat16_computes_narrow_and_stores_wide():
   assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
   wide = small_model.model(small_model.config("switchlora"))
   np.testing.assert_allclose(loss, loss_of(wide, tokens)(params, frozen), rtol=1e-2)
+
+
+def test_the_embeddings_gradient_is_summed_in_its_own_dtype():
+  """… not in bfloat16, where a sum of ones ends at 256."""
+
+  def summed(jaxpr):
+    own = {e.outvars[0].aval.dtype for e in jaxpr.eqns if e.primitive.name == "scatter-add"}
+    return own.union(*(summed(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)))
+
+  model, *state, tokens = shapes(small_model.config("full", dtype="bfloat16"))
+  assert summed(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr) == {jnp.dtype("float32")}

@@ -55,7 +55,12 @@ def test_what_the_environment_says_is_kept(monkeypatch):
   assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"]) == ("3", "1")
 
 
-COMPILE = """
+def clean() -> dict[str, str]:
+  """The environment without what tells JAX of devices."""
+  return {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "CUDA"))}
+
+
+COLLECT = """
 import jax
 from switchlora_jax import topology
 topology.without_gpus()
@@ -70,10 +75,34 @@ for gpu in topology.known():
 
 def test_every_gpu_compiles_without_any_environment():
   """In a process of its own, whose JAX has not been used."""
-  clean = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "CUDA"))}
-  done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=clean, capture_output=True, text=True)
+  done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, env=clean(), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   if "nothing" in done.stdout:
     pytest.skip("the GPU extra (requirements-gpu.txt) is not installed")
   for gpu, line in zip(topology.known(), done.stdout.splitlines(), strict=True):
     assert line.startswith(f"{gpu} XLA for NVIDIA {gpu.split('-')[0].upper()}")
+
+
+STEP = """
+import sys; sys.path[:0] = [".", "tests"]
+import jax, jax.numpy as jnp, small_model
+from switchlora_jax import topology
+from switchlora_jax.config import resolve
+from switchlora_jax.program import build
+topology.without_gpus()
+mesh, _ = topology.gpu_mesh("h100") or exit("no GPU compiler")
+for remat in ("none", "linear", "full"):
+  config = small_model.config(dtype="bfloat16", remat=remat, model__hidden_size=32)
+  program = build(resolve(config, 1), mesh)
+  step = program.step.lower(program.abstract, jax.ShapeDtypeStruct((16, 8), jnp.int32)).compile().as_text()
+  print(remat, *(step.count(f'custom_call_target="__cudnn$fmhaSoftmax{end}"') for end in ("", "Backward")))
+"""
+
+
+def test_a_step_for_gpus_attends_by_cudnn():
+  """Once forward and once backward for all layers; where it is recomputed, once more."""
+  done = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env=clean(), capture_output=True, text=True)
+  if "no GPU compiler" in done.stderr:
+    pytest.skip("needs the GPU extra")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == ["none 1 1", "linear 2 1", "full 2 1"]
