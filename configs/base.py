@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
   config.dtype = placeholder(str)  # of the computation: float32 | bfloat16 | float64; None: bfloat16 on GPUs
   config.param_dtype = "float32"  # of all that is stored; bfloat16 is what the authors train in
   config.frozen_dtype = placeholder(str)  # of the kernels below adapters: float32 | bfloat16; None: param_dtype
+  config.candidates_dtype = placeholder(str)  # of the spare vectors: float32 | bfloat16; None: param_dtype
   config.remat = "none"  # recomputed in the backward pass: none | linear (all but linear layers) | full (each block)
   config.count_per_element = False  # Adam's step count as large as the parameters (App. D); lora and switchlora
 

@@ -63,8 +63,9 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
     config.min_lr_ratio = method.MIN_LR_RATIO
   if config.dtype is None:
     config.dtype = "bfloat16" if platform == "gpu" else "float32"
-  if config.frozen_dtype is None:
-    config.frozen_dtype = config.param_dtype
+  for key in ("frozen_dtype", "candidates_dtype"):
+    if config[key] is None:
+      config[key] = config.param_dtype
   return FrozenConfigDict(config)
 
 
@@ -132,15 +133,16 @@ def _check_training(config, devices: int):
 
 
 def _check_precision(config):
-  for key, unset in {"dtype": (None,), "param_dtype": (), "frozen_dtype": (None,)}.items():
+  stored, narrow = config.param_dtype, ("frozen_dtype", "candidates_dtype")
+  for key, unset in {"dtype": (None,), "param_dtype": (), **dict.fromkeys(narrow, (None,))}.items():
     if config[key] not in (*DTYPES, *unset):
       raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
-  stored, frozen = config.param_dtype, config.frozen_dtype
-  if frozen not in (None, stored) and (stored, frozen) not in STORED:
-    raise UserError(
-      f"frozen_dtype (={frozen!r}) must be that of all that is stored, param_dtype (={stored!r}), or one of the two "
-      f"bfloat16 and the other float32; set --config.frozen_dtype or --config.param_dtype"
-    )
+  for key in narrow:
+    if config[key] not in (None, stored) and (stored, config[key]) not in STORED:
+      raise UserError(
+        f"{key} (={config[key]!r}) must be that of all that is stored, param_dtype (={stored!r}), or one of the two "
+        f"bfloat16 and the other float32; set --config.{key} or --config.param_dtype"
+      )
 
 
 def _check_warm_start(config):

@@ -198,6 +198,7 @@ class SwitchLoRADense(LoRADense):
   """
 
   kernel_tail: bool = True
+  candidates_dtype: Any = None  # of the spares, which are rounded when they are put there; None: `param_dtype`
 
   def initial(self, key, in_features: int):
     """As `LoRADense.initial`, and the spares: all c candidates of a side are drawn alike, r are in the slots."""
@@ -206,10 +207,11 @@ class SwitchLoRADense(LoRADense):
     if spares <= 0:  # such a layer is never switched
       return variables
     std_a, std_b = adapter_std(in_features, self.features, self.rank, self.adapter_init)
+    dtype = self.candidates_dtype or self.param_dtype
     return variables | {
       "candidates": {
-        "spare_a": self._draw(key, 3, std_a, (spares, in_features)),
-        "spare_b": self._draw(key, 4, std_b, (spares, self.features)),
+        "spare_a": self._draw(key, 3, std_a, (spares, in_features)).astype(dtype),
+        "spare_b": self._draw(key, 4, std_b, (spares, self.features)).astype(dtype),
         "timer_a": jnp.zeros(self.rank, jnp.int32),  # steps for which a vector stays frozen
         "timer_b": jnp.zeros(self.rank, jnp.int32),
         "cursor": jnp.zeros((), jnp.int32),  # vectors loaded so far, a side

@@ -112,14 +112,16 @@ def swap(vectors, spares, slots, picks, live):
   Idle rows are rewritten with themselves. They may not name the slot or spare of a live row, and within
   a window nothing does; that both writes depend on both reads is what lets XLA do without copies.
 
+  Spares may be of fewer bits: a vector is rounded when it leaves, and the kernel absorbs what comes, as it comes.
+
   Shapes: vectors [L, r, d], spares [L, c - r, d], slots, picks, live [L, K].
   Returns the new vectors, the new spares, and the rows that left minus those that came, [L, K, d], in
   float32 or wider.
   """
-  old, new = read_rows(vectors, slots, live), read_rows(spares, picks, live)
+  old, new = read_rows(vectors, slots, live), read_rows(spares, picks, live).astype(vectors.dtype)
   moving = live[:, :, None]
   vectors = write_rows(vectors, slots, live, jnp.where(moving, new, old))
-  spares = write_rows(spares, picks, live, jnp.where(moving, old, new))
+  spares = write_rows(spares, picks, live, jnp.where(moving, old, new).astype(spares.dtype))
   wide = jnp.promote_types(vectors.dtype, jnp.float32)
   return vectors, spares, jnp.where(moving, old.astype(wide) - new.astype(wide), 0)
 

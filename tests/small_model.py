@@ -20,6 +20,7 @@ def config(method="switchlora", **changes):
   small.sharding.candidates = "replicated"  # as all else: a state can be put on any devices as it is
   small.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
   small.dtype, small.frozen_dtype = small.dtype or "float32", small.frozen_dtype or small.param_dtype
+  small.candidates_dtype = small.candidates_dtype or small.param_dtype
   return small
 
 

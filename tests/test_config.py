@@ -40,6 +40,10 @@ MISTAKES = {
     dict(frozen_dtype="float64"),
     "frozen_dtype (='float64') must be that of all that is stored, param_dtype (='float32'), or one of the two",
   ),
+  "candidates dtype": (
+    dict(param_dtype="float64", candidates_dtype="bfloat16"),
+    "candidates_dtype (='bfloat16') must be that of all that is stored, param_dtype (='float64'), or one of the two",
+  ),
   "nothing frozen": (
     dict(method="full", frozen_dtype="bfloat16"),
     "frozen_dtype (='bfloat16') is for the frozen kernels below adapters, and --config.method=full trains its kernels",

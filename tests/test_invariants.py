@@ -68,15 +68,17 @@ def collections(switched):
   return {"params": switched.params, "frozen": switched.frozen, "candidates": switched.candidates}
 
 
-def history(shape, times, seed, dtype=np.float32, random=False, tails=False):
+def history(shape, times, seed, dtype=np.float32, random=False, tails=False, narrow=False):
   """The (before, after) of each of some steps, on the host; the first draws and a third of the others are 0.
 
-  With `tails` the kernels are stored in 16 bits and 8 more.
+  With `tails` the kernels are stored in 16 bits and 8 more; if `narrow`, the spares in 16.
   """
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
   if tails:
     head, tail = split(layers["frozen"]["kernel"])
     layers["frozen"] = {"kernel": np.asarray(head), "kernel_tail": np.asarray(tail)}
+  if narrow:
+    layers["candidates"] |= {name: layers["candidates"][name].astype(jnp.bfloat16) for name in ("spare_a", "spare_b")}
   steps = []
   for t in range(STEPS):
     uniforms = np.where((rng.random(shape[0]) < 1 / 3) | (t == 0), 0, rng.random(shape[0])).astype(dtype)
@@ -121,6 +123,21 @@ def test_the_weight_in_force_does_not_change_float64(shape, times, seed):
     for before, after in history(shape, times, seed, np.float64):
       kernel, product = magnitudes(before)
       assert drift(before, after) <= 1e-12 * (kernel + SCALE * shape[3] * product)
+
+
+@many
+@given(*anything)
+def test_spares_of_16_bits_round_the_vectors_that_leave_and_not_the_weight_in_force(shape, times, seed):
+  """What comes back is another vector by a rounding of 2⁻⁹, and the kernel absorbs that one."""
+  with jax.enable_x64(True):
+    for before, after in history(shape, times, seed, np.float64, narrow=True):
+      kernel, product = magnitudes(before)
+      assert drift(before, after) <= 1e-6 * (kernel + SCALE * shape[3] * product)
+      for side in "ab":
+        left = before["params"][f"lora_{side}"][switched_rows(before, after, side)]
+        waiting = after.candidates[f"spare_{side}"]
+        assert waiting.dtype == jnp.bfloat16
+        assert {tuple(v) for v in left.astype(jnp.bfloat16)} <= {tuple(v) for layer in waiting for v in layer}
 
 
 @many

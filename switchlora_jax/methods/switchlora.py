@@ -1,5 +1,7 @@
 """SwitchLoRA: LoRA whose vectors are switched with spare candidates at every step (Algorithm 2)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -74,7 +76,7 @@ def describe(config) -> list[str]:
 
 def build(config) -> Method:
   """`SwitchLoRADense` layers; between gradients and optimizer, the switch."""
-  method = lora.build(config, SwitchLoRADense)
+  method = lora.build(config, partial(SwitchLoRADense, candidates_dtype=jnp.dtype(config.candidates_dtype)))
   if config.switch.interval == 0:
     return method
   plan = schedule(config)
