@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import small_model
+from jax.extend.core import jaxprs_in_params
 
 from switchlora_jax import cost
 from switchlora_jax.loss import CHUNK, mean_loss, mean_token_loss, row_losses, token_losses
@@ -76,7 +77,7 @@ def test_the_gradient_is_that_of_what_follows(x64):
 
 
 def test_bfloat16_is_nearer_to_the_truth_than_the_plain_loss():
-  """Logits are not rounded to 8 bits, and the kernel's gradient is summed in float32."""
+  """The kernel's gradient is summed in float32."""
   x, kernel, targets = drawn(dtype=jnp.bfloat16)
   narrow = kernel.astype(jnp.bfloat16).astype(jnp.float32)
   truth = value_and_gradients(plain_mean)(x.astype(jnp.float32), narrow, targets)
@@ -89,6 +90,17 @@ def test_bfloat16_is_nearer_to_the_truth_than_the_plain_loss():
   chunked, usual = errors
   assert all(mine <= theirs for mine, theirs in zip(chunked, usual, strict=True)), errors
   assert chunked[2] < 2**-9 * np.linalg.norm(truth[1][1]), "the kernel's gradient"
+
+
+def test_no_product_is_rounded_to_bfloat16():
+  """Of the compiled program one cannot say: where a rounding is asked for, XLA may leave it out."""
+
+  def products(jaxpr):
+    own = [e.outvars[0].aval.dtype for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    return sum((products(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)), own)
+
+  traced = jax.make_jaxpr(value_and_gradients(mean_token_loss))(*drawn(dtype=jnp.bfloat16))
+  assert products(traced.jaxpr) == [jnp.dtype("float32")] * 3
 
 
 # --- what it costs ------------------------------------------------------------------------------------------------
