@@ -40,7 +40,8 @@ def make_learnt_rank(first):
     in_force = lambda base, adapter, s: merge(read(base), *adapter, s) if adapter else read(base)
     return jnp.mean(jnp.concatenate([jax.lax.map(ratio, (now[path], then[path])) for path in now]))
 
-  return jax.jit(learnt_rank, static_argnums=2)
+  everywhere = first.abstract.step.sharding
+  return jax.jit(learnt_rank, static_argnums=2, out_shardings=everywhere)
 
 
 def block_layers(params, frozen) -> dict:

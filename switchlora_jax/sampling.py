@@ -1,8 +1,12 @@
 """A short text from the model, to look at."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from switchlora_jax.sharding import replicated
 
 
 def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, temperature: float, seed: int) -> list[int]:
@@ -15,7 +19,9 @@ def sample(model, params, frozen, prompt, *, new_tokens: int, pieces: int, tempe
   """
   length = len(prompt) + new_tokens
 
-  @jax.jit
+  everywhere = replicated(jax.tree.leaves(params)[0].sharding.mesh)
+
+  @partial(jax.jit, out_shardings=everywhere)
   def generate(params, frozen, row):
     def draw(position, row):
       logits = model.apply({"params": params, "frozen": frozen}, row[None])[0, position - 1, :pieces]

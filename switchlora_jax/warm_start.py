@@ -27,7 +27,6 @@ def hand_over(state: TrainState, before: Program, after: Program) -> TrainState:
 def _convert(state: TrainState, before: Program, after: Program) -> TrainState:
   """The state of `after` before step 0, with the function of a state of `before`."""
 
-  @jax.jit
   def convert(params, frozen):
     fresh = after.create()
     plain = weights.merged(params, frozen, before.scale)
@@ -36,7 +35,8 @@ def _convert(state: TrainState, before: Program, after: Program) -> TrainState:
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, fresh.params)
     return fresh._replace(params=params, frozen=frozen)
 
-  return convert(state.params, state.frozen)
+  lies = jax.tree.map(lambda x: x.sharding, after.abstract)
+  return jax.jit(convert, out_shardings=lies)(state.params, state.frozen)
 
 
 class Source:

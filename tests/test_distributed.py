@@ -132,15 +132,21 @@ def start(folder, flags, *, slurm_says=False, first=(), second=()):
   return [(process.returncode, *output) for process, output in zip(running, ended, strict=True)]
 
 
+ALL_SPLIT = ["--config.sharding.fsdp=8", "--config.sharding.frozen=sharded"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """The same run by 1 × 8, 1 × 1 and 2 × 4 devices; and by 2 × 4 from step 4 of 1 × 8, behind a damaged checkpoint."""
+  """The same run by 1 × 8, 1 × 1 and 2 × 4 devices; and by 2 × 4 from step 4 of 1 × 8, behind a damaged checkpoint.
+
+  The last has its arrays split over all 8, so that each process holds half of them.
+  """
   folder = tmp_path_factory.mktemp("runs")
   raw, eight, one = tiny_config(folder), folder / "eight", folder / "one"
   config, flags = resolve(raw, devices=8), flags_of(raw)
   trainer.train(config, eight)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trainer, "make_mesh", lambda: small_model.mesh(1))
+    patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     trainer.train(config, one)
   apart = start(folder, [*flags, f"--workdir={folder / 'apart'}"])
   watched = [json.loads((folder / f"watched-{process}.json").read_text()) for process in range(COUNT)]
@@ -148,7 +154,7 @@ def runs(tmp_path_factory):
   shutil.copytree(eight, continued)
   shutil.rmtree(continued / "checkpoints" / "12")
   damage(continued / "checkpoints" / "8")
-  again = start(folder, [*flags, f"--workdir={continued}"], slurm_says=True)
+  again = start(folder, [*flags, *ALL_SPLIT, f"--workdir={continued}"], slurm_says=True)
   return SimpleNamespace(
     folder=folder, config=config, eight=eight, one=one, apart=folder / "apart", continued=continued,
     started=apart, started_again=again, watched=watched,

@@ -74,9 +74,11 @@ def test_each_device_is_handed_its_own_rows_and_they_are_all(tmp_path):
   assert placed.dtype == np.int32 and placed.sharding == by_rows(make_mesh())
 
 
-def test_what_is_handed_over_lies_where_the_next_phase_has_it(tmp_path):
-  """Shapes, dtypes, and a copy on each of eight devices: no step is compiled for the state handed over alone."""
-  first, main = phases(resolved(tmp_path, method="lora", warm_start_steps=2), make_mesh())
+@pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
+def test_what_is_handed_over_lies_where_the_next_phase_has_it(layout, tmp_path):
+  """Shapes, dtypes, and place on each of eight devices: no step is compiled for the state handed over alone."""
+  keys = {f"sharding__{key}": value for key, value in layout.items()}
+  first, main = phases(resolved(tmp_path, warm_start_steps=2, **keys), make_mesh(fsdp=layout.get("fsdp", 1)))
   kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
   state = first.create()
   assert kind(state) == kind(first.abstract)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from small_model import host, same_bits
 
 from switchlora_jax.checkpoint import Checkpoints
-from switchlora_jax.sharding import FSDP, Placement
+from switchlora_jax.sharding import FSDP, Placement, by_rows
 
 REPLICATED = {}
 SPARES = dict(sharding__candidates="sharded")
@@ -71,10 +71,15 @@ def test_every_layout_trains_the_same_run(name):
   np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["full", "relora", "galore"])
+OTHERS = {"full": {}, "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0), "galore": {}}
+
+
+@pytest.mark.parametrize("method", OTHERS)
 def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
-  _, expected, last, losses = trained(method=method, steps=3, **REPLICATED)
-  _, found, state, found_losses = trained(method=method, steps=3, sharding__fsdp=8, sharding__frozen="sharded")
+  """ReLoRA merges after its third update, GaLore decomposes at its first."""
+  options = dict(method=method, steps=5, **OTHERS[method])
+  _, expected, last, losses = trained(**options)
+  _, found, state, found_losses = trained(**options, sharding__fsdp=8, sharding__frozen="sharded")
   np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
   np.testing.assert_allclose(found_losses, losses, rtol=1e-6)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), state.params, last.params)
@@ -136,6 +141,20 @@ def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_bl
     assert axis == len(shape) - 2, "between LoRA vectors, not across them"
   else:
     assert shape[axis] == max(shape[a] for a in axes)
+
+
+def test_a_device_computes_what_one_alone_would():
+  """The same rows a device, alone and among eight: as many operations, and fewer where it updates only its share."""
+
+  def operations(devices, **layout):
+    settings = config(batch_size=2 * devices, model__hidden_size=64, **layout)
+    program = small_model.program(settings, devices)
+    tokens = jax.ShapeDtypeStruct((2 * devices, 8), np.int32, sharding=by_rows(small_model.mesh(devices)))
+    return program.step.lower(program.abstract, tokens).compile().cost_analysis()["flops"]
+
+  alone = operations(1)
+  assert operations(8, **SPARES) <= 1.01 * alone
+  assert operations(8, **SPARES, sharding__fsdp=8) <= 0.95 * alone
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
