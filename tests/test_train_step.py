@@ -1,20 +1,17 @@
 """The compiled step: what it sends, what it keeps, what it skips, and that it replays."""
 
-import math
-import re
 from functools import lru_cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
-from jax.sharding import PartitionSpec
 from small_model import host, same_bits
 
 from switchlora_jax.candidates import draw_uniforms
+from switchlora_jax.collectives import collectives
 from switchlora_jax.methods import switchlora
-from switchlora_jax.sharding import DATA, replicated
+from switchlora_jax.sharding import replicated
 from switchlora_jax.switching import switch
 
 
@@ -43,47 +40,17 @@ def train(steps, method, devices=8, state=None, **changes):
 
 # --- what is sent -------------------------------------------------------------------------------------------------
 
-COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
-def collectives(program: str) -> list[tuple[float, int]]:
-  """(how often it runs, how many numbers it carries) of each collective in the text of a compiled program.
-
-  What stands in a loop runs once a turn; a loop whose turns the compiler does not know counts as endless.
-  """
-  bodies, name = {}, None
-  for line in program.splitlines():
-    head = re.match(r"(ENTRY )?%([\w.\-]+) .*\{$", line)
-    if head:
-      name = "ENTRY" if head[1] else head[2]
-      bodies[name] = []
-    elif name:
-      bodies[name].append(line)
-
-  def walk(name, times):
-    for line in bodies[name]:
-      if found := COLLECTIVE.search(line):
-        shapes = re.findall(r"\w\d+\[([\d,]*)\]", found[1])
-        yield times, sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
-      trips = TRIPS.search(line)
-      turns = 1 if " while(" not in line else int(trips[1]) if trips else math.inf
-      branches = [name.strip("% ") for group in BRANCHES.findall(line) for name in group.split(",")]
-      for called in CALLED.findall(line) + branches:
-        yield from walk(called, times * turns)
-
-  return list(walk("ENTRY", 1))
-
 
 def sent(**changes):
-  """The collectives of a step of SwitchLoRA on 8 devices: outside of loops, and within."""
+  """How many numbers each collective of a step of SwitchLoRA on 8 devices carries: outside of loops, and within."""
   config = small_model.config("switchlora", batch_size=32, **changes)
   program = small_model.program(config, 8)
   rows = small_model.place(small_model.rows(config, 0), 8)
-  found = collectives(program.step.lower(program.abstract, rows).compile().as_text())
-  return [size for times, size in found if times == 1], [size for times, size in found if times != 1]
+  found = collectives(program.step.lower(program.abstract, rows).compile().as_text(), 8)
+  outside, inside = [], []
+  for collective in found:
+    (outside if collective.certain and collective.times == 1 else inside).append(collective.size // 4)
+  return outside, inside
 
 
 def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
@@ -100,16 +67,6 @@ def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched(
   assert sum(outside) == sum(sent()[0])
   sides = [16 + 16] * 4 + [16 + 24] * 3
   assert sorted(inside) == sorted(2 * 2 * both for both in sides)
-
-
-def test_the_counter_sees_a_collective_in_a_loop():
-  def local(x):
-    return jax.lax.scan(lambda total, row: (total + jax.lax.psum(row, DATA), None), jnp.zeros(3), x)[0]
-
-  mesh = small_model.mesh(8)
-  summed = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(DATA), out_specs=PartitionSpec(), check_vma=False)
-  found = collectives(jax.jit(summed).lower(jnp.ones((40, 3))).compile().as_text())
-  assert found == [(5, 3)]
 
 
 # --- the compiled step --------------------------------------------------------------------------------------------
