@@ -154,6 +154,8 @@ def cells(where: Machine, found: list[Column]):
     yield key, lambda column, key=key: mib(getattr(column.plan, key))
   if any(column.plan.host for column in found):
     yield "of these, on the host", lambda column: mib(column.plan.host)
+  if any(column.plan.exchanged for column in found):
+    yield "  exchanged by a switch", lambda column: mib(column.plan.exchanged)
   yield "activations, temporaries", lambda column: mib(column.plan.temporaries)
   yield "peak", lambda column: mib(column.plan.peak)
   yield f"peak, of {mib(where.limit)}", lambda column: share(column.plan.peak / where.limit)

@@ -98,6 +98,19 @@ def draw_picks(key, candidates, schedule) -> dict:
   return picks
 
 
+def exchanged_bytes(candidates, schedule) -> int:
+  """Bytes of spare rows that a step brings at most, and as many that it puts in their place; abstract arrays will do.
+
+  Of their K rows a side, all move where a step switches as many as it can, as the first steps do.
+  """
+  flat, total = flatten_dict(candidates), 0
+  for path in switchable(candidates):
+    rows = math.prod(layer_shape(candidates, path)) * schedule.window(*rank_and_spares(candidates, path))
+    sides = (flat[*path, name] for name in ("spare_a", "spare_b"))
+    total += sum(rows * side.shape[-1] * side.dtype.itemsize for side in sides)
+  return total
+
+
 def coverage(candidates):
   """The share of all candidates, of all layers, that have been in a slot so far, [] in [0, 1]; taken in order.
 

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from switchlora_jax import cost
+from switchlora_jax.candidates import exchanged_bytes
 from switchlora_jax.collectives import Collective, collectives
+from switchlora_jax.methods import switchlora
 from switchlora_jax.program import Program
 from switchlora_jax.sharding import by_rows
 from switchlora_jax.topology import Gpu
@@ -25,6 +27,7 @@ class Plan(NamedTuple):
   Attributes:
     trainable, frozen, candidates, optimizer: bytes of the state.
     host: how many of them lie in the memory of the host.
+    exchanged: bytes of candidates that a switch brings from where they lie at most, and as many that it puts there.
     temporaries: bytes of activations, gradients and whatever else lives only within a step.
     peak: bytes of the device that the step needs at once.
     moved: bytes read and written in its memory in a step, at least: see `moved_bytes`.
@@ -39,6 +42,7 @@ class Plan(NamedTuple):
   candidates: int
   optimizer: int
   host: int
+  exchanged: int
   temporaries: int
   peak: int
   moved: int
@@ -108,6 +112,7 @@ def plan(program: Program, config, mesh, host: int) -> Plan:
     candidates=device_bytes(state.candidates),
     optimizer=device_bytes(state.opt_state),
     host=host,
+    exchanged=exchanged_bytes(state.candidates, switchlora.schedule(config)),
     temporaries=memory["temporaries"],
     peak=memory["peak"] - host,
     moved=moved_bytes(memory, config.accumulation),

@@ -74,7 +74,7 @@ def test_the_limit_and_the_links_are_what_the_flags_say(no_gpu_compiler):
 
 def test_candidates_on_the_host_have_a_line(no_gpu_compiler):
   with imported("plan") as plan:
-    blank = plan.Plan(*[0] * 10, traffic=[], seconds=0.0)._replace(host=2**20, tokens=1, moved=1)
+    blank = plan.Plan(*[0] * 11, traffic=[], seconds=0.0)._replace(host=2**20, tokens=1, moved=1)
     where = plan.machine()
     column = plan.Column("switchlora", blank, plan.planner.estimate(blank, where.gpu, "float32", 8), {})
     lines = [line.split() for line in plan.table(where, [column]).splitlines()]
