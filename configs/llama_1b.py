@@ -15,6 +15,7 @@ def get_config():
   config.rank = 512
   config.batch_size = 1536
   config.seq_len = 512
+  config.remat = "full"  # kept, activations would be most of the memory
   config.accumulation = 12  # 16 rows on each of 8 GPUs
   config.model.hidden_size = 2048
   config.model.intermediate_size = 5461

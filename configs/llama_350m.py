@@ -15,6 +15,7 @@ def get_config():
   config.rank = 256
   config.batch_size = 1152
   config.seq_len = 512
+  config.remat = "full"  # kept, activations would be most of the memory
   config.accumulation = 2  # 72 rows on each of 8 GPUs
   config.model.hidden_size = 1024
   config.model.intermediate_size = 2736

@@ -13,6 +13,7 @@ def get_config():
   config.rank = 128
   config.batch_size = 4
   config.accumulation = 1
+  config.remat = "none"
   config.model.vocab_size = 2048
   config.model.num_layers = 2
   return config

@@ -116,7 +116,6 @@ def start(folder, flags, *, slurm_says=False, first=(), second=()):
   """[(exit code, stdout, stderr)] of two processes of one run; their own flags are `first` and `second`."""
   port, running = free_port(), []
   shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
-  shared |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   for process, own in enumerate((first, second)):
     place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={COUNT}", f"--process_id={process}"]
