@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
   config.model.num_layers = 24  # blocks
   config.model.num_heads = 16  # attention heads; must divide hidden_size into even parts
 
-  config.sharding = ConfigDict()  # where arrays live; the run is the same, and continues, whatever it says
+  config.sharding = ConfigDict()  # where arrays live; a run may continue under any, but for the order of sums the same
   config.sharding.fsdp = 1  # devices in the second axis of the mesh, over which `sharded` splits; the first: the rest
   config.sharding.trained = "sharded"  # what is trained: sharded | replicated
   config.sharding.optimizer = "sharded"  # the optimizer's state: sharded | replicated

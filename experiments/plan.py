@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 from experiments import cli
 from switchlora_jax import planner, topology
@@ -88,7 +88,7 @@ def configs(devices: int) -> dict[str, FrozenConfigDict]:
     raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(METHODS)}")
   found = {}
   for name in NAMES.value or [CONFIG.value.method]:
-    config = ConfigDict(CONFIG.value)
+    config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
     config.method = name
     if name == "full":
       config.warm_start_steps = 0

@@ -40,15 +40,20 @@ def checksums(leaves) -> list[jax.Array]:
   return [of(leaf) for leaf in leaves]
 
 
-def named_checksums(state) -> dict[str, int]:
-  """{path of the leaf: its checksum}, on the host; of whole arrays, wherever their parts lie."""
+def named_checksums(state) -> dict[str, list[int]]:
+  """{path of the leaf: its checksum and its shape}, on the host; of whole arrays, wherever their parts lie."""
   named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
   # What waits in the memory of the host comes to the device one array at a time.
   there = {name: leaf for name, leaf in named.items() if leaf.sharding.memory_kind == "pinned_host"}
   here = {name: leaf for name, leaf in named.items() if name not in there}
   found = dict(zip(here, checksums(list(here.values())), strict=True))
   found |= {name: jax.block_until_ready(checksums([leaf])[0]) for name, leaf in there.items()}
-  return {name: int(x) for name, x in jax.device_get(found).items()}
+  return {name: [int(x), *_shape(name, named[name])] for name, x in jax.device_get(found).items()}
+
+
+def _shape(name: str, leaf) -> tuple[int, ...]:
+  """The shape of an array, without the rows of spares: in some layouts there are more, which nothing reads."""
+  return leaf.shape if "spare" not in name else (*leaf.shape[:-2], leaf.shape[-1])
 
 
 class Checkpoints:
@@ -95,6 +100,8 @@ class Checkpoints:
     for step in reversed(self.steps()):
       try:
         state = self._restore(step, abstract_at(step))
+      except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here says nothing of the file
+        raise
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
         damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         continue
@@ -109,14 +116,14 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, abstract):
-    # Padding is not the same in every layout: the checksums see to it that nothing else is cut off or added.
+    # Padding is not the same in every layout. What else is cut off or added, checksums and shapes tell.
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False), checksums=ocp.args.JsonRestore())
     # A file that only one process could not read must be passed over by all.
     restored = hosts.everywhere(lambda: self._manager.restore(step, args=items))
     expected, found = restored.checksums, named_checksums(restored.state)
     wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if wrong:
-      raise ValueError(f"checksum of {min(wrong)} and {len(wrong) - 1} more arrays differs from what was saved")
+      raise ValueError(f"checksum or shape of {min(wrong)} and {len(wrong) - 1} more arrays is not what was saved")
     return restored.state
 
   def _pass_over(self, damaged: dict[int, str]):

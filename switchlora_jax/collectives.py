@@ -51,7 +51,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
   """The collectives in the text of a compiled program for so many devices (`compiled.as_text()`).
 
   What stands in a loop counts once a turn, also in loops of loops and in computations called from there; of two
-  branches both count.
+  branches both count. A device that is alone in its group sends nothing, and is left out.
   """
   bodies, name = {}, None
   for line in program.splitlines():
@@ -60,7 +60,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
       bodies[name] = []
     elif name:
       bodies[name].append(line)
-  return list(_walk(bodies, "ENTRY", 1, True, devices))
+  return [found for found in _walk(bodies, "ENTRY", 1, True, devices) if len(found.groups[0]) > 1]
 
 
 def _walk(bodies, name: str, times: int, certain: bool, devices: int) -> Iterator[Collective]:

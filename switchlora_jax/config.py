@@ -23,7 +23,7 @@ POSITIVE = (
 DTYPES = ("float32", "bfloat16", "float64")
 STORED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # dtypes that frozen kernels and the rest may mix
 
-# What may differ when a run is continued: none of it changes a number that the run computes.
+# What may differ when a run is continued: none of it changes what the run computes, but the layout the order of sums.
 FREE = (
   "eval_every",
   "checkpoint_every",
@@ -92,10 +92,15 @@ def _check_model(config):
 
 
 def _check_sharding(config, devices: int):
-  fsdp = config.sharding.fsdp
-  if fsdp < 1 or devices % fsdp:
+  fsdp, hidden = config.sharding.fsdp, config.model.hidden_size
+  if fsdp < 1 or devices % fsdp or hidden % fsdp:
     raise UserError(
-      f"sharding.fsdp (={fsdp}) must divide the number of devices (={devices}); set --config.sharding.fsdp"
+      f"sharding.fsdp (={fsdp}) must divide the number of devices (={devices}) and model.hidden_size (={hidden}); "
+      f"set --config.sharding.fsdp"
+    )
+  if fsdp == 1 and config.sharding.frozen == "sharded":
+    raise UserError(
+      "sharding.frozen (='sharded') splits nothing while sharding.fsdp is 1; set --config.sharding.fsdp as well"
     )
   allowed = {"trained": SPLIT, "optimizer": SPLIT, "frozen": SPLIT, "candidates": (*SPLIT, "host")}
   for key, values in allowed.items():

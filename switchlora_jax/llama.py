@@ -23,7 +23,11 @@ REMAT = {
   "linear": partial(nn.remat, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(LINEAR)),
   "full": partial(nn.remat, prevent_cse=False),
 }
-ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+
+
+def all_but_gathered(primitive, *_, **params) -> bool:
+  """A policy that keeps everything but what is gathered, and its casts; by their names alone JAX cannot deny them."""
+  return primitive.name not in ("all_gather", "convert_element_type") and params.get("name") != GATHERED
 
 
 def rotary_angles(length: int, head_size: int, dtype=jnp.float32):
@@ -164,5 +168,5 @@ class LLaMA(nn.Module):
     block = nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
     # Kept for the backward pass, what is gathered would pile up to the whole model; it is gathered again.
     if self.remat == "none":
-      return nn.remat(block, prevent_cse=False, policy=ALL_BUT_GATHERED)
+      return nn.remat(block, prevent_cse=False, policy=all_but_gathered)
     return REMAT[self.remat](block)

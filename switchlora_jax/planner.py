@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     exchanged: bytes of candidates that a switch brings from where they lie at most, and as many that it puts there.
     temporaries: bytes of activations, gradients and whatever else lives only within a step.
     peak: bytes of the device that the step needs at once.
-    moved: bytes read and written in its memory in a step, at least: see `moved_bytes`.
+    moved: bytes read and written in its memory in a step, roughly: see `moved_bytes`.
     operations: multiplications and additions of the matrix products of a step.
     tokens: of a step.
     traffic: the collectives of a step.
@@ -115,7 +115,7 @@ def plan(program: Program, config, mesh, host: int) -> Plan:
     exchanged=exchanged_bytes(state.candidates, switchlora.schedule(config)),
     temporaries=memory["temporaries"],
     peak=memory["peak"] - host,
-    moved=moved_bytes(memory, config.accumulation),
+    moved=moved_bytes(memory, config.accumulation) - 2 * host,
     operations=operations,
     tokens=config.batch_size * config.seq_len // mesh.size,
     traffic=collectives(compiled.as_text(), mesh.size),
@@ -124,8 +124,9 @@ def plan(program: Program, config, mesh, host: int) -> Plan:
 
 
 def moved_bytes(memory: dict[str, int], accumulation: int) -> int:
-  """Bytes that a step reads and writes, at least: all it is given and returns once, temporaries twice a micro-batch.
+  """Bytes that a step reads and writes, roughly: all it is given and returns once, temporaries twice a micro-batch.
 
+  Too many where much of the state stays as it is, as candidates and frozen kernels mostly do.
   Space that is used several times in a step, as under recomputation, moves more. The compiler's own count is of no
   use: on CPUs it takes every loop, that over layers too, for one turn, and for absent GPUs there is none.
   """

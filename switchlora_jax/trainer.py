@@ -42,12 +42,12 @@ def train(config, workdir: Path) -> Outcome:
   # From its first finished checkpoint on, a run does not need the other any more.
   started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
   wanted = config.warm_start_from and not started
-  open_source = lambda: warm_start.Source(config.warm_start_from, programs[0], mesh) if wanted else None
+  open_source = lambda: warm_start.Source(config, programs[0], mesh) if wanted else None
   source = hosts.everywhere(open_source)
   hosts.say(report.describe(config, *(program.abstract for program in programs)))
   data = prepare_data(config)
   if source:
-    source.check_tokenizer(data.tokenizer_path)
+    hosts.everywhere(lambda: source.check_tokenizer(data.tokenizer_path))
   hosts.on_first(lambda: run_directory.record(workdir, config, data))
   hosts.everywhere(lambda: run_directory.check_shared(workdir))
   evaluate = make_evaluate(config, programs[0], data.valid)

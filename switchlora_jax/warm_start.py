@@ -46,7 +46,8 @@ class Source:
     UserError: when it is made, where there is no such run or its model has other arrays; names them.
   """
 
-  def __init__(self, directory: str, program: Program, mesh):
+  def __init__(self, config, program: Program, mesh):
+    directory = config.warm_start_from
     self._directory, self._program = Path(directory).expanduser(), program
     saved = run_directory.read(self._directory)
     parts = [self._directory / name for name in ("checkpoints", "tokenizer.model")]
@@ -60,7 +61,9 @@ class Source:
         f"the run in {self._directory} is stored in float64 and cannot be read by a float32 run; "
         f"set --config.param_dtype=float64"
       )
-    self._programs = phases(FrozenConfigDict(saved["config"]), mesh)
+    here = config.to_dict()
+    layout = {key: here[key] for key in ("sharding", "remat", "accumulation", "batch_size")}
+    self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
     plain = [jax.eval_shape(_merged, p.abstract, p.scale) for p in (self._programs[-1], program)]
     if wrong := weights.mismatches(*plain):
       raise UserError(

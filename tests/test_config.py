@@ -40,6 +40,18 @@ MISTAKES = {
     dict(frozen_dtype="float64"),
     "frozen_dtype (='float64') must be that of all that is stored, param_dtype (='float32'), or one of the two",
   ),
+  "fsdp": (
+    dict(sharding__fsdp=3),
+    "sharding.fsdp (=3) must divide the number of devices (=8) and model.hidden_size (=16); set --config.sharding",
+  ),
+  "nothing split": (
+    dict(sharding__frozen="sharded"),
+    "sharding.frozen (='sharded') splits nothing while sharding.fsdp is 1; set --config.sharding.fsdp as well",
+  ),
+  "placement": (
+    dict(sharding__candidates="disk"),
+    "sharding.candidates (='disk') must be one of sharded, replicated, host; set --config.sharding.candidates",
+  ),
   "candidates dtype": (
     dict(param_dtype="float64", candidates_dtype="bfloat16"),
     "candidates_dtype (='bfloat16') must be that of all that is stored, param_dtype (='float64'), or one of the two",

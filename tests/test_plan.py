@@ -20,7 +20,7 @@ SMALL = [
 def no_gpu_compiler(monkeypatch):
   """As where the GPU extra is missing; and this process' environment stays as it is."""
   monkeypatch.setattr(topology, "without_gpus", lambda: None)
-  monkeypatch.setattr(topology, "gpu_mesh", lambda gpu, shape: None)
+  monkeypatch.setattr(topology, "gpu_mesh", lambda *_: None)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_column_for_each_method(no_gpu_compiler, quick_compiler, tmp_path, cap
     plan.main()
   printed, progress = capsys.readouterr()
   first, header, *lines, last = printed.splitlines()
-  assert first.startswith("per device of 1x1x8 h100, float32, XLA for CPUs, since the GPU extra is missing")
+  assert first.startswith("per device of 1x1x8 h100, bfloat16, XLA for CPUs, since the GPU extra is missing")
   assert header.split() == ["full", "lora"]
   assert len({len(line) for line in [header, *lines]}) == 1, "aligned"
   labels = [line.split("  ")[0] for line in lines if line[0] != " "]

@@ -9,11 +9,13 @@ import pytest
 import small_model
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 from small_model import host, same_bits
 
 from switchlora_jax.checkpoint import Checkpoints
-from switchlora_jax.sharding import FSDP, Placement, by_rows
+from switchlora_jax.errors import UserError
+from switchlora_jax.sharding import FSDP, Placement, by_rows, replicated
 
 REPLICATED = {}
 SPARES = dict(sharding__candidates="sharded")
@@ -89,6 +91,30 @@ def test_rows_of_padding_are_there_and_stay_zero():
   spares = trained(**SPARES)[2].candidates["blocks"]["gate"]["spare_b"]
   assert spares.shape == (2, 16, 24) and not spares[:, 11:].any() and spares[:, :11].any()
   assert trained(**REPLICATED)[2].candidates["blocks"]["gate"]["spare_b"].shape == (2, 11, 24)
+
+
+@pytest.mark.parametrize("remat", ["none", "linear", "full"])
+def test_what_is_gathered_of_a_layer_is_not_kept_for_the_backward_pass(remat):
+  """In the trace of a step no loop over the layers returns whole kernels; as plain training would keep them."""
+
+  def stacked(**layout):
+    settings = config("full", batch_size=8, model__num_layers=3, model__vocab_size=56, **layout)
+    program = small_model.program(settings, 8)
+    rows = jax.ShapeDtypeStruct((8, 8), np.int32, sharding=by_rows(small_model.mesh(8)))
+    return {tuple(x.shape) for scan in scans(jax.make_jaxpr(program.step)(program.abstract, rows).jaxpr) for x in scan}
+
+  kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}
+  assert not stacked(sharding__fsdp=8, sharding__frozen="sharded", remat=remat) & kernels
+  assert stacked() & kernels == kernels, "their gradients, at the least"
+
+
+def scans(jaxpr):
+  """The outputs of every scan in a jaxpr, however deep."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "scan":
+      yield [x.aval for x in equation.outvars]
+    for inner in jaxprs_in_params(equation.params):
+      yield from scans(inner)
 
 
 # --- what a device holds ------------------------------------------------------------------------------------------
@@ -180,6 +206,24 @@ def test_a_checkpoint_of_one_layout_restores_in_another(saved, wanted, tmp_path)
   assert same_bits(without_padding(restored), without_padding(state))
   place = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
   assert place(restored) == place(abstract)
+
+
+def test_a_checkpoint_of_other_shapes_is_not_filled_up_with_zeros(tmp_path):
+  """As it would be if only the rows of padding were meant to differ: a larger rank, model or vocabulary."""
+  state = {"blocks": {"lora_a": np.ones((2, 4, 16), np.float32), "spare_a": np.ones((2, 12, 16), np.float32)}}
+  on_one = replicated(small_model.mesh(1))
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.save(5, jax.device_put(state, on_one))
+
+  def restore(lora_a, spare_a):
+    kind = lambda shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=on_one)
+    with Checkpoints(tmp_path) as checkpoints:
+      return checkpoints.restore(lambda _: {"blocks": {"lora_a": kind(lora_a), "spare_a": kind(spare_a)}})
+
+  assert restore((2, 4, 16), (2, 16, 16))["blocks"]["spare_a"].shape == (2, 16, 16)
+  for lora_a, spare_a in (((2, 6, 16), (2, 12, 16)), ((2, 4, 24), (2, 12, 16)), ((2, 4, 16), (2, 12, 24))):
+    with pytest.raises(UserError, match="checksum or shape of"):
+      restore(lora_a, spare_a)
 
 
 def test_one_device_goes_on_from_a_checkpoint_of_eight(tmp_path):

@@ -279,8 +279,9 @@ def sources(folder, runs):
 def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, method):
   """Of its newest checkpoint; all else is as at step 0."""
   workdir, theirs, saved = sources[source]
-  ours = program.build(resolved(folder, devices=1, **SHAPE, method=method), small_model.mesh(1))
-  state = warm_start.Source(str(workdir), ours, small_model.mesh(1)).state()
+  config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(workdir))
+  ours = program.build(config, small_model.mesh(1))
+  state = warm_start.Source(config, ours, small_model.mesh(1)).state()
   expected = logits(theirs, saved, runs("full"))
   np.testing.assert_allclose(logits(ours, state, runs("full")), expected, rtol=0, atol=2e-6)
   kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
