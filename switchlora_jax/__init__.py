@@ -4,16 +4,17 @@
   corpus          where text comes from: installed documentation, local files
   tokenizer       trains or loads SentencePiece
   dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
+  sharding        the mesh, and where arrays live on it
   llama           the model; each linear layer is made by a factory it is handed
   loss            next-token cross-entropy from the hidden states, a chunk of tokens at a time
   split_float     base kernels in 16 bits, and 8 more so that they do not drift
   dense           LoRADense, SwitchLoRADense: collections, initialisation, the merged forward and backward
+  candidates      the vectors that wait: their draws, and their rows wherever they lie
   switching       Algorithms 1 and 2 of the paper, pure functions
   optimizer       Adam with a step count per LoRA vector, reset and freeze; schedule; clipping
   methods/        full · lora · switchlora · relora · galore: what each method adds to a step
   weights         the plain weights of a model: adapters merged in, or split off again
   hosts           several processes, one run: what they agree on, what the first does alone
-  sharding        the mesh, and where arrays live on it
   train_state     everything a run is made of at one moment, one pytree
   train_step      loss → accumulated gradients → clip → method → update, one dispatch
   program         what a config compiles to, for each phase of its run
