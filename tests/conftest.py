@@ -1,14 +1,7 @@
 """Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
 
 import json
-import os
 from pathlib import Path
-
-# Most of the tests' time is compilation: what one test or process has compiled, the others find. Read by JAX when
-# it is imported, here and in the processes that tests start.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np

@@ -121,7 +121,8 @@ def test_then_and_now_have_each_their_own_arrays_and_scale(adapted):
   head, frozen = {"kernel": normal(1, 6, 5)}, {"blocks": {"q": {"kernel": normal(0, 1, 9, 6)}}}
   adapter = lambda seed: {"blocks": {"q": {"lora_a": normal(seed, 1, 3, 9), "lora_b": normal(seed + 1, 1, 3, 6)}}}
   start = (adapter(2) | {"head": head}, frozen, 2.0) if adapted else (frozen | {"head": head}, {}, None)
-  first = SimpleNamespace(create=lambda: SimpleNamespace(params=start[0], frozen=start[1]), scale=start[2])
+  state = SimpleNamespace(params=start[0], frozen=start[1], step=jnp.zeros(()))
+  first = SimpleNamespace(create=lambda: state, scale=start[2], abstract=state)
   learnt = jnp.outer(normal(4, 9), normal(5, 6)) + jnp.outer(normal(6, 9), normal(7, 6))
   now = weights.merged(*start)
   now["blocks"]["q"]["kernel"] += learnt[None]

@@ -145,14 +145,14 @@ ENVIRONMENT = os.environ | QUICK | {"PYTHONPATH": str(ROOT)}
 def test_a_run_uses_what_was_planned():
   """The state's live arrays to the byte, and in the step so much more resident memory as there are temporaries.
 
-  To 12%: threads bring workspaces for their products (6 to 7% here), and a page to which nothing is written is not
+  To 10%: threads bring workspaces for their products, 18 of 418 MB here, and a page to which nothing is written is not
   resident.
   """
   done = subprocess.run([sys.executable, RUN], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   numbers = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", done.stdout)}
   assert numbers["held"] == numbers["live"] > 2e7
-  assert numbers["grown"] == pytest.approx(numbers["temporaries"], rel=0.12)
+  assert numbers["grown"] == pytest.approx(numbers["temporaries"], rel=0.1)
   assert numbers["peak"] == pytest.approx(numbers["held"] + numbers["temporaries"], abs=1024)
   assert numbers["temporaries"] > 8 * numbers["held"], "else the tolerance would hide them"
 

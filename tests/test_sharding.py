@@ -24,8 +24,7 @@ LAYOUTS = {
   "candidates on the host": dict(sharding__candidates="host"),
   "optimizer over 8 devices": dict(**SPARES, sharding__fsdp=8, sharding__trained="replicated"),
   "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
-  "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded"),
-  "all over 8 devices, recomputing": dict(**SPARES, sharding__fsdp=8, sharding__frozen="sharded", remat="full"),
+  "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded", remat="full"),
 }
 # What is reduced in another order, or by other devices, differs by roundings that Adam amplifies.
 SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
@@ -170,7 +169,7 @@ def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_bl
 
 
 def test_a_device_computes_what_one_alone_would():
-  """The same rows a device, alone and among eight: as many operations, and fewer where it updates only its share."""
+  """The same rows a device, alone and among eight: as many operations."""
 
   def operations(devices, **layout):
     settings = config(batch_size=2 * devices, model__hidden_size=64, **layout)
@@ -178,9 +177,7 @@ def test_a_device_computes_what_one_alone_would():
     tokens = jax.ShapeDtypeStruct((2 * devices, 8), np.int32, sharding=by_rows(small_model.mesh(devices)))
     return program.step.lower(program.abstract, tokens).compile().cost_analysis()["flops"]
 
-  alone = operations(1)
-  assert operations(8, **SPARES) <= 1.01 * alone
-  assert operations(8, **SPARES, sharding__fsdp=8) <= 0.95 * alone
+  assert operations(8, **SPARES) <= 1.01 * operations(1)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
