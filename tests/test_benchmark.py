@@ -71,6 +71,11 @@ def test_what_each_program_is():
   assert [case.config.method for case in found.values()] == [*METHODS, "lora", "galore"]
 
 
+def test_a_program_leaves_the_config_as_it_was_for_the_next():
+  found = cases("--config.galore.refresh_every=7", "--methods=galore,galore refreshing", "--rank=4", "--rank=8")
+  assert [case.config.galore.refresh_every for case in found.values()] == [7, 7, 1, 7, 1]
+
+
 def test_a_base_in_16_bits_is_for_the_methods_that_freeze_one():
   found = cases("--config.frozen_dtype=bfloat16", "--config.dtype=bfloat16")
   wide = {name for (name, _), case in found.items() if case.config.frozen_dtype == "float32"}
