@@ -1,4 +1,4 @@
-"""The miniature of the README: five methods on encyclopedia text, small enough for 3 hours of a 2-core CPU.
+"""A miniature of the comparison: five methods on encyclopedia text, on a laptop CPU. Not yet measured as a whole.
 
 python -m experiments.compare --config=configs/llama_mini.py --workdir=runs/mini \
     --config.data.path='wiki/train*' --config.data.eval_path='wiki/valid*'

@@ -7,7 +7,6 @@ Three cursors walk a layer, all derived from `cursor`, the number k of vectors l
 k of A goes to slot `k mod r`, load k of B to slot `(k + r//2) mod r`, and both take and leave spare
 row `k mod (c - r)`, unless rows are drawn (`candidates.draw_picks`). The authors keep all c candidates and write
 an evicted vector back to its own id; swapping with c - r spares visits the same vectors in the same order.
-There may be more rows of spares than c - r, to split them evenly over devices; these are never touched.
 
 Pure functions. No model, no config: any pytree whose `params`, `frozen` and `candidates` hold a
 layer's arrays under one path will do, stacked along leading axes or not.

@@ -61,7 +61,7 @@ class Source:
         f"the run in {self._directory} is stored in float64 and cannot be read by a float32 run; "
         f"set --config.param_dtype=float64"
       )
-    here = config.to_dict()
+    here = config.to_dict()  # whatever the other run was laid out like, it is read as this one is
     layout = {key: here[key] for key in ("sharding", "remat", "accumulation", "batch_size")}
     self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
     plain = [jax.eval_shape(_merged, p.abstract, p.scale) for p in (self._programs[-1], program)]

@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from configs.base import get_config
-from switchlora_jax.methods import METHODS
-from switchlora_jax.program import Program, assemble
+from switchlora_jax.program import Program, build
 from switchlora_jax.sharding import by_rows, make_mesh
 from switchlora_jax.train_state import TrainState
 
@@ -31,7 +31,7 @@ def mesh(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
 
 def program(config, devices: int) -> Program:
   """What the config compiles to on so many devices."""
-  return assemble(config, METHODS[config.method].build(config), mesh(devices, config.sharding.fsdp))
+  return build(config, mesh(devices, config.sharding.fsdp))
 
 
 def model(config):
@@ -57,6 +57,14 @@ def place(rows, devices: int) -> jax.Array:
 def rows(config, step: int) -> np.ndarray:
   """Token ids of the batch of a step, [batch, length]."""
   return np.random.default_rng(step).integers(0, config.model.vocab_size, (config.batch_size, config.seq_len))
+
+
+def equations(jaxpr):
+  """All equations of a jaxpr, those of its inner jaxprs included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from equations(inner)
 
 
 def host(tree):

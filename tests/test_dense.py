@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from small_model import equations
 
 from switchlora_jax.dense import KERNEL_INIT, LoRADense, SwitchLoRADense, adapter_std, lora_vectors, merge, merged_dense
 from switchlora_jax.split_float import read
@@ -231,8 +231,7 @@ def test_the_function_is_that_of_the_head():
 
 def shapes_in(jaxpr) -> set:
   """(dtype, shape) of everything computed in a jaxpr."""
-  found = {(str(out.aval.dtype), out.aval.shape) for equation in jaxpr.eqns for out in equation.outvars}
-  return found.union(*(shapes_in(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params)))
+  return {(str(out.aval.dtype), out.aval.shape) for equation in equations(jaxpr) for out in equation.outvars}
 
 
 @pytest.mark.parametrize(("frozen_dtype", "widens"), [(jnp.bfloat16, False), (jnp.float32, True)])
@@ -255,13 +254,7 @@ def test_plain_weights_of_a_narrow_kernel_are_summed_in_the_adapters_dtype():
 
 def scan_outputs(jaxpr) -> set[tuple[int, ...]]:
   """Shapes of everything that any scan in a jaxpr hands out."""
-  found = set()
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "scan":
-      found |= {out.aval.shape for out in equation.outvars}
-    for inner in jaxprs_in_params(equation.params):
-      found |= scan_outputs(inner)
-  return found
+  return {out.aval.shape for e in equations(jaxpr) if e.primitive.name == "scan" for out in e.outvars}
 
 
 def usual_backward(x, kernel, lora_a, lora_b, scale):

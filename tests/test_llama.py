@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
-from jax.extend.core import jaxprs_in_params
+from small_model import equations
 
 from switchlora_jax import cost
 from switchlora_jax.dense import lora_vectors
@@ -39,17 +39,12 @@ def gradients(model, tokens):
   return jax.jit(jax.value_and_grad(loss_of(model, tokens)))
 
 
-def equations(jaxpr) -> int:
-  """How many equations a jaxpr has, those of its inner jaxprs included."""
-  return len(jaxpr.eqns) + sum(equations(i) for e in jaxpr.eqns for i in jaxprs_in_params(e.params))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_program_does_not_grow_with_depth(method):
   def size(layers):
     model, *state, tokens = shapes(small_model.config(method, model__num_layers=layers))
     traced = gradients(model, tokens).trace(*state)
-    return equations(traced.jaxpr.jaxpr), len(traced.lower().as_text())
+    return len(list(equations(traced.jaxpr.jaxpr))), len(traced.lower().as_text())
 
   (shallow, short), (deep, long) = size(2), size(12)
   assert deep == shallow
@@ -160,14 +155,10 @@ def test_what_is_recomputed(method):
 
 def kept(method, remat, **changes) -> list[tuple]:
   """Shapes of all that the scan over three layers stacks: gradients, and what forward hands to backward."""
-
-  def handed_out(jaxpr):
-    own = [out.aval.shape for e in jaxpr.eqns if e.primitive.name == "scan" for out in e.outvars]
-    return sum((handed_out(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)), own)
-
   model, *state, tokens = shapes(small_model.config(method, remat=remat, model__num_layers=3, **changes))
-  shapes_ = handed_out(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
-  return [shape for shape in shapes_ if shape[:1] == (3,)]
+  traced = equations(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
+  handed_out = [out.aval.shape for e in traced if e.primitive.name == "scan" for out in e.outvars]
+  return [shape for shape in handed_out if shape[:1] == (3,)]
 
 
 def test_what_is_kept():
@@ -229,10 +220,7 @@ def test_bfloat16_computes_narrow_and_stores_wide():
 
 def test_the_embeddings_gradient_is_summed_in_its_own_dtype():
   """… not in bfloat16, where a sum of ones ends at 256."""
-
-  def summed(jaxpr):
-    own = {e.outvars[0].aval.dtype for e in jaxpr.eqns if e.primitive.name == "scatter-add"}
-    return own.union(*(summed(inner) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params)))
-
   model, *state, tokens = shapes(small_model.config("full", dtype="bfloat16"))
-  assert summed(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr) == {jnp.dtype("float32")}
+  traced = equations(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
+  summed = {e.outvars[0].aval.dtype for e in traced if e.primitive.name == "scatter-add"}
+  assert summed == {jnp.dtype("float32")}

@@ -9,9 +9,8 @@ import pytest
 import small_model
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
-from small_model import host, same_bits
+from small_model import equations, host, same_bits
 
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
@@ -100,20 +99,12 @@ def test_what_is_gathered_of_a_layer_is_not_kept_for_the_backward_pass(remat):
     settings = config("full", batch_size=8, model__num_layers=3, model__vocab_size=56, **layout)
     program = small_model.program(settings, 8)
     rows = jax.ShapeDtypeStruct((8, 8), np.int32, sharding=by_rows(small_model.mesh(8)))
-    return {tuple(x.shape) for scan in scans(jax.make_jaxpr(program.step)(program.abstract, rows).jaxpr) for x in scan}
+    traced = equations(jax.make_jaxpr(program.step)(program.abstract, rows).jaxpr)
+    return {out.aval.shape for e in traced if e.primitive.name == "scan" for out in e.outvars}
 
   kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}
   assert not stacked(sharding__fsdp=8, sharding__frozen="sharded", remat=remat) & kernels
   assert stacked() & kernels == kernels, "their gradients, at the least"
-
-
-def scans(jaxpr):
-  """The outputs of every scan in a jaxpr, however deep."""
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "scan":
-      yield [x.aval for x in equation.outvars]
-    for inner in jaxprs_in_params(equation.params):
-      yield from scans(inner)
 
 
 # --- what a device holds ------------------------------------------------------------------------------------------
