@@ -4,6 +4,7 @@
   corpus          where text comes from: installed documentation, local files
   tokenizer       trains or loads SentencePiece
   dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
+  order           the order in which an epoch takes its rows, computed, not kept
   sharding        the mesh, and where arrays live on it
   llama           the model; each linear layer is made by a factory it is handed
   loss            next-token cross-entropy from the hidden states, a chunk of tokens at a time

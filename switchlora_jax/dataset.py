@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from switchlora_jax import corpus, tokenizer
 from switchlora_jax.errors import UserError
+from switchlora_jax.order import shuffled
 
 HELD_OUT = 100  # one row in so many validates where the text has no validation files
 
@@ -93,15 +94,9 @@ def prepare(data, *, seq_len: int, vocab_size: int, batch_size: int, progress: b
 
 def batch(rows: np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
   """The batch of a step, [batch_size, seq_len]: each epoch takes every row once, in an order of its own."""
-  positions = step * batch_size + np.arange(batch_size)
-  epochs, places = np.divmod(positions, len(rows))
-  picks = [_order(len(rows), seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
-  return Batch(rows, np.array(picks))
-
-
-@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
-def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
-  return np.random.default_rng((seed, epoch)).permutation(rows)
+  epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(rows))
+  each = [shuffled(places[epochs == epoch], len(rows), seed=seed, epoch=epoch) for epoch in np.unique(epochs)]
+  return Batch(rows, np.concatenate(each))
 
 
 def _origin(data) -> list:
