@@ -71,9 +71,10 @@ def get_config() -> ConfigDict:
   config.galore.scale = 0.25  # of the update that is projected back
 
   config.data = ConfigDict()
-  config.data.source = "text"  # docs (documentation of the installed packages) | text (your files)
-  config.data.path = ""  # text: a glob of plain text or JSON lines with a `text` field, each also .gz
-  config.data.eval_path = ""  # text: a glob of validation files; empty: the last 1% of the rows
+  config.data.source = "text"  # docs (documentation of the packages) | text (your files) | prepared | stream
+  config.data.path = ""  # text, stream: a glob of plain text, JSON lines or Parquet, or hub:NAME; prepared: a folder
+  config.data.eval_path = ""  # text, stream: a glob of validation files; empty: text holds out the last 1% of the rows
   config.data.tokenizer = ""  # a SentencePiece model; empty: one is trained on the text
+  config.data.epochs = 1  # times that the rows may be used; a run that wants more of them does not start
   config.data.cache_dir = "cache"  # where tokenizers and packed rows are kept between runs
   return config.lock()

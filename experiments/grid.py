@@ -120,9 +120,11 @@ def warnings(config) -> list[str]:
 
 def prepare_data(cells: list[Cell]):
   """Tokenise each cell's text once, before many processes want it."""
-  wanted = {(c.config.data, c.config.seq_len, c.config.model.vocab_size): c.config.batch_size for c in cells}
-  for (data, seq_len, vocab_size), batch_size in wanted.items():
-    dataset.prepare(data, seq_len=seq_len, vocab_size=vocab_size, batch_size=batch_size)
+  wanted = {
+    (c.config.data, c.config.seq_len, c.config.model.vocab_size, c.config.steps * c.config.batch_size): c for c in cells
+  }
+  for cell in wanted.values():
+    dataset.prepare(cell.config)
 
 
 def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what: str) -> list[Ran]:

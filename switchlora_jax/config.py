@@ -31,6 +31,7 @@ FREE = (
   "log_every",
   "max_skipped",
   "data.cache_dir",
+  "data.epochs",
   *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
 )
 SPLIT = ("sharded", "replicated")

@@ -1,37 +1,42 @@
-"""Text → packed rows of tokens on disk → the batch of step t, a pure function of (seed, t).
+"""config.data → packed rows → the batch of step t, a pure function of (seed, t).
 
-Rows are kept in a folder of `cache_dir` whose name says what they were made from. It is filled under
-another name and renamed when it is complete, so a folder with that name is never half done; what a
-killed run leaves is named `….partial` and may be deleted.
+Rows come from a folder that `experiments.prepare_data` filled, or from one in `cache_dir` whose name says what it was
+made from and which is filled now; or they are packed while the text is read (source=stream).
 """
 
-import functools
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
 
-from switchlora_jax import corpus, tokenizer
+from switchlora_jax import corpus, documentation, packing, preparation, rows, stream, tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.order import shuffled
+from switchlora_jax.preparation import TRAIN, Request
+from switchlora_jax.rows import Rows
+from switchlora_jax.stream import Stream
 
 HELD_OUT = 100  # one row in so many validates where the text has no validation files
+FLAGS = ("--config.data.path", "--config.data.eval_path")
+SOURCES = {
+  "docs": "documentation of the installed packages",
+  "text": "your own files, packed into cache_dir first",
+  "prepared": "a folder that experiments.prepare_data filled",
+  "stream": "your own files, packed while they are read",
+}
 
 
 @dataclass(frozen=True)
 class Batch:
   """Rows of `rows` [n, seq_len] by their numbers, `picks` [batch]; read when it is sliced, and only that slice."""
 
-  rows: np.ndarray
+  rows: Rows | np.ndarray
   picks: np.ndarray
 
   @property
@@ -48,189 +53,213 @@ class Dataset(NamedTuple):
   """Packed rows, and what they are.
 
   Attributes:
-    train: [rows, seq_len], uint16 or int32, on disk.
-    valid: [rows, seq_len], likewise.
+    train: [rows, seq_len], on disk; or a stream of such rows, of unknown length.
+    valid: [rows, seq_len], on disk.
     tokenizer_path: the SentencePiece model of the tokens.
     fingerprint: of the rows and the tokenizer, 16 hexadecimal digits; where they were made does not change it.
-    summary: sizes to print: source, fingerprint, and of train and valid the documents, characters, tokens and rows.
+    bytes_per_token: of the validation text as UTF-8, or where training lends its last rows of all text.
+    summary: sizes to print: source, fingerprint, and of train and valid the documents, characters, bytes, tokens, rows.
   """
 
-  train: np.ndarray
-  valid: np.ndarray
+  train: Rows | Stream
+  valid: Rows
   tokenizer_path: str
   fingerprint: str
+  bytes_per_token: float
   summary: dict
 
 
-def check(data, *, vocab_size: int) -> None:
-  """Find what is wrong with `config.data` before anything expensive: source, globs, tokenizer."""
-  if data.source == "docs" and (data.path or data.eval_path):
+def check(config) -> None:
+  """Find what is wrong with `config.data` before anything expensive: source, globs, tokenizer, prepared rows."""
+  data = config.data
+  if data.source not in SOURCES:
+    known = ", ".join(f"{name} ({what})" for name, what in SOURCES.items())
     raise UserError(
-      f"--config.data.path (={data.path or data.eval_path!r}) is not read when --config.data.source is docs; "
-      "add --config.data.source=text to train on your files, or leave the path out"
+      f"--config.data.source (={data.source!r}) must be one of {known}; "
+      "for your files pass --config.data.source=text --config.data.path='c4/*.json.gz'"
     )
-  _origin(data)
-  if data.tokenizer:
-    tokenizer.load_tokenizer(os.path.expanduser(data.tokenizer), vocab_size)
+  if data.epochs < 1:
+    raise UserError(f"data.epochs (={data.epochs}) must be at least 1; set --config.data.epochs")
+  unread = {"docs": ("path", "eval_path"), "prepared": ("eval_path",)}.get(data.source, ())
+  for key in unread:
+    if data[key]:
+      raise UserError(
+        f"--config.data.{key} (={data[key]!r}) is not read when --config.data.source is {data.source}; "
+        "leave it out, or add --config.data.source=text to train on your files"
+      )
+  if data.source == "prepared":
+    _check_prepared(config)
+  else:
+    _origin(data)
+    if data.tokenizer:
+      tokenizer.check_vocabulary(_expanded(data.tokenizer), config.model.vocab_size)
+  if data.source == "stream":
+    stream.check(data)
 
 
-def prepare(data, *, seq_len: int, vocab_size: int, batch_size: int, progress: bool = True) -> Dataset:
-  """The rows of `config.data`, packed now or taken from an earlier run's `cache_dir`.
+def prepare(config, *, progress: bool = True) -> Dataset:
+  """The rows that `config` trains and validates on: found in a folder, or made now.
 
   Documents are joined, each ended by EOS, and cut into rows of `seq_len` tokens; the remainder is
   dropped. Text without validation files lends its last hundredth of the rows, at least one.
+
+  Raises:
+    UserError: before anything expensive where `check` finds a mistake; else where the text is too short.
   """
-  check(data, vocab_size=vocab_size)
-  cache = Path(data.cache_dir).expanduser()
-  folder = cache / _key(data, seq_len, vocab_size)
-  if not folder.exists():
-    with _workspace(cache, folder.name) as partial:
-      _build(Path(partial, "rows"), data, seq_len, vocab_size, progress)
-      _publish(Path(partial, "rows"), folder)
-  dataset = _open(folder)
-  _check_size(dataset, data, batch_size)
-  return dataset
+  check(config)
+  folder = _expanded(config.data.path) if config.data.source == "prepared" else _fill_cache(config, progress)
+  manifest = rows.read_manifest(folder)
+  rows.verify(folder, manifest, progress)
+  if config.data.source == "stream":
+    return _open_stream(config, folder, manifest)
+  _check_rows(_held_out(manifest), config)
+  return _open(folder, manifest, config.data.source)
 
 
-def batch(rows: np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
+def batches(data: Dataset, config) -> Callable[[int], Batch]:
+  """From a step to its batch."""
+  if isinstance(data.train, Stream):
+    return lambda step: Batch(data.train.batch(step, config.batch_size), np.arange(config.batch_size))
+  return lambda step: batch(data.train, seed=config.seed, step=step, batch_size=config.batch_size)
+
+
+def batch(rows: Rows | np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
   """The batch of a step, [batch_size, seq_len]: each epoch takes every row once, in an order of its own."""
   epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(rows))
   each = [shuffled(places[epochs == epoch], len(rows), seed=seed, epoch=epoch) for epoch in np.unique(epochs)]
   return Batch(rows, np.concatenate(each))
 
 
+def _expanded(path: str) -> Path:
+  return Path(path).expanduser()
+
+
+def _check_prepared(config) -> None:
+  """Whether a prepared folder, by its manifest, is finished and fits the model, the tokenizer and the run's length."""
+  data, folder = config.data, _expanded(config.data.path)
+  manifest = rows.read_manifest(folder)
+  if manifest is None:
+    unfinished = (folder / preparation.PROGRESS).exists()
+    raise UserError(
+      f"--config.data.path (={data.path!r}) must be a folder that experiments.prepare_data has filled; "
+      f"{'it is not finished: run that command again' if unfinished else 'it has no manifest.json'}"
+    )
+  if (found := manifest["request"]["seq_len"]) != config.seq_len:
+    raise UserError(
+      f"seq_len (={config.seq_len}) must be that of the prepared rows in {folder} (={found}); "
+      f"set --config.seq_len={found}, or prepare the text with --seq_len={config.seq_len}"
+    )
+  if data.tokenizer and rows.checksum(_expanded(data.tokenizer)) != manifest["tokenizer"]:
+    raise UserError(
+      f"--config.data.tokenizer (={data.tokenizer!r}) is not the tokenizer that {folder} was prepared with; "
+      "leave it out, or prepare the text with it"
+    )
+  tokenizer.check_vocabulary(folder / rows.TOKENIZER, config.model.vocab_size)
+  _check_rows(_held_out(manifest), config)
+
+
 def _origin(data) -> list:
   """What the text is made from, as JSON: it changes when the text may have changed."""
   if data.source == "docs":
-    return sorted(corpus.package_versions().items())
-  if data.source == "text":
-    files = [part.files if part else () for part in corpus.text_files(data.path, data.eval_path)]
-    return [[(os.path.abspath(file), *_stamp(file)) for file in part] for part in files]
-  raise UserError(
-    f"--config.data.source must be docs (documentation of the installed packages) or text (your own files); "
-    f"found {data.source!r}; for your files pass --config.data.source=text --config.data.path='c4/*.json.gz'"
-  )
+    return sorted(documentation.package_versions().items())
+  text = _corpus(data)
+  return [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
 
 
-def _stamp(file: str) -> tuple[int, int]:
-  status = os.stat(file)
-  return status.st_size, status.st_mtime_ns
+def _fill_cache(config, progress: bool) -> Path:
+  """The folder of `cache_dir` with the rows of the text; of a stream, of the text that validates."""
+  data = config.data
+  cache = _expanded(data.cache_dir)
+  facts = [data.source, _origin(data)]
+  request = Request(facts, data.tokenizer or f"{TRAIN}{config.model.vocab_size}", config.seq_len)
+  folder = cache / f"{data.source}-{_key(request)}"
+  preparation.prepare(folder, request, partial(_corpus, data, progress), wait=True, progress=progress)
+  return folder
 
 
-def _key(data, seq_len: int, vocab_size: int) -> str:
+def _corpus(data, progress: bool = False) -> corpus.Corpus:
+  """The text that is packed into the cache."""
+  if data.source == "docs":
+    text = documentation.documentation(progress)
+    return corpus.Corpus([text.train], [text.valid], {"overlap": documentation.overlap(*text)})
+  text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
+  return corpus.Corpus(text.valid or (), None) if data.source == "stream" else text
+
+
+def _key(request: Request) -> str:
   """A name for everything that decides the rows, this code included."""
   digest = hashlib.sha256()
-  for module in (corpus, tokenizer):
+  for module in (corpus, documentation, packing, preparation, rows, tokenizer):
     digest.update(Path(module.__file__).read_bytes())
-  digest.update(Path(__file__).read_bytes())
-  digest.update(Path(data.tokenizer).expanduser().read_bytes() if data.tokenizer else b"")
-  facts = [data.source, _origin(data), seq_len, vocab_size, sentencepiece.__version__]
-  digest.update(json.dumps(facts).encode())
-  return f"{data.source}-{digest.hexdigest()[:16]}"
-
-
-def _workspace(cache: Path, name: str) -> tempfile.TemporaryDirectory:
-  try:
-    cache.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=cache, prefix=f"{name}.", suffix=".partial")
-  except OSError as error:
-    raise UserError(
-      f"--config.data.cache_dir (={str(cache)!r}) must be a directory that can be written; {error}; name another"
-    ) from error
-
-
-def _build(folder: Path, data, seq_len: int, vocab_size: int, progress: bool) -> None:
-  """Fill `folder` with tokenizer.model, train.npy, summary.json, and valid.npy where validation has its own text."""
-  folder.mkdir()
-  docs = data.source == "docs"
-  text = corpus.documentation(progress) if docs else corpus.text_files(data.path, data.eval_path)
-  model = folder / "tokenizer.model"
-  if data.tokenizer:
-    shutil.copyfile(os.path.expanduser(data.tokenizer), model)
-  else:
-    tokenizer.train_tokenizer(text.train, vocab_size, model)
-  processor = tokenizer.load_tokenizer(model, vocab_size)
-  dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
-  write = functools.partial(_write_rows, processor=processor, seq_len=seq_len, dtype=dtype, progress=progress)
-  train = write(folder / "train.npy", text.train)
-  valid = write(folder / "valid.npy", text.valid) if text.valid is not None else _hold_out(train, seq_len)
-  summary = {"source": data.source, "fingerprint": _fingerprint(folder), "train": train, "valid": valid}
-  if docs:
-    summary["overlap"] = corpus.overlap(text.train, text.valid)
-  (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def _write_rows(path: Path, documents: Iterable[str], *, processor, seq_len: int, dtype, progress: bool) -> dict:
-  """Write an .npy of [rows, seq_len], a million characters at a time; how much it is."""
-  sizes, rest = {"documents": 0, "characters": 0, "tokens": 0, "rows": 0}, np.empty(0, dtype)
-  with open(path, "wb") as file, tqdm(desc="tokenize", unit="char", unit_scale=True, disable=not progress) as bar:
-
-    def report(documents, characters):
-      sizes["documents"] += documents
-      sizes["characters"] += characters
-      bar.update(characters)
-
-    _write_header(file, 0, seq_len, dtype)
-    for tokens in tokenizer.encode_documents(processor, documents, report):
-      stream = np.concatenate([rest, tokens.astype(dtype)])
-      rows = len(stream) // seq_len
-      file.write(stream[: rows * seq_len].tobytes())
-      rest = stream[rows * seq_len :]
-      sizes["tokens"] += len(tokens)
-      sizes["rows"] += rows
-    file.seek(0)
-    _write_header(file, sizes["rows"], seq_len, dtype)
-  return sizes
-
-
-def _write_header(file, rows: int, seq_len: int, dtype) -> None:
-  """The header of an .npy; NumPy pads it so that any number of rows takes the same space."""
-  shape, descr = (rows, seq_len), np.lib.format.dtype_to_descr(np.dtype(dtype))
-  np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-
-
-def _hold_out(train: dict, seq_len: int) -> dict:
-  """Sizes of the last rows of `train`, which validate; `train` is left the others."""
-  rows = min(train["rows"], max(1, train["rows"] // HELD_OUT))
-  train["rows"] -= rows
-  return {"held out of": "train, its last rows", "tokens": rows * seq_len, "rows": rows}
-
-
-def _fingerprint(folder: Path) -> str:
-  """Of the tokenizer and the rows; the same wherever and from whichever files they were made."""
-  digest = hashlib.sha256()
-  for path in sorted(folder.iterdir()):
-    with open(path, "rb") as file:
-      digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+  digest.update(json.dumps([request.facts(), sentencepiece.__version__]).encode())
   return digest.hexdigest()[:16]
 
 
-def _publish(finished: Path, folder: Path) -> None:
-  try:
-    os.rename(finished, folder)
-  except OSError:
-    if not folder.exists():  # else another process made the same rows meanwhile
-      raise
+def _open(folder: Path, manifest: dict, source: str) -> Dataset:
+  split = _held_out(manifest)
+  train = rows.open_rows(folder, manifest["train"])
+  if manifest["valid"]:
+    valid = rows.open_rows(folder, manifest["valid"])
+  else:
+    train, valid = train[: split["train"]["rows"]], train[split["train"]["rows"] :]
+  told = manifest["valid"] or manifest["train"]
+  fingerprint = rows.fingerprint(manifest)
+  summary = {"source": source, "fingerprint": fingerprint} | split | manifest["notes"]
+  return Dataset(
+    train, valid, str(folder / rows.TOKENIZER), fingerprint, told["bytes"] / max(1, told["tokens"]), summary
+  )
 
 
-def _open(folder: Path) -> Dataset:
-  summary = json.loads((folder / "summary.json").read_text())
-  stored = np.load(folder / "train.npy", mmap_mode="r")
-  train, rest = np.split(stored, [summary["train"]["rows"]])
-  valid = np.load(folder / "valid.npy", mmap_mode="r") if (folder / "valid.npy").exists() else rest
-  return Dataset(train, valid, str(folder / "tokenizer.model"), summary["fingerprint"], summary)
+def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
+  """Training text as it is read; the folder has the rows of the text that validates."""
+  data, validates = config.data, manifest["train"]
+  text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
+  origin = json.dumps([part.origin() for part in text.train])
+  fingerprint = hashlib.sha256(f"{rows.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
+  sizes = {"train": {"read from": data.path}, "valid": {k: v for k, v in validates.items() if k != "shards"}}
+  return Dataset(
+    train=Stream(text.train, folder / rows.TOKENIZER, config.seq_len),
+    valid=rows.open_rows(folder, validates),
+    tokenizer_path=str(folder / rows.TOKENIZER),
+    fingerprint=fingerprint,
+    bytes_per_token=validates["bytes"] / max(1, validates["tokens"]),
+    summary={"source": data.source, "fingerprint": fingerprint} | sizes,
+  )
 
 
-def _check_size(dataset: Dataset, data, batch_size: int) -> None:
-  rows, seq_len = dataset.train.shape
-  if rows < batch_size:
+def _held_out(manifest: dict) -> dict[str, dict]:
+  """The sizes of training and validation, where training lends the last of its rows if the text has no other."""
+  sizes = {
+    name: {key: value for key, value in manifest[name].items() if key != "shards"}
+    for name in ("train", "valid")
+    if manifest[name]
+  }
+  if "valid" not in sizes:
+    train, seq_len = sizes["train"], manifest["request"]["seq_len"]
+    held = min(train["rows"], max(1, train["rows"] // HELD_OUT))
+    train["rows"] -= held
+    sizes["valid"] = {"held out of": "train, its last rows", "tokens": held * seq_len, "rows": held}
+  return sizes
+
+
+def _check_rows(sizes: dict[str, dict], config) -> None:
+  """Whether the rows, `sizes` as in the summary, last for the run."""
+  found, valid, seq_len = sizes["train"]["rows"], sizes["valid"]["rows"], config.seq_len
+  if not valid:
     raise UserError(
-      f"the text must fill one batch, {batch_size} rows of {seq_len} tokens (={batch_size * seq_len:,}) besides "
-      f"validation; it has {dataset.summary['train']['tokens']:,} tokens, {rows} rows to train on; "
-      "add text, or lower --config.batch_size or --config.seq_len"
+      f"the validation text must hold at least one row of {seq_len} tokens; it has {sizes['valid']['tokens']:,}; "
+      "add text, or name none to hold out the last rows of training"
     )
-  if not len(dataset.valid):
+  wanted = config.steps * config.batch_size
+  if not found:
     raise UserError(
-      f"--config.data.eval_path (={data.eval_path!r}) must hold at least one row of {seq_len} tokens; it has "
-      f"{dataset.summary['valid']['tokens']:,}; add text, or leave it empty to hold out the last rows"
+      f"the text must hold at least one row of {seq_len} tokens besides validation; it has "
+      f"{sizes['train']['tokens']:,} tokens; add text, or lower --config.seq_len"
+    )
+  if wanted > found * config.data.epochs:
+    epochs = -(-wanted // found)
+    raise UserError(
+      f"the run takes {wanted:,} rows ({config.steps:,} steps of {config.batch_size}) and the text has {found:,} rows "
+      f"of {seq_len} tokens, enough for {found * config.data.epochs // config.batch_size:,} steps in data.epochs "
+      f"(={config.data.epochs}); add text, lower --config.steps, or repeat it: --config.data.epochs={epochs}"
     )

@@ -35,7 +35,7 @@ def train(config, workdir: Path) -> Outcome:
     UserError: before anything expensive where config, data or directory do not fit together; while
       training when too many updates in a row were not finite.
   """
-  hosts.everywhere(lambda: dataset.check(config.data, vocab_size=config.model.vocab_size))
+  hosts.everywhere(lambda: dataset.check(config))
   hosts.on_first(lambda: run_directory.prepare(workdir, config))
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   programs = phases(config, mesh)
@@ -50,7 +50,7 @@ def train(config, workdir: Path) -> Outcome:
     hosts.everywhere(lambda: source.check_tokenizer(data.tokenizer_path))
   hosts.on_first(lambda: run_directory.record(workdir, config, data))
   hosts.everywhere(lambda: run_directory.check_shared(workdir))
-  evaluate = make_evaluate(config, programs[0], data.valid)
+  evaluate, batch_of = make_evaluate(config, programs[0], data.valid), dataset.batches(data, config)
 
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
     state = checkpoints.restore(lambda step: trained_by(programs, step).abstract)
@@ -62,8 +62,7 @@ def train(config, workdir: Path) -> Outcome:
     for step in range(first, config.steps):
       if program is not programs[-1] and step == programs[-1].start:
         state, program = warm_start.hand_over(state, program, programs[-1]), programs[-1]
-      rows = dataset.batch(data.train, seed=config.seed, step=step, batch_size=config.batch_size)
-      state, numbers = program.step(state, program.place(rows))
+      state, numbers = program.step(state, program.place(batch_of(step)))
       done = step + 1
       last = done == config.steps
       log.add(done, numbers)
@@ -80,8 +79,7 @@ def train(config, workdir: Path) -> Outcome:
 
 def prepare_data(config) -> dataset.Dataset:
   """The packed rows, made by the first process and found by the others, or made again where they share no cache."""
-  sizes = dict(seq_len=config.seq_len, vocab_size=config.model.vocab_size, batch_size=config.batch_size)
-  data = hosts.first_then_others(lambda: dataset.prepare(config.data, **sizes, progress=hosts.is_first()))
+  data = hosts.first_then_others(lambda: dataset.prepare(config, progress=hosts.is_first()))
   hosts.check_same({"data fingerprint": data.fingerprint})
   hosts.say(report.describe_data(data.summary))
   return data

@@ -1,0 +1,157 @@
+"""Packed rows on disk: a folder of shards that are mapped into memory, and the manifest that says what they are.
+
+The manifest is written last: a folder without one is not finished. Shards are `.npy` files of [rows, seq_len], all of a
+split with the same number of rows but the last.
+"""
+
+import hashlib
+import io
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from switchlora_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+
+class Rows:
+  """Rows start … stop of the shards of a split, one after another: [stop − start, seq_len], read where it is indexed.
+
+  An array of row numbers gives their tokens, a slice gives `Rows` of these, a number gives one row.
+  """
+
+  def __init__(self, shards: list[np.ndarray], start: int, stop: int):
+    self._shards, self._start, self._stop = shards, start, stop
+    self._each = len(shards[0]) if shards else 1  # rows in every shard but the last
+
+  def __len__(self) -> int:
+    return self._stop - self._start
+
+  @property
+  def dtype(self) -> np.dtype:
+    """uint16 where the vocabulary fits, else int32."""
+    return self._shards[0].dtype
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(rows, seq_len)."""
+    return len(self), self._shards[0].shape[1]
+
+  def __getitem__(self, which):
+    if isinstance(which, slice):
+      start, stop, step = which.indices(len(self))
+      if step != 1:
+        raise IndexError(f"rows are sliced one after another; found a step of {step}")
+      return Rows(self._shards, self._start + start, self._start + max(start, stop))
+    which = np.asarray(which)
+    if ((which < -len(self)) | (which >= len(self))).any():
+      raise IndexError(f"row {which} of {len(self)}")
+    shards, places = np.divmod(self._start + which % len(self), self._each)
+    if which.ndim == 0:
+      return np.asarray(self._shards[shards][places])
+    found = np.empty((len(which), self.shape[1]), self.dtype)
+    for shard in np.unique(shards):
+      here = shards == shard
+      found[here] = self._shards[shard][places[here]]
+    return found
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.asarray(self[np.arange(len(self))], dtype)
+
+
+class Shard(NamedTuple):
+  """A file of rows, and what is in it."""
+
+  file: str
+  rows: int
+  sha256: str
+
+
+def write_shard(path: Path, rows: np.ndarray) -> Shard:
+  """Write an `.npy` that is complete, and on the disk, as soon as it has its name."""
+  npy = io.BytesIO()
+  np.save(npy, rows)
+  write_bytes(path, npy.getbuffer())
+  return Shard(path.name, len(rows), hashlib.sha256(npy.getbuffer()).hexdigest())
+
+
+def write_bytes(path: Path, contents: bytes) -> None:
+  """Write a file that is, at every moment, either the old one or the new one."""
+  partial = path.with_name(f"{path.name}.partial")
+  with partial.open("wb") as file:
+    file.write(contents)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def write_json(path: Path, contents: dict) -> None:
+  """Write a file that is, at every moment, either the old one or the new one."""
+  write_bytes(path, json.dumps(contents, indent=1).encode())
+
+
+def read_json(path: Path) -> dict | None:
+  """What such a file says, or None where there is none; a UserError where it is damaged."""
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UserError(
+      f"{path} is not the JSON that was written ({error}); delete {path.parent}, and prepare it again"
+    ) from error
+
+
+def read_manifest(folder: Path) -> dict | None:
+  """What a finished folder says of itself; None where it is not finished."""
+  return read_json(folder / MANIFEST)
+
+
+def fingerprint(manifest: dict) -> str:
+  """Of the tokenizer and the rows, 16 hexadecimal digits; where and from which files they were made does not count."""
+  splits = [[shard[1:] for shard in manifest[name]["shards"]] for name in ("train", "valid") if manifest[name]]
+  return hashlib.sha256(json.dumps([manifest["tokenizer"], splits]).encode()).hexdigest()[:16]
+
+
+def open_rows(folder: Path, split: dict) -> Rows:
+  """The rows of a split of the manifest."""
+  shards = [np.load(folder / file, mmap_mode="r") for file, _, _ in split["shards"]]
+  return Rows(shards, 0, split["rows"])
+
+
+def verify(folder: Path, manifest: dict, progress: bool) -> None:
+  """Compare the tokenizer and every shard with its checksum.
+
+  Raises:
+    UserError: a file is missing or not what was written; names it.
+  """
+  files = [(TOKENIZER, manifest["tokenizer"])]
+  files += [(shard[0], shard[2]) for name in ("train", "valid") if manifest[name] for shard in manifest[name]["shards"]]
+  with ThreadPoolExecutor() as pool:
+    checks = pool.map(lambda file: _check(folder / file[0], file[1]), files)
+    list(tqdm(checks, desc="verify data", total=len(files), unit="file", disable=not progress, delay=1))
+
+
+def _check(path: Path, sha256: str):
+  try:
+    found = checksum(path)
+  except OSError as error:
+    found = error.strerror
+  if found != sha256:
+    raise UserError(
+      f"{path} is not what was prepared (SHA-256 {sha256[:16]}…, found {found[:16]}…); restore it, or prepare the "
+      "data again"
+    )
+
+
+def checksum(path: Path) -> str:
+  """SHA-256 of a file, hexadecimal."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
