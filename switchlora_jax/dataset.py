@@ -196,18 +196,19 @@ def _key(request: Request) -> str:
 
 
 def _open(folder: Path, manifest: dict, source: str) -> Dataset:
-  split = _held_out(manifest)
+  summary = summarize(manifest, source)
+  fingerprint, left = summary["fingerprint"], summary["train"]["rows"]
   train = rows.open_rows(folder, manifest["train"])
-  if manifest["valid"]:
-    valid = rows.open_rows(folder, manifest["valid"])
-  else:
-    train, valid = train[: split["train"]["rows"]], train[split["train"]["rows"] :]
+  train, valid = train[:left], rows.open_rows(folder, manifest["valid"]) if manifest["valid"] else train[left:]
   told = manifest["valid"] or manifest["train"]
-  fingerprint = rows.fingerprint(manifest)
-  summary = {"source": source, "fingerprint": fingerprint} | split | manifest["notes"]
   return Dataset(
     train, valid, str(folder / rows.TOKENIZER), fingerprint, told["bytes"] / max(1, told["tokens"]), summary
   )
+
+
+def summarize(manifest: dict, source: str) -> dict:
+  """The sizes of a prepared folder, as `Dataset.summary`."""
+  return {"source": source, "fingerprint": rows.fingerprint(manifest)} | _held_out(manifest) | manifest["notes"]
 
 
 def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
