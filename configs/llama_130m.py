@@ -1,8 +1,7 @@
 """LLaMA 130M, SwitchLoRA rank 128 (Table 2: perplexity 30.26 at step 38,000, the paper's).
 
 python -m experiments.pretrain --config=configs/llama_130m.py --workdir=runs/llama_130m \
-    --config.data.path='c4/en/c4-train.*.json.gz' --config.data.eval_path='c4/en/c4-validation.*.json.gz' \
-    --config.data.tokenizer=t5.model
+    --config.data.source=prepared --config.data.path=data/c4_256
 40,000 steps of 600 × 256 tokens; 6.1 billion tokens. Not run here: the cost is the paper's hardware.
 """
 

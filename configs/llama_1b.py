@@ -1,8 +1,7 @@
 """LLaMA 1.3B, SwitchLoRA rank 512 (Table 3: perplexity 15.01 at step 38,000, the paper's; rank 256: 15.89).
 
 python -m experiments.pretrain --config=configs/llama_1b.py --workdir=runs/llama_1b \
-    --config.data.path='c4/en/c4-train.*.json.gz' --config.data.eval_path='c4/en/c4-validation.*.json.gz' \
-    --config.data.tokenizer=t5.model
+    --config.data.source=prepared --config.data.path=data/c4_512
 40,000 steps of 1,536 × 512 tokens; 31.5 billion tokens. Not run here: the cost is the paper's hardware.
 """
 

@@ -1,8 +1,7 @@
 """LLaMA 250M, SwitchLoRA rank 256 (Table 2: perplexity 19.82 at step 38,000, the paper's; rank 128: 20.97).
 
 python -m experiments.pretrain --config=configs/llama_250m.py --workdir=runs/llama_250m \
-    --config.data.path='c4/en/c4-train.*.json.gz' --config.data.eval_path='c4/en/c4-validation.*.json.gz' \
-    --config.data.tokenizer=t5.model
+    --config.data.source=prepared --config.data.path=data/c4_512
 40,000 steps of 1,152 × 512 tokens; 23.6 billion tokens. Not run here: the cost is the paper's hardware.
 """
 

@@ -1,9 +1,14 @@
 """Pre-train LLaMA with SwitchLoRA and its rivals. The modules, in the order data flows:
 
   config          checks a config once, fills in what follows from it
-  corpus          where text comes from: installed documentation, local files
+  documentation   text that comes with the packages: the prose of their documentation
+  corpus          documents of local files and of the Hugging Face hub, read in parts
   tokenizer       trains or loads SentencePiece
-  dataset         text → packed rows on disk → the batch of step t, a pure function of (seed, t)
+  packing         documents → tokens → rows, from any position on
+  rows            packed rows on disk: shards, checksums, the manifest
+  preparation     a folder of packed rows, filled once, killed and continued
+  stream          rows that are packed while the text is read
+  dataset         config.data → rows → the batch of step t, a pure function of (seed, t)
   order           the order in which an epoch takes its rows, computed, not kept
   sharding        the mesh, and where arrays live on it
   llama           the model; each linear layer is made by a factory it is handed
