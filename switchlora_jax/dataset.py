@@ -171,7 +171,8 @@ def _fill_cache(config, progress: bool) -> Path:
   data = config.data
   cache = _expanded(data.cache_dir)
   facts = [data.source, _origin(data)]
-  request = Request(facts, data.tokenizer or f"{TRAIN}{config.model.vocab_size}", config.seq_len)
+  given = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
+  request = Request(facts, given, config.seq_len)
   folder = cache / f"{data.source}-{_key(request)}"
   preparation.prepare(folder, request, partial(_corpus, data, progress), wait=True, progress=progress)
   return folder
