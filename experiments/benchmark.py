@@ -24,7 +24,7 @@ from switchlora_jax import cost, topology
 from switchlora_jax.config import resolve
 from switchlora_jax.dense import LoRADense
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS, lora
+from switchlora_jax.methods import METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.program import Program, assemble
@@ -68,13 +68,12 @@ class Case(NamedTuple):
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   """A method on the config, without accumulation; or LoRA with two products, or GaLore refreshing at every step."""
   config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
-  config.method, config.rank = name if name in METHODS else "lora", rank or 1
+  config.update(keys_for(config, name if name in METHODS else "galore" if name == REFRESH else "lora"))
+  config.rank = rank or 1
   config.batch_size, config.accumulation, config.warm_start_steps = batch_size(), 1, 0
   config.model.vocab_size = vocabulary
   if name == REFRESH:
-    config.method, config.galore.refresh_every = "galore", 1
-  if config.method in ("full", "galore"):
-    config.frozen_dtype = None  # they freeze no kernels
+    config.galore.refresh_every = 1
   config = resolve(config, devices=1, platform=mesh.devices.flat[0].platform)
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:

@@ -18,7 +18,7 @@ from absl import flags
 
 from experiments import cli, grid, results, settings
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS
+from switchlora_jax.methods import METHODS, keys_for
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
@@ -41,12 +41,12 @@ def arms(config) -> list[grid.Arm]:
   rates, found = learning_rates(), []
   ranks = settings.numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
+    keys = keys_for(config, method)
     if method == "full":
-      found.append(grid.Arm("full", {"method": "full", "warm_start_steps": 0}, rates.get("full", ())))
+      found.append(grid.Arm("full", keys, rates.get("full", ())))
       continue
     for rank in ranks:
-      label = f"{method}, rank {rank}"
-      found.append(grid.Arm(label, {"method": method, "rank": rank}, rates.get(method, ())))
+      found.append(grid.Arm(f"{method}, rank {rank}", keys | {"rank": rank}, rates.get(method, ())))
   return found
 
 

@@ -21,7 +21,7 @@ from switchlora_jax import planner, topology
 from switchlora_jax.collectives import KINDS
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS
+from switchlora_jax.methods import METHODS, keys_for
 from switchlora_jax.planner import Estimate, Plan
 from switchlora_jax.program import phases
 from switchlora_jax.sharding import make_mesh
@@ -83,17 +83,13 @@ def machine() -> Machine:
 
 
 def configs(devices: int) -> dict[str, FrozenConfigDict]:
-  """{method: resolved config} of the columns; full rank needs no warm start, and freezes no kernels, as GaLore."""
+  """{method: resolved config} of the columns."""
   if unknown := set(NAMES.value) - set(METHODS):
     raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(METHODS)}")
   found = {}
   for name in NAMES.value or [CONFIG.value.method]:
     config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
-    config.method = name
-    if name == "full":
-      config.warm_start_steps = 0
-    if name in ("full", "galore"):
-      config.frozen_dtype = None
+    config.update(keys_for(config, name))
     found[name] = resolve(config, devices, platform="gpu")
   return found
 

@@ -197,12 +197,25 @@ def test_a_line_for_each_method_and_rank():
   ]
   with imported("compare", *flags) as compare:
     assert compare.arms(compare.CONFIG.value) == [
-      Arm("full", {"method": "full", "warm_start_steps": 0}, (1e-4, 1e-3)),
+      Arm("full", {"method": "full"}, (1e-4, 1e-3)),
       Arm("lora, rank 8", {"method": "lora", "rank": 8}, (0.5,)),
       Arm("lora, rank 4", {"method": "lora", "rank": 4}, (0.5,)),
       Arm("galore, rank 8", {"method": "galore", "rank": 8}, (1e-4, 1e-3)),
       Arm("galore, rank 4", {"method": "galore", "rank": 4}, (1e-4, 1e-3)),
     ]
+
+
+def test_a_method_is_not_asked_for_what_it_has_no_use_for():
+  flags = ["--config.frozen_dtype=bfloat16", "--config.warm_start_steps=200", "--ranks=4"]
+  with imported("compare", *flags) as compare:
+    arms = {arm.overrides["method"]: arm.overrides for arm in compare.arms(compare.CONFIG.value)}
+    base = settings.base_from_flags()
+    cells = {name: grid.make_cell(base, Arm(name, keys), None, 0).config for name, keys in arms.items()}
+  assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in cells.items()} == {
+    "full": ("float32", 0),
+    "galore": ("float32", 200),
+    **dict.fromkeys(("lora", "switchlora", "relora"), ("bfloat16", 200)),
+  }
 
 
 def test_by_default_all_methods_at_the_configs_rank_and_their_own_rates():
