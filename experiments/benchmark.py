@@ -169,6 +169,7 @@ def benchmark(vocabulary: int) -> list[dict]:
 
 def memory(vocabulary: int) -> list[dict]:
   """One row a program: bytes of its compiled step, and of its optimizer's state within the arguments."""
+  topology.without_gpus()
   mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(jax.devices()[:1]), "XLA for this machine's CPU")
   shape = (batch_size(), CONFIG.value.seq_len)
   tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_rows(mesh))
