@@ -64,6 +64,7 @@ def prepare(folder: Path, request: Request, read: Callable[[], Corpus], *, wait:
       if manifest is None:
         return _Preparation(folder, request, progress).run(read())
       _check_request(folder, manifest["request"], request.facts())
+      (folder / PROGRESS).unlink(missing_ok=True)  # of a process that was killed after its last shard
       return manifest
   except OSError as error:
     raise UserError(
