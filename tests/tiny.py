@@ -1,12 +1,15 @@
 """Configs and texts so small that a whole run takes seconds."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from configs import llama_tiny
+from switchlora_jax import packing
 from switchlora_jax.config import flatten, resolve
 
 
@@ -59,3 +62,12 @@ def rows_of(model, documents: list[str], seq_len: int) -> np.ndarray:
   tokens = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
   whole = len(tokens) // seq_len
   return np.reshape(np.array(tokens[: whole * seq_len], np.int32), (whole, seq_len))
+
+
+@contextlib.contextmanager
+def packing_in(group: int, shard: int = packing.SHARD):
+  """Groups of so many characters, shards of so many tokens."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(packing, "GROUP", group)
+    patch.setattr(packing, "SHARD", shard)
+    yield
