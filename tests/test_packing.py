@@ -156,7 +156,7 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
   parts=PARTS, group=GROUPS, shard=st.integers(1, 60), seq_len=st.integers(1, 20), kills=st.lists(st.integers(0, 3))
 )
