@@ -264,7 +264,7 @@ def test_empty_documents_alone_leave_nothing_that_looks_finished(text, side):
 
 
 MEMORY = """
-packing.GROUP = 100_000
+packing.GROUP, packing.SHARD = 100_000, 1 << 20
 prepare(folder.with_name("short"))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 (train / "a.jsonl").write_text(json.dumps({"text": "a wave " * 700_000}))
@@ -274,9 +274,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_a_document_of_megabytes_is_not_encoded_at_once(text):
-  """4.9 MB, no newline, 4.2 million tokens: encoded at once, its list of tokens alone takes 32 MiB."""
+  """4.9 MB, no newline: 47 MB more than before were measured, and 299 MB where it is encoded at once."""
   kilobytes = text.process("long", MEMORY).communicate()[0]
-  assert int(kilobytes) < 60_000, kilobytes
+  assert int(kilobytes) < 120_000, kilobytes
 
 
 # Mistakes with the folder.
