@@ -8,7 +8,6 @@ import glob
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +18,7 @@ from switchlora_jax.errors import UserError
 HUB = "hub:"  # before the name of a dataset of the hub
 C4 = "hub:allenai/c4:en"  # the corpus of the paper
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # further endings of a file, which `datasets` unpacks
+UNPACKERS = {".zst": "zstandard", ".lz4": "lz4"}  # the packages that it wants for some of them
 FIELD = "text"
 
 
@@ -34,8 +34,8 @@ def open_corpus(path: str, eval_path: str, flags: tuple[str, str]) -> Corpus:
   """The documents that `path` and `eval_path` name: globs of files, or `hub:NAME` or `hub:NAME:SUBSET` for both.
 
   A `.json` or `.jsonl` file holds a JSON object a line, whose `text` is a document, a `.parquet` file a column `text`;
-  any other file is one document. A further `.gz`, `.bz2`, `.xz`, `.zst` or `.lz4` means that the file is compressed.
-  No file is opened yet.
+  any other file is one document. A further `.gz`, `.bz2`, `.xz`, `.zst` or `.lz4` means that the file is compressed
+  (Parquet compresses inside). No file is opened yet.
 
   Args:
     flags: what a user calls the two, for messages.
@@ -123,22 +123,29 @@ def _rows(path: str, what: str, reader: str, **options: Any) -> Iterator[Any]:
       rows = getattr(datasets.IterableDataset, reader)(glob.escape(path), cache_dir=scratch, **options)
     for batch in rows.iter(batch_size=1000):
       yield from batch[FIELD]
-  except (OSError, ValueError, EOFError, KeyError, ImportError, zlib.error) as error:
+  except Exception as error:  # every way of compressing has errors of its own
+    unpacker = UNPACKERS.get(os.path.splitext(path)[1])
+    install = f"pip install {unpacker} if it is missing, or " if unpacker else ""
     raise UserError(
-      f"{path} must be {what}; reading it failed with {type(error).__name__}: {error}; "
-      "convert or rename it, or leave it out of the glob"
+      f"{path} must be {what}; reading it failed with {_named(error)}; "
+      f"{install}convert or rename it, or leave it out of the glob"
     ) from error
+
+
+def _named(error: Exception) -> str:
+  """An error of a library in a line."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _field(line: str, path: str, number: int) -> str:
   try:
     row = json.loads(line)
-  except json.JSONDecodeError as error:
-    found = f"no JSON ({error})"
-  else:
     if isinstance(row, dict) and isinstance(row.get(FIELD), str):
+      row[FIELD].encode()  # an escape such as \ud800 is half a character, which no tokenizer takes
       return row[FIELD]
     found = f"the fields {sorted(row)}" if isinstance(row, dict) and FIELD not in row else line.strip()[:60]
+  except (ValueError, RecursionError) as error:
+    found = f"no JSON ({error})"
   raise UserError(
     f'{path}, line {number}: expected a JSON object with a `text` string, as {{"text": "…"}}; found {found}; '
     "write one such object a line, or name plain text .txt"
@@ -161,15 +168,17 @@ class HubShard:
     return [self.name, self.index, self.split.num_shards]
 
   def __iter__(self) -> Iterator[str]:
+    for row in self._rows():
+      if not isinstance(row.get(FIELD), str):
+        raise UserError(f"{self.name} must have a field `{FIELD}` of strings; found {sorted(row)}; name another")
+      yield row[FIELD]
+
+  def _rows(self) -> Iterator[dict]:
     try:
-      for row in self.split.shard(self.split.num_shards, self.index):
-        if not isinstance(row.get(FIELD), str):
-          raise UserError(f"{self.name} must have a field `{FIELD}` of strings; found {sorted(row)}; name another")
-        yield row[FIELD]
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+      yield from self.split.shard(self.split.num_shards, self.index)
+    except Exception as error:  # of the network, of files of any kind
       raise UserError(
-        f"{self.name}, shard {self.index}: reading failed with {type(error).__name__}: {error}; "
-        "the same command goes on from here"
+        f"{self.name}, shard {self.index}: reading failed with {_named(error)}; the same command goes on from here"
       ) from error
 
 
@@ -182,10 +191,10 @@ def _hub(path: str, eval_path: str, flags: tuple[str, str]) -> Corpus:
     raise UserError(f"{flags[1]} (={eval_path!r}) is not read beside {path}, whose own split validates; leave it out")
   try:
     splits = datasets.load_dataset(name, subset or None, streaming=True)
-  except (OSError, ValueError, RuntimeError) as error:
+  except Exception as error:
     raise UserError(
-      f"{path} could not be opened: {type(error).__name__}: {' '.join(str(error).split())[:300]}; it wants "
-      f"a network and the name of a dataset, as in {C4}; of a local copy, give the files: {flags[0]}='c4/en/*.json.gz'"
+      f"{path} could not be opened: {_named(error)}; it wants a network and the name of a dataset, as in {C4}; of a "
+      f"local copy, give the files: {flags[0]}='c4/en/*.json.gz'"
     ) from error
   if "train" not in splits:
     raise UserError(f"{path} must have a split `train`; it has {', '.join(splits)}; name another dataset")

@@ -93,8 +93,8 @@ def check(config) -> None:
     _origin(data)
     if data.tokenizer:
       tokenizer.check_vocabulary(_expanded(data.tokenizer), config.model.vocab_size)
-  if data.source == "stream":
-    stream.check(data)
+    elif data.source == "stream":
+      raise UserError("--config.data.source=stream needs a SentencePiece model; set --config.data.tokenizer")
 
 
 def prepare(config, *, progress: bool = True) -> Dataset:
@@ -149,11 +149,13 @@ def _check_prepared(config) -> None:
       f"seq_len (={config.seq_len}) must be that of the prepared rows in {folder} (={found}); "
       f"set --config.seq_len={found}, or prepare the text with --seq_len={config.seq_len}"
     )
-  if data.tokenizer and rows.checksum(_expanded(data.tokenizer)) != manifest["tokenizer"]:
-    raise UserError(
-      f"--config.data.tokenizer (={data.tokenizer!r}) is not the tokenizer that {folder} was prepared with; "
-      "leave it out, or prepare the text with it"
-    )
+  if data.tokenizer:
+    tokenizer.load_tokenizer(_expanded(data.tokenizer))
+    if rows.checksum(_expanded(data.tokenizer)) != manifest["tokenizer"]:
+      raise UserError(
+        f"--config.data.tokenizer (={data.tokenizer!r}) is not the tokenizer that {folder} was prepared with; "
+        "leave it out, or prepare the text with it"
+      )
   tokenizer.check_vocabulary(folder / rows.TOKENIZER, config.model.vocab_size)
   _check_rows(_held_out(manifest), config)
 
@@ -184,7 +186,7 @@ def _corpus(data, progress: bool = False) -> corpus.Corpus:
     text = documentation.documentation(progress)
     return corpus.Corpus([text.train], [text.valid], {"overlap": documentation.overlap(*text)})
   text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
-  return corpus.Corpus(text.valid or (), None) if data.source == "stream" else text
+  return stream.validation(text) if data.source == "stream" else text
 
 
 def _key(request: Request) -> str:
@@ -246,12 +248,7 @@ def _held_out(manifest: dict) -> dict[str, dict]:
 
 def _check_rows(sizes: dict[str, dict], config) -> None:
   """Whether the rows, `sizes` as in the summary, last for the run."""
-  found, valid, seq_len = sizes["train"]["rows"], sizes["valid"]["rows"], config.seq_len
-  if not valid:
-    raise UserError(
-      f"the validation text must hold at least one row of {seq_len} tokens; it has {sizes['valid']['tokens']:,}; "
-      "add text, or name none to hold out the last rows of training"
-    )
+  found, seq_len = sizes["train"]["rows"], config.seq_len
   wanted = config.steps * config.batch_size
   if not found:
     raise UserError(

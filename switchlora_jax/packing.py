@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
+from switchlora_jax.errors import UserError
 from switchlora_jax.rows import write_shard
 
 GROUP = 1_000_000  # characters that are encoded at once, and the longest piece of a document
@@ -142,6 +143,8 @@ def pack(split: Split, encoded: Iterator[Encoded], folder: Path, name: str, *, s
   Args:
     split: what the folder already holds; brought up to date.
     encoded: all that comes behind `split.position`.
+  Raises:
+    UserError: it is not enough for a row; then nothing was written.
   """
   each = max(1, SHARD // seq_len)
   waiting = [np.asarray(split.rest, dtype)]
@@ -164,5 +167,10 @@ def pack(split: Split, encoded: Iterator[Encoded], folder: Path, name: str, *, s
       split.rest = waiting[0].tolist()
       save()
   write(sum(map(len, waiting)) // seq_len)
+  if not split.rows:
+    raise UserError(
+      f"the text of {folder / name} must hold at least one row of {seq_len} tokens; it has {split.tokens:,}, of "
+      f"{split.documents:,} documents that are not empty; add text, or ask for shorter rows"
+    )
   split.rest, split.complete = [], True
   save()

@@ -42,9 +42,10 @@ class Request(NamedTuple):
   take: int | None = None
 
   def facts(self) -> dict:
-    """The same as plain values, with a checksum for the tokenizer's file."""
+    """The same as JSON gives it back, with a checksum for the tokenizer's file."""
     trained = self.tokenizer.startswith(TRAIN)
-    return self._asdict() | {"tokenizer": self.tokenizer if trained else checksum(Path(self.tokenizer))}
+    facts = self._asdict() | {"tokenizer": self.tokenizer if trained else checksum(Path(self.tokenizer))}
+    return json.loads(json.dumps(facts))
 
 
 def prepare(folder: Path, request: Request, read: Callable[[], Corpus], *, wait: bool, progress: bool) -> dict:
@@ -64,6 +65,7 @@ def prepare(folder: Path, request: Request, read: Callable[[], Corpus], *, wait:
       if manifest is None:
         return _Preparation(folder, request, progress).run(read())
       _check_request(folder, manifest["request"], request.facts())
+      (folder / PROGRESS).unlink(missing_ok=True)  # of a process that was killed after its last shard
       return manifest
   except OSError as error:
     raise UserError(
@@ -86,7 +88,6 @@ def _alone(folder: Path, wait: bool) -> Iterator[None]:
 
 
 def _check_request(folder: Path, found: dict, facts: dict):
-  facts = json.loads(json.dumps(facts))  # tuples become lists
   keys = sorted(key for key in facts.keys() | found.keys() if found.get(key) != facts.get(key))
   if keys:
     changed = "; ".join(f"{key} was {found.get(key)!r:.80} and is {facts.get(key)!r:.80}" for key in keys)

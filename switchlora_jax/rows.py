@@ -19,6 +19,7 @@ from switchlora_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+CHECK = "sha256"  # of all else in a file of JSON
 
 
 class Rows:
@@ -93,8 +94,8 @@ def write_bytes(path: Path, contents: bytes) -> None:
 
 
 def write_json(path: Path, contents: dict) -> None:
-  """Write a file that is, at every moment, either the old one or the new one."""
-  write_bytes(path, json.dumps(contents, indent=1).encode())
+  """Write a file that is, at every moment, either the old one or the new one, and that knows if it was changed."""
+  write_bytes(path, json.dumps(contents | {CHECK: _digest(contents)}, indent=1).encode())
 
 
 def read_json(path: Path) -> dict | None:
@@ -102,11 +103,17 @@ def read_json(path: Path) -> dict | None:
   if not path.exists():
     return None
   try:
-    return json.loads(path.read_bytes())
-  except ValueError as error:
-    raise UserError(
-      f"{path} is not the JSON that was written ({error}); delete {path.parent}, and prepare it again"
-    ) from error
+    contents = json.loads(path.read_bytes())
+    if contents.pop(CHECK) == _digest(contents):
+      return contents
+    found = "its checksum is another"
+  except (ValueError, AttributeError, LookupError, TypeError) as error:
+    found = error
+  raise UserError(f"{path} is not the JSON that was written ({found}); delete {path.parent}, and prepare it again")
+
+
+def _digest(contents: dict) -> str:
+  return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -145,10 +152,7 @@ def _check(path: Path, sha256: str):
   except OSError as error:
     found = error.strerror
   if found != sha256:
-    raise UserError(
-      f"{path} is not what was prepared (SHA-256 {sha256[:16]}…, found {found[:16]}…); restore it, or prepare the "
-      "data again"
-    )
+    raise UserError(f"{path} must have the SHA-256 {sha256}; found {found}; restore it, or prepare the data again")
 
 
 def checksum(path: Path) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from switchlora_jax import corpus, packing, tokenizer
+from switchlora_jax import packing, tokenizer
+from switchlora_jax.corpus import Corpus
 from switchlora_jax.errors import UserError
 
 
@@ -32,7 +33,8 @@ class Stream:
     size = batch_size * self._seq_len
     if step * size < self._taken:
       self._restart()
-    self._take(step * size - self._taken, step)  # what steps before this one had
+    while skipped := min(step * size - self._taken, size):  # what steps before this one had, never all at once
+      self._take(skipped, step)
     return self._take(size, step).reshape(batch_size, self._seq_len)
 
   def _take(self, count: int, step: int) -> np.ndarray:
@@ -55,9 +57,8 @@ class Stream:
     return tokens
 
 
-def check(data) -> None:
-  """Find what a stream cannot do without: a tokenizer, and text to validate on."""
-  if not data.tokenizer:
-    raise UserError("--config.data.source=stream needs a SentencePiece model; set --config.data.tokenizer")
-  if not data.eval_path and not data.path.startswith(corpus.HUB):
+def validation(text: Corpus) -> Corpus:
+  """The text that validates, alone; a UserError where there is none."""
+  if text.valid is None:
     raise UserError("--config.data.source=stream needs text to validate on; set --config.data.eval_path")
+  return Corpus(text.valid, None)

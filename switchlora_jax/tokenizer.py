@@ -8,6 +8,7 @@ from pathlib import Path
 import sentencepiece
 
 from switchlora_jax.errors import UserError
+from switchlora_jax.rows import write_bytes
 
 SAMPLE = 20_000_000  # characters that training looks at, at most: the first ones
 STRETCH = 1000  # characters of a line that training takes in one piece
@@ -44,9 +45,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
       f"could not train a tokenizer of {vocab_size} pieces (the model's vocabulary) on this text: {found}; "
       "256 pieces are bytes and each letter takes one: use more text, a larger vocabulary, or name a tokenizer"
     ) from error
-  unfinished = Path(f"{path}.{os.getpid()}.tmp")
-  unfinished.write_bytes(model.getvalue())
-  os.replace(unfinished, path)
+  write_bytes(Path(path), model.getvalue())
 
 
 def load_tokenizer(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:

@@ -1,197 +1,144 @@
+import bz2
 import gzip
-import hashlib
+import importlib.util
 import json
-import re
+import lzma
+import os
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from tiny import write_lines
 
 from switchlora_jax import corpus
 from switchlora_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-DIGEST = """
-import hashlib
-from switchlora_jax import corpus
-print(hashlib.sha256(repr(corpus.documentation()).encode()).hexdigest())
-"""
-WAVE = "A wave is a disturbance that travels through a medium without carrying it."
-TIDE = "The tide rises and falls twice a day because of the moon and of the sun."
-ROCK = "A rock is a natural mass of minerals and is known by what it is made of."
+FLAGS = ("--path", "--eval_path")
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 
-@pytest.fixture(scope="module")
-def docs():
-  return corpus.documentation()
-
-
-def install(site: Path, modules: dict[str, str]):
-  """A package "sea" in `site`, as pip would leave it."""
-  for path, source in modules.items():
-    (site / path).parent.mkdir(parents=True, exist_ok=True)
-    (site / path).write_text(source)
-  (site / "sea-1.0.dist-info").mkdir()
-  (site / "sea-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: sea\nVersion: 1.0\n")
-  (site / "sea-1.0.dist-info" / "RECORD").write_text("".join(f"{path},,\n" for path in modules))
-
-
-@pytest.fixture
-def sea(tmp_path, monkeypatch):
-  """Documentation of a made-up package whose modules `valid_…` are for validation."""
-
-  def read(modules, where="site"):
-    install(tmp_path / where, modules)
-    with monkeypatch.context() as patch:
-      patch.syspath_prepend(str(tmp_path / where))
-      patch.setattr(corpus, "PACKAGES", ("sea",))
-      patch.setattr(corpus, "_is_validation", lambda path: "valid" in path)
-      return corpus.documentation()
-
-  return read
-
-
-def doc(*paragraphs):
-  return '"""' + "\n\n".join(paragraphs) + '"""\n'
-
-
-# Documentation.
-
-
-def test_every_package_is_pinned():
-  pins = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-  assert set(corpus.PACKAGES) <= set(pins)
-
-
-def test_documentation_is_large_and_its_validation_is_new(docs):
-  train, valid = ["\n\n".join(documents) for documents in docs]
-  assert len(train) > 5e6 and 3e5 < len(valid) < 1e6
-  assert len(train.split("\n\n")) == len(set(train.split("\n\n")))
-  assert set(train.split("\n\n")).isdisjoint(valid.split("\n\n"))
-  assert corpus.overlap(docs.train, docs.valid) < 0.01
-
-
-def test_documentation_does_not_depend_on_the_hash_seed(docs):
-  other = subprocess.run(
-    [sys.executable, "-c", DIGEST], cwd=ROOT, env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
-  )
-  assert other.stdout.strip() == hashlib.sha256(repr(docs).encode()).hexdigest()
-
-
-def test_documentation_does_not_depend_on_where_it_is_installed(sea):
-  modules = {"sea/b.py": doc(WAVE), "sea/a.py": doc(TIDE), "sea/valid.py": doc(ROCK)}
-  assert sea(modules, "here") == sea(modules, "there/deeper") == ([TIDE, WAVE], [ROCK])
-
-
-def test_docstrings_of_everything_but_tests(sea):
-  nested = f"try:\n  class Wave:\n    '''{WAVE}'''\nexcept ValueError:\n  def tide():\n    '''{TIDE}'''\n"
-  untidy = f"x = '{ROCK} But not in a docstring.'\ny = '\\d'\n"
-  tests = dict.fromkeys(("sea/tests/a.py", "sea/test_a.py", "sea/a_test.py", "sea/conftest.py"), doc(ROCK))
-  assert sea({"sea/a.py": untidy + nested, **tests}).train == [f"{WAVE}\n\n{TIDE}"]
-
-
-def test_a_paragraph_is_taken_once(sea):
-  assert sea({"sea/a.py": doc(WAVE, WAVE), "sea/b.py": doc(TIDE, WAVE)}).train == [WAVE, TIDE]
-
-
-def test_training_loses_what_shares_eight_words_with_validation(sea):
-  eight, seven = " ".join(ROCK.split()[:8]) + " and so on.", " ".join(ROCK.split()[:7]) + " and so on."
-  text = sea({"sea/a.py": doc(eight, seven), "sea/valid.py": doc(WAVE, ROCK)})
-  assert text == ([seven], [f"{WAVE}\n\n{ROCK}"])
-
-
-def test_paragraphs_are_unwrapped_and_only_prose_is_kept(sea):
-  half = len(WAVE) // 2 + WAVE[len(WAVE) // 2 :].index(" ")
-  numpydoc = f"Parameters\n----------\nheight : float, optional\n    {WAVE[:half]}\n    {WAVE[half + 1 :]}\nlow : int"
-  items = f"- {TIDE}\n- {ROCK}"
-  code = ">>> the_waves and the_tides and the_rocks and that is all of it."
-  formula = ".. math:: f(x) = \\int_0^{2 \\pi} g(x, y) h(y) dy + \\sum_k a_k x^k / k!"
-  notes = f"Notes\n-----\n{WAVE.upper()}"
-  prose = [WAVE, TIDE, ROCK, WAVE.upper()]
-  assert sea({"sea/a.py": "r" + doc(numpydoc, items, notes, code, formula)}).train == ["\n\n".join(prose)]
-
-
-def test_a_hanging_indent_continues_its_line(sea):
-  argument = f"Args:\n  height: {WAVE}\n    {TIDE}\n"
-  assert sea({"sea/a.py": doc(ROCK, argument)}).train == [f"{ROCK}\n\nheight: {WAVE} {TIDE}"]
-
-
-def test_overlap_counts_ngrams():
-  assert corpus.overlap(["a b c d"], ["B, c! x", "a b"], n=2) == 2 / 3
-  assert corpus.overlap(["a b c d"], ["b c d e f", "b c d"], n=3) == 2 / 4
-  assert corpus.overlap(["a b"], ["c d"], n=2) == 0 == corpus.overlap(["a"], [], n=2)
-
-
-def test_a_missing_package_is_a_sentence(monkeypatch):
-  monkeypatch.setattr(corpus, "PACKAGES", ("numpy", "no-such-sea"))
-  with pytest.raises(UserError, match=r"no-such-sea is not installed; install requirements\.txt"):
-    corpus.documentation()
-
-
-# The user's own files.
+def read(path, eval_path=""):
+  """All documents that are there to train on, in order."""
+  return [text for part in corpus.open_corpus(str(path), eval_path, FLAGS).train for text in part]
 
 
 def lines(*texts):
   return "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts).encode()
 
 
+def parquet(path, **columns):
+  pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
 @pytest.fixture
 def files(tmp_path):
-  """Three documents of each kind of file, in folders of a folder."""
+  """Documents in each kind of file, in folders of a folder."""
   (tmp_path / "deep" / "er").mkdir(parents=True)
   (tmp_path / "a[1].txt").write_bytes("é one\r\n\n two".encode())
   (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"three\n"))
   (tmp_path / "deep" / "c.json").write_bytes(b"\n" + lines("four\nfive", "six"))
   (tmp_path / "deep" / "er" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "seven"}\n{"url": [], "text": ""}'))
+  parquet(tmp_path / "e.parquet", n=[1, 2], text=["eight", "nine\u2028ten"])
   return tmp_path
 
 
-def test_all_kinds_of_files_in_one_glob_are_read_again_and_again(files):
-  text = corpus.text_files(f"{files}/**", "")
-  assert list(text.train) == ["é one\n\n two", "three\n", "four\nfive", "six", "seven", ""] == list(text.train)
-  assert text.valid is None
-
-
-def test_files_are_read_without_network_or_cache(files, monkeypatch):
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+  """No network, and a cache of its own for `datasets`; the addresses that were asked for."""
   import datasets
 
   tried = []
-  monkeypatch.setattr(socket.socket, "connect", lambda *address: tried.append(address))
-  monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **options: tried.append(address))
-  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", files / "cache")
-  assert len(list(corpus.text_files(f"{files}/deep/**", "").train)) == 4
-  assert not tried and not (files / "cache").exists()
+
+  def refuse(*address, **_):
+    tried.append(address)
+    raise socket.gaierror(-2, "Name or service not known")
+
+  monkeypatch.setattr(socket.socket, "connect", refuse)
+  monkeypatch.setattr(socket, "getaddrinfo", refuse)
+  monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between one try and the next
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub_cache")
+  return tried
+
+
+# The user's own files.
+
+
+def test_all_kinds_of_files_in_one_glob_are_read_again_and_again(files):
+  text = corpus.open_corpus(f"{files}/**", "", FLAGS)
+  once = [["é one\n\n two"], ["three\n"], ["four\nfive", "six"], ["seven", ""], ["eight", "nine\u2028ten"]]
+  assert [list(part) for part in text.train] == once == [list(part) for part in text.train]
+  assert text.valid is None
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_compressed_files_are_unpacked(tmp_path, name, ending):
+  content = lines("one", "two") if name == "a.jsonl" else b"one\ntwo"
+  (tmp_path / f"{name}.{ending}").write_bytes(PACKERS[ending](content))
+  assert read(f"{tmp_path}/*") == (["one", "two"] if name == "a.jsonl" else ["one\ntwo"])
+
+
+@pytest.mark.parametrize(("ending", "package"), [("zst", "zstandard"), ("lz4", "lz4")])
+def test_what_unpacks_a_file_and_is_not_installed_is_a_sentence(tmp_path, ending, package):
+  if importlib.util.find_spec(package):
+    pytest.skip(f"{package} is installed")
+  (tmp_path / f"a.jsonl.{ending}").write_bytes(lines("one"))
+  with pytest.raises(UserError, match=rf"not supported; pip install {package} if it is missing, or convert"):
+    read(f"{tmp_path}/*")
+
+
+def test_files_are_read_without_network_or_cache(files, offline):
+  assert len(read(f"{files}/**")) == 8
+  assert not offline and not (files / "hub_cache").exists()
 
 
 def test_files_are_read_as_they_are_wanted(tmp_path):
   (tmp_path / "a.jsonl").write_bytes(lines("fine") + b"not json\n")
-  documents = iter(corpus.text_files(f"{tmp_path}/*", "").train)
+  (part,) = corpus.open_corpus(f"{tmp_path}/*", "", FLAGS).train
+  documents = iter(part)
   assert next(documents) == "fine"
   with pytest.raises(UserError):
     next(documents)
 
 
 def test_validation_files_are_other_files(files):
-  text = corpus.text_files(f"{files}/*.txt", f"{files}/*.gz")
-  assert [list(part) for part in text] == [["é one\n\n two"], ["three\n"]]
-  with pytest.raises(UserError, match=r"both match .*a\[1\]\.txt \(1 such\); narrow one"):
-    corpus.text_files(f"{files}/*", f"{files}/*.txt")
+  text = corpus.open_corpus(f"{files}/*.txt", f"{files}/*.gz", FLAGS)
+  assert [[list(part) for part in parts] for parts in text[:2]] == [[["é one\n\n two"]], [["three\n"]]]
+  with pytest.raises(UserError, match=r"--path and --eval_path both match .*a\[1\]\.txt \(1 such\); narrow one"):
+    corpus.open_corpus(f"{files}/*", f"{files}/*.txt", FLAGS)
+
+
+def test_the_origin_of_a_file_changes_with_it(tmp_path):
+  path = write_lines(tmp_path / "a.jsonl", ["one"])
+  before = corpus.File(str(path)).origin()
+  assert corpus.File(str(path)).origin() == before == json.loads(json.dumps(before))
+  os.utime(path, ns=(1, 1))
+  touched = corpus.File(str(path)).origin()
+  write_lines(path, ["three"])
+  os.utime(path, ns=(1, 1))
+  assert len({tuple(origin) for origin in (before, touched, corpus.File(str(path)).origin())}) == 3
 
 
 @pytest.mark.parametrize(
   ("path", "eval_path", "message"),
   [
-    ("", "", r"--config\.data\.path is empty; pass e\.g\. --config\.data\.path='c4/\*\.json\.gz'"),
-    ("none/*.txt", "", r"--config\.data\.path \(='none/\*\.txt'\) must match .* it matches no file"),
-    (str(Path(__file__)), "none", r"--config\.data\.eval_path \(='none'\) must match"),
+    ("", "", r"--path is empty; pass e\.g\. --path='c4/\*\.json\.gz'"),
+    ("none/*.txt", "", r"--path \(='none/\*\.txt'\) must match .* it matches no file"),
+    (str(Path(__file__)), "none", r"--eval_path \(='none'\) must match"),
     (str(ROOT), "", "matches no file"),
   ],
 )
 def test_globs_that_match_nothing_are_sentences(path, eval_path, message):
   with pytest.raises(UserError, match=message):
-    corpus.text_files(path, eval_path)
+    corpus.open_corpus(path, eval_path, FLAGS)
+
+
+def broken(packed: bytes) -> bytes:
+  return packed[: len(packed) // 2] + b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -199,17 +146,105 @@ def test_globs_that_match_nothing_are_sentences(path, eval_path, message):
   [
     ("a.jsonl", lines("x") + b'{"txt": "y"}\n', r"a\.jsonl, line 2: expected .*`text`.*; found the fields \['txt'\]"),
     ("a.jsonl", b'{"text": 3}\n', r'line 1: .*found \{"text": 3\}; write one such object a line'),
+    ("a.jsonl", lines("x") + b'{"text": "\\ud800"}\n', r"a\.jsonl, line 2: .*found no JSON \(.*surrogates not allowed"),
+    ("a.jsonl", lines("x") + b"[" * 100_000, r"a\.jsonl, line 2: .*found no JSON \(maximum recursion"),
     ("a.json", b'[\n{"text": "x"}]', r"a\.json, line 1: .*found no JSON"),
     ("a.json", b'["x"]', r'found \["x"\]'),
     ("a.txt", b"caf\xe9", r"a\.txt must be UTF-8 text .*UnicodeDecodeError.*; convert or"),
     ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl must be UTF-8 text"),
-    ("a.json.gz", b'{"text": "x"}', r"a\.json\.gz must be .*gzipped if it ends in \.gz.*BadGzipFile"),
+    ("a.json.gz", b'{"text": "x"}', r"a\.json\.gz must be .*compressed as its ending says\).*BadGzipFile"),
     ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 999, mtime=0)[:-9], r"a\.txt\.gz must be .*EOFError"),
     ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 20, r"a\.txt\.gz must be .*: Error -3"),
-    ("a[1].gz", gzip.compress(b"x", mtime=0), r"a\[1\]\.gz must be .*; convert or rename it"),
+    ("a.txt.bz2", broken(bz2.compress(b"x" * 99)), r"a\.txt\.bz2 must be .*OSError"),
+    ("a.txt.xz", broken(lzma.compress(b"x" * 99)), r"a\.txt\.xz must be .*LZMAError"),
+    ("a.txt.xz", lzma.compress(b"x" * 99)[:-40], r"a\.txt\.xz must be .*EOFError"),
+    ("a.tar.gz", gzip.compress(b"x"), r"a\.tar\.gz must be .*NotImplementedError"),
+    ("a.zip", b"PK\x03\x04", r"a\.zip must be .*BadZipFile"),
+    ("a[1].gz", gzip.compress(b"x", mtime=0)[:-1], r"a\[1\]\.gz must be .*; convert or rename it"),
+    ("a.parquet", b"PAR1", r"a\.parquet must be a Parquet file with a column `text` of strings; .*ArrowInvalid"),
   ],
 )
 def test_files_that_cannot_be_read_are_sentences(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message) as caught:
+    read(f"{tmp_path}/*")
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("columns", "message"),
+  [
+    ({"txt": ["x"]}, "No match for FieldRef"),
+    ({"text": [1]}, "found 1; leave such rows out"),
+    ({"text": ["x", None]}, "found None"),
+  ],
+)
+def test_parquet_without_text_is_a_sentence(tmp_path, columns, message):
+  parquet(tmp_path / "a.parquet", **columns)
+  with pytest.raises(
+    UserError, match=rf"a\.parquet must be a Parquet file with a column `text` of strings; .*{message}"
+  ):
+    read(f"{tmp_path}/*")
+
+
+# The hub.
+
+
+@pytest.fixture
+def hub(tmp_path, offline):
+  """A dataset of the hub, in a folder."""
+  folder = tmp_path / "hub"
+  write_lines(folder / "train-00.jsonl", ["one", "two"])
+  write_lines(folder / "train-01.jsonl", ["three"])
+  write_lines(folder / "validation.jsonl", ["four"])
+  return folder
+
+
+def test_a_dataset_of_the_hub_has_a_part_for_each_shard(hub, offline, tmp_path):
+  text = corpus.open_corpus(f"hub:{hub}", "", FLAGS)
+  once = [[["one", "two"], ["three"]], [["four"]]]
+  assert [[list(part) for part in parts] for parts in text[:2]] == once
+  assert [[list(part) for part in parts] for parts in text[:2]] == once, "again"
+  assert [part.origin() for part in text.train] == [[f"hub:{hub}, train", n, 2] for n in (0, 1)]
+  assert not offline, "nothing was asked of the network"
+  assert {path.name for path in tmp_path.iterdir()} <= {"hub", "hub_cache"}
+
+
+def test_a_dataset_without_validation(hub):
+  (hub / "validation.jsonl").unlink()
+  assert corpus.open_corpus(f"hub:{hub}", "", FLAGS).valid is None
+
+
+def test_a_name_that_cannot_be_reached_is_a_sentence(offline):
+  message = (
+    r"hub:no-such/set could not be opened: ConnectionError: .*; it wants a network .*give the files: --path='c4/en"
+  )
   with pytest.raises(UserError, match=message):
-    list(corpus.text_files(f"{tmp_path}/*", "").train)
+    corpus.open_corpus("hub:no-such/set", "", FLAGS)
+  assert offline
+
+
+def test_mistakes_with_the_hub_are_sentences(hub):
+  with pytest.raises(UserError, match=r"--eval_path \(='x'\) is not read beside hub:.*; leave it out"):
+    corpus.open_corpus(f"hub:{hub}", "x", FLAGS)
+  for path in hub.glob("train*"):
+    path.unlink()
+  with pytest.raises(UserError, match=r"must have a split `train`; it has validation"):
+    corpus.open_corpus(f"hub:{hub}", "", FLAGS)
+
+
+def test_a_dataset_without_text_is_a_sentence(hub):
+  (hub / "train-01.jsonl").write_text('{"txt": "x"}\n')
+  (hub / "train-00.jsonl").write_text('{"txt": "x"}\n')
+  with pytest.raises(
+    UserError, match=r"^hub:\S+, train must have a field `text` of strings; found \['txt'\]; name ano"
+  ):
+    read(f"hub:{hub}")
+
+
+def test_a_shard_of_the_hub_that_cannot_be_read_is_a_sentence(hub):
+  text = corpus.open_corpus(f"hub:{hub}", "", FLAGS)
+  (hub / "train-01.jsonl").write_text("{")
+  assert list(text.train[0]) == ["one", "two"]
+  with pytest.raises(UserError, match=r"^hub:\S+, train, shard 1: reading failed with .*; the same command goes on"):
+    list(text.train[1])

@@ -1,47 +1,26 @@
-import json
-import signal
-import subprocess
-import sys
+import os
+import re
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import packing_in, rows_of, sentences, tiny_config, write_lines
 
-from switchlora_jax import corpus, dataset, tokenizer
+from switchlora_jax import dataset, documentation, preparation, rows, tokenizer
 from switchlora_jax.errors import UserError
+from switchlora_jax.order import shuffled
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"seq_len": 16, "vocab_size": 320, "batch_size": 4, "progress": False}
-KILLED = """
-import json, os, signal, sys, types
-from switchlora_jax import dataset
-write = dataset._write_rows
-def killed(path, documents, **options):
-  write(path, documents, **options)
-  os.kill(os.getpid(), signal.SIGKILL)
-dataset._write_rows = killed
-dataset.prepare(types.SimpleNamespace(**json.loads(sys.argv[1])), **json.loads(sys.argv[2]))
-"""
-
-
-def texts(start, stop):
-  return [f"Wave {n} of the tide breaks on rock {n * n}.\nIt falls back {n % 7} times.\n" for n in range(start, stop)]
-
-
-def write(folder, documents):
-  """A folder with a JSON line for each document, as a glob."""
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-  return f"{folder}/*.jsonl"
+TRAIN, VALID = sentences(0, 100), sentences(100, 120)
 
 
 @pytest.fixture
-def data(tmp_path):
-  """A config.data of 100 documents to train on and 20 to validate on."""
-  path, eval_path = write(tmp_path / "train", texts(0, 100)), write(tmp_path / "valid", texts(100, 120))
-  cache = str(tmp_path / "cache")
-  return SimpleNamespace(source="text", path=path, eval_path=eval_path, tokenizer="", cache_dir=cache)
+def config(tmp_path):
+  """Of 100 documents to train on and 20 to validate on; 4 steps of 4 rows."""
+  path, valid = write_lines(tmp_path / "train" / "a.jsonl", TRAIN), write_lines(tmp_path / "valid" / "a.jsonl", VALID)
+  return tiny_config(tmp_path, steps=4, batch_size=4, data__path=str(path), data__eval_path=str(valid))
 
 
 @pytest.fixture
@@ -51,149 +30,271 @@ def unbuildable(monkeypatch):
   def refuse(*args, **kwargs):
     raise AssertionError("expensive work began")
 
-  for module, name in ((dataset, "_build"), (corpus, "documentation"), (tokenizer, "train_tokenizer")):
+  for module, name in ((preparation._Preparation, "run"), (documentation, "documentation"), (rows, "verify")):
     monkeypatch.setattr(module, name, refuse)
 
 
-def rows_of(model, documents, seq_len):
-  tokens = [token for text in documents for token in [*model.encode(text), model.eos_id()]]
-  whole = len(tokens) // seq_len
-  return np.reshape(tokens[: whole * seq_len], (whole, seq_len)), len(tokens)
+def prepare(config):
+  return dataset.prepare(config, progress=False)
+
+
+def prepared(config, folder):
+  """A config that reads the rows of `config` from a folder, as experiments.prepare_data leaves them."""
+  made = prepare(config)
+  Path(made.tokenizer_path).parent.rename(folder)
+  config.data.update(source="prepared", path=str(folder), eval_path="", tokenizer="")
+  return made
 
 
 # Rows.
 
 
-def test_rows_are_the_documents_one_after_another(data):
-  made = dataset.prepare(data, **SIZES)
-  model = tokenizer.load_tokenizer(made.tokenizer_path, 320)
-  for rows, documents, name in ((made.train, texts(0, 100), "train"), (made.valid, texts(100, 120), "valid")):
-    expected, tokens = rows_of(model, documents, 16)
-    np.testing.assert_array_equal(rows, expected)
-    characters = sum(map(len, documents))
-    sizes = {"documents": len(documents), "characters": characters, "tokens": tokens, "rows": len(rows)}
-    assert made.summary[name] == sizes
+def test_rows_are_the_documents_one_after_another(config):
+  made = prepare(config)
+  model = tokenizer.load_tokenizer(made.tokenizer_path)
+  for found, documents, name in ((made.train, TRAIN, "train"), (made.valid, VALID, "valid")):
+    np.testing.assert_array_equal(found, rows_of(model, documents, 16))
+    tokens, size = sum(len(model.encode(text)) + 1 for text in documents), sum(map(len, documents))
+    counts = {"documents": len(documents), "characters": size, "bytes": size, "tokens": tokens, "rows": len(found)}
+    assert made.summary[name] == counts
+  assert made.bytes_per_token == size / tokens
   assert made.summary["fingerprint"] == made.fingerprint and made.summary["source"] == "text"
 
 
-def test_rows_written_a_little_at_a_time_are_the_same_rows(data, tmp_path, monkeypatch):
-  whole = dataset.prepare(data, **SIZES)
-  monkeypatch.setattr(tokenizer, "BATCH", 150)
-  data.cache_dir = str(tmp_path / "other")
-  pieces = dataset.prepare(data, **SIZES)
-  np.testing.assert_array_equal(whole.train, pieces.train)
-  assert whole.fingerprint == pieces.fingerprint
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(320, np.uint16), (65_536, np.uint16), (65_537, np.int32)])
-def test_rows_are_mapped_and_as_small_as_the_vocabulary_allows(data, vocab_size, dtype):
-  made = dataset.prepare(data, **SIZES | {"vocab_size": vocab_size})
-  assert isinstance(made.train, np.memmap) and isinstance(made.valid, np.memmap)
-  assert made.train.dtype == made.valid.dtype == dtype
-
-
-def test_the_documentation_of_packages(data, monkeypatch):
-  monkeypatch.setattr(corpus, "PACKAGES", ("flax",))
-  data.source, data.path, data.eval_path = "docs", "", ""
-  made = dataset.prepare(data, **SIZES | {"seq_len": 64, "vocab_size": 1024})
-  text = corpus.documentation()
+def test_the_documentation_of_packages(config, monkeypatch):
+  monkeypatch.setattr(documentation, "PACKAGES", ("flax",))
+  config.data.update(source="docs", path="", eval_path="")
+  config.model.vocab_size = 1024
+  made, text = prepare(config), documentation.documentation()
   assert made.summary["train"]["documents"] == len(text.train) > 50
-  assert made.summary["overlap"] == corpus.overlap(text.train, text.valid) < 0.05
-  model = tokenizer.load_tokenizer(made.tokenizer_path, 1024)
-  assert text.valid[0].startswith(model.decode(made.valid[0].tolist())[:50])
+  assert made.summary["overlap"] == documentation.overlap(*text) < 0.05
+  model = tokenizer.load_tokenizer(made.tokenizer_path)
+  assert text.valid[0].startswith(model.decode(made.valid[0].tolist())[:30])
 
 
-def test_without_validation_files_the_last_rows_are_held_out(data, tmp_path):
-  data.path = write(tmp_path / "more", texts(0, 200))
-  both = dataset.prepare(data, **SIZES)
-  data.eval_path = ""
-  made = dataset.prepare(data, **SIZES)
+def test_without_validation_files_the_last_rows_are_held_out(config, tmp_path):
+  config.data.path = str(write_lines(tmp_path / "more" / "a.jsonl", sentences(0, 200)))
+  both = prepare(config)
+  config.data.eval_path = ""
+  made = prepare(config)
   held = len(both.train) // 100
   assert held >= 2 and len(made.valid) == made.summary["valid"]["rows"] == held
   np.testing.assert_array_equal(np.concatenate([made.train, made.valid]), both.train)
-  few = dataset.prepare(data, **SIZES | {"seq_len": 256, "batch_size": 2})
+  assert made.bytes_per_token == both.summary["train"]["bytes"] / both.summary["train"]["tokens"]
+  config.seq_len, config.batch_size = 256, 2
+  few = prepare(config)
   assert len(few.valid) == 1 and len(few.train) < 99 and few.summary["train"]["rows"] == len(few.train)
 
 
-def test_a_tokenizer_that_is_given_is_used_and_kept(data, tmp_path):
+def test_a_tokenizer_that_is_given_is_used_and_kept(config, tmp_path, monkeypatch):
   given = tmp_path / "given.model"
-  tokenizer.train_tokenizer(texts(500, 600), 300, given)
-  own = dataset.prepare(data, **SIZES)
-  data.tokenizer = str(given)
-  made = dataset.prepare(data, **SIZES)
+  tokenizer.train_tokenizer(sentences(500, 600), 300, given)
+  own = prepare(config)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  config.data.tokenizer = "~/given.model"
+  made = prepare(config)
   kept = given.read_bytes()
   given.unlink()
   assert Path(made.tokenizer_path).read_bytes() == kept != Path(own.tokenizer_path).read_bytes()
   assert made.fingerprint != own.fingerprint
-  expected, _ = rows_of(tokenizer.load_tokenizer(made.tokenizer_path, 300), texts(0, 100), 16)
-  np.testing.assert_array_equal(made.train, expected)
+  np.testing.assert_array_equal(made.train, rows_of(tokenizer.load_tokenizer(made.tokenizer_path), TRAIN, 16))
 
 
 # The cache.
 
 
-def test_a_second_run_takes_the_first_ones_rows(data, request):
-  first = dataset.prepare(data, **SIZES)
-  request.getfixturevalue("unbuildable")
-  second = dataset.prepare(data, **SIZES)
-  assert first.train.tobytes() == second.train.tobytes() and first.valid.tobytes() == second.valid.tobytes()
+def test_a_second_run_takes_the_first_ones_rows(config, monkeypatch):
+  first = prepare(config)
+  monkeypatch.setattr(preparation._Preparation, "run", lambda *_: pytest.fail("made again"))
+  second = prepare(config)
+  np.testing.assert_array_equal(first.train, second.train)
+  np.testing.assert_array_equal(first.valid, second.valid)
   assert first[2:] == second[2:]
 
 
-def test_what_decides_the_rows_decides_the_folder(data, tmp_path):
-  def folder(**changes):
-    return dataset._key(data, **{"seq_len": 16, "vocab_size": 320} | changes)
+def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch):
+  folders = []
+  monkeypatch.setattr(preparation, "prepare", lambda folder, *_, **__: folders.append(folder.name))
+  fill = lambda: dataset._fill_cache(config, False)
+  fill()
+  config.seq_len = 8
+  fill()
+  config.model.vocab_size = 400
+  fill()
+  write_lines(tmp_path / "train" / "a.jsonl", sentences(0, 101))
+  fill()
+  config.data.eval_path = ""
+  fill()
+  config.data.tokenizer = __file__
+  fill()
+  monkeypatch.setattr(tokenizer, "__file__", __file__)
+  fill()
+  assert len(set(folders)) == len(folders) == 7
+  config.update(steps=5, batch_size=3, seed=7)
+  config.data.epochs = 2
+  fill()
+  assert folders[-1] == folders[-2]
 
-  keys = [folder(), folder(seq_len=8), folder(vocab_size=400)]
-  write(tmp_path / "train", texts(0, 101))
-  keys.append(folder())
-  data.eval_path = ""
-  keys.append(folder())
-  data.tokenizer = __file__
-  keys.append(folder())
-  assert len(set(keys)) == len(keys) and keys[-1] == folder()
 
-
-def test_the_fingerprint_is_of_the_text_and_not_of_the_place(data, tmp_path):
-  here = dataset.prepare(data, **SIZES)
-  data.path = write(tmp_path / "moved", texts(0, 100))
-  there = dataset.prepare(data, **SIZES)
+def test_the_fingerprint_is_of_the_text_and_not_of_the_place(config, tmp_path):
+  here = prepare(config)
+  config.data.path = str(write_lines(tmp_path / "moved" / "b.jsonl", TRAIN))
+  there = prepare(config)
   assert here.fingerprint == there.fingerprint and here.tokenizer_path != there.tokenizer_path
-  data.path = write(tmp_path / "changed", [*texts(0, 99), texts(99, 100)[0].replace("rock", "sand")])
-  assert dataset.prepare(data, **SIZES).fingerprint != here.fingerprint
-  assert dataset.prepare(data, **SIZES | {"seq_len": 8}).fingerprint != here.fingerprint
+  config.data.path = str(
+    write_lines(tmp_path / "changed" / "a.jsonl", [*TRAIN[:-1], TRAIN[-1].replace("rock", "sand")])
+  )
+  assert prepare(config).fingerprint != here.fingerprint
+  config.data.path, config.seq_len = str(tmp_path / "train" / "a.jsonl"), 8
+  assert prepare(config).fingerprint != here.fingerprint
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished(data):
-  command = [sys.executable, "-c", KILLED, json.dumps(vars(data)), json.dumps(SIZES)]
-  assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
-  (left,) = Path(data.cache_dir).iterdir()
-  assert left.name.endswith(".partial") and (left / "rows" / "train.npy").exists()
-  assert len(dataset.prepare(data, **SIZES).valid) > 0
-
-
-def test_an_exception_leaves_nothing(data, monkeypatch):
-  def fail(*args):
+def test_a_run_that_was_interrupted_is_continued(config, monkeypatch):
+  def interrupt(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(dataset, "_fingerprint", fail)
-  with pytest.raises(KeyboardInterrupt):
-    dataset.prepare(data, **SIZES)
-  assert not list(Path(data.cache_dir).iterdir())
+  with packing_in(200, 512):
+    with monkeypatch.context() as patch:
+      patch.setattr(preparation, "_sizes", interrupt)  # all shards are there
+      with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    (left,) = Path(config.data.cache_dir).iterdir()
+    assert not (left / rows.MANIFEST).exists() and len(list(left.glob("train-*.npy"))) > 2
+    monkeypatch.setattr(rows, "write_shard", lambda *_: pytest.fail("written again"))
+    made = prepare(config)
+  np.testing.assert_array_equal(made.train, rows_of(tokenizer.load_tokenizer(made.tokenizer_path), TRAIN, 16))
 
 
-def test_two_runs_may_make_the_same_rows(data, monkeypatch):
-  build = dataset._build
+# Prepared rows.
 
-  def build_while_another_does(folder, *args):
-    build(folder, *args)
-    monkeypatch.setattr(dataset, "_build", build)
-    other.append(dataset.prepare(data, **SIZES))
 
-  other = []
-  monkeypatch.setattr(dataset, "_build", build_while_another_does)
-  made = dataset.prepare(data, **SIZES)
-  assert made[2:] == other[0][2:] and len(list(Path(data.cache_dir).iterdir())) == 1
+def test_prepared_rows_are_read_where_they_are(config, tmp_path):
+  made = prepared(config, tmp_path / "rows")
+  config.data.cache_dir = str(tmp_path / "none")
+  found = prepare(config)
+  np.testing.assert_array_equal(found.train, made.train)
+  np.testing.assert_array_equal(found.valid, made.valid)
+  assert found.fingerprint == made.fingerprint and found.bytes_per_token == made.bytes_per_token
+  assert found.tokenizer_path == str(tmp_path / "rows" / "tokenizer.model") and not (tmp_path / "none").exists()
+  config.data.tokenizer = found.tokenizer_path
+  assert prepare(config).fingerprint == made.fingerprint
+
+
+def other_tokenizer(config, folder):
+  tokenizer.train_tokenizer(VALID, 300, folder / "other.model")
+  config.data.tokenizer = str(folder / "other.model")
+
+
+def unfinished(config, folder):
+  (folder / "rows" / "manifest.json").rename(folder / "rows" / "progress.json")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      lambda config, folder: config.update(seq_len=32),
+      r"seq_len \(=32\) must be that .*\(=16\); set --config\.seq_len=16",
+    ),
+    (
+      other_tokenizer,
+      r"tokenizer \(='\S+other\.model'\) is not the tokenizer that \S+rows was prepared with; leave it out",
+    ),
+    (lambda config, folder: config.data.update(tokenizer="none.model"), "there is no such file"),
+    (lambda config, folder: config.model.update(vocab_size=300), r"vocabulary \(=300\); it has \d+ pieces"),
+    (
+      lambda config, folder: config.data.update(path="none"),
+      r"\(='none'\) must be a folder .* it has no manifest\.json",
+    ),
+    (unfinished, "it is not finished: run that command again"),
+    (lambda config, folder: config.data.update(eval_path="x"), r"eval_path \(='x'\) is not read when .* is prepared"),
+    (lambda config, folder: config.update(steps=1000), r"repeat it: --config\.data\.epochs=\d+"),
+    (lambda config, folder: (folder / "rows" / "manifest.json").write_text("{}"), "is not the JSON that was written"),
+    (lambda config, folder: (folder / "rows" / "tokenizer.model").unlink(), "there is no such file"),
+  ],
+)
+def test_prepared_rows_that_do_not_fit_are_sentences(config, tmp_path, request, change, message):
+  prepared(config, tmp_path / "rows")
+  change(config, tmp_path)
+  request.getfixturevalue("unbuildable")
+  with pytest.raises(UserError, match=message):
+    dataset.check(config)
+  with pytest.raises(UserError, match=message):
+    prepare(config)
+
+
+@pytest.mark.parametrize("name", ["train-00000.npy", "valid-00000.npy", "tokenizer.model"])
+def test_a_file_that_was_changed_since_is_named(config, tmp_path, name):
+  prepared(config, tmp_path / "rows")
+  path = tmp_path / "rows" / name
+  contents = bytearray(path.read_bytes())
+  contents[-1 if name.endswith("npy") else contents.index(b"tide")] ^= 1
+  path.write_bytes(contents)
+  with pytest.raises(UserError, match=rf"{re.escape(str(path))} must have the SHA-256"):
+    prepare(config)
+
+
+# A stream.
+
+
+@pytest.fixture
+def streamed(config, tmp_path):
+  """The same text as a stream; and its rows, prepared."""
+  tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
+  config.data.tokenizer = str(tmp_path / "own.model")
+  made = prepare(config)
+  config.data.source = "stream"
+  return config, made
+
+
+def test_a_stream_gives_the_rows_in_their_order(streamed):
+  config, made = streamed
+  data = prepare(config)
+  batch_of = dataset.batches(data, config)
+  for step in (0, 1, 5, 2):
+    batch = batch_of(step)
+    assert batch.shape == (4, 16)
+    np.testing.assert_array_equal(batch[:], made.train[4 * step : 4 * step + 4])
+    np.testing.assert_array_equal(batch[1:3], made.train[4 * step + 1 : 4 * step + 3])
+  np.testing.assert_array_equal(data.valid, made.valid)
+  assert data.bytes_per_token == made.bytes_per_token
+  assert data.summary["train"] == {"read from": config.data.path} and data.summary["valid"] == made.summary["valid"]
+
+
+def test_the_fingerprint_of_a_stream_is_of_its_files(streamed):
+  config, made = streamed
+  first, again = prepare(config).fingerprint, prepare(config).fingerprint
+  os.utime(config.data.path, ns=(1, 1))
+  assert first == again != made.fingerprint and prepare(config).fingerprint != first
+
+
+def test_only_the_text_that_validates_is_packed_for_a_stream(streamed):
+  config, _ = streamed
+  config.data.cache_dir += "2"
+  prepare(config)
+  (folder,) = Path(config.data.cache_dir).iterdir()
+  assert rows.read_manifest(folder)["train"]["documents"] == len(VALID) and rows.read_manifest(folder)["valid"] is None
+
+
+@pytest.mark.parametrize(
+  ("key", "message"),
+  [
+    ("tokenizer", r"stream needs a SentencePiece model; set --config\.data\.tokenizer"),
+    ("eval_path", r"stream needs text to validate on; set --config\.data\.eval_path"),
+  ],
+)
+def test_what_a_stream_needs_is_a_sentence(streamed, unbuildable, key, message):
+  config, _ = streamed
+  config.data[key] = ""
+  with pytest.raises(UserError, match=message):
+    dataset.check(config)
+
+
+def test_validation_text_of_a_stream_shorter_than_a_row_is_a_sentence(streamed, tmp_path):
+  config, _ = streamed
+  config.data.eval_path = str(write_lines(tmp_path / "short" / "a.jsonl", ["A wave."]))
+  with pytest.raises(UserError, match="must hold at least one row of 16 tokens"):
+    prepare(config)
 
 
 # Mistakes.
@@ -202,91 +303,140 @@ def test_two_runs_may_make_the_same_rows(data, monkeypatch):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"source": "c4"}, r"--config\.data\.source must be docs .* or text .*; found 'c4'"),
-    ({"source": "prepared"}, "found 'prepared'"),
+    ({"source": "c4"}, r"--config\.data\.source \(='c4'\) must be one of docs .* text .* prepared .* stream"),
+    ({"epochs": 0}, r"data\.epochs \(=0\) must be at least 1"),
     ({"path": ""}, r"--config\.data\.path='c4/\*\.json\.gz'"),
     ({"path": "none/*"}, "matches no file"),
     ({"eval_path": "none/*"}, r"--config\.data\.eval_path .*matches no file"),
     ({"tokenizer": "none.model"}, "there is no such file"),
     ({"tokenizer": __file__}, "must be a SentencePiece model"),
     ({"source": "docs", "path": "", "eval_path": "", "tokenizer": "none.model"}, "there is no such file"),
-    ({"source": "docs"}, "is not read when --config.data.source is docs; add --config.data.source=text"),
+    ({"source": "docs"}, r"is not read when --config\.data\.source is docs; leave it out, or add"),
   ],
 )
-def test_mistakes_are_sentences_before_anything_expensive(data, unbuildable, changes, message):
-  vars(data).update(changes)
+def test_mistakes_are_sentences_before_anything_expensive(config, unbuildable, changes, message):
+  config.data.update(changes)
   with pytest.raises(UserError, match=message):
-    dataset.check(data, vocab_size=320)
+    dataset.check(config)
   with pytest.raises(UserError, match=message):
-    dataset.prepare(data, **SIZES)
+    prepare(config)
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_a_sentence(data, tmp_path):
-  tokenizer.train_tokenizer(texts(0, 100), 320, tmp_path / "model")
-  data.tokenizer = str(tmp_path / "model")
-  dataset.check(data, vocab_size=320)
+def test_a_tokenizer_larger_than_the_vocabulary_is_a_sentence(config, tmp_path):
+  tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "model")
+  config.data.tokenizer = str(tmp_path / "model")
+  dataset.check(config)
+  config.model.vocab_size = 300
   with pytest.raises(UserError, match=r"vocabulary \(=300\); it has \d+ pieces"):
-    dataset.check(data, vocab_size=300)
+    dataset.check(config)
 
 
-def test_text_shorter_than_a_batch_is_a_sentence(data):
-  rows = len(dataset.prepare(data, **SIZES).train)
-  assert len(dataset.prepare(data, **SIZES | {"batch_size": rows}).train) == rows
-  message = rf"batch, {rows + 1} rows of 16 tokens \(={(rows + 1) * 16:,}\) .* has [\d,]+ tokens, {rows} rows .* lower"
-  with pytest.raises(UserError, match=message):
-    dataset.prepare(data, **SIZES | {"batch_size": rows + 1})
-  with pytest.raises(UserError, match=r"has [\d,]+ tokens, 0 rows"):
-    dataset.prepare(data, **SIZES | {"seq_len": 1 << 20})
+def test_a_run_that_wants_more_rows_than_there_are_is_a_sentence(config):
+  count = len(prepare(config).train)
+  config.batch_size = 1
+  for epochs in (1, 2):
+    config.data.epochs, config.steps = epochs, epochs * count
+    prepare(config)
+    config.steps += 1
+    message = (
+      rf"takes {config.steps} rows \({config.steps} steps of 1\) and the text has {count} rows of 16 tokens, "
+      rf"enough for {epochs * count} steps in data\.epochs \(={epochs}\); .*--config\.data\.epochs={epochs + 1}$"
+    )
+    with pytest.raises(UserError, match=message):
+      prepare(config)
 
 
-def test_validation_text_shorter_than_a_row_is_a_sentence(data, tmp_path):
-  data.eval_path = write(tmp_path / "short", ["A wave."])
-  with pytest.raises(UserError, match=r"--config\.data\.eval_path .* at least one row of 16 tokens"):
-    dataset.prepare(data, **SIZES)
+@pytest.mark.parametrize("side", ["train", "valid"])
+def test_text_shorter_than_a_row_is_a_sentence(config, tmp_path, side):
+  path = write_lines(tmp_path / "short" / "a.jsonl", ["A wave."])
+  config.data.update({"path" if side == "train" else "eval_path": str(path)})
+  config.data.tokenizer, config.seq_len = str(tmp_path / "own.model"), 60
+  tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
+  with pytest.raises(UserError, match=rf"{side} must hold at least one row of 60 tokens; it has \d+, of 1 documents"):
+    prepare(config)
+  assert not list(Path(config.data.cache_dir).glob("*/manifest.json"))
 
 
-def test_a_cache_that_cannot_be_written_is_a_sentence(data, tmp_path):
+def test_text_of_one_row_has_none_to_train_on(config, tmp_path):
+  config.data.update(path=str(write_lines(tmp_path / "short" / "a.jsonl", TRAIN[:1] * 2)), eval_path="")
+  config.seq_len = 40
+  with pytest.raises(UserError, match=r"at least one row of 40 tokens besides validation; it has \d+ tokens; add text"):
+    prepare(config)
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(config, tmp_path):
   (tmp_path / "file").touch()
-  data.cache_dir = str(tmp_path / "file" / "cache")
-  with pytest.raises(UserError, match=r"--config\.data\.cache_dir .* must be a directory that can be written.*; name"):
-    dataset.prepare(data, **SIZES)
+  config.data.cache_dir = str(tmp_path / "file" / "cache")
+  with pytest.raises(UserError, match=r"file/cache/text-\w+ must be a directory that can be written"):
+    prepare(config)
 
 
 # Batches.
 
-ROWS = np.arange(10, dtype=np.uint16)[:, None] * np.ones(3, np.uint16)
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+  """Rows of several shards, held out at the end, and the same as an array."""
+  folder = tmp_path_factory.mktemp("rows")
+  path = write_lines(folder / "a.jsonl", TRAIN)
+  with packing_in(200, 256):
+    train = prepare(tiny_config(folder, steps=1, data__path=str(path))).train
+  assert len(train._shards) > 4 and len(train) % 7
+  return train, np.asarray(train)
 
 
-def stream(batch_size, examples, seed=0):
-  """The first examples of a run, as numbers of rows."""
-  steps = range(-(-examples // batch_size))
-  batches = [dataset.batch(ROWS, seed=seed, step=step, batch_size=batch_size)[:] for step in steps]
-  return np.concatenate(batches)[:examples, 0].tolist()
+def read(rows, step, size, seed=3, hosts=1):
+  """The batch of a step, of which each host reads its part."""
+  each = size // hosts
+  parts = [dataset.batch(rows, seed=seed, step=step, batch_size=size)[n * each : (n + 1) * each] for n in range(hosts)]
+  return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 10, 23])
-def test_each_epoch_takes_every_row_once(batch_size):
-  epochs = np.reshape(stream(batch_size, 40), (4, 10))
-  np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(10), (4, 1)))
-  assert len({tuple(epoch) for epoch in epochs}) == 4
+def test_every_epoch_takes_every_row_once_whatever_the_hosts(on_disk):
+  train, array = on_disk
+  steps, whole = range(-(-3 * len(train) // 28)), sorted(array.tolist())
+  taken = [np.concatenate([read(train, step, 28, hosts=hosts) for step in steps]) for hosts in (1, 2, 4)]
+  np.testing.assert_array_equal(taken[0], taken[1])
+  np.testing.assert_array_equal(taken[0], taken[2])
+  epochs = taken[0][: 3 * len(train)].reshape(3, len(train), 16)
+  assert all(sorted(epoch.tolist()) == whole for epoch in epochs)
+  assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], array)
 
 
-def test_the_order_depends_on_the_seed_and_not_on_the_batch_size():
-  assert stream(4, 40) == stream(7, 40) == stream(23, 40)
-  assert stream(4, 40) != stream(4, 40, seed=1)
-  assert stream(4, 40) != sorted(stream(4, 40))
+def test_a_host_reads_its_part_and_no_more():
+  class Watched:
+    shape = (10, 3)
+    read = ()
+
+    def __len__(self):
+      return 10
+
+    def __getitem__(self, picks):
+      self.read = [*self.read, *picks.tolist()]
+      return np.zeros((len(picks), 3), np.uint16)
+
+  rows = Watched()
+  batch = dataset.batch(rows, seed=0, step=1, batch_size=8)
+  assert batch.shape == (8, 3) and not rows.read
+  assert batch[2:4].dtype == np.int32 and rows.read == batch.picks[2:4].tolist()
 
 
-def test_a_batch_is_a_function_of_its_step():
-  late = dataset.batch(ROWS, seed=3, step=17, batch_size=4)[:]
-  for step in (17, 2, 17):
-    again = dataset.batch(ROWS, seed=3, step=step, batch_size=4)[:]
-  np.testing.assert_array_equal(late, again)
-  assert late.dtype == np.int32 and late.shape == (4, 3) and type(late) is np.ndarray
+@settings(deadline=None, max_examples=50)
+@given(steps=st.lists(st.integers(0, 300), min_size=1), size=st.integers(1, 500), seed=st.integers(0, 9))
+def test_a_batch_is_a_function_of_its_seed_and_step(on_disk, steps, size, seed):
+  """And all are one sequence, whatever their size."""
+  train, array = on_disk
+  for step in steps:
+    places = step * size + np.arange(size)
+    picks = [in_epoch(len(array), place // len(array), seed)[place % len(array)] for place in places]
+    np.testing.assert_array_equal(read(train, step, size, seed), array[picks])
 
 
-def test_batches_of_rows_on_disk(data):
-  rows = dataset.prepare(data, **SIZES).train
-  once = dataset.batch(rows, seed=0, step=0, batch_size=len(rows))[:]
-  assert type(once) is np.ndarray and once.dtype == np.int32
-  assert sorted(once.tolist()) == sorted(rows.tolist()) and once.tolist() != rows.tolist()
+@cache
+def in_epoch(count, epoch, seed):
+  return shuffled(np.arange(count), count, seed=seed, epoch=epoch)
+
+
+def test_the_order_depends_on_the_seed(on_disk):
+  train, _ = on_disk
+  assert not np.array_equal(read(train, 2, 16), read(train, 2, 16, seed=4))

@@ -1,10 +1,15 @@
-"""A config and a text so small that a whole run takes seconds."""
+"""Configs and texts so small that a whole run takes seconds."""
 
+import contextlib
+import json
 from pathlib import Path
 
+import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from configs import llama_tiny
+from switchlora_jax import packing
 from switchlora_jax.config import flatten, resolve
 
 
@@ -38,3 +43,31 @@ def flags_of(config) -> list[str]:
   """The flags that make the default config this one."""
   default = flatten(llama_tiny.get_config())
   return [f"--config.{key}={value}" for key, value in flatten(config).items() if value != default[key]]
+
+
+def sentences(start: int, stop: int) -> list[str]:
+  """A document of two lines for each number."""
+  return [f"Wave {n} of the tide breaks on rock {n * n}.\nIt falls back {n % 7} times.\n" for n in range(start, stop)]
+
+
+def write_lines(path: Path, documents: list[str]) -> Path:
+  """A file of JSON lines, a document each; its folder is made."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+  return path
+
+
+def rows_of(model, documents: list[str], seq_len: int) -> np.ndarray:
+  """What packing makes of documents, in one go: each ended by EOS, joined, cut, the remainder dropped."""
+  tokens = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
+  whole = len(tokens) // seq_len
+  return np.reshape(np.array(tokens[: whole * seq_len], np.int32), (whole, seq_len))
+
+
+@contextlib.contextmanager
+def packing_in(group: int, shard: int = packing.SHARD):
+  """Groups of so many characters, shards of so many tokens."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(packing, "GROUP", group)
+    patch.setattr(packing, "SHARD", shard)
+    yield
