@@ -30,7 +30,8 @@ COUNT, DEVICES = 2, 4
 WATCHED = """
 import atexit, json, runpy, sys
 import numpy as np
-file, seen, wrote, read = sys.argv.pop(1), [], [], np.memmap.__getitem__
+from switchlora_jax.rows import Rows
+file, seen, wrote, read = sys.argv.pop(1), [], [], Rows.__getitem__
 def watched(self, key):
   if isinstance(key, np.ndarray):
     seen.append((len(self), key.tolist()))
@@ -38,7 +39,7 @@ def watched(self, key):
 def audit(event, details):
   if event == "open" and isinstance(details[1], str) and set(details[1]) & set("wax+"):
     wrote.append(str(details[0]))
-np.memmap.__getitem__ = watched
+Rows.__getitem__ = watched
 sys.addaudithook(audit)
 atexit.register(lambda: open(file, "w").write(json.dumps([seen, wrote])))
 runpy.run_module("experiments.pretrain", run_name="__main__", alter_sys=True)
@@ -232,7 +233,7 @@ def test_two_processes_pass_over_a_damaged_checkpoint_together(runs):
 
 def test_each_process_reads_its_own_rows_and_no_others(runs):
   folder, config = runs.folder, runs.config
-  data = dataset.prepare(config.data, seq_len=16, vocab_size=320, batch_size=8, progress=False)
+  data = dataset.prepare(config, progress=False)
   for process, (read, _) in enumerate(runs.watched):
     share = slice(process * 8 // COUNT, (process + 1) * 8 // COUNT)
     train = [pick for length, picks in read if length == len(data.train) for pick in picks]
