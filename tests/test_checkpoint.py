@@ -64,7 +64,7 @@ def test_what_is_read_beside_what_is_left_out_is_compared_with_its_checksum(dire
   flip_a_bit(largest_file(directory / "4"))
   wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
   with Checkpoints(directory) as checkpoints:
-    with pytest.raises(UserError, match="step 4: .*; choose another"):
+    with pytest.raises(UserError, match=r"step 4: .*; choose another"):
       checkpoints.restore(lambda _: wanted, step=4)
     assert_same(checkpoints.restore(lambda _: wanted)["params"], some_state(3)["params"])
   assert (directory / "4").exists(), "it is another's"

@@ -16,9 +16,15 @@ from switchlora_jax.program import build
 from switchlora_jax.sharding import make_mesh
 
 
-def test_the_mean_does_not_depend_on_the_batch(tmp_path):
-  program = build(resolved(tmp_path), make_mesh())
-  state = program.create()
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """(program, state) of a small model."""
+  program = build(resolved(tmp_path_factory.mktemp("text")), make_mesh())
+  return program, program.create()
+
+
+def test_the_mean_does_not_depend_on_the_batch(model):
+  program, state = model
   rows = np.random.default_rng(0).integers(0, 320, (21, 16))
   losses = np.asarray(row_losses(program.model, state.params, state.frozen, jax.numpy.asarray(rows)))
   expected = summary(losses, bytes_per_token=3.0)
@@ -27,10 +33,10 @@ def test_the_mean_does_not_depend_on_the_batch(tmp_path):
     assert found == pytest.approx(expected, rel=1e-5) and found["val_loss"] == pytest.approx(losses.mean(), rel=1e-6)
 
 
-def test_evaluation_reads_the_first_eval_tokens(tmp_path):
-  config = resolved(tmp_path, eval_tokens=16 * 8)
-  program = build(config, make_mesh())
-  state, rows = program.create(), np.random.default_rng(0).integers(0, 320, (40, 16))
+def test_evaluation_reads_the_first_eval_tokens(model, tmp_path, monkeypatch):
+  config, (program, state) = resolved(tmp_path, eval_tokens=16 * 8), model
+  monkeypatch.setattr(trainer, "make_learnt_rank", lambda _: lambda *_: 0.0)
+  rows = np.random.default_rng(0).integers(0, 320, (40, 16))
   wanted = validate(program, state, rows[:8], 8, 3.0)
   data = Dataset(train=None, valid=rows, tokenizer_path="", fingerprint="", bytes_per_token=3.0, summary={})
   found = trainer.make_evaluate(config, program, data)(program, state)
@@ -44,10 +50,10 @@ def test_the_first_tokens_are_whole_rows_and_one_at_least(tokens, expected):
   np.testing.assert_array_equal(first(rows, tokens), rows[:expected])
 
 
-def test_a_run_that_has_diverged_has_an_infinite_perplexity(tmp_path):
-  program = build(resolved(tmp_path), make_mesh())
+def test_a_run_that_has_diverged_has_an_infinite_perplexity(model):
+  program, state = model
   far = program._replace(eval_step=lambda params, frozen, rows: np.full(len(rows), 1000.0))
-  found = validate(far, program.create(), np.zeros((8, 16)), 8, bytes_per_token=2.0)
+  found = validate(far, state, np.zeros((8, 16)), 8, bytes_per_token=2.0)
   assert (found["val_loss"], found["val_ppl"], found["val_loss_se"]) == (1000.0, math.inf, 0.0)
   assert summary(np.array([1.0, math.inf]), 1.0)["val_bpb"] == math.inf
 

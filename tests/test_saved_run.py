@@ -1,6 +1,7 @@
 """Of a run that is only read, the weights come back and nothing else does."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -13,18 +14,27 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+  """Only arrays are made and moved."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
   """(directory, state after step 7) of a run of which no step was made; its warm start ends at step 5."""
-  config = resolved(tmp_path, warm_start_steps=5, candidates_dtype="bfloat16")
+  folder = tmp_path_factory.mktemp("run")
+  config = resolved(folder, warm_start_steps=5, candidates_dtype="bfloat16")
   saved = {"config": config.to_dict(), "data_fingerprint": "abc", "devices": "8 × cpu", "git_revision": None}
-  (tmp_path / "config.json").write_text(json.dumps(saved))
-  (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+  (folder / "config.json").write_text(json.dumps(saved))
+  (folder / "tokenizer.model").write_bytes(b"pieces")
   first, state = (phase.create() for phase in program.phases(config, make_mesh()))
-  with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+  with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
     checkpoints.save(4, first._replace(step=first.step + 4))
     checkpoints.save(7, state._replace(step=state.step + 7))
-  return tmp_path, state
+  return folder, state
 
 
 def test_it_says_what_the_directory_holds(run):
@@ -57,7 +67,8 @@ def test_a_step_that_was_not_saved_is_refused(run):
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
-  (run[0] / "tokenizer.model").unlink()
-  for folder in (run[0], tmp_path / "none"):
+  copy = shutil.copytree(run[0], tmp_path / "copy")
+  (copy / "tokenizer.model").unlink()
+  for folder in (copy, tmp_path / "none"):
     with pytest.raises(UserError, match=f"--of={folder} must be the directory of a run"):
       saved_run.open_run(folder, "--of")
