@@ -26,12 +26,13 @@
   program         what a config compiles to, for each phase of its run
   warm_start      full-rank training first, within the run or in another
   trainer         the story of a run: build, restore, step, evaluate, save
-  evaluation      validation loss
+  evaluation      validation loss, perplexity, bits per byte, and their standard errors
   drift           a study: how far stored kernels drift while vectors are switched
   analysis        the effective rank of what the weights have learnt
   sampling        a short text from the model
   checkpoint      orbax, with checksums and fallback
   run_directory   config.json, tokenizer, and the rules for continuing a run
+  saved_run       a run that is only read: its config and the weights of a checkpoint
   metrics         JSON lines, TensorBoard, progress bar, loss curve
   report          what is printed before and after a run
   cost, topology  operations and memory of a compiled step, also for GPUs that are not there

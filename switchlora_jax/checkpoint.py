@@ -18,6 +18,7 @@ from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LEFT_OUT = ocp.PLACEHOLDER  # in place of an array that is not to be read
 
 STRIDES = (1, 1_000_003, 2_654_435_761, 2_246_822_519, 3_266_489_917)  # of the weights, from the last axis on
 
@@ -85,25 +86,27 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(named_checksums(state)))
     self._manager.save(step, args=items)
 
-  def restore(self, abstract_at):
-    """The newest good state, or None where nothing was saved yet.
+  def restore(self, abstract_at, step: int | None = None):
+    """The newest good state, or None where nothing was saved yet; or that of a step.
 
     Where a newer one is damaged, it is moved aside, next to `checkpoints/`, with a warning that names it.
 
     Args:
-      abstract_at: from a step to a pytree of ShapeDtypeStruct with shardings, as its state shall come back.
+      abstract_at: from a step to a pytree of ShapeDtypeStruct with shardings, as its state shall come back; what is
+        LEFT_OUT there is not read, and None comes back.
+      step: one of `steps()`; the newest by default.
     Raises:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
     hosts.check_same({f"the list of checkpoints in {self._directory}": self.steps()})
     damaged = {}
-    for step in reversed(self.steps()):
+    for candidate in reversed(self.steps() if step is None else [step]):
       try:
-        state = self._restore(step, abstract_at(step))
+        state = self._restore(candidate, abstract_at(candidate))
       except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here says nothing of the file
         raise
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-        damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        damaged[candidate] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         continue
       if damaged:
         self._pass_over(damaged)
@@ -111,20 +114,28 @@ class Checkpoints:
     if damaged:
       raise UserError(
         f"none of the checkpoints in {self._directory} can be read back "
-        f"({'; '.join(f'step {step}: {reason}' for step, reason in damaged.items())}); start over in a new --workdir"
+        f"({'; '.join(f'step {step}: {reason}' for step, reason in damaged.items())}); "
+        f"{'start over in a new --workdir' if self._keep else 'choose another'}"
       )
     return None
 
   def _restore(self, step: int, abstract):
-    # Padding is not the same in every layout. What else is cut off or added, checksums and shapes tell.
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract, strict=False), checksums=ocp.args.JsonRestore())
+    leaves = jax.tree.leaves_with_path(abstract)
+    left_out = {jax.tree_util.keystr(path) for path, leaf in leaves if leaf is LEFT_OUT}
+    if left_out:
+      wanted = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+    else:
+      # Padding is not the same in every layout. What else is cut off or added, checksums and shapes tell.
+      wanted = ocp.args.StandardRestore(abstract, strict=False)
+    items = ocp.args.Composite(state=wanted, checksums=ocp.args.JsonRestore())
     # A file that only one process could not read must be passed over by all.
     restored = hosts.everywhere(lambda: self._manager.restore(step, args=items))
-    expected, found = restored.checksums, named_checksums(restored.state)
-    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
-    if wrong:
+    state = jax.tree.map(lambda leaf: None if leaf is LEFT_OUT else leaf, restored.state)
+    expected, found = restored.checksums, named_checksums(state)
+    names = (expected.keys() - left_out) | found.keys()
+    if wrong := [name for name in names if expected.get(name) != found.get(name)]:
       raise ValueError(f"checksum or shape of {min(wrong)} and {len(wrong) - 1} more arrays is not what was saved")
-    return restored.state
+    return state
 
   def _pass_over(self, damaged: dict[int, str]):
     """Say which checkpoints are damaged, {step: why}, and move them aside if they are ours."""

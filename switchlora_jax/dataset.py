@@ -113,7 +113,7 @@ def prepare(config, *, progress: bool = True) -> Dataset:
   if config.data.source == "stream":
     return _open_stream(config, folder, manifest)
   _check_rows(_held_out(manifest), config)
-  return _open(folder, manifest, config.data.source)
+  return open_folder(folder, manifest, config.data.source)
 
 
 def batches(data: Dataset, config) -> Callable[[int], Batch]:
@@ -171,12 +171,16 @@ def _origin(data) -> list:
 def _fill_cache(config, progress: bool) -> Path:
   """The folder of `cache_dir` with the rows of the text; of a stream, of the text that validates."""
   data = config.data
-  cache = _expanded(data.cache_dir)
   facts = [data.source, _origin(data)]
   given = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
   request = Request(facts, given, config.seq_len)
-  folder = cache / f"{data.source}-{_key(request)}"
-  preparation.prepare(folder, request, partial(_corpus, data, progress), wait=True, progress=progress)
+  return cached(data.cache_dir, data.source, request, partial(_corpus, data, progress), progress)
+
+
+def cached(cache_dir: str, name: str, request: Request, read: Callable[[], corpus.Corpus], progress: bool) -> Path:
+  """The folder `NAME-…` of a cache that holds such rows: filled now, unless it was; see `preparation.prepare`."""
+  folder = _expanded(cache_dir) / f"{name}-{_key(request)}"
+  preparation.prepare(folder, request, read, wait=True, progress=progress)
   return folder
 
 
@@ -198,7 +202,8 @@ def _key(request: Request) -> str:
   return digest.hexdigest()[:16]
 
 
-def _open(folder: Path, manifest: dict, source: str) -> Dataset:
+def open_folder(folder: Path, manifest: dict, source: str) -> Dataset:
+  """The rows of a folder that is filled; `source` is only named."""
   summary = summarize(manifest, source)
   fingerprint, left = summary["fingerprint"], summary["train"]["rows"]
   train = rows.open_rows(folder, manifest["train"])

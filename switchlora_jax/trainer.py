@@ -11,7 +11,7 @@ from switchlora_jax import dataset, hosts, metrics, report, run_directory, train
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
-from switchlora_jax.evaluation import validation_loss
+from switchlora_jax.evaluation import first, validate
 from switchlora_jax.program import Program, phases, trained_by
 from switchlora_jax.sharding import make_mesh
 
@@ -50,7 +50,7 @@ def train(config, workdir: Path) -> Outcome:
     hosts.everywhere(lambda: source.check_tokenizer(data.tokenizer_path))
   hosts.on_first(lambda: run_directory.record(workdir, config, data))
   hosts.everywhere(lambda: run_directory.check_shared(workdir))
-  evaluate, batch_of = make_evaluate(config, programs[0], data.valid), dataset.batches(data, config)
+  evaluate, batch_of = make_evaluate(config, programs[0], data), dataset.batches(data, config)
 
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
     state = checkpoints.restore(lambda step: trained_by(programs, step).abstract)
@@ -90,16 +90,16 @@ def due(step: int, every: int) -> bool:
   return step % every == 0
 
 
-def make_evaluate(config, first: Program, rows):
-  """(program, state) -> validation loss and perplexity over the first `eval_tokens` tokens of the validation rows.
+def make_evaluate(config, start: Program, data: dataset.Dataset):
+  """(program, state) -> what `validate` says of the first `eval_tokens` tokens of the validation rows.
 
   And, unless the run started from another's weights, the effective rank of what the weights have learnt since.
   """
-  rows = rows[: max(1, config.eval_tokens // config.seq_len)]
-  learnt_rank = None if config.warm_start_from else make_learnt_rank(first)
+  rows, batch_size = first(data.valid, config.eval_tokens), config.batch_size // config.accumulation
+  learnt_rank = None if config.warm_start_from else make_learnt_rank(start)
 
   def evaluate(program, state) -> dict[str, float]:
-    numbers = validation_loss(program.eval_step, state, rows, config.batch_size // config.accumulation, program.place)
+    numbers = validate(program, state, rows, batch_size, data.bytes_per_token)
     if learnt_rank is not None:
       numbers["learnt_rank"] = float(learnt_rank(state.params, state.frozen, program.scale))
     return numbers

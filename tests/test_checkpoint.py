@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchlora_jax.checkpoint import Checkpoints, named_checksums
+from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints, named_checksums
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh, replicated
 
@@ -50,6 +50,24 @@ def test_the_newest_state_comes_back_bit_by_bit(directory):
 def test_nothing_saved_is_none(tmp_path):
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
     assert checkpoints.restore(lambda _: abstract(some_state(0))) is None
+
+
+def test_a_step_can_be_named_and_arrays_left_out(directory):
+  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+  with Checkpoints(directory) as checkpoints:
+    restored = checkpoints.restore(lambda _: wanted, step=3)
+  assert restored["frozen"] == {"kernel_tail": None}
+  assert_same(restored, some_state(3) | {"frozen": {"kernel_tail": None}})
+
+
+def test_what_is_read_beside_what_is_left_out_is_compared_with_its_checksum(directory):
+  flip_a_bit(largest_file(directory / "4"))
+  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+  with Checkpoints(directory) as checkpoints:
+    with pytest.raises(UserError, match=r"step 4: .*; choose another"):
+      checkpoints.restore(lambda _: wanted, step=4)
+    assert_same(checkpoints.restore(lambda _: wanted)["params"], some_state(3)["params"])
+  assert (directory / "4").exists(), "it is another's"
 
 
 def largest_file(folder):

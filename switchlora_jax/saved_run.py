@@ -1,0 +1,92 @@
+"""A run that is only read: its config, its tokenizer, and the weights of one of its checkpoints."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from switchlora_jax import run_directory
+from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints
+from switchlora_jax.errors import UserError
+from switchlora_jax.program import Program, phases, trained_by
+from switchlora_jax.train_state import TrainState
+
+
+class SavedRun(NamedTuple):
+  """What a run directory says.
+
+  Attributes:
+    directory: the --workdir of the run.
+    config: its resolved config.
+    fingerprint: of the data that it is trained on.
+    devices: how many it was started on.
+    revision: the commit of the code that made it, or None.
+    steps: those that have a checkpoint, oldest first; there is one.
+  """
+
+  directory: Path
+  config: FrozenConfigDict
+  fingerprint: str
+  devices: int
+  revision: str | None
+  steps: list[int]
+
+  @property
+  def tokenizer(self) -> Path:
+    """The SentencePiece model of its tokens."""
+    return self.directory / "tokenizer.model"
+
+  def check_step(self, step: int, flag: str) -> None:
+    """Raise `UserError` unless there is a checkpoint of the step, which a user named with `flag`."""
+    if step not in self.steps:
+      raise UserError(
+        f"{flag} (={step}) must be a step of which the run in {self.directory} has a checkpoint: "
+        f"{', '.join(map(str, self.steps))}; name one of them, or none for the newest"
+      )
+
+
+def open_run(directory: Path, flag: str) -> SavedRun:
+  """The run in a directory, which a user named with `flag`.
+
+  Raises:
+    UserError: it is not that of a run, or nothing was saved yet.
+  """
+  saved = run_directory.read(directory)
+  if saved is None or not (directory / "tokenizer.model").exists():
+    raise UserError(
+      f"{flag}={directory} must be the directory of a run, with its config.json and tokenizer.model; "
+      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
+    )
+  steps = []
+  if (directory / "checkpoints").is_dir():  # which opening it would make
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+      steps = checkpoints.steps()
+  if not steps:
+    raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
+  devices = int(saved["devices"].split()[0])
+  config = FrozenConfigDict(saved["config"])
+  return SavedRun(directory, config, saved["data_fingerprint"], devices, saved["git_revision"], steps)
+
+
+def restore(run: SavedRun, step: int | None, mesh) -> tuple[Program, TrainState]:
+  """The program of the phase in which a checkpoint was saved, and its state on `mesh`.
+
+  Only the weights are read: `candidates` and `opt_state` hold None for each array.
+
+  Args:
+    step: one of `run.steps`; the newest that is not damaged by default.
+  Raises:
+    UserError: it cannot be read back.
+  """
+  programs = phases(run.config, mesh)
+  weights_at = lambda step: _weights(trained_by(programs, step).abstract)
+  with Checkpoints(run.directory / "checkpoints") as checkpoints:
+    state = checkpoints.restore(weights_at, step)
+  return trained_by(programs, int(state.step)), state
+
+
+def _weights(abstract: TrainState) -> TrainState:
+  """An abstract state of which the weights are read and the rest is not."""
+  without = lambda tree: jax.tree.map(lambda _: LEFT_OUT, tree)
+  return abstract._replace(candidates=without(abstract.candidates), opt_state=without(abstract.opt_state))
