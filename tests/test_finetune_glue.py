@@ -143,6 +143,14 @@ def test_the_method_of_a_run_is_known(folder):
     assert command.load(str(folder / "run")).method == "switchlora"
 
 
+def test_the_method_of_a_hugging_face_folder_is_not(folder, tmp_path, monkeypatch):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  model = pretrained.load_run(folder / "run")
+  with finetune(folder) as command:
+    monkeypatch.setattr(pretrained, "load_run", lambda _: model)
+    assert command.load(str(tmp_path)).method == "full"
+
+
 def test_titles_are_those_of_the_papers_tables():
   assert sorted(task.title for task in TASKS.values()) == sorted(key for key in ITEMS["table8"].paper[0] if key)
 
