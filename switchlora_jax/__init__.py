@@ -27,6 +27,9 @@
   warm_start      full-rank training first, within the run or in another
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss, perplexity, bits per byte, and their standard errors
+  glue            GLUE: its tasks, their rows, their metrics
+  examples        labelled texts as token ids, and batches of them with little padding
+  classifier      a pre-trained model with a head on the last token, trained in full
   drift           a study: how far stored kernels drift while vectors are switched
   analysis        the effective rank of what the weights have learnt
   sampling        a short text from the model

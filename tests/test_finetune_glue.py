@@ -1,0 +1,192 @@
+"""The command on made-up GLUE files, and on a run of a few steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import glue_files
+import numpy as np
+import pytest
+from grids import ROOT, imported
+from tiny import resolved
+
+from experiments.paper import ITEMS
+from switchlora_jax import classifier, examples, glue, pretrained, trainer
+from switchlora_jax.errors import UserError
+from switchlora_jax.glue import TASKS
+from switchlora_jax.tokenizer import load_tokenizer
+
+SHORT = ["--epochs=4", "--rows=240", "--seq_len=64", "--seeds=2", "--learning_rates=1e-5,1e-2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """`run`, a switchlora run; `glue`, RTE and STS-B with as many rows as the real ones."""
+  folder = tmp_path_factory.mktemp("finetune")
+  trainer.train(resolved(folder, method="switchlora"), folder / "run")
+  for name in ("rte", "stsb"):
+    glue_files.write_task(folder / "glue", name)
+  return folder
+
+
+def finetune(folder, *flags, model="run", task="rte"):
+  """The command, imported, with the flags that it always wants."""
+  always = [f"--model={folder / model}", f"--task={task}", f"--data={folder / 'glue'}", f"--workdir={folder / 'out'}"]
+  return imported("finetune_glue", *always, *flags)
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+  """What the command leaves in results.json."""
+  with finetune(folder, *SHORT, task="rte,stsb") as command:
+    command.main()
+  return json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_the_results(folder, results):
+  """The words that tell the label are learnt, at the learning rate that is not far too small."""
+  assert [(row["model"], row["task"], row["learning_rate"]) for row in results] == [
+    ("run", "RTE", 1e-2),
+    ("run", "STS-B", 1e-2),
+  ]
+  for row in results:
+    assert row["sweep"]["1e-05"] < 0.75 * row["sweep"]["0.01"]
+    assert row["best_epoch"]["mean"] > 0.8 and len(row["best_epoch"]["scores"]) == 2
+    assert row["best_epoch"]["scores"] == [max(cell["scores"]) for cell in row["cells"]]
+    assert row["last_epoch"]["scores"] == [cell["scores"][-1] for cell in row["cells"]]
+    assert row["best_epoch"]["std"] == pytest.approx(np.std(row["best_epoch"]["scores"], ddof=1))
+    assert [cell["seed"] for cell in row["cells"]] == [0, 1] and row["origin"].endswith("switchlora, step 12")
+    assert all(cell["losses"][-1] < cell["losses"][0] and cell["rows"] == 240 for cell in row["cells"])
+
+
+def test_the_table(folder, results):
+  text = (folder / "out" / "table.md").read_text()
+  mean, std = (100 * results[0]["best_epoch"][key] for key in ("mean", "std"))
+  assert f"| run | {mean:.2f} ± {std:.2f} |" in text and "|  | RTE | STS-B |" in text
+  constant = 100 * results[0]["constant"]
+  assert f"| the same answer to all | {constant:.2f} | 0.00 |" in text and 50 < constant < 60
+  assert "| SwitchLoRA, 350M | 56.24±5 | 87.71±0.5 |" in text
+
+
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+def test_predictions_and_the_best_weights_have_the_score(folder, results, name):
+  task = TASKS[name]
+  row = next(row for row in results if row["task"] == task.title)
+  best = max(row["cells"], key=lambda cell: cell["score"])
+  lines = (folder / "out" / "run" / name / f"lr=0.01_seed={best['seed']}" / "predictions.tsv").read_text().splitlines()
+  index, answered, labels = zip(*(line.split("\t") for line in lines[1:]), strict=True)
+  assert lines[0] == "index\tprediction\tlabel" and list(map(int, index)) == list(range(task.rows["dev"]))
+  number = task.classes.index if task.classes else float
+  answered, labels = (np.array(list(map(number, column))) for column in (answered, labels))
+  assert glue.score(task, answered, labels) == pytest.approx(best["score"], abs=1e-4)
+
+  rows = glue.read(task, str(folder / "glue"))["dev"]
+  np.testing.assert_array_equal(rows.labels, labels)
+  model = pretrained.load_run(folder / "run")
+  dev = examples.encode(rows, load_tokenizer(model.tokenizer), 64)
+  params = classifier.load(folder / "out" / "run" / name / "best.npz")
+  outputs = classifier.evaluate(classifier.build(task.outputs, **model.sizes), params, dev)
+  np.testing.assert_allclose(glue.answers(task, outputs), answered, atol=1e-3)
+
+
+def test_the_same_command_trains_nothing_again(folder, results, monkeypatch):
+  monkeypatch.setattr(classifier, "fit", lambda *_: pytest.fail("trained again"))
+  with finetune(folder, *SHORT, task="rte,stsb") as command:
+    command.main()
+  assert json.loads((folder / "out" / "results.json").read_text()) == results
+
+
+def test_another_fine_tuning_is_not_taken_for_this_one(folder, results):
+  flags = [*SHORT[1:], "--epochs=5"]
+  with finetune(folder, *flags) as command, pytest.raises(UserError, match=r"epochs: 4 → 5\); choose a new --workdir"):
+    command.main()
+
+
+def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
+  flags = ["--epochs=1", "--rows=32", "--seeds=1", "--learning_rates=1e38,1e-3", f"--workdir={tmp_path}"]
+  with finetune(folder, *flags) as command:
+    command.main()
+  (row,) = json.loads((tmp_path / "results.json").read_text())
+  assert row["sweep"]["1e+38"] is None and row["learning_rate"] == 1e-3 and row["best_epoch"]["mean"] > 0
+  assert "lr 1e+38, seed 0: outputs are not finite after epoch 1; lower --learning_rates" in capsys.readouterr().out
+  with finetune(folder, *flags[:3], "--learning_rates=1e38", f"--workdir={tmp_path}") as command:
+    command.main()
+  assert "| run | diverged (0 of 1 seeds) |" in (tmp_path / "table.md").read_text()
+  assert not (tmp_path / "run" / "rte" / "lr=1e+38_seed=0" / "predictions.tsv").exists()
+
+
+# The paper's learning rates.
+
+
+@pytest.mark.parametrize(
+  ("method", "parameters", "rates"),
+  [
+    ("full", 1e6, [8e-6, 1e-5, 1e-5, 8e-6, 3e-6]),
+    ("switchlora", 368e6, [3e-5, 5e-5, 5e-5, 5e-5, 1e-5]),
+    ("lora", 368e6, [3e-5, 5e-5, 5e-5, 5e-5, 1e-5]),
+    ("galore", 368e6, [2e-6, 5e-6, 5e-6, 3e-6, 8e-7]),
+    ("full", 1.3e9, [8e-6, 1e-5, 2e-5, 1e-5, 5e-6]),
+    ("lora", 1.3e9, [1e-5, 1e-5, 1e-5, 2e-6, 5e-6]),
+    ("galore", 1.3e9, [2e-6, 5e-6, 5e-6, 3e-6, 8e-7]),
+  ],
+)
+def test_learning_rates_are_the_papers(folder, monkeypatch, method, parameters, rates):
+  with finetune(folder) as command:
+    monkeypatch.setattr(command, "parameter_count", lambda _: parameters)
+    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), ""))
+    assert [command.paper_rate(model, TASKS[name]) for name in ("cola", "stsb", "mrpc", "rte", "sst2")] == rates
+
+
+def test_the_method_of_a_run_is_known(folder):
+  with finetune(folder) as command:
+    assert command.load(str(folder / "run")).method == "switchlora"
+
+
+def test_the_method_of_a_hugging_face_folder_is_not(folder, tmp_path, monkeypatch):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  model = pretrained.load_run(folder / "run")
+  with finetune(folder) as command:
+    monkeypatch.setattr(pretrained, "load_run", lambda _: model)
+    assert command.load(str(tmp_path)).method == "full"
+
+
+def test_titles_are_those_of_the_papers_tables():
+  assert sorted(task.title for task in TASKS.values()) == sorted(key for key in ITEMS["table8"].paper[0] if key)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--task=rte,qnli"], r"the task \(='qnli'\) must be one of cola, stsb, mrpc, rte, sst2"),
+    (["--task=cola"], r"must hold CoLA/train\.tsv or \.tsv\.gz; found neither"),
+    (["--task="], r"--model and --task are needed"),
+    (["--learning_rates=1e-3,fast"], r"--learning_rates must be a list of numbers .*fast"),
+    (["--learning_rates=0"], r"--learning_rates \(=0\) must be greater than 0"),
+    (["--model={folder}/none"], r"none must be the directory of a run"),
+    (["--model={folder}/run/../run"], r"two models are called run, by which results are kept; rename"),
+  ],
+)
+def test_mistakes_are_sentences(folder, monkeypatch, flags, message):
+  monkeypatch.setattr(classifier, "fit", lambda *_: pytest.fail("trained"))
+  flags = [flag.format(folder=folder) for flag in flags]
+  with finetune(folder, *flags) as command, pytest.raises(UserError, match=message):
+    command.main()
+
+
+def test_a_tokenizer_that_does_not_fit_is_a_sentence(folder, monkeypatch):
+  model = pretrained.load_run(folder / "run")
+  small = model._replace(sizes=model.sizes | {"vocab_size": 300})
+  with finetune(folder) as command:
+    monkeypatch.setattr(pretrained, "load_run", lambda _: small)
+    with pytest.raises(UserError, match=r"must fit in the model's vocabulary \(=300\); it has 320 pieces; it must"):
+      command.load("run")
+
+
+def test_a_mistake_ends_the_command_with_a_sentence():
+  command = [sys.executable, "-m", "experiments.finetune_glue", "--model=x", "--task=rte"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.startswith("error: --workdir is missing: give")
