@@ -67,6 +67,7 @@ def test_the_documentation_of_packages(config, monkeypatch):
   config.model.vocab_size = 1024
   made, text = prepare(config), documentation.documentation()
   assert made.summary["train"]["documents"] == len(text.train) > 50
+  assert prepare(config).fingerprint == made.fingerprint, "found again"
   assert made.summary["overlap"] == documentation.overlap(*text) < 0.05
   model = tokenizer.load_tokenizer(made.tokenizer_path)
   assert text.valid[0].startswith(model.decode(made.valid[0].tolist())[:30])

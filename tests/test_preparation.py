@@ -165,6 +165,15 @@ def test_a_tokenizer_is_trained_where_none_is_given(made, tmp_path):
   )
 
 
+def test_a_tokenizer_is_trained_once(text, monkeypatch):
+  (text.valid / "v.jsonl").write_text("no JSON")
+  with pytest.raises(UserError, match="line 1"):
+    text.prepare("trained once", tokenizer="train:300")
+  write_lines(text.valid / "v.jsonl", VALID)
+  monkeypatch.setattr(tokenizer, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+  text.prepare("trained once", tokenizer="train:300")
+
+
 def test_without_validation_text_there_is_none(made):
   read = lambda: corpus.Corpus(made.read().train, None, {"said": "so"})
   folder, manifest = made.prepare("alone", read=read)
@@ -242,11 +251,11 @@ def test_text_that_cannot_be_read_leaves_nothing_that_looks_finished(text, name,
   (text.train / name).write_bytes(bad)
   for _ in range(2):
     with pytest.raises(UserError, match=message):
-      text.prepare("mended")
+      text.prepare("mended", take=45)
     assert kinds(text.folder / "mended") == {".lock", "progress.json", "tokenizer.model", "train"}
   (text.train / name).write_bytes(good)
-  text.prepare("mended")
-  assert contents(text.folder / "mended") == contents(text.prepare("at once")[0])
+  text.prepare("mended", take=45)
+  assert contents(text.folder / "mended") == contents(text.prepare("at once", take=45)[0])
 
 
 @pytest.mark.parametrize("side", ["train", "valid"])
