@@ -29,7 +29,7 @@
   evaluation      validation loss
   drift           a study: how far stored kernels drift while vectors are switched
   analysis        the effective rank of what the weights have learnt
-  sampling        a short text from the model
+  generation      text from a model, token by token
   checkpoint      orbax, with checksums and fallback
   run_directory   config.json, tokenizer, and the rules for continuing a run
   metrics         JSON lines, TensorBoard, progress bar, loss curve
