@@ -28,7 +28,7 @@
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss
   drift           a study: how far stored kernels drift while vectors are switched
-  analysis        the effective rank of what the weights have learnt
+  analysis        what the weights have learnt: singular values, ranks
   generation      text from a model, token by token
   checkpoint      orbax, with checksums and fallback
   run_directory   config.json, tokenizer, and the rules for continuing a run

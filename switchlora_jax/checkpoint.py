@@ -85,25 +85,26 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(named_checksums(state)))
     self._manager.save(step, args=items)
 
-  def restore(self, abstract_at):
-    """The newest good state, or None where nothing was saved yet.
+  def restore(self, abstract_at, step: int | None = None):
+    """The newest good state, or None where nothing was saved yet; or that of a step.
 
     Where a newer one is damaged, it is moved aside, next to `checkpoints/`, with a warning that names it.
 
     Args:
       abstract_at: from a step to a pytree of ShapeDtypeStruct with shardings, as its state shall come back.
+      step: one of `steps()`; the newest by default.
     Raises:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
     hosts.check_same({f"the list of checkpoints in {self._directory}": self.steps()})
     damaged = {}
-    for step in reversed(self.steps()):
+    for candidate in reversed(self.steps() if step is None else [step]):
       try:
-        state = self._restore(step, abstract_at(step))
+        state = self._restore(candidate, abstract_at(candidate))
       except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here says nothing of the file
         raise
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-        damaged[step] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        damaged[candidate] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
         continue
       if damaged:
         self._pass_over(damaged)
