@@ -73,6 +73,7 @@ class Item(NamedTuple):
     read_at: the fraction of the steps at which the paper reads it.
     missing: why it cannot be run yet.
     paper: the paper's own rows, where they are not numbers of lines.
+    spectra: whether it shows singular values of what was trained.
   """
 
   title: str
@@ -82,6 +83,7 @@ class Item(NamedTuple):
   read_at: float = 1.0
   missing: str = ""
   paper: tuple[dict[str, Any], ...] = ()
+  spectra: bool = False
 
 
 def base(scale: str, extra: dict[str, Any] | None = None) -> Base:
@@ -193,7 +195,6 @@ HIGHER = {
 TABLE_3 = with_rank("1.3B", ("full", None, 15.23), ("switchlora", 256, 15.89), ("switchlora", 512, 15.01))
 RANK_128 = (*TABLE_2["130M"], *TABLE_2["250M"], *TABLE_2["350M"])
 NO_GLUE = "experiments.finetune_glue does it, with models that are trained already"
-NO_RANKS = "singular values by kind of layer are not there yet"
 GLUE = ("CoLA", "STS-B", "MRPC", "RTE", "SST2")
 
 
@@ -256,6 +257,8 @@ ITEMS = {
   "figure7": Item("interval and ratio together", study="grid"),
   "figure8": Item("steps for which a counterpart is frozen", study="freeze"),
   "figure9": Item("initialisation", study="init"),
-  "figure10": Item("singular values after LoRA", missing=NO_RANKS),
-  "figure11": Item("singular values after full-rank training and SwitchLoRA", missing=NO_RANKS),
+  "figure10": Item("singular values after LoRA", (TABLE_2["350M"][1]._replace(paper=None),), spectra=True),
+  "figure11": Item("singular values after full-rank training and SwitchLoRA", tuple(
+    TABLE_2["350M"][n]._replace(paper=None) for n in (0, 2)
+  ), spectra=True),
 }  # fmt: skip

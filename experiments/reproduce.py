@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, grid, paper, results, settings, studies
+from experiments import cli, grid, paper, results, settings, spectra, studies
 from switchlora_jax.errors import UserError
 
 ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
@@ -103,6 +103,8 @@ def main():
   options = settings.options() | {"read_at": item.read_at}
   ran = grid.run_grid(base, arms, **options)
   results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
+  if item.spectra:
+    spectra.conclude([r.workdir for r in ran], options["workdir"])
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@
   examples        labelled texts as token ids, and batches of them with little padding
   classifier      a pre-trained model with a head on the last token, trained in full
   drift           a study: how far stored kernels drift while vectors are switched
-  analysis        the effective rank of what the weights have learnt
-  sampling        a short text from the model
+  analysis        what the weights have learnt: singular values, ranks
+  generation      text from a model, token by token
   checkpoint      orbax, with checksums and fallback
   run_directory   config.json, tokenizer, and the rules for continuing a run
   saved_run       a run that is only read: its config and the weights of a checkpoint

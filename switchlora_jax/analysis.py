@@ -1,12 +1,38 @@
-"""What training has changed: the effective rank of W_t - W_0."""
+"""What the weights have learnt: their singular values, and the effective rank of W_t - W_0."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from switchlora_jax.dense import merge
 from switchlora_jax.split_float import KERNEL, bases, read
 from switchlora_jax.weights import ADAPTER, in_block
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # of linear layers, as in Figures 10 and 11
+
+
+def singular_values(kernels) -> np.ndarray:
+  """Those of each of the kernels [layers, in, out], [layers, min(in, out)], the largest first."""
+  return np.linalg.svd(kernels, compute_uv=False)
+
+
+def effective_ranks(values: np.ndarray) -> np.ndarray:
+  """The participation ratio, as below, of each layer's singular values [layers, count]; [layers]."""
+  squares = values.astype(np.float64) ** 2
+  fourth = np.sum(squares**2, -1)
+  return np.divide(np.sum(squares, -1) ** 2, fourth, out=np.zeros_like(fourth), where=fourth > 0)
+
+
+def ranks(values: np.ndarray, largest: np.ndarray, side: int) -> np.ndarray:
+  """How many singular values [layers, count] of W_t - W_0 are more than the rounding of float32; [layers].
+
+  NumPy's rule for the rank of a matrix, σ > ε·side·σ₁, but with the σ₁ of W_t: it is rounded, not the difference.
+
+  Args:
+    largest: the largest singular value of W_t, [layers]. side: of the matrices, the longer.
+  """
+  return np.sum(values > np.finfo(np.float32).eps * side * largest[:, None], -1)
 
 
 def participation_ratio(matrix):

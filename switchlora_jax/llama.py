@@ -51,11 +51,15 @@ def causal_attention(q, k, v, fused: bool = False):
   """
   if fused and takes_fused(q.dtype, q.shape[1], q.shape[-1]):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-  # Not JAX's own for the rest: its softmax is float32 even where the model is float64.
+  return attention(q, k, v, jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool)))
+
+
+def attention(q, k, v, seen):
+  """Softmax attention of q [batch, queries, heads, head_size] to those of k and v that `seen` [queries, keys] marks."""
+  # Not JAX's own: its softmax is float32 even where the model is float64.
   wide = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
-  past = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
-  weights = jax.nn.softmax(jnp.where(past, scores, jnp.finfo(wide).min), -1).astype(q.dtype)
+  weights = jax.nn.softmax(jnp.where(seen[None, None], scores, jnp.finfo(wide).min), -1).astype(q.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
@@ -85,6 +89,7 @@ class Block(nn.Module):
   intermediate_size: int
   dense: Callable[..., nn.Module]
   fused_attention: bool
+  cache_length: int
   dtype: Any
   param_dtype: Any
 
@@ -103,8 +108,24 @@ class Block(nn.Module):
   def attention(self, x, angles):
     heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
     q, k, v = (self._linear(name, x.shape[-1], x).reshape(heads) for name in "qkv")
-    mixed = causal_attention(rotate(q, angles), rotate(k, angles), v, self.fused_attention)
+    if self.cache_length:
+      mixed = self.cached_attention(q, k, v, angles)
+    else:
+      mixed = causal_attention(rotate(q, angles), rotate(k, angles), v, self.fused_attention)
     return self._linear("o", x.shape[-1], mixed.reshape(x.shape))
+
+  def cached_attention(self, q, k, v, angles):
+    """Attention of new positions to themselves and to those in the cache, which they join."""
+    empty = lambda: jnp.zeros((len(k), self.cache_length, *k.shape[2:]), k.dtype)
+    keys, values = self.variable("cache", "keys", empty), self.variable("cache", "values", empty)
+    filled = self.variable("cache", "filled", jnp.zeros, (), jnp.int32)
+    positions = filled.value + jnp.arange(q.shape[1])
+    angles = angles[positions]
+    keys.value = keys.value.at[:, positions].set(rotate(k, angles))
+    values.value = values.value.at[:, positions].set(v)
+    filled.value += q.shape[1]
+    seen = jnp.arange(self.cache_length)[None] <= positions[:, None]
+    return attention(rotate(q, angles), keys.value, values.value, seen)
 
   def mlp(self, x):
     gate = self._linear("gate", self.intermediate_size, x)
@@ -121,6 +142,8 @@ class LLaMA(nn.Module):
     remat: what of a block's activations is kept for the backward pass, the rest being recomputed: `none` keeps
       them all, `linear` the outputs of the linear layers, `full` the block's input alone.
     fused_attention: see `causal_attention`.
+    cache_length: positions for which the collection `cache`, to be mutable, has room; 0: there is none. What a call
+      with a cache is given goes on where the call before it ended, and need not be run again.
     head: whether to end in logits, or in the hidden states [batch, length, hidden_size] that the head takes.
     gather: from the variables of one layer as they lie, {collection: tree}, to whole arrays; None: they are whole.
   """
@@ -135,6 +158,7 @@ class LLaMA(nn.Module):
   param_dtype: Any = jnp.float32
   remat: str = "none"
   fused_attention: bool = False
+  cache_length: int = 0
   head: bool = True
   gather: Callable[[dict], dict] | None = None
 
@@ -146,16 +170,16 @@ class LLaMA(nn.Module):
     embed = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=INIT, **stored, name="embed")
     x = embed(tokens).astype(self.dtype)
     wide = jnp.promote_types(self.dtype, jnp.float32)
-    angles = rotary_angles(tokens.shape[1], self.hidden_size // self.num_heads, wide)
+    angles = rotary_angles(self.cache_length or tokens.shape[1], self.hidden_size // self.num_heads, wide)
     blocks = nn.scan(
       self.block(),
-      variable_axes={"params": 0, "frozen": 0, "candidates": 0},
+      variable_axes={"params": 0, "frozen": 0, "candidates": 0, "cache": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=self.num_layers,
     )
-    sizes = (self.num_heads, self.intermediate_size)
-    x, _ = blocks(*sizes, self.dense, self.fused_attention, **kinds, name="blocks")(x, angles)
+    sizes, attention = (self.num_heads, self.intermediate_size), (self.fused_attention, self.cache_length)
+    x, _ = blocks(*sizes, self.dense, *attention, **kinds, name="blocks")(x, angles)
     x = RMSNorm(**kinds, name="norm")(x)
     if not self.head:
       return x

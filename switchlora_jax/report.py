@@ -10,8 +10,8 @@ import sentencepiece
 
 from switchlora_jax import hosts, metrics
 from switchlora_jax.config import flatten
+from switchlora_jax.generation import Sampling, generate
 from switchlora_jax.methods import METHODS
-from switchlora_jax.sampling import sample
 from switchlora_jax.split_float import TAIL
 
 
@@ -120,6 +120,8 @@ def _sample_text(config, outcome) -> str:
   tokenizer = sentencepiece.SentencePieceProcessor(model_file=outcome.data.tokenizer_path)
   prompt = [int(token) for token in outcome.data.valid[0][:16]]
   state, new_tokens = outcome.state, min(64, config.seq_len - len(prompt))
-  options = dict(new_tokens=new_tokens, pieces=tokenizer.get_piece_size(), temperature=0.7, seed=config.seed)
-  tokens = sample(outcome.program.model, state.params, state.frozen, prompt, **options)
-  return f"{tokenizer.decode(prompt)!r} → {tokenizer.decode(tokens[len(prompt) :])!r}"
+  variables = {"params": state.params, "frozen": state.frozen}
+  draws = dict(pieces=tokenizer.get_piece_size(), sampling=Sampling(temperature=0.7), seed=config.seed)
+  options = dict(new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)
+  tokens = list(generate(outcome.program.model, variables, prompt, **options))
+  return f"{tokenizer.decode(prompt)!r} → {tokenizer.decode(tokens)!r}"

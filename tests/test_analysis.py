@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from small_model import host
 
 from switchlora_jax import program, weights
-from switchlora_jax.analysis import make_learnt_rank, participation_ratio
+from switchlora_jax.analysis import effective_ranks, make_learnt_rank, participation_ratio, ranks, singular_values
 from switchlora_jax.config import resolve
 
 # --- matrices -----------------------------------------------------------------------------------------------------
@@ -48,6 +48,33 @@ def test_it_is_that_of_the_singular_values(sides):
     np.testing.assert_allclose(participation_ratio(jnp.asarray(matrix.T)), ratio, rtol=1e-5)
     np.testing.assert_allclose(participation_ratio(jnp.asarray(1e-4 * matrix)), ratio, rtol=1e-5)
     assert 1 - 1e-5 <= ratio <= min(sides)
+
+
+def of_spectrum(seed, values, sides):
+  """A matrix with these singular values, float32."""
+  left, right = (np.linalg.qr(normal(seed + side, side, len(values)))[0] for side in sides)
+  return ((left * values) @ right.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("sides", [(6, 9), (9, 6)])
+def test_singular_values_and_ranks_of_known_spectra(sides):
+  known = np.array([[6, 5, 4, 3, 2, 1], [7, 1, 1, 1e-3, 0, 0], [2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]], float)
+  stack = np.stack([of_spectrum(10 * i, values, sides) for i, values in enumerate(known)])
+  found = singular_values(stack)
+  np.testing.assert_allclose(found, known, atol=1e-5)
+  np.testing.assert_allclose(effective_ranks(found)[:3], by_decomposition(stack[:3]), rtol=1e-5)
+  assert effective_ranks(found)[3] == 0
+  assert ranks(found, known[:, 0], max(sides)).tolist() == [6, 4, 6, 0]
+
+
+def test_rank_is_counted_against_the_rounding_of_the_weights():
+  """A large weight hides small changes: what rounding leaves behind is no rank."""
+  weight = of_spectrum(0, np.full(40, 1e4), (40, 60))
+  small = of_spectrum(5, np.array([1.0, 0.5, 0.25]), (40, 60))
+  values = singular_values(((weight + small) - weight)[None])
+  assert values[0, 3] > 60 * np.finfo(np.float32).eps * values[0, 0], "by its own size it would be of more than rank 3"
+  assert ranks(values, np.array([1e4]), 60).tolist() == [3]
+  assert ranks(values, np.array([1e6]), 60).tolist() == [0]
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -47,7 +47,10 @@ GLUE = {
     full-rank 8e-06 1e-05 2e-05 1e-05 5e-06
     SwitchLoRA 1e-05 1e-05 1e-05 2e-06 5e-06""",
 }
-TRAINED = ("table2", "table3", "table5", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8", "figure9")
+TRAINED = (
+  "table2", "table3", "table5", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8", "figure9",
+  "figure10", "figure11",
+)  # fmt: skip
 
 
 def configs(name: str, scale: str) -> dict:
@@ -109,7 +112,7 @@ def test_the_papers_glue(name):
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_line_makes_sense_at_both_scales(name, scale):
   lines = configs(name, scale)
-  assert len(lines) == len(ITEMS[name].lines or lines) > 1
+  assert len(lines) == len(ITEMS[name].lines or lines) > (0 if name == "figure10" else 1)
   assert {config.data.source for config in lines.values()} == {"text" if scale == "paper" else "docs"}
 
 
@@ -163,6 +166,12 @@ def test_figures_2_and_3_are_the_curves_of_tables_2_and_3():
   lines = lambda *sizes: {key for key in (*TABLE_2, *TABLE_3) if key[0] in sizes}
   assert {*numbers("figure2")} == {key for key in lines("130M", "250M", "350M") if key[2] in (None, 128)}
   assert {*numbers("figure3")} == {key for key in lines("250M", "350M", "1.3B") if key[2] != 128}
+
+
+def test_figures_10_and_11_are_singular_values_of_350m_at_rank_128():
+  assert list(numbers("figure10")) == [("350M", "lora", 128)]
+  assert list(numbers("figure11")) == [("350M", "full", None), ("350M", "switchlora", 128)]
+  assert [name for name, item in ITEMS.items() if item.spectra] == ["figure10", "figure11"]
 
 
 def test_figure_4_has_the_settings_of_appendix_c_1():

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from grids import command, imported
@@ -50,12 +51,10 @@ def test_facts_are_printed_beside_the_papers(capsys, item, row):
   assert row in ours and ours == papers
 
 
-@pytest.mark.parametrize(
-  ("item", "row"), [("table6", "| GaLore | 40.23±2 |"), ("table9", "| full-rank | 8e-06 |"), ("figure10", "")]
-)
+@pytest.mark.parametrize(("item", "row"), [("table6", "| GaLore | 40.23±2 |"), ("table9", "| full-rank | 8e-06 |")])
 def test_what_is_missing_says_so(capsys, item, row):
   text = said(capsys, f"--item={item}")
-  assert row in text and ("the paper's" in text) == item.startswith("table")
+  assert row in text and "the paper's" in text
   assert f"nothing of ours: {paper.ITEMS[item].missing}\n" in text
 
 
@@ -152,3 +151,14 @@ def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
   _, _, options, title = found["concluded"]
   assert options == {"workdir": tmp_path, "seeds": 2, "processes": 1, "read_at": 0.95}
   assert title == "table3, mini scale: perplexity of 1.3B at 38,000 of 40,000 steps"
+
+
+@pytest.mark.parametrize(("item", "shown"), [("figure10", ["a", "b"]), ("figure2", [])])
+def test_singular_values_are_shown_where_the_figure_shows_them(tmp_path, monkeypatch, item, shown):
+  found, ran = [], [SimpleNamespace(workdir=name) for name in "ab"]
+  with imported("reproduce", f"--item={item}", f"--workdir={tmp_path}") as reproduce:
+    monkeypatch.setattr(reproduce.grid, "run_grid", lambda base, arms, **options: ran)
+    monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: None)
+    monkeypatch.setattr(reproduce.spectra, "conclude", lambda runs, out: found.extend([*runs, out]))
+    reproduce.main()
+  assert found == ([*shown, tmp_path] if shown else [])

@@ -1,0 +1,31 @@
+"""Singular values of the weights of runs, by kind of layer, and the rank of what they have learnt (Figures 10, 11).
+
+python -m experiments.ranks --run=runs/full --run=runs/lora --run=runs/switchlora --out=runs/ranks
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli, spectra
+from switchlora_jax.errors import UserError
+
+RUN = flags.DEFINE_multi_string("run", [], "directory of a run: its --workdir; repeat for several")
+OUT = flags.DEFINE_string("out", "runs/ranks", "directory for ranks.json, weights.png and learnt.png; created")
+
+
+def main():
+  """Check, measure, write."""
+  directories = [Path(run).expanduser() for run in RUN.value]
+  if not directories:
+    raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny; repeat it for several")
+  for directory in directories:
+    spectra.read(directory)
+  names = [directory.name for directory in directories]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise UserError(f"--run is given twice with the name {', '.join(twice)}; names must tell the runs apart")
+  spectra.conclude(directories, Path(OUT.value).expanduser())
+
+
+if __name__ == "__main__":
+  cli.run(main)
