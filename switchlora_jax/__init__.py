@@ -28,6 +28,10 @@
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss
   drift           a study: how far stored kernels drift while vectors are switched
+  tensor_files    named tensors in safetensors files
+  huggingface     plain weights ↔ a Hugging Face LLaMA folder; huggingface_tokenizer: its tokenizer.json
+  pretrained      the plain weights of a run or of such a folder
+  export          a run as such a folder, compared with the run before it is done
   analysis        the effective rank of what the weights have learnt
   sampling        a short text from the model
   checkpoint      orbax, with checksums and fallback
