@@ -15,7 +15,8 @@ Piece, Trainer = proto.ModelProto.SentencePiece, proto.TrainerSpec
 SPACE = "▁"  # SentencePiece's
 ALMOST = (
   "tokenizer.json only approximates a tokenizer of this kind: in transformers the literal text of a special piece, say "
-  "</s>, is read as that piece, and rare text, say a letter with two accents, may get other ids than in training"
+  "</s>, is read as that piece, and rare text, say a letter with two accents or a "
+  "long run of one letter, may get other ids than in training"
 )
 
 
