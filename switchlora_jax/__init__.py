@@ -31,6 +31,10 @@
   examples        labelled texts as token ids, and batches of them with little padding
   classifier      a pre-trained model with a head on the last token, trained in full
   drift           a study: how far stored kernels drift while vectors are switched
+  tensor_files    named tensors in safetensors files
+  huggingface     plain weights ↔ a Hugging Face LLaMA folder; huggingface_tokenizer: its tokenizer.json
+  pretrained      the plain weights of a run or of such a folder
+  export          a run as such a folder, compared with the run before it is done
   analysis        what the weights have learnt: singular values, ranks
   generation      text from a model, token by token
   checkpoint      orbax, with checksums and fallback

@@ -1,7 +1,7 @@
 """Full-rank training first, then a low-rank method from its weights (section 4.3).
 
-Two ways: `warm_start_steps` of full rank within a run, after which the data go on; or `warm_start_from`, a
-finished run whose weights a new run starts from (the authors' way). Either carries over the function:
+Two ways: `warm_start_steps` of full rank within a run, after which the data go on; or `warm_start_from`, a finished
+run (the authors' way) or a Hugging Face LLaMA whose weights a new run starts from. All carry over the function:
 embedding, norms and head as they are, adapters split off the kernels. Moments and counts start afresh.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax import run_directory, weights
+from switchlora_jax import huggingface, run_directory, weights
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
 from switchlora_jax.program import Program, phases, trained_by
@@ -21,73 +21,107 @@ def hand_over(state: TrainState, before: Program, after: Program) -> TrainState:
   """The state with which `after` goes on from a state of `before`: same function, same step, new optimizer."""
 
   counters = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row")}
-  return _convert(state, before, after)._replace(**counters)
+  return _convert(state.params, state.frozen, before.scale, after)._replace(**counters)
 
 
-def _convert(state: TrainState, before: Program, after: Program) -> TrainState:
-  """The state of `after` before step 0, with the function of a state of `before`."""
+def _convert(params, frozen, scale: float | None, after: Program) -> TrainState:
+  """The state of `after` before step 0, with the function of other params, frozen kernels and scale of adapters."""
 
   def convert(params, frozen):
     fresh = after.create()
-    plain = weights.merged(params, frozen, before.scale)
+    plain = weights.merged(params, frozen, scale)
     params, frozen = weights.split(plain, fresh.params, fresh.frozen, after.scale)
     # Another run's weights may be of another dtype than this one stores.
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, fresh.params)
     return fresh._replace(params=params, frozen=frozen)
 
   lies = jax.tree.map(lambda x: x.sharding, after.abstract)
-  return jax.jit(convert, out_shardings=lies)(state.params, state.frozen)
+  return jax.jit(convert, out_shardings=lies)(params, frozen)
 
 
 class Source:
-  """The run that `warm_start_from` names.
+  """The run or the Hugging Face LLaMA folder that `warm_start_from` names.
 
   Raises:
-    UserError: when it is made, where there is no such run or its model has other arrays; names them.
+    UserError: when it is made, where there is no such thing or its model has other arrays; names them.
   """
 
   def __init__(self, config, program: Program, mesh):
-    directory = config.warm_start_from
-    self._directory, self._program = Path(directory).expanduser(), program
-    saved = run_directory.read(self._directory)
-    parts = [self._directory / name for name in ("checkpoints", "tokenizer.model")]
-    if saved is None or not all(part.exists() for part in parts):
+    directory = Path(config.warm_start_from).expanduser()
+    self._program = program
+    self._other = _Folder(directory, config) if huggingface.is_folder(directory) else _Run(directory, config, mesh)
+    here = jax.eval_shape(_merged, program.abstract, program.scale)
+    wrong = weights.mismatches(self._other.plain, here)
+    if (there := self._other.sizes["num_heads"]) != config.model.num_heads:  # which no shape shows
+      wrong.append(f"num_heads: {there} there, {config.model.num_heads} here")
+    if wrong:
       raise UserError(
-        f"--config.warm_start_from={directory} is not the directory of a run (it must hold config.json, checkpoints/ "
-        f"and tokenizer.model); give the --workdir of a run that has saved a checkpoint"
-      )
-    if saved["config"]["param_dtype"] == "float64" and not jax.config.jax_enable_x64:
-      raise UserError(
-        f"the run in {self._directory} is stored in float64 and cannot be read by a float32 run; "
-        f"set --config.param_dtype=float64"
-      )
-    here = config.to_dict()  # whatever the other run was laid out like, it is read as this one is
-    layout = {key: here[key] for key in ("sharding", "remat", "accumulation", "batch_size")}
-    self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
-    plain = [jax.eval_shape(_merged, p.abstract, p.scale) for p in (self._programs[-1], program)]
-    if wrong := weights.mismatches(*plain):
-      raise UserError(
-        f"the model of --config.warm_start_from={directory} has other arrays than this one: {'; '.join(wrong)}; "
-        f"set --config.model as in its config.json"
+        f"the model of --config.warm_start_from={config.warm_start_from} has other arrays than this one: "
+        f"{'; '.join(wrong)}; set --config.model as in its config.json"
       )
 
   def check_tokenizer(self, tokenizer_path: str):
-    """Raise `UserError` unless the run's token ids mean what they mean in the new run."""
-    model = self._directory / "tokenizer.model"
-    if model.read_bytes() != Path(tokenizer_path).read_bytes():
+    """Raise `UserError` unless the token ids mean there what they mean in the new run."""
+    model = self._other.directory / huggingface.TOKENIZER
+    if model.exists() and model.read_bytes() != Path(tokenizer_path).read_bytes():
       raise UserError(
-        f"the run in {self._directory} was trained with another tokenizer than this run would be; "
+        f"the model in {self._other.directory} was trained with another tokenizer than this run would be; "
         f"pass --config.data.tokenizer={model}"
       )
 
   def state(self) -> TrainState:
-    """The state before step 0, with the weights of the run's newest checkpoint."""
-    with Checkpoints(self._directory / "checkpoints") as checkpoints:
+    """The state before step 0, with the weights of the folder, or of the run's newest checkpoint."""
+    return _convert(*self._other.read(), self._program)
+
+
+class _Folder:
+  """A Hugging Face LLaMA: where it lies, its sizes, and its plain weights as ShapeDtypeStructs."""
+
+  def __init__(self, directory: Path, config):
+    self._folder = huggingface.inspect(directory)
+    if self._folder.tokenizer is None and not config.data.tokenizer:
+      raise UserError(
+        f"--config.warm_start_from={config.warm_start_from} has no tokenizer.model, the SentencePiece file of its "
+        f"token ids; put it there, or name one with the same ids by --config.data.tokenizer"
+      )
+    self.directory, self.sizes = directory, self._folder.sizes
+    self.plain = huggingface.shapes(self.sizes)
+
+  def read(self):
+    """(params, frozen, scale of adapters)."""
+    return huggingface.read(self._folder), {}, None
+
+
+class _Run:
+  """A run: likewise."""
+
+  def __init__(self, directory: Path, config, mesh):
+    self.directory = directory
+    saved = run_directory.read(directory)
+    if saved is None or not all((directory / part).exists() for part in ("checkpoints", "tokenizer.model")):
+      raise UserError(
+        f"--config.warm_start_from={config.warm_start_from} is not the directory of a run (it must hold config.json, "
+        f"checkpoints/ and tokenizer.model) or a Hugging Face LLaMA folder; give the --workdir of a run that has saved "
+        f"a checkpoint"
+      )
+    if saved["config"]["param_dtype"] == "float64" and not jax.config.jax_enable_x64:
+      raise UserError(
+        f"the run in {directory} is stored in float64 and cannot be read by a float32 run; "
+        f"set --config.param_dtype=float64"
+      )
+    here = config.to_dict()  # whatever the other run was laid out like, it is read as this one is
+    layout = {key: here[key] for key in ("sharding", "remat", "accumulation", "batch_size")}
+    self.sizes = saved["config"]["model"]
+    self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
+    self.plain = jax.eval_shape(_merged, self._programs[-1].abstract, self._programs[-1].scale)
+
+  def read(self):
+    """(params, frozen, scale of adapters) of the newest checkpoint."""
+    with Checkpoints(self.directory / "checkpoints") as checkpoints:
       state = checkpoints.restore(lambda step: trained_by(self._programs, step).abstract)
     if state is None:
-      raise UserError(f"the run in {self._directory} has saved no checkpoint yet; let it train longer")
-    before = trained_by(self._programs, int(state.step))
-    return _convert(state, before, self._program)
+      raise UserError(f"the run in {self.directory} has saved no checkpoint yet; let it train longer")
+    return state.params, state.frozen, trained_by(self._programs, int(state.step)).scale
 
 
 def _merged(state, scale):

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from small_model import host, same_bits
 from tiny import resolved
 
-from switchlora_jax import dataset, metrics, program, trainer, warm_start, weights
+from switchlora_jax import dataset, huggingface, metrics, program, trainer, warm_start, weights
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.config import FREE
 from switchlora_jax.errors import UserError
@@ -342,6 +342,39 @@ def test_a_run_whose_kernels_are_in_16_bits_goes_on_bit_by_bit_and_hands_its_wei
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def hugging_face(folder, runs):
+  """The weights of the full-rank run as a Hugging Face folder."""
+  there = folder / "hugging-face"
+  there.mkdir()
+  config, run = resolved(folder, devices=1), runs("full")
+  huggingface.write(there, dict(config.model), run.saved[STEPS].params, 16, run.workdir / "tokenizer.model")
+  return there
+
+
+@pytest.mark.parametrize("method", ["switchlora", "galore"])
+def test_the_function_is_that_of_the_hugging_face_folder(folder, runs, hugging_face, method):
+  config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(hugging_face))
+  ours = program.build(config, small_model.mesh(1))
+  state = warm_start.Source(config, ours, small_model.mesh(1)).state()
+  source = runs("full")
+  expected = logits(source.outcome.program, source.saved[STEPS], source)
+  np.testing.assert_allclose(logits(ours, state, source), expected, rtol=0, atol=2e-6)
+  assert same_bits(state.candidates, runs(method).handed[0][1][0].candidates)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
+
+
+def test_a_run_from_a_hugging_face_folder_is_the_run_from_the_run(folder, runs, hugging_face):
+  """… whose weights it holds, to the bit; it is needed until the first checkpoint only."""
+  other = train(folder, "from-the-run", method="full", warm_start_from=str(runs("full").workdir))
+  there = shutil.copytree(hugging_face, folder / "gone")
+  options = dict(method="full", warm_start_from=str(there))
+  run = train(folder, "from-the-folder", **options)
+  assert same_bits(run.outcome.state, other.outcome.state) and lines(run) == lines(other)
+  shutil.rmtree(there)
+  assert same_bits(train(folder, "from-the-folder", **options).outcome.state, run.outcome.state)
+
+
 def test_a_run_killed_while_it_first_saved_takes_the_other_weights_again(folder, runs):
   """A save that was not finished is no checkpoint: the run must not start from its seed in silence."""
   begun = dict(method="full", warm_start_from=str(runs("full").workdir))
@@ -405,6 +438,36 @@ def test_another_model_is_refused_by_the_names_of_its_arrays(folder, runs, sourc
   refused(folder, workdir, sentence + "; ".join(wider), model__intermediate_size=32)
   deeper = "blocks/attention_norm/scale: (2, 16) there, (3, 16) here; blocks/down/kernel: (2, 24, 16) there, (3, 24,"
   refused(folder, workdir, sentence + deeper, model__num_layers=3, method="lora")
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_another_number_of_heads_is_refused(folder, runs, hugging_face, kind):
+  """Which changes the function and no array."""
+  source = {"run": runs("full").workdir, "folder": hugging_face}[kind]
+  refused(folder, source, "num_heads: 2 there, 4 here; set --config.model as", model__num_heads=4)
+
+
+def test_another_hugging_face_model_is_refused(folder, hugging_face, tmp_path):
+  sentence = (
+    f"the model of --config.warm_start_from={hugging_face} has other arrays than this one: blocks/down/kernel: "
+  )
+  refused(folder, hugging_face, sentence + "(2, 24, 16) there, (2, 32, 16) here", model__intermediate_size=32)
+  other = shutil.copytree(hugging_face, tmp_path / "other")
+  config = json.loads((other / "config.json").read_text())
+  (other / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+  refused(folder, other, "attention_bias is True there, False here")
+
+
+def test_a_hugging_face_folder_needs_the_same_tokenizer_or_one_that_is_named(folder, runs, hugging_face, tmp_path):
+  other = shutil.copytree(hugging_face, tmp_path / "other")
+  (other / "tokenizer.model").write_bytes(b"other pieces")
+  refused(folder, other, f"trained with another tokenizer than this run would be; pass --config.data.tokenizer={other}")
+  (other / "tokenizer.model").unlink()
+  refused(folder, other, f"--config.warm_start_from={other} has no tokenizer.model")
+  named = str(runs("full").workdir / "tokenizer.model")
+  config = resolved(folder, devices=1, **SHAPE, method="full", warm_start_from=str(other), data__tokenizer=named)
+  source = warm_start.Source(config, program.build(config, small_model.mesh(1)), small_model.mesh(1))
+  source.check_tokenizer(named)
 
 
 def test_another_tokenizer_is_refused(folder, runs, tmp_path):

@@ -3,14 +3,19 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+import small_model
 from ml_collections import ConfigDict
 
 from configs import llama_tiny
-from switchlora_jax import packing
+from switchlora_jax import packing, run_directory, tokenizer
+from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.config import flatten, resolve
+from switchlora_jax.program import build
 
 
 def write_text(folder: Path, lines: int = 400) -> str:
@@ -71,3 +76,26 @@ def packing_in(group: int, shard: int = packing.SHARD):
     patch.setattr(packing, "GROUP", group)
     patch.setattr(packing, "SHARD", shard)
     yield
+
+
+def saved_run(workdir: Path, steps: int = 0, **changes) -> Path:
+  """The directory of a run on one device with a checkpoint after so many steps on random ids.
+
+  What is trained starts three times as large as in a run, so that logits, and what adapters add to them, are not tiny.
+  """
+  workdir.mkdir()
+  config = resolved(workdir, devices=1, **{"learning_rate": 0.05, "warmup_steps": 1} | changes)
+  text = workdir / "text.txt"
+  tokenizer.train_tokenizer([text.read_text()], 320, workdir / "own.model")
+  data = SimpleNamespace(fingerprint="random ids", tokenizer_path=workdir / "own.model")
+  mesh = small_model.mesh(1)
+  program = build(config, mesh)
+  with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", 1) as checkpoints:
+    state = program.create()
+    state = state._replace(params=jax.tree.map(lambda x: 3 * x, state.params))
+    for step in range(steps):
+      rows = np.random.default_rng(step).integers(0, 320, (config.batch_size, config.seq_len))
+      state, _ = program.step(state, program.place(rows))
+    checkpoints.save(steps, state)
+  run_directory.record(workdir, config, data)
+  return workdir
