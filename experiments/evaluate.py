@@ -52,7 +52,7 @@ def check() -> SavedRun:
     raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny")
   if JSON.value and not Path(JSON.value).absolute().parent.is_dir():
     raise UserError(f"--json (={JSON.value!r}) must be a file in a directory that exists; make it, or choose another")
-  run = saved_run.open_run(Path(RUN.value).expanduser(), "--run")
+  run = saved_run.open_run(Path(RUN.value).expanduser())
   if missing := sorted(flatten(get_config()).keys() - flatten(run.config).keys()):
     raise UserError(
       f"the run in {run.directory} was made by other code: its config has no {', '.join(missing)}; "

@@ -56,7 +56,7 @@ def load(path: str) -> Model:
     UserError: there is none, or its tokenizer has more pieces than it has embeddings.
   """
   folder = Path(path).expanduser()
-  found = pretrained.load_run(folder)
+  found = pretrained.load(folder)
   pieces, embeddings = load_tokenizer(found.tokenizer).get_piece_size(), found.sizes["vocab_size"]
   if pieces > embeddings:
     raise UserError(

@@ -6,7 +6,6 @@ python -m experiments.generate --model=exports/tiny --prompt="This function retu
 
 import contextlib
 import itertools
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -51,17 +50,6 @@ def check() -> tuple[Path, Sampling]:
   return Path(RUN.value or MODEL.value).expanduser(), sampling
 
 
-def load(folder: Path) -> pretrained.Pretrained:
-  """The model in a folder."""
-  return pretrained.load_run(folder)
-
-
-def context(folder: Path) -> int:
-  """How many tokens a row had in training: more than those, the model has never seen."""
-  saved = json.loads((folder / "config.json").read_text())
-  return saved["config"]["seq_len"] if "config" in saved else saved["max_position_embeddings"]
-
-
 def encode(tokenizer, prompt: str) -> list[int]:
   """The tokens of a prompt.
 
@@ -98,10 +86,10 @@ def room(prompt: list[int], longest: int) -> int:
 def main():
   """Check, load, write as it comes."""
   folder, sampling = check()
-  model = load(folder)
+  model = pretrained.load(folder)
   tokenizer = load_tokenizer(model.tokenizer)
   prompt = encode(tokenizer, PROMPT.value)
-  new_tokens = room(prompt, context(folder))
+  new_tokens = room(prompt, model.seq_len)
   llama = LLaMA(**model.sizes, dense=partial(nn.Dense, use_bias=False))
   variables = {"params": jax.device_put(model.weights)}
   draws = dict(pieces=tokenizer.get_piece_size(), sampling=sampling, seed=SEED.value)

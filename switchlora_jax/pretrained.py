@@ -12,11 +12,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax import huggingface, run_directory, weights
-from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax import huggingface, run_directory, saved_run, weights
 from switchlora_jax.errors import UserError
 from switchlora_jax.llama import LLaMA
-from switchlora_jax.program import Program, phases, trained_by
+from switchlora_jax.program import Program
 from switchlora_jax.sharding import make_mesh
 from switchlora_jax.split_float import KERNEL, bases
 from switchlora_jax.train_state import TrainState
@@ -45,7 +44,7 @@ class Run(NamedTuple):
 
   Attributes:
     directory: of the run. config: its config, but for the layout and `dtype`.
-    program: of the phase in which it was saved. state: what was saved.
+    program: of the phase in which it was saved. state: what was saved, its weights alone.
   """
 
   directory: Path
@@ -55,12 +54,24 @@ class Run(NamedTuple):
 
 
 def load(path: Path) -> Pretrained:
-  """The model in the directory of a run or in a Hugging Face LLaMA folder.
+  """The model in the directory of a run, or in a Hugging Face LLaMA folder with the SentencePiece file of its tokens.
 
   Raises:
     UserError: it is neither, or cannot be read; says why.
   """
-  return load_folder(path) if huggingface.is_folder(path) else load_run(path)
+  if huggingface.is_folder(path):
+    model = load_folder(path)
+    if model.tokenizer is None:
+      raise UserError(
+        f"{path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; put it there"
+      )
+    return model
+  if run_directory.read(path) is None:
+    raise UserError(
+      f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder "
+      f"(config.json, model.safetensors); it is neither"
+    )
+  return load_run(path)
 
 
 def load_folder(path: Path) -> Pretrained:
@@ -75,19 +86,15 @@ def load_run(directory: Path) -> Pretrained:
 
 
 def open_run(directory: Path) -> Run:
-  """A run's newest good checkpoint.
-
-  Raises:
-    UserError: no run lies there, it is of other code, or it has no checkpoint yet.
-  """
-  config = _config(directory)
+  """A run's newest good checkpoint; see `saved_run` for the errors."""
+  saved = saved_run.open_run(directory)
+  with saved_run.keys_of(saved):
+    layout = {"sharding": saved.config.sharding.to_dict() | {"fsdp": 1, "frozen": "replicated"}}
+    dtype = "float64" if saved.config.param_dtype == "float64" else "float32"
+  config = FrozenConfigDict(saved.config.to_dict() | layout | {"dtype": dtype})
   with exactly(config.param_dtype):
-    programs = _programs(directory, config)
-    with Checkpoints(directory / "checkpoints") as saves:
-      state = saves.restore(lambda number: trained_by(programs, number).abstract)
-  if state is None:
-    raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
-  return Run(directory, config, trained_by(programs, int(state.step)), state)
+    program, state = saved_run.restore(saved._replace(config=config), None, make_mesh(jax.devices()[:1]))
+  return Run(directory, config, program, state)
 
 
 def merge(run: Run) -> Pretrained:
@@ -116,34 +123,3 @@ def exactly(param_dtype: str):
   wide = jax.config.jax_enable_x64 or param_dtype == "float64"
   with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
     yield
-
-
-def _config(directory: Path) -> FrozenConfigDict:
-  """The config of the run in a directory, on one device and in the dtype that it is to be read in."""
-  saved = run_directory.read(directory)
-  if saved is None or not all((directory / part).exists() for part in ("tokenizer.model", "checkpoints")):
-    raise UserError(
-      f"{directory} must be the directory of a run that has saved a checkpoint (config.json, tokenizer.model, "
-      f"checkpoints/) or a Hugging Face LLaMA folder (config.json, model.safetensors); it is neither"
-    )
-  try:
-    config = saved["config"]
-    alone = {"sharding": config["sharding"] | {"fsdp": 1, "frozen": "replicated"}}
-    dtype = "float64" if config["param_dtype"] == "float64" else "float32"
-  except (KeyError, TypeError) as error:
-    raise _foreign(directory, error) from error
-  return FrozenConfigDict(config | alone | {"dtype": dtype})
-
-
-def _programs(directory: Path, config) -> list[Program]:
-  try:
-    return phases(config, make_mesh(jax.devices()[:1]))
-  except (AttributeError, KeyError) as error:
-    raise _foreign(directory, error) from error
-
-
-def _foreign(directory: Path, error: Exception) -> UserError:
-  return UserError(
-    f"{directory / 'config.json'} must be that of a run of this code; a key is missing ({error}); read it with the "
-    f"code that made it"
-  )

@@ -1,5 +1,6 @@
 """A run that is only read: its config, its tokenizer, and the weights of one of its checkpoints."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,16 +47,16 @@ class SavedRun(NamedTuple):
       )
 
 
-def open_run(directory: Path, flag: str) -> SavedRun:
-  """The run in a directory, which a user named with `flag`.
+def open_run(directory: Path) -> SavedRun:
+  """The run in a directory.
 
   Raises:
-    UserError: it is not that of a run, or nothing was saved yet.
+    UserError: it is not that of a run, is of other code, or nothing was saved yet.
   """
   saved = run_directory.read(directory)
-  if saved is None or not (directory / "tokenizer.model").exists():
+  if saved is None or "config" not in saved or not (directory / "tokenizer.model").exists():
     raise UserError(
-      f"{flag}={directory} must be the directory of a run, with its config.json and tokenizer.model; "
+      f"{directory} must be the directory of a run, with its config.json and tokenizer.model; "
       f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
     )
   steps = []
@@ -79,11 +80,24 @@ def restore(run: SavedRun, step: int | None, mesh) -> tuple[Program, TrainState]
   Raises:
     UserError: it cannot be read back.
   """
-  programs = phases(run.config, mesh)
+  with keys_of(run):
+    programs = phases(run.config, mesh)
   weights_at = lambda step: _weights(trained_by(programs, step).abstract)
   with Checkpoints(run.directory / "checkpoints") as checkpoints:
     state = checkpoints.restore(weights_at, step)
   return trained_by(programs, int(state.step)), state
+
+
+@contextlib.contextmanager
+def keys_of(run: SavedRun):
+  """Raise `UserError` where a key is missing in the config of a run."""
+  try:
+    yield
+  except (AttributeError, KeyError) as error:
+    raise UserError(
+      f"the run in {run.directory} was made by other code: a key of its config is missing ({error}); read it with the "
+      f"code of then (git revision {run.revision})"
+    ) from error
 
 
 def _weights(abstract: TrainState) -> TrainState:

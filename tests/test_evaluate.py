@@ -141,13 +141,13 @@ def test_the_run_stays_as_it_is(trained, tmp_path):
 
 def direct(run: Path, rows) -> np.ndarray:
   """The losses of rows, computed at once."""
-  program, state = saved_run.restore(saved_run.open_run(run, "--run"), None, make_mesh(jax.devices()[:1]))
+  program, state = saved_run.restore(saved_run.open_run(run), None, make_mesh(jax.devices()[:1]))
   return np.asarray(row_losses(program.model, state.params, state.frozen, np.asarray(rows, np.int32)))
 
 
 def test_tokens_limits_the_rows(trained, tmp_path):
   run = trained("switchlora")
-  own = dataset.prepare(saved_run.open_run(run, "--run").config)
+  own = dataset.prepare(saved_run.open_run(run).config)
   found = evaluate(tmp_path, run, "--tokens=95")
   assert (found["rows"], found["tokens"]) == (5, 80)
   expected = summary(direct(run, own.valid[:5]), own.bytes_per_token)
@@ -159,7 +159,7 @@ def test_all_of_the_text_that_a_glob_matches_is_read_with_the_run_s_tokenizer(tr
   texts = [f"the frozen weight number {i} absorbs what was switched away" for i in range(40)]
   (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:20]))
   (tmp_path / "b.txt").write_text(texts[20] + " é€")
-  model = saved_run.open_run(run, "--run").tokenizer
+  model = saved_run.open_run(run).tokenizer
   tokens = []
   processor = dataset.tokenizer.load_tokenizer(model)
   for text in [*texts[:20], texts[20] + " é€"]:

@@ -116,9 +116,3 @@ def test_characters_that_the_tokenizer_does_not_know_are_named(tmp_path):
       module.encode(tokenizer, "some ☃ words QQ")
     with pytest.raises(UserError, match=r"--prompt \(='  '\) has nothing that the tokenizer takes for text"):
       module.encode(tokenizer, "  ")
-
-
-def test_a_folder_of_another_make_says_its_longest_row(tmp_path):
-  (tmp_path / "config.json").write_text('{"max_position_embeddings": 77}')
-  with imported("generate") as module:
-    assert module.context(tmp_path) == 77

@@ -74,8 +74,10 @@ def test_a_run_in_float64_is_read_in_float64(tmp_path):
 
 def test_a_folder_of_hugging_face_is_read():
   folder = GOLDEN / "huggingface"
-  model = pretrained.load(folder)
+  model = pretrained.load_folder(folder)
   assert (model.sizes["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))
+  with pytest.raises(UserError, match=r"must hold tokenizer\.model, the SentencePiece file"):
+    pretrained.load(folder)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
@@ -93,8 +95,9 @@ def test_what_is_neither_is_refused(run, tmp_path):
   refused(tmp_path / "nowhere", "must be the directory of a run that has saved a checkpoint")
   refused(tmp_path, "or a Hugging Face LLaMA folder (config.json, model.safetensors); it is neither")
   shutil.copy(run() / "config.json", tmp_path)
+  refused(tmp_path, "with its config.json and tokenizer.model; they are not there")
   shutil.copy(run() / "tokenizer.model", tmp_path)
-  refused(tmp_path, "checkpoints/) or a Hugging Face LLaMA folder")
+  refused(tmp_path, "has saved no checkpoint yet")
   (tmp_path / "config.json").write_text("[1]")
   refused(tmp_path, "must hold a JSON object")
 
@@ -112,4 +115,4 @@ def test_a_run_of_other_code_is_refused(run, tmp_path, key):
   del saved["config"][key]
   saved["config"]["method"] = "relora"
   (other / "config.json").write_text(json.dumps(saved))
-  refused(other, "must be that of a run of this code; a key is missing")
+  refused(other, "was made by other code: a key of its config is missing")

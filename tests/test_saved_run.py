@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 
 def test_it_says_what_the_directory_holds(run):
-  found = saved_run.open_run(run[0], "--run")
+  found = saved_run.open_run(run[0])
   assert (found.fingerprint, found.devices, found.revision, found.steps) == ("abc", 8, None, [4, 7])
   assert found.config.to_dict() == run_directory.read(run[0])["config"]
   assert found.tokenizer.read_bytes() == b"pieces"
@@ -46,7 +46,7 @@ def test_it_says_what_the_directory_holds(run):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_weights_come_back_and_nothing_else_does(run, devices):
-  found = saved_run.open_run(run[0], "--run")
+  found = saved_run.open_run(run[0])
   made, state = saved_run.restore(found, None, make_mesh(jax.devices()[:devices]))
   assert (int(state.step), made.start) == (7, 5)
   assert same_bits((state.params, state.frozen), (run[1].params, run[1].frozen))
@@ -55,12 +55,12 @@ def test_the_weights_come_back_and_nothing_else_does(run, devices):
 
 
 def test_a_step_of_the_warm_start_comes_with_its_own_program(run):
-  made, state = saved_run.restore(saved_run.open_run(run[0], "--run"), 4, make_mesh())
+  made, state = saved_run.restore(saved_run.open_run(run[0]), 4, make_mesh())
   assert (int(state.step), made.start, made.scale, state.frozen) == (4, 0, None, {})
 
 
 def test_a_step_that_was_not_saved_is_refused(run):
-  found = saved_run.open_run(run[0], "--run")
+  found = saved_run.open_run(run[0])
   found.check_step(4, "--step")
   with pytest.raises(UserError, match=r"--step \(=5\) must be .*: 4, 7; name one of them"):
     found.check_step(5, "--step")
@@ -70,5 +70,5 @@ def test_what_is_no_run_is_refused(run, tmp_path):
   copy = shutil.copytree(run[0], tmp_path / "copy")
   (copy / "tokenizer.model").unlink()
   for folder in (copy, tmp_path / "none"):
-    with pytest.raises(UserError, match=f"--of={folder} must be the directory of a run"):
-      saved_run.open_run(folder, "--of")
+    with pytest.raises(UserError, match=f"^{folder} must be the directory of a run"):
+      saved_run.open_run(folder)
