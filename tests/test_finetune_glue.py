@@ -1,4 +1,4 @@
-"""The command on made-up GLUE files, and on a run of a few steps."""
+"""The command on made-up GLUE files, and on a run that has not learnt anything yet."""
 
 import json
 import subprocess
@@ -6,25 +6,33 @@ import sys
 from pathlib import Path
 
 import glue_files
+import jax
 import numpy as np
 import pytest
 from grids import ROOT, imported
 from tiny import resolved
 
 from experiments.paper import ITEMS
-from switchlora_jax import classifier, examples, glue, pretrained, trainer
+from switchlora_jax import classifier, examples, glue, pretrained
+from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
 from switchlora_jax.glue import TASKS
-from switchlora_jax.tokenizer import load_tokenizer
+from switchlora_jax.program import build
+from switchlora_jax.sharding import make_mesh
+from switchlora_jax.tokenizer import load_tokenizer, train_tokenizer
 
 SHORT = ["--epochs=4", "--rows=240", "--seq_len=64", "--seeds=2", "--learning_rates=1e-5,1e-2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """`run`, a switchlora run; `glue`, RTE and STS-B with as many rows as the real ones."""
+  """`run`, a switchlora run before its first step; `glue`, RTE and STS-B with as many rows as the real ones."""
   folder = tmp_path_factory.mktemp("finetune")
-  trainer.train(resolved(folder, method="switchlora"), folder / "run")
+  config, run = resolved(folder, devices=1, method="switchlora"), folder / "run"
+  with Checkpoints(run / "checkpoints", keep=1) as saves:
+    saves.save(0, build(config, make_mesh(jax.devices()[:1])).create())
+  (run / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+  train_tokenizer([Path(config.data.path).read_text()], config.model.vocab_size, run / "tokenizer.model")
   for name in ("rte", "stsb"):
     glue_files.write_task(folder / "glue", name)
   return folder
@@ -56,7 +64,7 @@ def test_the_results(folder, results):
     assert row["best_epoch"]["scores"] == [max(cell["scores"]) for cell in row["cells"]]
     assert row["last_epoch"]["scores"] == [cell["scores"][-1] for cell in row["cells"]]
     assert row["best_epoch"]["std"] == pytest.approx(np.std(row["best_epoch"]["scores"], ddof=1))
-    assert [cell["seed"] for cell in row["cells"]] == [0, 1] and row["origin"].endswith("switchlora, step 12")
+    assert [cell["seed"] for cell in row["cells"]] == [0, 1] and row["origin"].endswith("switchlora, step 0")
     assert all(cell["losses"][-1] < cell["losses"][0] and cell["rows"] == 240 for cell in row["cells"])
 
 
