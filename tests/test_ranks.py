@@ -18,8 +18,7 @@ RANK, WIDTH, LAYERS = 2, 16, 2
 RUNS = {
   "full": dict(method="full"),
   "lora": dict(method="lora"),
-  "from-zero": dict(method="lora", switch__init="lora"),
-  "switchlora": dict(method="switchlora"),
+  "switchlora": dict(method="switchlora", switch__decay_to=0.9, switch__freeze_steps=0),  # a switch in most steps
 }
 NUMBERS = {4: 3.5, 8: 5.25, 12: 6.0}  # in place of the effective rank that training records: it takes long to compile
 
@@ -51,9 +50,8 @@ def learnt_rank(run, step=12) -> np.ndarray:
 
 
 def test_lora_learns_no_more_than_its_vectors_can_say(measured):
-  """Those of W_T, and those that W_0 was made with: 2r in all, and r where they were zero."""
+  """Those of W_T, and those that W_0 was made with."""
   assert np.all(learnt_rank(measured["lora"]) == 2 * RANK)
-  assert np.all(learnt_rank(measured["from-zero"]) == RANK)
 
 
 def test_switching_goes_beyond_that_and_full_rank_is_full(measured):
