@@ -64,7 +64,7 @@ def test_a_process_writes_the_text_and_says_what_the_model_is(run):
   first, second = (command("generate", f"--run={run}", *options) for _ in range(2))
   assert first.returncode == 0, first.stderr
   assert first.stdout == second.stdout and first.stdout.startswith("a low é")
-  assert f"{run}, switchlora, step 60:" in first.stderr
+  assert f"{run}, switchlora, step 60 of 60:" in first.stderr
 
 
 @pytest.mark.parametrize(
