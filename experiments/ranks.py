@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli, spectra
+from switchlora_jax import saved_run
 from switchlora_jax.errors import UserError
 
 RUN = flags.DEFINE_multi_string("run", [], "directory of a run: its --workdir; repeat for several")
@@ -19,12 +20,11 @@ def main():
   directories = [Path(run).expanduser() for run in RUN.value]
   if not directories:
     raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny; repeat it for several")
-  for directory in directories:
-    spectra.read(directory)
+  runs = [saved_run.open_run(directory) for directory in directories]
   names = [directory.name for directory in directories]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise UserError(f"--run is given twice with the name {', '.join(twice)}; names must tell the runs apart")
-  spectra.conclude(directories, Path(OUT.value).expanduser())
+  spectra.conclude(runs, Path(OUT.value).expanduser())
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
-from ml_collections import FrozenConfigDict
 
 from experiments.results import markdown
-from switchlora_jax import metrics, run_directory, weights
+from switchlora_jax import metrics, run_directory, saved_run, weights
 from switchlora_jax.analysis import KINDS, effective_ranks, ranks, singular_values
-from switchlora_jax.checkpoint import Checkpoints
-from switchlora_jax.errors import UserError
-from switchlora_jax.program import phases, trained_by
+from switchlora_jax.program import phases
+from switchlora_jax.saved_run import SavedRun
 from switchlora_jax.sharding import make_mesh
 
 matplotlib.use("Agg")
@@ -23,26 +21,7 @@ from matplotlib import pyplot as plt
 NO_START = "it started from another run's weights (warm_start_from), so there is no W₀ to draw again"
 
 
-def read(directory: Path) -> tuple[FrozenConfigDict, list[int]]:
-  """A run's config, laid out for one device, and the steps that have a checkpoint.
-
-  Raises:
-    UserError: there is no run, or it has no checkpoint yet.
-  """
-  saved = run_directory.read(directory)
-  if saved is None:
-    raise UserError(f"--run={directory} must be the directory of a run; it has no config.json; give a run's --workdir")
-  steps = []
-  if (directory / "checkpoints").is_dir():  # which opening it would make
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-      steps = checkpoints.steps()
-  if not steps:
-    raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
-  layout = saved["config"]["sharding"] | {"fsdp": 1, "frozen": "replicated"}
-  return FrozenConfigDict(saved["config"] | {"sharding": layout}), steps
-
-
-def measure(directory: Path) -> dict[str, Any]:
+def measure(run: SavedRun) -> dict[str, Any]:
   """A run in numbers, as JSON.
 
   Returns:
@@ -51,23 +30,22 @@ def measure(directory: Path) -> dict[str, Any]:
     learnt: {step of a checkpoint: the same of W_t - W_0}; empty where W_0 cannot be drawn again.
     learnt_rank: [step, mean effective rank] as recorded while it was trained.
   """
-  config, steps = read(directory)
-  programs = phases(config, make_mesh(jax.devices()[:1]))
-  start = None if config.warm_start_from else kernels(programs[0].create(), programs[0].scale)
-  learnt = {}
-  with Checkpoints(directory / "checkpoints") as checkpoints:
-    for step in steps:
-      state = checkpoints.restore(lambda number: trained_by(programs, number).abstract, step)
-      now = kernels(state, trained_by(programs, step).scale)
-      found = {kind: singular_values(now[kind]) for kind in KINDS}
-      if start:
-        learnt[step] = {kind: learnt_since(start[kind], now[kind], found[kind]) for kind in KINDS}
-  rows = metrics.read(directory / "metrics.jsonl")
+  run, learnt, mesh = run.alone(), {}, make_mesh(jax.devices()[:1])
+  config = run.config
+  first = phases(config, mesh)[0]
+  start = None if config.warm_start_from else kernels(first.create(), first.scale)
+  for step in run.steps:
+    program, state = saved_run.restore(run, step, mesh)
+    now = kernels(state, program.scale)
+    found = {kind: singular_values(now[kind]) for kind in KINDS}
+    if start:
+      learnt[step] = {kind: learnt_since(start[kind], now[kind], found[kind]) for kind in KINDS}
+  rows = metrics.read(run.directory / "metrics.jsonl")
   return {
-    "run": directory.name,
+    "run": run.directory.name,
     "method": config.method,
     "rank": None if config.method == "full" else config.rank,
-    "step": steps[-1],
+    "step": run.steps[-1],
     "weights": {kind: described(values) for kind, values in found.items()},
     "learnt": learnt,
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if row.get("learnt_rank") is not None],
@@ -104,12 +82,12 @@ def table(runs: list[dict]) -> str:
   return markdown(rows)
 
 
-def conclude(directories: list[Path], out: Path) -> None:
+def conclude(found: list[SavedRun], out: Path) -> None:
   """Measure runs, print the table, and leave ranks.json, weights.png and learnt.png in `out`."""
   runs = []
-  with metrics.progress_bar(len(directories), what="singular values", unit="run") as bar:
-    for directory in directories:
-      runs.append(measure(directory))
+  with metrics.progress_bar(len(found), what="singular values", unit="run") as bar:
+    for run in found:
+      runs.append(measure(run))
       bar.update()
   out.mkdir(parents=True, exist_ok=True)
   run_directory.replace_text(out / "ranks.json", json.dumps(runs, indent=1) + "\n")

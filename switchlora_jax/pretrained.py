@@ -87,11 +87,10 @@ def load_run(directory: Path) -> Pretrained:
 
 def open_run(directory: Path) -> Run:
   """A run's newest good checkpoint; see `saved_run` for the errors."""
-  saved = saved_run.open_run(directory)
+  saved = saved_run.open_run(directory).alone()
   with saved_run.keys_of(saved):
-    layout = {"sharding": saved.config.sharding.to_dict() | {"fsdp": 1, "frozen": "replicated"}}
     dtype = "float64" if saved.config.param_dtype == "float64" else "float32"
-  config = FrozenConfigDict(saved.config.to_dict() | layout | {"dtype": dtype})
+  config = FrozenConfigDict(saved.config.to_dict() | {"dtype": dtype})
   with exactly(config.param_dtype):
     program, state = saved_run.restore(saved._replace(config=config), None, make_mesh(jax.devices()[:1]))
   return Run(directory, config, program, state)

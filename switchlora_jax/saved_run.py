@@ -38,6 +38,12 @@ class SavedRun(NamedTuple):
     """The SentencePiece model of its tokens."""
     return self.directory / "tokenizer.model"
 
+  def alone(self) -> "SavedRun":
+    """The same, to be read on one device."""
+    with keys_of(self):
+      layout = self.config.sharding.to_dict() | {"fsdp": 1, "frozen": "replicated"}
+    return self._replace(config=FrozenConfigDict(self.config.to_dict() | {"sharding": layout}))
+
   def check_step(self, step: int, flag: str) -> None:
     """Raise `UserError` unless there is a checkpoint of the step, which a user named with `flag`."""
     if step not in self.steps:

@@ -1,6 +1,7 @@
 """Runs that were trained, read back: their weights, the rank of what they have learnt, and what the command leaves."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from grids import imported
 from tiny import resolved
 
 from experiments import spectra
-from switchlora_jax import pretrained, trainer
+from switchlora_jax import pretrained, saved_run, trainer
 from switchlora_jax.analysis import KINDS
 from switchlora_jax.errors import UserError
 
@@ -41,7 +42,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(folder):
   """{name: what is measured of the run}."""
-  return {name: spectra.measure(folder / name) for name in RUNS}
+  return {name: spectra.measure(saved_run.open_run(folder / name)) for name in RUNS}
 
 
 def learnt_rank(run, step=12) -> np.ndarray:
@@ -101,7 +102,7 @@ def test_a_run_from_anothers_weights_has_no_start(folder, tmp_path, capsys):
   saved["config"]["warm_start_from"] = str(folder / "full")
   (directory / "config.json").unlink()
   (directory / "config.json").write_text(json.dumps(saved))
-  spectra.conclude([directory], tmp_path / "out")
+  spectra.conclude([saved_run.open_run(directory)], tmp_path / "out")
   text = capsys.readouterr().out
   assert "warm: what it has learnt is not measured: it started from another run's weights" in text
   assert "effective rank of W |" in text and "W₀ |" not in text
@@ -112,14 +113,15 @@ def test_a_run_from_anothers_weights_has_no_start(folder, tmp_path, capsys):
   ("flags", "sentence"),
   [
     ([], "--run is missing"),
-    (["--run={folder}/nowhere"], "nowhere must be the directory of a run; it has no config.json"),
+    (["--run={folder}/nowhere"], "nowhere must be the directory of a run, .*; there is no such directory"),
     (["--run={folder}/full", "--run={folder}/empty"], "the run in .*empty has saved no checkpoint yet"),
     (["--run={folder}/full", "--run={folder}/lora/../full"], "given twice with the name full"),
   ],
 )
 def test_mistakes_are_sentences(folder, flags, sentence):
   (folder / "empty").mkdir(exist_ok=True)
-  (folder / "empty" / "config.json").write_text((folder / "full" / "config.json").read_text())
+  for name in ("config.json", "tokenizer.model"):
+    shutil.copy(folder / "full" / name, folder / "empty")
   given = [flag.format(folder=folder) for flag in flags]
   with imported("ranks", *given) as module, pytest.raises(UserError, match=sentence):
     module.main()
