@@ -103,9 +103,8 @@ def adapter_norms(run: pretrained.Run) -> dict[str, float]:
   @jax.jit
   def ratio(kernel, lora_a, lora_b):
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, lora_a.dtype))
-    return jnp.linalg.norm((merge(kernel, lora_a, lora_b, run.program.scale) - kernel).ravel()) / jnp.linalg.norm(
-      kernel.ravel()
-    )
+    product = merge(kernel, lora_a, lora_b, run.program.scale) - kernel
+    return jnp.linalg.norm(product.ravel()) / jnp.linalg.norm(kernel.ravel())
 
   found = {}
   with pretrained.exactly(run.config.param_dtype):
