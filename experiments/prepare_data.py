@@ -7,6 +7,7 @@ Then train with --config.data.source=prepared --config.data.path=data/c4. The sa
 no document is lost or taken twice.
 """
 
+import re
 from pathlib import Path
 
 from absl import flags
@@ -43,7 +44,7 @@ def wanted_tokenizer() -> str:
   if value is None:
     raise UserError("--tokenizer is missing: give a SentencePiece model, or train:32000 to train one of so many pieces")
   if value.startswith(preparation.TRAIN):
-    if not value.removeprefix(preparation.TRAIN).isdigit():
+    if not re.fullmatch("[0-9]{1,9}", value.removeprefix(preparation.TRAIN)):
       raise UserError(f"--tokenizer (={value!r}) must say how many pieces to train, as in train:32000")
     return value
   tokenizer.load_tokenizer(Path(value).expanduser())
@@ -52,7 +53,7 @@ def wanted_tokenizer() -> str:
 
 def main():
   """Check, prepare, say what there is."""
-  if OUT.value is None:
+  if not OUT.value:
     raise UserError("--out is missing: give the folder to fill, say --out=data/c4")
   folder, text = Path(OUT.value).expanduser(), read()
   origin = [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]

@@ -48,7 +48,8 @@ def open_corpus(path: str, eval_path: str, flags: tuple[str, str]) -> Corpus:
   if not eval_path:
     return Corpus(tuple(map(File, train)), None)
   valid = files_of(eval_path, flags[1])
-  if shared := sorted(set(train) & set(valid)):
+  seen = set(map(os.path.realpath, train))  # the same file may go by another name
+  if shared := [file for file in valid if os.path.realpath(file) in seen]:
     raise UserError(
       f"validation text must be text that training does not see; {flags[0]} and {flags[1]} "
       f"both match {shared[0]} ({len(shared)} such); narrow one of them"
@@ -61,7 +62,7 @@ def files_of(pattern: str, flag: str) -> tuple[str, ...]:
   if not pattern:
     raise UserError(f"text needs files; {flag} is empty; pass e.g. {flag}='c4/*.json.gz'")
   found = glob.glob(os.path.expanduser(pattern), recursive=True)
-  files = tuple(sorted(file for file in found if os.path.isfile(file)))
+  files = tuple(sorted({file for file in found if os.path.isfile(file)}))  # `**/**` finds some twice
   if not files:
     raise UserError(
       f"{flag} (={pattern!r}) must match text, JSON lines or Parquet files; it matches no file; "
@@ -95,7 +96,7 @@ class File:
 
 
 def _kind(path: str) -> str:
-  stem, ending = os.path.splitext(path)
+  stem, ending = os.path.splitext(path.lower())
   return os.path.splitext(stem)[1] if ending in COMPRESSED else ending
 
 
@@ -124,7 +125,7 @@ def _rows(path: str, what: str, reader: str, **options: Any) -> Iterator[Any]:
     for batch in rows.iter(batch_size=1000):
       yield from batch[FIELD]
   except Exception as error:  # every way of compressing has errors of its own
-    unpacker = UNPACKERS.get(os.path.splitext(path)[1])
+    unpacker = UNPACKERS.get(os.path.splitext(path.lower())[1])
     install = f"pip install {unpacker} if it is missing, or " if unpacker else ""
     raise UserError(
       f"{path} must be {what}; reading it failed with {_named(error)}; "

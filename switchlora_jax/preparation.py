@@ -8,6 +8,7 @@ import errno
 import fcntl
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -59,19 +60,24 @@ def prepare(folder: Path, request: Request, read: Callable[[], Corpus], *, wait:
     UserError: the folder holds other rows, is being filled or cannot be written, or the text cannot be read.
   """
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, wait):
-      manifest = read_manifest(folder)
-      if manifest is None:
-        return _Preparation(folder, request, progress).run(read())
-      _check_request(folder, manifest["request"], request.facts())
-      (folder / PROGRESS).unlink(missing_ok=True)  # of a process that was killed after its last shard
-      return manifest
+    if not _is_done(folder):  # what is finished is only read: it may lie where nothing can be written
+      folder.mkdir(parents=True, exist_ok=True)
+      with _alone(folder, wait):
+        if (manifest := read_manifest(folder)) is None:
+          return _Preparation(folder, request, progress).run(read())
+        (folder / PROGRESS).unlink(missing_ok=True)  # of a process that was killed after its last shard
+    manifest = read_manifest(folder)
+    _check_request(folder, manifest["request"], request.facts())
+    return manifest
   except OSError as error:
     raise UserError(
       f"{folder} must be a directory that can be written, with room for the rows; {error}; make room, and the same "
       "command goes on where it stopped, or choose another directory"
     ) from error
+
+
+def _is_done(folder: Path) -> bool:
+  return os.access(folder / MANIFEST, os.R_OK) and not (folder / PROGRESS).exists()
 
 
 @contextlib.contextmanager

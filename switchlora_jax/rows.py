@@ -99,14 +99,16 @@ def write_json(path: Path, contents: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-  """What such a file says, or None where there is none; a UserError where it is damaged."""
-  if not path.exists():
-    return None
+  """What such a file says, or None where there is none; a UserError where it is damaged or may not be read."""
   try:
+    if not path.exists():
+      return None
     contents = json.loads(path.read_bytes())
     if contents.pop(CHECK) == _digest(contents):
       return contents
     found = "its checksum is another"
+  except OSError as error:
+    raise UserError(f"{path} must be a file that can be read; {error}; give yourself access to it") from error
   except (ValueError, AttributeError, LookupError, TypeError) as error:
     found = error
   raise UserError(f"{path} is not the JSON that was written ({found}); delete {path.parent}, and prepare it again")

@@ -15,6 +15,7 @@ from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+KEYS = {"config", "data_fingerprint", "versions", "devices", "git_revision"}  # of config.json
 
 
 def prepare(workdir: Path, config) -> None:
@@ -69,7 +70,10 @@ def read(workdir: Path) -> dict | None:
   if not path.exists():
     return None
   try:
-    return json.loads(path.read_text())
+    saved = json.loads(path.read_text())
+    if missing := KEYS - (saved.keys() if isinstance(saved, dict) else set()):
+      raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    return saved
   except ValueError as error:
     raise UserError(
       f"{path} is not the JSON that a run writes ({error}); restore it or choose a new --workdir"

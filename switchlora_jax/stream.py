@@ -60,5 +60,8 @@ class Stream:
 def validation(text: Corpus) -> Corpus:
   """The text that validates, alone; a UserError where there is none."""
   if text.valid is None:
-    raise UserError("--config.data.source=stream needs text to validate on; set --config.data.eval_path")
+    raise UserError(
+      "--config.data.source=stream needs text to validate on; set --config.data.eval_path, or "
+      "name a dataset of the hub that has a split `validation`"
+    )
   return Corpus(text.valid, None)

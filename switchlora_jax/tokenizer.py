@@ -51,7 +51,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
 def load_tokenizer(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
   """The SentencePiece model in `path`, which must be able to end a document."""
   name = f"the tokenizer {str(path)!r}"
-  if not Path(path).is_file():
+  if not os.path.isfile(path):  # nor where a folder may not be entered, which Path.is_file raises
     raise UserError(f"{name} must be a SentencePiece model; there is no such file; name one, or have one trained")
   try:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))

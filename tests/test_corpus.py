@@ -112,6 +112,25 @@ def test_validation_files_are_other_files(files):
     corpus.open_corpus(f"{files}/*", f"{files}/*.txt", FLAGS)
 
 
+def test_a_file_under_another_name_is_the_same_file(files, monkeypatch):
+  monkeypatch.chdir(files)
+  (files / "link").symlink_to(files / "b.md.gz")
+  for same in ("*.txt", "deep/../*.txt", "link", "./link"):
+    with pytest.raises(UserError, match="--path and --eval_path both match"):
+      corpus.open_corpus(f"{files}/*", same, FLAGS)
+
+
+def test_a_file_that_a_glob_finds_twice_is_read_once(files):
+  assert len(corpus.files_of(f"{files}/**/**", "--path")) == 5
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.jsonl.GZ", "a.JSON.gz"])
+def test_endings_may_be_capitals(tmp_path, name):
+  packed = gzip.compress if name.lower().endswith("gz") else bytes
+  (tmp_path / name).write_bytes(packed(lines("one", "two")))
+  assert read(tmp_path / name) == ["one", "two"]
+
+
 def test_the_origin_of_a_file_changes_with_it(tmp_path):
   path = write_lines(tmp_path / "a.jsonl", ["one"])
   before = corpus.File(str(path)).origin()

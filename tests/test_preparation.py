@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import random
@@ -146,6 +147,15 @@ def test_a_finished_folder_is_not_read_again(made):
   folder, manifest = made.folder / "whole", rows.read_manifest(made.folder / "whole")
   before = contents(folder)
   assert made.prepare("whole", read=lambda: pytest.fail("was read"))[1] == manifest and contents(folder) == before
+
+
+def test_a_finished_folder_may_lie_where_nothing_can_be_written(made, monkeypatch):
+  def refused(*_):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  monkeypatch.setattr(preparation, "_alone", refused)
+  monkeypatch.setattr(Path, "mkdir", refused)
+  assert made.prepare("whole")[1] == rows.read_manifest(made.folder / "whole")
 
 
 @pytest.mark.parametrize("take", [1, 17, 1000])

@@ -87,9 +87,12 @@ def test_c4_without_files_is_that_of_the_hub(text, monkeypatch):
   ("changes", "message"),
   [
     ({"out": None}, "--out is missing: give the folder"),
+    ({"out": ""}, "--out is missing: give the folder"),
     ({"tokenizer": None}, "--tokenizer is missing: give a SentencePiece model, or train:32000"),
     ({"tokenizer": "none.model"}, "there is no such file"),
     ({"tokenizer": "train:many"}, "must say how many pieces to train"),
+    ({"tokenizer": "train:²"}, "must say how many pieces to train"),
+    ({"tokenizer": "train:99999999999"}, "must say how many pieces to train"),
     ({"path": None}, r"--path is empty; pass e\.g\. --path="),
     ({"path": "none/*"}, r"--path \(='none/\*'\) must match .* matches no file"),
     ({"eval_path": "none/*"}, "--eval_path"),
@@ -97,10 +100,11 @@ def test_c4_without_files_is_that_of_the_hub(text, monkeypatch):
     ({"source": "hub:some/name"}, "--path .* is not read beside --source=hub:some/name"),
   ],
 )
-def test_mistakes_are_sentences_before_anything_is_made(text, changes, message):
+def test_mistakes_are_sentences_before_anything_is_made(text, changes, message, monkeypatch):
+  monkeypatch.chdir(text)
   with imported("prepare_data", *flags(text, **changes)) as prepare_data, pytest.raises(UserError, match=message):
     prepare_data.main()
-  assert not (text / "out").exists()
+  assert {path.name for path in text.iterdir()} == {"train", "valid", "own.model"}
 
 
 def test_ctrl_c_says_how_to_go_on(text):

@@ -121,6 +121,13 @@ def test_a_damaged_manifest_is_a_sentence(tmp_path, contents):
     rows.read_manifest(tmp_path)
 
 
+def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path):
+  for folder in (tmp_path / ("a" * 300), tmp_path):  # no name for a file, and a directory in its place
+    tmp_path.joinpath(MANIFEST).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=r"manifest\.json must be a file that can be read; \[Errno"):
+      rows.read_manifest(folder)
+
+
 # What was prepared.
 
 

@@ -91,9 +91,10 @@ def test_checkpoints_without_config_are_refused(tmp_path):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
-def test_a_broken_config_json_is_a_sentence(tmp_path):
+@pytest.mark.parametrize("contents", ["{", "[]", "null", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_broken_config_json_is_a_sentence(tmp_path, contents):
   (tmp_path / "run").mkdir()
-  (tmp_path / "run" / "config.json").write_text("{")
+  (tmp_path / "run" / "config.json").write_text(contents)
   with pytest.raises(UserError, match="not the JSON that a run writes"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 

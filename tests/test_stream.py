@@ -72,5 +72,5 @@ def test_text_is_read_as_it_is_wanted(path):
 
 def test_the_text_that_validates_is_needed():
   assert stream.validation(Corpus(["train"], ["valid"])) == Corpus(["valid"], None)
-  with pytest.raises(UserError, match=r"source=stream needs text to validate on; set --config\.data\.eval_path"):
+  with pytest.raises(UserError, match=r"source=stream needs text to validate on; set .*eval_path, or .* hub"):
     stream.validation(Corpus(["train"], None))

@@ -102,6 +102,8 @@ def test_what_cannot_be_trained_is_a_sentence(tmp_path, documents, vocab_size):
 def test_a_file_that_is_no_model_is_a_sentence(tmp_path):
   with pytest.raises(UserError, match=r"the tokenizer '.*none' must be .* there is no such file; name one"):
     tokenizer.load_tokenizer(tmp_path / "none")
+  with pytest.raises(UserError, match="there is no such file"):
+    tokenizer.load_tokenizer("a" * 300)  # the system refuses to look
   (tmp_path / "text").write_text("The tide rises.")
   (tmp_path / "empty").touch()
   for name in ("text", "empty"):
