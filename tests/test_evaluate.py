@@ -200,7 +200,7 @@ def test_of_a_prepared_folder_it_takes_the_rows_on_which_a_run_would_validate(tr
 def test_what_is_no_run_is_refused(tmp_path):
   fails("--run is missing")
   where = f"--run={tmp_path}/none"
-  fails(f"{where} must be the directory of a run, .*; there is no such directory", where)
+  fails(f"{tmp_path}/none must be the directory of a run, .*; there is no such directory", where)
   fails("they are not there; give the --workdir", f"--run={tmp_path}")
 
 
