@@ -63,8 +63,7 @@ def load(path: str) -> Model:
       f"the tokenizer of {path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
       "it must be the one that the model was trained with"
     )
-  saved = run_directory.read(folder) or {}
-  return Model(folder.resolve().name, saved["config"]["method"] if "config" in saved else "full", found)
+  return Model(folder.resolve().name, found.method or "full", found)
 
 
 def paper_rate(model: Model, task: glue.Task) -> float:

@@ -30,6 +30,7 @@ class Pretrained(NamedTuple):
     tokenizer: the SentencePiece model of its tokens; None where a Hugging Face folder has none.
     origin: what it is, for messages: `runs/tiny, switchlora, step 1000 of 2000`.
     seq_len: tokens of the rows that it was trained on.
+    method: that trained it; None where a Hugging Face folder does not say.
   """
 
   sizes: dict[str, int]
@@ -37,6 +38,7 @@ class Pretrained(NamedTuple):
   tokenizer: Path | None
   origin: str
   seq_len: int
+  method: str | None
 
 
 class Run(NamedTuple):
@@ -77,7 +79,7 @@ def load(path: Path) -> Pretrained:
 def load_folder(path: Path) -> Pretrained:
   """The model in a Hugging Face LLaMA folder; see `huggingface.inspect` for the errors."""
   folder = huggingface.inspect(path)
-  return Pretrained(folder.sizes, huggingface.read(folder), folder.tokenizer, str(path), folder.seq_len)
+  return Pretrained(folder.sizes, huggingface.read(folder), folder.tokenizer, str(path), folder.seq_len, None)
 
 
 def load_run(directory: Path) -> Pretrained:
@@ -107,7 +109,8 @@ def merge(run: Run) -> Pretrained:
     merged = jax.jit(lambda params, frozen: weights.merged(wide(params), wide(frozen), run.program.scale))
     plain = jax.tree.map(np.asarray, merged(run.state.params, frozen))
   origin = f"{run.directory}, {run.config.method}, step {int(run.state.step)} of {run.config.steps}"
-  return Pretrained(dict(run.config.model), plain, run.directory / "tokenizer.model", origin, run.config.seq_len)
+  config, tokenizer = run.config, run.directory / "tokenizer.model"
+  return Pretrained(dict(config.model), plain, tokenizer, origin, config.seq_len, config.method)
 
 
 def plain_model(sizes: dict[str, int], dtype=jnp.float32) -> LLaMA:

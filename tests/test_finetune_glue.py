@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import glue_files
 import jax
@@ -13,7 +14,7 @@ from grids import ROOT, imported
 from tiny import resolved
 
 from experiments.paper import ITEMS
-from switchlora_jax import classifier, examples, glue, pretrained
+from switchlora_jax import classifier, examples, export, glue, pretrained, run_directory
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
 from switchlora_jax.glue import TASKS
@@ -31,8 +32,8 @@ def folder(tmp_path_factory):
   config, run = resolved(folder, devices=1, method="switchlora"), folder / "run"
   with Checkpoints(run / "checkpoints", keep=1) as saves:
     saves.save(0, build(config, make_mesh(jax.devices()[:1])).create())
-  (run / "config.json").write_text(json.dumps({"config": config.to_dict()}))
-  train_tokenizer([Path(config.data.path).read_text()], config.model.vocab_size, run / "tokenizer.model")
+  train_tokenizer([Path(config.data.path).read_text()], config.model.vocab_size, folder / "own.model")
+  run_directory.record(run, config, SimpleNamespace(fingerprint="none", tokenizer_path=folder / "own.model"))
   for name in ("rte", "stsb"):
     glue_files.write_task(folder / "glue", name)
   return folder
@@ -64,7 +65,7 @@ def test_the_results(folder, results):
     assert row["best_epoch"]["scores"] == [max(cell["scores"]) for cell in row["cells"]]
     assert row["last_epoch"]["scores"] == [cell["scores"][-1] for cell in row["cells"]]
     assert row["best_epoch"]["std"] == pytest.approx(np.std(row["best_epoch"]["scores"], ddof=1))
-    assert [cell["seed"] for cell in row["cells"]] == [0, 1] and row["origin"].endswith("switchlora, step 0")
+    assert [cell["seed"] for cell in row["cells"]] == [0, 1] and "switchlora, step 0 of " in row["origin"]
     assert all(cell["losses"][-1] < cell["losses"][0] and cell["rows"] == 240 for cell in row["cells"])
 
 
@@ -142,7 +143,7 @@ def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
 def test_learning_rates_are_the_papers(folder, monkeypatch, method, parameters, rates):
   with finetune(folder) as command:
     monkeypatch.setattr(command, "parameter_count", lambda _: parameters)
-    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), ""))
+    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), "", 64, method))
     assert [command.paper_rate(model, TASKS[name]) for name in ("cola", "stsb", "mrpc", "rte", "sst2")] == rates
 
 
@@ -151,12 +152,11 @@ def test_the_method_of_a_run_is_known(folder):
     assert command.load(str(folder / "run")).method == "switchlora"
 
 
-def test_the_method_of_a_hugging_face_folder_is_not(folder, tmp_path, monkeypatch):
-  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-  model = pretrained.load_run(folder / "run")
+def test_the_method_of_a_hugging_face_folder_is_not(folder, tmp_path):
+  export.export(folder / "run", tmp_path / "exported")
   with finetune(folder) as command:
-    monkeypatch.setattr(pretrained, "load_run", lambda _: model)
-    assert command.load(str(tmp_path)).method == "full"
+    model = command.load(str(tmp_path / "exported"))
+  assert (model.name, model.method, model.pretrained.method) == ("exported", "full", None)
 
 
 def test_titles_are_those_of_the_papers_tables():
@@ -189,7 +189,7 @@ def test_a_tokenizer_that_does_not_fit_is_a_sentence(folder, monkeypatch):
   model = pretrained.load_run(folder / "run")
   small = model._replace(sizes=model.sizes | {"vocab_size": 300})
   with finetune(folder) as command:
-    monkeypatch.setattr(pretrained, "load_run", lambda _: small)
+    monkeypatch.setattr(pretrained, "load", lambda _: small)
     with pytest.raises(UserError, match=r"must fit in the model's vocabulary \(=300\); it has 320 pieces; it must"):
       command.load("run")
 
