@@ -20,6 +20,7 @@ C4 = "hub:allenai/c4:en"  # the corpus of the paper
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # further endings of a file, which `datasets` unpacks
 UNPACKERS = {".zst": "zstandard", ".lz4": "lz4"}  # the packages that it wants for some of them
 FIELD = "text"
+AHEAD = 32  # lines, or rows of a column, that are read at once
 
 
 class Corpus(NamedTuple):
@@ -76,7 +77,7 @@ def files_of(pattern: str, flag: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class File:
-  """The documents of a file; in memory are a document and a chunk of its file."""
+  """The documents of a file; in memory are `AHEAD` of them, if they are lines, and a chunk of the file."""
 
   path: str
 
@@ -122,7 +123,7 @@ def _rows(path: str, what: str, reader: str, **options: Any) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as scratch:  # for a lock file; streaming keeps no data
       # Not load_dataset, which reports each use over the network.
       rows = getattr(datasets.IterableDataset, reader)(glob.escape(path), cache_dir=scratch, **options)
-    for batch in rows.iter(batch_size=1000):
+    for batch in rows.iter(batch_size=AHEAD):
       yield from batch[FIELD]
   except Exception as error:  # every way of compressing has errors of its own
     unpacker = UNPACKERS.get(os.path.splitext(path.lower())[1])

@@ -105,6 +105,12 @@ def test_files_are_read_as_they_are_wanted(tmp_path):
     next(documents)
 
 
+def test_long_documents_are_not_collected(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(lines("a" * 500_000) * 60 + b"\xff")  # what cannot be read is 30 MB away
+  (part,) = corpus.open_corpus(f"{tmp_path}/*", "", FLAGS).train
+  assert len(next(iter(part))) == 500_000
+
+
 def test_validation_files_are_other_files(files):
   text = corpus.open_corpus(f"{files}/*.txt", f"{files}/*.gz", FLAGS)
   assert [[list(part) for part in parts] for parts in text[:2]] == [[["é one\n\n two"]], [["three\n"]]]
