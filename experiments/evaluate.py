@@ -89,7 +89,7 @@ def own(run: SavedRun) -> Text:
   if data.fingerprint != run.fingerprint:
     raise UserError(
       f"the data are not those that the run in {run.directory} was trained on (fingerprint {data.fingerprint}, then "
-      f"{run.fingerprint}); restore the files and packages of then, or evaluate other text with --data"
+      f"{run.fingerprint}); restore the files, packages and code of then, or evaluate other text with --data"
     )
   return Text("the run's own validation rows", data.valid, data.bytes_per_token, data.fingerprint)
 

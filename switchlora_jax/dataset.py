@@ -97,19 +97,21 @@ def check(config) -> None:
       raise UserError("--config.data.source=stream needs a SentencePiece model; set --config.data.tokenizer")
 
 
-def prepare(config, *, progress: bool = True) -> Dataset:
+def prepare(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
   """The rows that `config` trains and validates on: found in a folder, or made now.
 
   Documents are joined, each ended by EOS, and cut into rows of `seq_len` tokens; the remainder is
   dropped. Text without validation files lends its last hundredth of the rows, at least one.
 
+  Args:
+    share: see `rows.verify`.
   Raises:
     UserError: before anything expensive where `check` finds a mistake; else where the text is too short.
   """
   check(config)
   folder = _expanded(config.data.path) if config.data.source == "prepared" else _fill_cache(config, progress)
   manifest = rows.read_manifest(folder)
-  rows.verify(folder, manifest, progress)
+  rows.verify(folder, manifest, progress, share)
   if config.data.source == "stream":
     return _open_stream(config, folder, manifest)
   _check_rows(_held_out(manifest), config)

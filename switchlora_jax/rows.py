@@ -135,14 +135,18 @@ def open_rows(folder: Path, split: dict) -> Rows:
   return Rows(shards, 0, split["rows"])
 
 
-def verify(folder: Path, manifest: dict, progress: bool) -> None:
+def verify(folder: Path, manifest: dict, progress: bool, share: tuple[int, int] = (0, 1)) -> None:
   """Compare the tokenizer and every shard with its checksum.
 
+  Args:
+    share: (number of a process, of how many), which looks at its share of the files.
   Raises:
     UserError: a file is missing or not what was written; names it.
   """
   files = [(TOKENIZER, manifest["tokenizer"])]
   files += [(shard[0], shard[2]) for name in ("train", "valid") if manifest[name] for shard in manifest[name]["shards"]]
+  process, processes = share
+  files = files[process::processes]
   with ThreadPoolExecutor() as pool:
     checks = pool.map(lambda file: _check(folder / file[0], file[1]), files)
     list(tqdm(checks, desc="verify data", total=len(files), unit="file", disable=not progress, delay=1))

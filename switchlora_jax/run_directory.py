@@ -47,6 +47,8 @@ def prepare(workdir: Path, config) -> None:
 
 def _check_same_run(workdir: Path, saved: dict, config):
   changed = differences(saved["config"], config.to_dict())
+  if saved["config"]["data"]["source"] == config.data.source == "prepared":  # it may lie elsewhere: `record` knows it
+    changed = [change for change in changed if not change.startswith("data.path:")]
   if not changed:
     return
   then, now = saved["config"]["steps"], config.steps
@@ -90,7 +92,8 @@ def record(workdir: Path, config, dataset) -> None:
   if saved and saved["data_fingerprint"] != dataset.fingerprint:
     raise UserError(
       f"the data are not those that the run in {workdir} was started on (fingerprint {dataset.fingerprint}, then "
-      f"{saved['data_fingerprint']}); restore the files and packages of then, or choose a new --workdir"
+      f"{saved['data_fingerprint']}); restore the files, the packages and the code of then (git revision "
+      f"{saved['git_revision']}), or choose a new --workdir"
     )
   if not saved:
     _replace(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())

@@ -79,7 +79,8 @@ def train(config, workdir: Path) -> Outcome:
 
 def prepare_data(config) -> dataset.Dataset:
   """The packed rows, made by the first process and found by the others, or made again where they share no cache."""
-  data = hosts.first_then_others(lambda: dataset.prepare(config, progress=hosts.is_first()))
+  share = (jax.process_index(), jax.process_count())
+  data = hosts.first_then_others(lambda: dataset.prepare(config, progress=hosts.is_first(), share=share))
   hosts.check_same({"data fingerprint": data.fingerprint})
   hosts.say(report.describe_data(data.summary))
   return data

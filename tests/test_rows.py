@@ -160,6 +160,19 @@ def test_a_file_that_is_not_what_was_prepared_is_named(tmp_path, name, change):
     rows.verify(tmp_path, manifest, progress=False)
 
 
+@pytest.mark.parametrize("name", ["train-00000.npy", "train-00001.npy", "train-00002.npy", TOKENIZER])
+def test_processes_share_the_work_and_leave_no_file_out(tmp_path, name):
+  manifest, _ = folder_of(tmp_path)
+  flipped(tmp_path / name)
+  found = []
+  for process in range(3):
+    try:
+      rows.verify(tmp_path, manifest, progress=False, share=(process, 3))
+    except UserError:
+      found.append(process)
+  assert len(found) == 1
+
+
 def test_the_shards_of_validation_are_verified_too(tmp_path):
   manifest, _ = folder_of(tmp_path)
   shard = rows.write_shard(tmp_path / "valid-00000.npy", np.zeros((2, 4), np.uint16))

@@ -37,6 +37,17 @@ def test_what_changes_no_number_may_change(tmp_path, dataset, caplog):
   assert caplog.records == []
 
 
+def test_prepared_data_may_lie_elsewhere_and_text_may_not(tmp_path, dataset):
+  for source in ("prepared", "text"):
+    first, second = (resolved(tmp_path, data__source=source, data__path=path) for path in ("here", "there"))
+    start(tmp_path / source, first, dataset)
+    if source == "prepared":
+      start(tmp_path / source, second, dataset)
+    else:
+      with pytest.raises(UserError, match=r"data\.path: 'here' → 'there'"):
+        start(tmp_path / source, second, dataset)
+
+
 def test_another_run_is_refused(tmp_path, dataset):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   with pytest.raises(UserError, match=r"another config \(rank: 4 → 6; switch.interval: 2 → 4\)"):
