@@ -7,11 +7,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+from grids import imported
 from tiny import saved_run
 
-from experiments import export as command
 from switchlora_jax import export, huggingface, pretrained
 from switchlora_jax.errors import UserError
 from switchlora_jax.weights import flatten_dict
@@ -32,14 +30,6 @@ def run(tmp_path_factory):
   """From a method to the directory of a run that has trained a few steps."""
   folder = tmp_path_factory.mktemp("runs")
   return functools.cache(lambda method: saved_run(folder / method, steps=4, method=method))
-
-
-@pytest.fixture(autouse=True)
-def flags_parsed():
-  """Flags can be read without a command line."""
-  flags.FLAGS.mark_as_parsed()
-  yield
-  flags.FLAGS.unparse_flags()
 
 
 def contents(folder):
@@ -162,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("method", ["switchlora", "full"])
 def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
-  with flagsaver.flagsaver(run=str(run(method)), out=str(tmp_path / "out")):
+  with imported("export", f"--run={run(method)}", f"--out={tmp_path / 'out'}") as command:
     command.main()
   said = capsys.readouterr().out
   assert f"exported: {run(method)}, {method}, step 4 of 12\nlargest difference of logits" in said
@@ -174,6 +164,6 @@ def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
 
 
 def test_the_command_wants_both_folders(run):
-  for given, missing in (({"run": None, "out": None}, "run"), ({"run": "somewhere", "out": None}, "out")):
-    with flagsaver.flagsaver(**given), pytest.raises(UserError, match=f"--{missing} is missing"):
+  for given, missing in (([], "run"), (["--run=somewhere"], "out")):
+    with imported("export", *given) as command, pytest.raises(UserError, match=f"--{missing} is missing"):
       command.main()

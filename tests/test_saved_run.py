@@ -27,7 +27,8 @@ def run(tmp_path_factory):
   """(directory, state after step 7) of a run of which no step was made; its warm start ends at step 5."""
   folder = tmp_path_factory.mktemp("run")
   config = resolved(folder, warm_start_steps=5, candidates_dtype="bfloat16")
-  saved = {"config": config.to_dict(), "data_fingerprint": "abc", "devices": "8 × cpu", "git_revision": None}
+  saved = {"config": config.to_dict(), "data_fingerprint": "abc", "devices": "8 × cpu"}
+  saved |= {"git_revision": None, "versions": {}}
   (folder / "config.json").write_text(json.dumps(saved))
   (folder / "tokenizer.model").write_bytes(b"pieces")
   first, state = (phase.create() for phase in program.phases(config, make_mesh()))
