@@ -72,11 +72,6 @@ def text_of(run: SavedRun) -> Text:
     text = prepared(run, folder)
   else:
     text = tokenized(run, DATA.value)
-  if not len(text.rows):
-    raise UserError(
-      f"--data (={DATA.value!r}) must hold at least one row of {run.config.seq_len} tokens to evaluate; "
-      "it holds none; name more text"
-    )
   return text._replace(rows=first(text.rows, TOKENS.value or run.config.eval_tokens))
 
 

@@ -1,7 +1,11 @@
-"""Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
+"""Eight simulated CPU devices, quick compiling, no silent broadcasting, and access to the recorded numbers."""
 
 import json
+import os
 from pathlib import Path
+
+# Compiling takes most of the time of tests. JAX reads it when it is imported, as do the processes that tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np

@@ -18,7 +18,7 @@ from switchlora_jax import metrics, run_directory
 from switchlora_jax.config import flatten
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most of a tiny run's time
+ON_CPU = {"JAX_PLATFORMS": "cpu"}
 
 
 def tiny_base(folder: Path, **changes) -> settings.Base:
@@ -89,7 +89,7 @@ def fake_runs(monkeypatch) -> Runs:
 def command(name: str, *arguments) -> subprocess.CompletedProcess:
   """Run `python -m experiments.NAME` to its end."""
   words = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-  return subprocess.run(words, cwd=ROOT, env=os.environ | QUICK, capture_output=True, text=True)
+  return subprocess.run(words, cwd=ROOT, env=os.environ | ON_CPU, capture_output=True, text=True)
 
 
 @contextlib.contextmanager

@@ -17,14 +17,6 @@ from switchlora_jax.weights import flatten_dict
 KINDS = {"q", "k", "v", "o", "gate", "up", "down"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """Few optimizations: what is compiled here runs a few times only."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """From a method to the directory of a run that has trained a few steps."""

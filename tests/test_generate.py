@@ -25,9 +25,7 @@ def run(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     patch.setattr(trainer, "make_learnt_rank", lambda first: lambda *_: 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)
     trainer.train(config, folder / "run")
-    jax.config.update("jax_disable_most_optimizations", False)
   return folder / "run"
 
 

@@ -21,14 +21,6 @@ each = pytest.mark.parametrize("method", METHODS)
 PARTS = ("params", "frozen", "candidates")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """One device and few optimizations, and a computation in bfloat16 on parameters in float32."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def drawn(path, leaf):
   """An array of an abstract state, of a size that trains; whole numbers and moments are 0."""
   path = jax.tree_util.keystr(path)

@@ -23,15 +23,7 @@ def no_gpu_compiler(monkeypatch):
   monkeypatch.setattr(topology, "gpu_mesh", lambda *_: None)
 
 
-@pytest.fixture
-def quick_compiler():
-  """Most of the time goes into optimising."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_a_column_for_each_method(no_gpu_compiler, quick_compiler, tmp_path, capsys):
+def test_a_column_for_each_method(no_gpu_compiler, tmp_path, capsys):
   out = tmp_path / "out.json"
   with imported("plan", *SMALL, "--methods=full,lora", f"--json={out}", "--largest") as plan:
     plan.main()

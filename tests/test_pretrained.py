@@ -16,14 +16,6 @@ from switchlora_jax.errors import UserError
 SIZES = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """Few optimizations: what is compiled here runs a few times only."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """The directory of a SwitchLoRA run."""

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import small_model
@@ -32,10 +31,8 @@ def folder(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     patch.setattr(trainer, "make_learnt_rank", lambda first: lambda *_: next(recorded))
-    jax.config.update("jax_disable_most_optimizations", True)
     for name, changes in RUNS.items():
       trainer.train(resolved(folder, 1, rank=RANK, learning_rate=1e-2, **changes), folder / name)
-    jax.config.update("jax_disable_most_optimizations", False)
   return folder
 
 

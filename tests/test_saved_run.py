@@ -14,14 +14,6 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-  """Only arrays are made and moved."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """(directory, state after step 7) of a run of which no step was made; its warm start ends at step 5."""

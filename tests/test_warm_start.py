@@ -45,9 +45,7 @@ def quickly():
     patch.setattr(program, "build", build_once)
     patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     patch.setattr(trainer, "make_learnt_rank", scales)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(folder, name, **changes):
