@@ -110,6 +110,7 @@ def test_mistakes_are_sentences_before_anything_is_made(text, changes, message, 
 def test_ctrl_c_says_how_to_go_on(text):
   script = "from switchlora_jax import packing\npacking.SHARD = 64\n" + (
     "import os, signal, runpy, sys\nwrite = packing.write_shard\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
     "def interrupt(*args):\n  os.kill(os.getpid(), signal.SIGINT)\n  return write(*args)\n"
     "packing.write_shard = interrupt\nrunpy.run_module('experiments.prepare_data', run_name='__main__')"
   )
