@@ -9,6 +9,10 @@ from tiny import flags_of, rows_of, sentences, tiny_config, write_lines
 from switchlora_jax import corpus, rows, tokenizer
 from switchlora_jax.errors import UserError
 
+SHARED = ROOT.parent / "shared" / "data"
+C4 = SHARED / "c4_sample" / "c4_validation_2k.jsonl.gz"
+T5 = SHARED / "t5_tokenizer" / "t5_32100.model"
+
 
 @pytest.fixture
 def text(tmp_path):
@@ -39,6 +43,20 @@ def test_prepare_then_train_on_it(text):
   fingerprint = json.loads((text / "run" / "config.json").read_text())["data_fingerprint"]
   assert f"data: text, fingerprint {fingerprint}" in done.stdout
   assert f"data: prepared, fingerprint {fingerprint}" in trained.stdout
+
+
+@pytest.mark.skipif(not (C4.exists() and T5.exists()), reason="needs 2,000 documents of C4 and T5's tokenizer")
+def test_real_c4_with_t5s_vocabulary(tmp_path):
+  given = [f"--path={C4}", f"--tokenizer={T5}", "--seq_len=256", f"--out={tmp_path}/out"]
+  with imported("prepare_data", "--source=c4", *given) as prepare_data:
+    prepare_data.main()
+  train = rows.read_manifest(tmp_path / "out")["train"]
+  documents = list(corpus.File(str(C4)))
+  assert train["documents"] == len(documents) == 2000 and train["tokens"] == 995_287
+  assert train["characters"] == sum(map(len, documents)) and train["rows"] == train["tokens"] // 256
+  found = rows.open_rows(tmp_path / "out", train)
+  expected = rows_of(tokenizer.load_tokenizer(T5), documents[:100], 256)
+  assert len(expected) > 100 and (found[: len(expected)].__array__() == expected).all()
 
 
 @pytest.mark.parametrize(
