@@ -15,8 +15,15 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.split_float import KERNEL, bases
 
 RECORD = "export.json"  # by which an export knows its own folder
-FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json")
-FILES = {*FILES, "tokenizer_config.json", RECORD}
+FILES = {
+  "model.safetensors",
+  "config.json",
+  "generation_config.json",
+  "tokenizer.model",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  RECORD,
+}
 TOLERANCE = 1e-4  # of logits, absolute
 ROWS, LENGTH = 4, 64  # of the random ids that logits are compared on; shorter where the run's rows are
 

@@ -106,6 +106,7 @@ class Block(nn.Module):
     return checkpoint_name(self.dense(features, name=name)(x), LINEAR)
 
   def attention(self, x, angles):
+    """What each position of x [batch, length, hidden] takes from itself and the past, those in a cache included."""
     heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
     q, k, v = (self._linear(name, x.shape[-1], x).reshape(heads) for name in "qkv")
     if self.cache_length:
