@@ -1,19 +1,17 @@
 """The story of a run: build, restore, then step, report, evaluate, save until the last step."""
 
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from switchlora_jax import dataset, hosts, metrics, report, run_directory, train_state, warm_start
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
-from switchlora_jax.errors import UserError
 from switchlora_jax.evaluation import first, validate
 from switchlora_jax.program import Program, phases, trained_by
 from switchlora_jax.sharding import make_mesh
+from switchlora_jax.train_log import Log, due
 
 
 class Outcome(NamedTuple):
@@ -39,42 +37,76 @@ def train(config, workdir: Path) -> Outcome:
   hosts.on_first(lambda: run_directory.prepare(workdir, config))
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   programs = phases(config, mesh)
-  # From its first finished checkpoint on, a run does not need the other any more.
-  started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
-  wanted = config.warm_start_from and not started
-  open_source = lambda: warm_start.Source(config, programs[0], mesh) if wanted else None
-  source = hosts.everywhere(open_source)
+  source = hosts.everywhere(lambda: find_source(config, workdir, programs[0], mesh))
   hosts.say(report.describe(config, *(program.abstract for program in programs)))
   data = prepare_data(config)
   if source:
     hosts.everywhere(lambda: source.check_tokenizer(data.tokenizer_path))
   hosts.on_first(lambda: run_directory.record(workdir, config, data))
   hosts.everywhere(lambda: run_directory.check_shared(workdir))
-  evaluate, batch_of = make_evaluate(config, programs[0], data), dataset.batches(data, config)
-
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    state = checkpoints.restore(lambda step: trained_by(programs, step).abstract)
+    run = Run(config, workdir, programs, data, checkpoints)
+    first_step = run.begin(source)
+    while run.done < config.steps:
+      run.step()
+      last = run.done == config.steps
+      if due(run.done, config.eval_every) or last:
+        run.evaluate()
+      if due(run.done, config.checkpoint_every) or last:
+        run.save()
+    run.log.close()
+  return Outcome(run.program, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
+
+
+class Run:
+  """A run in flight: where it stands, and what can happen to it.
+
+  Attributes:
+    done: steps done so far. state: before the next one. program: which made it, of the phase it is in.
+    log: where the numbers of its steps go.
+  """
+
+  def __init__(self, config, workdir: Path, programs: list[Program], data: dataset.Dataset, checkpoints: Checkpoints):
+    self._config, self._workdir, self._programs, self._checkpoints = config, workdir, programs, checkpoints
+    self._batch_of = dataset.batches(data, config)
+    self._validate = make_evaluate(config, programs[0], data)
+
+  def begin(self, source: warm_start.Source | None) -> int:
+    """Take up the newest good checkpoint, or start, from the weights of `source` if there is one; returns `done`."""
+    state = self._checkpoints.restore(lambda step: trained_by(self._programs, step).abstract)
     if state is None:
-      state = source.state() if source else programs[0].create()
-    first = int(state.step)
-    program = trained_by(programs, first)
-    log = Log(workdir, config, first)
-    for step in range(first, config.steps):
-      if program is not programs[-1] and step == programs[-1].start:
-        state, program = warm_start.hand_over(state, program, programs[-1]), programs[-1]
-      state, numbers = program.step(state, program.place(batch_of(step)))
-      done = step + 1
-      last = done == config.steps
-      log.add(done, numbers)
-      if due(done, config.eval_every) or last:
-        log.flush()
-        log.evaluation(done, evaluate(program, state))
-      if due(done, config.checkpoint_every) or last:
-        log.flush()  # the lines of a step are on disk before the step can be returned to
-        hosts.on_first(lambda: run_directory.update(workdir, config))
-        checkpoints.save(done, state)
-    log.close()
-  return Outcome(program, state, data, metrics.read(workdir / "metrics.jsonl"), first)
+      state = source.state() if source else self._programs[0].create()
+    self.state, self.done = state, int(state.step)
+    self.program = trained_by(self._programs, self.done)
+    self.log = Log(self._workdir, self._config, self.done)
+    return self.done
+
+  def step(self):
+    """One training step, in the program whose phase it belongs to."""
+    main = self._programs[-1]
+    if self.program is not main and self.done == main.start:
+      self.state, self.program = warm_start.hand_over(self.state, self.program, main), main
+    rows = self.program.place(self._batch_of(self.done))
+    self.state, numbers = self.program.step(self.state, rows)
+    self.done += 1
+    self.log.add(self.done, numbers)
+
+  def evaluate(self):
+    """Write what the validation rows say of the state."""
+    self.log.flush()
+    self.log.evaluation(self.done, self._validate(self.program, self.state))
+
+  def save(self):
+    """Begin to save the state; what config.json and metrics.jsonl say of it is on disk before it can be returned to."""
+    self.log.flush()
+    hosts.on_first(lambda: run_directory.update(self._workdir, self._config))
+    self._checkpoints.save(self.done, self.state)
+
+
+def find_source(config, workdir: Path, program: Program, mesh) -> warm_start.Source | None:
+  """What `warm_start_from` names; from its first finished checkpoint on, a run does not need it any more."""
+  started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+  return warm_start.Source(config, program, mesh) if config.warm_start_from and not started else None
 
 
 def prepare_data(config) -> dataset.Dataset:
@@ -84,11 +116,6 @@ def prepare_data(config) -> dataset.Dataset:
   hosts.check_same({"data fingerprint": data.fingerprint})
   hosts.say(report.describe_data(data.summary))
   return data
-
-
-def due(step: int, every: int) -> bool:
-  """Whether something that happens every so many steps happens after `step`."""
-  return step % every == 0
 
 
 def make_evaluate(config, start: Program, data: dataset.Dataset):
@@ -106,62 +133,3 @@ def make_evaluate(config, start: Program, data: dataset.Dataset):
     return numbers
 
   return evaluate
-
-
-class Log:
-  """Collects the numbers of each step on the device, and writes them out every `log_every` steps.
-
-  On every process, since each must find out by itself that the run goes nowhere; only the first writes.
-  """
-
-  def __init__(self, workdir: Path, config, start: int):
-    self._metrics, self._config = metrics.Metrics(workdir, start) if hosts.is_first() else None, config
-    self._bar = metrics.progress_bar(config.steps, start, shown=hosts.is_first())
-    self._waiting, self._since = [], time.monotonic()
-
-  def add(self, step: int, numbers: dict):
-    """Take the numbers of a step, still being computed."""
-    self._waiting.append({"step": step} | numbers)
-    if due(step, self._config.log_every):
-      self.flush()
-
-  def flush(self):
-    """Wait for the numbers collected so far and write them; stop the run if it goes nowhere."""
-    if not self._waiting:
-      return
-    rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._waiting)]
-    seconds = time.monotonic() - self._since
-    speed = len(rows) * self._config.batch_size * self._config.seq_len / seconds
-    self._write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
-    self._bar.update(len(rows))
-    shown = {"loss": f"{rows[-1]['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
-    self._bar.set_postfix(shown | ({"skipped": rows[-1]["skipped"]} if rows[-1]["skipped"] else {}))
-    self._waiting, self._since = [], time.monotonic()
-    self._stop_if_stuck(rows)
-
-  def _stop_if_stuck(self, rows):
-    worst, limit = max(row["skipped_in_a_row"] for row in rows), self._config.max_skipped
-    if worst >= limit:
-      self.close()
-      raise UserError(
-        f"the run was stopped after step {rows[-1]['step']}: {worst} updates in a row had a loss or gradient that "
-        f"was not finite (max_skipped = {limit}); lower --config.learning_rate (= {self._config.learning_rate}) in a "
-        f"new --workdir, or look at the data of these steps"
-      )
-
-  def evaluation(self, step: int, numbers: dict):
-    """Write the numbers of an evaluation after `step`; flushed before it, its time is not training time."""
-    self._write([{"step": step} | numbers])
-    if hosts.is_first():
-      self._bar.write(f"step {step}: validation perplexity {numbers['val_ppl']:.2f}")
-    self._since = time.monotonic()
-
-  def _write(self, rows: list[dict]):
-    if self._metrics:
-      self._metrics.write(rows)
-
-  def close(self):
-    """Write what is left and end the bar."""
-    self._bar.close()
-    if self._metrics:
-      self._metrics.close()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny import flags_of, resolved, tiny_config
 
-from switchlora_jax import metrics, program, trainer
+from switchlora_jax import metrics, program, train_log, trainer
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh
 
@@ -73,7 +73,7 @@ def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
   folder, method, whole, outcome = finished
   workdir = folder / f"stopped-{stop}"
   config = resolved(folder, method=method)
-  original = trainer.Log.add
+  original = train_log.Log.add
 
   class Killed(BaseException):
     pass
@@ -84,7 +84,7 @@ def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
       raise Killed
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(trainer.Log, "add", add)
+    patch.setattr(train_log.Log, "add", add)
     trainer.train(config, workdir)
   again = trainer.train(config, workdir)
   assert again.first_step == stop // 4 * 4
