@@ -33,3 +33,8 @@ def x64():
   """float64 for the length of one test."""
   with jax.enable_x64(True):
     yield
+
+
+def pytest_addoption(parser):
+  """`--faults`: see tests/faults/conftest.py; only this file may add options."""
+  parser.addoption("--faults", action="store_true", help="run every injected fault, as `make faults` does")

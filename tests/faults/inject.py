@@ -1,0 +1,25 @@
+"""Runs the training command with a fault in it: `python tests/faults/inject.py MODULE:FUNCTION[=ARGUMENT] --flags`.
+
+The function, which stands in the test module beside the test that needs it, is called first, with the argument as a
+string if there is one. It patches what is to fail; then the command runs as always.
+"""
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(fault: str):
+  """Prepare the fault, then become the command."""
+  sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
+  name, _, argument = fault.partition("=")
+  module, _, function = name.partition(":")
+  getattr(importlib.import_module(module), function)(*([argument] if argument else []))
+  runpy.run_module("experiments.pretrain", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv.pop(1))

@@ -1,0 +1,130 @@
+"""Real runs of the training command, hurt on purpose, and what must be left of them."""
+
+import hashlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from tiny import flags_of, tiny_config
+
+from switchlora_jax import metrics
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240  # seconds that a tiny run may take on a busy machine
+
+
+class Run(NamedTuple):
+  """A process that trains: the process, its --workdir, and the files that its output goes to."""
+
+  process: subprocess.Popen
+  workdir: Path
+  stdout: Path
+  stderr: Path
+
+  def until(self, step: int):
+    """Wait until metrics.jsonl has a line of a step, which the process must live to write."""
+    self.wait_for(lambda: last_step(self.workdir) >= step, f"step {step}")
+
+  def wait_for(self, happened, what: str):
+    """Wait until `happened()`, which the process must live to see."""
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+      assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}: {self.said()}"
+      assert time.monotonic() < deadline, f"no {what} within {PATIENCE} s: {self.said()}"
+      time.sleep(0.01)
+
+  def end(self, patience: float = PATIENCE) -> int:
+    """Wait for its end; returns the exit code."""
+    try:
+      return self.process.wait(patience)
+    finally:
+      self.process.kill()
+
+  def said(self) -> str:
+    """What it printed to stderr."""
+    return self.stderr.read_text()
+
+
+def start(
+  config, workdir: Path, *flags: str, fault: str | None = None, environment: dict | None = None, **popen
+) -> Run:
+  """Start the command on an unresolved config; `fault` as for `inject.py`, `popen` as for `subprocess.Popen`."""
+  entry = ["-m", "experiments.pretrain"] if fault is None else [str(ROOT / "tests" / "faults" / "inject.py"), fault]
+  command = [sys.executable, *entry, *flags_of(config), f"--workdir={workdir}", *flags]
+  number = len(list(workdir.parent.glob(f"{workdir.name}.stderr.*")))
+  outputs = [workdir.with_name(f"{workdir.name}.{name}.{number}") for name in ("stdout", "stderr")]
+  shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (environment or {})
+  with outputs[0].open("w") as stdout, outputs[1].open("w") as stderr:
+    process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=stdout, stderr=stderr, **popen)
+  return Run(process, workdir, *outputs)
+
+
+def start_pair(config, workdir: Path, *flags: str, faults=(None, None), devices: int = 1) -> list[Run]:
+  """Start two processes of one run with so many devices each; each may have its own fault."""
+  with socket.create_server(("127.0.0.1", 0)) as probe:
+    port = probe.getsockname()[1]
+  place = lambda process: [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}"]
+  environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
+  return [
+    start(config, workdir, *flags, *place(process), fault=fault, environment=environment)
+    for process, fault in enumerate(faults)
+  ]
+
+
+def finish(config, workdir: Path, *flags: str) -> Run:
+  """Run the command to its end, which must be a good one."""
+  run = start(config, workdir, *flags)
+  assert run.end() == 0, run.said()
+  return run
+
+
+def last_step(workdir: Path) -> int:
+  """The last step in metrics.jsonl, 0 before the first."""
+  rows = metrics.read(workdir / "metrics.jsonl")
+  return rows[-1]["step"] if rows else 0
+
+
+def saved_steps(workdir: Path) -> list[int]:
+  """The steps that have a finished checkpoint."""
+  names = (path.name for path in (workdir / "checkpoints").iterdir())
+  return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+
+def lines(workdir: Path) -> list[dict]:
+  """metrics.jsonl without the one thing that is a matter of time."""
+  return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
+
+
+def state_hash(workdir: Path) -> str:
+  """SHA-256 of every array of the newest checkpoint, with its name, dtype and shape."""
+  path = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "state"
+  with ocp.PyTreeCheckpointer() as reader:
+    described = reader.metadata(path).item_metadata.tree
+    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
+    state = reader.restore(path, restore_args=wanted)
+  digest = hashlib.sha256()
+  for name, leaf in sorted(
+    (jax.tree_util.keystr(name), np.asarray(leaf)) for name, leaf in jax.tree.leaves_with_path(state)
+  ):
+    digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+  return digest.hexdigest()
+
+
+def assert_same_end(run: Path, whole: Path):
+  """The run ended as the uninterrupted one: every array of its last checkpoint, and every number it wrote."""
+  assert saved_steps(run)[-1] == saved_steps(whole)[-1]
+  assert state_hash(run) == state_hash(whole)
+  assert lines(run) == lines(whole)
+
+
+def small(folder: Path, **changes):
+  """The config of most cases: 40 steps, one device, a checkpoint every 5 steps, a line after every step."""
+  return tiny_config(folder, **dict(steps=40, checkpoint_every=5, eval_every=20, log_every=1) | changes)
