@@ -9,6 +9,7 @@ task with a seed is not trained again: the same command goes on where it was sto
 """
 
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.report import parameter_count
 from switchlora_jax.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 MODEL = flags.DEFINE_multi_string(
   "model", [], "directory of a run, or a Hugging Face LLaMA folder; repeat to compare several"
@@ -50,19 +53,9 @@ class Model(NamedTuple):
 
 
 def load(path: str) -> Model:
-  """The model of a run or a Hugging Face folder; of the latter nobody knows the method, and it counts as full-rank.
-
-  Raises:
-    UserError: there is none, or its tokenizer has more pieces than it has embeddings.
-  """
+  """The model of a run or a Hugging Face folder; of the latter nobody knows the method, and it counts as full-rank."""
   folder = Path(path).expanduser()
   found = pretrained.load(folder)
-  pieces, embeddings = load_tokenizer(found.tokenizer).get_piece_size(), found.sizes["vocab_size"]
-  if pieces > embeddings:
-    raise UserError(
-      f"the tokenizer of {path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
-      "it must be the one that the model was trained with"
-    )
   return Model(folder.resolve().name, found.method or "full", found)
 
 
@@ -85,6 +78,13 @@ class Trial(NamedTuple):
   train: examples.Examples
   dev: examples.Examples
   folder: Path
+
+
+def warn_of_length(trial: Trial) -> None:
+  """Say how many rows reach positions that the model has never seen."""
+  known, name = trial.model.pretrained.seq_len, f"{trial.model.name}, {trial.task.title}"
+  if longer := sum(len(row) > known for row in (*trial.train.tokens, *trial.dev.tokens)):
+    log.warning("%s: %d rows are longer than those of pre-training; --seq_len=%d cuts them", name, longer, known)
 
 
 def compare(trial: Trial, rates: list[float]) -> dict:
@@ -165,7 +165,7 @@ def write_answers(path: Path, task: glue.Task, answered, labels):
   """A line for each dev row, in their order: its number, the answer, the label."""
   show = (lambda x: task.classes[x]) if task.classes else (lambda x: f"{x:.3f}")
   lines = [f"{i}\t{show(a)}\t{show(b)}" for i, (a, b) in enumerate(zip(answered, labels, strict=True))]
-  path.write_text("\n".join(["index\tprediction\tlabel", *lines]) + "\n")
+  run_directory.replace_text(path, "\n".join(["index\tprediction\tlabel", *lines]) + "\n")
 
 
 # All of them.
@@ -225,13 +225,14 @@ def main():
   """Check, then fine-tune every model on every task, writing the results so far after each."""
   rates, tasks, models = check()
   workdir, rows = Path(WORKDIR.value).expanduser(), []
-  workdir.mkdir(parents=True, exist_ok=True)
+  cli.make_folder(workdir)
   for model in models:
     processor = load_tokenizer(model.pretrained.tokenizer)
     for name, task, splits in tasks:
       train = examples.encode(glue.part_of(splits["train"], ROWS.value), processor, SEQ_LEN.value)
       dev = examples.encode(splits["dev"], processor, SEQ_LEN.value)
       trial = Trial(model, task, train, dev, workdir / model.name / name)
+      warn_of_length(trial)
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
       run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
       run_directory.replace_text(workdir / "table.md", tables(rows))

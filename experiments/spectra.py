@@ -10,6 +10,7 @@ import jax
 import matplotlib
 import numpy as np
 
+from experiments import cli
 from experiments.results import markdown
 from switchlora_jax import metrics, run_directory, saved_run, weights
 from switchlora_jax.analysis import KINDS, effective_ranks, ranks, singular_values
@@ -118,13 +119,17 @@ def table(runs: list[dict]) -> str:
 
 
 def conclude(found: list[SavedRun], out: Path) -> None:
-  """Measure runs, print the table, and leave ranks.json, weights.png and learnt.png in `out`."""
+  """Measure runs, print the table, and leave ranks.json, weights.png and learnt.png in `out`.
+
+  Raises:
+    UserError: that cannot be made.
+  """
+  cli.make_folder(out)
   runs = []
   with metrics.progress_bar(len(found), what="singular values", unit="run") as bar:
     for run in found:
       runs.append(measure(run))
       bar.update()
-  out.mkdir(parents=True, exist_ok=True)
   run_directory.replace_text(out / "ranks.json", json.dumps(runs, indent=1) + "\n")
   plot_weights(runs, out / "weights.png")
   with_start = [run for run in runs if run["learnt"]]

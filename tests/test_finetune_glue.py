@@ -125,6 +125,17 @@ def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
   assert not (tmp_path / "run" / "rte" / "lr=1e+38_seed=0" / "predictions.tsv").exists()
 
 
+def test_rows_longer_than_those_of_pre_training_are_counted(folder, caplog):
+  """Rows had 16 tokens there; the default of the command is 512."""
+  rows = lambda *lengths: examples.Examples([np.zeros(length) for length in lengths], None)
+  with finetune(folder) as command:
+    model = command.load(folder / "run")
+    command.warn_of_length(command.Trial(model, TASKS["rte"], rows(3, 16), rows(16), folder))
+    assert not caplog.text
+    command.warn_of_length(command.Trial(model, TASKS["rte"], rows(3, 17), rows(16, 99), folder))
+  assert "run, RTE: 2 rows are longer than those of pre-training; --seq_len=16 cuts them" in caplog.text
+
+
 # The paper's learning rates.
 
 
@@ -175,6 +186,7 @@ def test_titles_are_those_of_the_papers_tables():
     (["--learning_rates=1e-3,fast"], r"--learning_rates must be a list of numbers .*fast"),
     (["--learning_rates=0"], r"--learning_rates \(=0\) must be greater than 0"),
     (["--model={folder}/none"], r"none must be the directory of a run"),
+    (["--workdir={folder}/own.model"], r"own\.model cannot be made \(File exists\)"),
     (["--model={folder}/run/../run"], r"two models are called run, by which results are kept; rename"),
   ],
 )
@@ -183,15 +195,6 @@ def test_mistakes_are_sentences(folder, monkeypatch, flags, message):
   flags = [flag.format(folder=folder) for flag in flags]
   with finetune(folder, *flags) as command, pytest.raises(UserError, match=message):
     command.main()
-
-
-def test_a_tokenizer_that_does_not_fit_is_a_sentence(folder, monkeypatch):
-  model = pretrained.load_run(folder / "run")
-  small = model._replace(sizes=model.sizes | {"vocab_size": 300})
-  with finetune(folder) as command:
-    monkeypatch.setattr(pretrained, "load", lambda _: small)
-    with pytest.raises(UserError, match=r"must fit in the model's vocabulary \(=300\); it has 320 pieces; it must"):
-      command.load("run")
 
 
 def test_a_mistake_ends_the_command_with_a_sentence():

@@ -146,6 +146,7 @@ def test_a_run_of_other_code_is_a_sentence(folder, key):
     (["--run={folder}/nowhere"], "nowhere must be the directory of a run, .*; there is no such directory"),
     (["--run={folder}/full", "--run={folder}/empty"], "the run in .*empty has saved no checkpoint yet"),
     (["--run={folder}/full", "--run={folder}/lora/../full"], "given twice with the name full"),
+    (["--run={folder}/full", "--out={folder}/full/config.json"], r"config.json cannot be made \(File exists\)"),
   ],
 )
 def test_mistakes_are_sentences(folder, flags, sentence):
