@@ -8,6 +8,7 @@ With the first seed every learning rate is tried, with the other seeds the best 
 task with a seed is not trained again: the same command goes on where it was stopped.
 """
 
+import hashlib
 import json
 import logging
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 
 from experiments import cli, settings
 from experiments.paper import ITEMS
@@ -45,18 +47,27 @@ PAPER_ROWS = {"full": "full-rank", "galore": "GaLore"}  # what has adapters is l
 
 
 class Model(NamedTuple):
-  """A model to fine-tune, its name in tables, and the method that trained it."""
+  """A model to fine-tune, its name in tables, the method that trained it, and the checksum of its weights."""
 
   name: str
   method: str
   pretrained: pretrained.Pretrained
+  checksum: str
 
 
 def load(path: str) -> Model:
   """The model of a run or a Hugging Face folder; of the latter nobody knows the method, and it counts as full-rank."""
   folder = Path(path).expanduser()
   found = pretrained.load(folder)
-  return Model(folder.resolve().name, found.method or "full", found)
+  return Model(folder.resolve().name, found.method or "full", found, checksum(found.weights))
+
+
+def checksum(weights: dict) -> str:
+  """By which a model is known again: the folder of a run or of an export may hold another one by then."""
+  digest = hashlib.sha256()
+  for _, array in sorted(flatten_dict(weights, sep="/").items()):
+    digest.update(array)
+  return digest.hexdigest()[:16]
 
 
 def paper_rate(model: Model, task: glue.Task) -> float:
@@ -123,11 +134,11 @@ def run(trial: Trial, rate: float, seed: int) -> dict:
     UserError: another one lies there.
   """
   folder = trial.folder / f"lr={rate:g}_seed={seed}"
-  wanted = {"origin": trial.model.pretrained.origin, "rows": len(trial.train.tokens)}
+  wanted = {"weights": trial.model.checksum, "rows": len(trial.train.tokens)}
   wanted |= {"epochs": EPOCHS.value, "seq_len": SEQ_LEN.value, "learning_rate": rate, "seed": seed}
   if (path := folder / "result.json").exists():
     found = json.loads(path.read_text())
-    changed = [f"{key}: {found[key]!r} → {value!r}" for key, value in wanted.items() if found[key] != value]
+    changed = [f"{key}: {found[key]!r} → {value!r}" for key, value in wanted.items() if found.get(key) != value]
     if changed:
       raise UserError(f"{folder} holds another fine-tuning ({'; '.join(changed)}); choose a new --workdir")
     return found

@@ -112,6 +112,18 @@ def test_another_fine_tuning_is_not_taken_for_this_one(folder, results):
     command.main()
 
 
+def test_a_model_is_known_by_its_weights_and_not_by_its_path(folder, results, monkeypatch):
+  """A folder may be trained or exported anew; and the same one may be given from elsewhere."""
+  monkeypatch.setattr(classifier, "fit", lambda *_: pytest.fail("trained again"))
+  monkeypatch.chdir(folder)
+  with imported("finetune_glue", "--model=run", "--task=rte", "--data=glue", "--workdir=out", *SHORT) as command:
+    command.main()
+  load, twice = pretrained.load, lambda weights: jax.tree.map(lambda x: 2 * x, weights)
+  monkeypatch.setattr(pretrained, "load", lambda path: (found := load(path))._replace(weights=twice(found.weights)))
+  with finetune(folder, *SHORT) as command, pytest.raises(UserError, match=r"weights: '\w+' → '\w+'\); choose a new"):
+    command.main()
+
+
 def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
   flags = ["--epochs=1", "--rows=32", "--seeds=1", "--learning_rates=1e38,1e-3", f"--workdir={tmp_path}"]
   with finetune(folder, *flags) as command:
@@ -154,7 +166,7 @@ def test_rows_longer_than_those_of_pre_training_are_counted(folder, caplog):
 def test_learning_rates_are_the_papers(folder, monkeypatch, method, parameters, rates):
   with finetune(folder) as command:
     monkeypatch.setattr(command, "parameter_count", lambda _: parameters)
-    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), "", 64, method))
+    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), "", 64, method), "")
     assert [command.paper_rate(model, TASKS[name]) for name in ("cola", "stsb", "mrpc", "rte", "sst2")] == rates
 
 
