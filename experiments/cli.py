@@ -40,6 +40,18 @@ def set_precision(config):
   jax.config.update("jax_enable_x64", "float64" in (config.dtype, config.param_dtype))
 
 
+def make_folder(path: Path) -> None:
+  """Make a folder for results, where there is none.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"the folder {path} cannot be made ({error.strerror}); choose another for the results") from error
+
+
 def run(main):
   """Parse the flags and call `main()`; exit 2 with a sentence on a `UserError`, 130 on Ctrl-C."""
   app.run(lambda _: _guarded(main), flags_parser=_parse)

@@ -8,13 +8,16 @@ With the first seed every learning rate is tried, with the other seeds the best 
 task with a seed is not trained again: the same command goes on where it was stopped.
 """
 
+import hashlib
 import json
+import logging
 import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
+from flax.traverse_util import flatten_dict
 
 from experiments import cli, settings
 from experiments.paper import ITEMS
@@ -24,6 +27,8 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.report import parameter_count
 from switchlora_jax.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 MODEL = flags.DEFINE_multi_string(
   "model", [], "directory of a run, or a Hugging Face LLaMA folder; repeat to compare several"
@@ -42,28 +47,27 @@ PAPER_ROWS = {"full": "full-rank", "galore": "GaLore"}  # what has adapters is l
 
 
 class Model(NamedTuple):
-  """A model to fine-tune, its name in tables, and the method that trained it."""
+  """A model to fine-tune, its name in tables, the method that trained it, and the checksum of its weights."""
 
   name: str
   method: str
   pretrained: pretrained.Pretrained
+  checksum: str
 
 
 def load(path: str) -> Model:
-  """The model of a run or a Hugging Face folder; of the latter nobody knows the method, and it counts as full-rank.
-
-  Raises:
-    UserError: there is none, or its tokenizer has more pieces than it has embeddings.
-  """
+  """The model of a run or a Hugging Face folder; of the latter nobody knows the method, and it counts as full-rank."""
   folder = Path(path).expanduser()
   found = pretrained.load(folder)
-  pieces, embeddings = load_tokenizer(found.tokenizer).get_piece_size(), found.sizes["vocab_size"]
-  if pieces > embeddings:
-    raise UserError(
-      f"the tokenizer of {path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
-      "it must be the one that the model was trained with"
-    )
-  return Model(folder.resolve().name, found.method or "full", found)
+  return Model(folder.resolve().name, found.method or "full", found, checksum(found.weights))
+
+
+def checksum(weights: dict) -> str:
+  """By which a model is known again: the folder of a run or of an export may hold another one by then."""
+  digest = hashlib.sha256()
+  for _, array in sorted(flatten_dict(weights, sep="/").items()):
+    digest.update(array)
+  return digest.hexdigest()[:16]
 
 
 def paper_rate(model: Model, task: glue.Task) -> float:
@@ -85,6 +89,13 @@ class Trial(NamedTuple):
   train: examples.Examples
   dev: examples.Examples
   folder: Path
+
+
+def warn_of_length(trial: Trial) -> None:
+  """Say how many rows reach positions that the model has never seen."""
+  known, name = trial.model.pretrained.seq_len, f"{trial.model.name}, {trial.task.title}"
+  if longer := sum(len(row) > known for row in (*trial.train.tokens, *trial.dev.tokens)):
+    log.warning("%s: %d rows are longer than those of pre-training; --seq_len=%d cuts them", name, longer, known)
 
 
 def compare(trial: Trial, rates: list[float]) -> dict:
@@ -123,11 +134,11 @@ def run(trial: Trial, rate: float, seed: int) -> dict:
     UserError: another one lies there.
   """
   folder = trial.folder / f"lr={rate:g}_seed={seed}"
-  wanted = {"origin": trial.model.pretrained.origin, "rows": len(trial.train.tokens)}
+  wanted = {"weights": trial.model.checksum, "rows": len(trial.train.tokens)}
   wanted |= {"epochs": EPOCHS.value, "seq_len": SEQ_LEN.value, "learning_rate": rate, "seed": seed}
   if (path := folder / "result.json").exists():
     found = json.loads(path.read_text())
-    changed = [f"{key}: {found[key]!r} → {value!r}" for key, value in wanted.items() if found[key] != value]
+    changed = [f"{key}: {found[key]!r} → {value!r}" for key, value in wanted.items() if found.get(key) != value]
     if changed:
       raise UserError(f"{folder} holds another fine-tuning ({'; '.join(changed)}); choose a new --workdir")
     return found
@@ -165,7 +176,7 @@ def write_answers(path: Path, task: glue.Task, answered, labels):
   """A line for each dev row, in their order: its number, the answer, the label."""
   show = (lambda x: task.classes[x]) if task.classes else (lambda x: f"{x:.3f}")
   lines = [f"{i}\t{show(a)}\t{show(b)}" for i, (a, b) in enumerate(zip(answered, labels, strict=True))]
-  path.write_text("\n".join(["index\tprediction\tlabel", *lines]) + "\n")
+  run_directory.replace_text(path, "\n".join(["index\tprediction\tlabel", *lines]) + "\n")
 
 
 # All of them.
@@ -225,13 +236,14 @@ def main():
   """Check, then fine-tune every model on every task, writing the results so far after each."""
   rates, tasks, models = check()
   workdir, rows = Path(WORKDIR.value).expanduser(), []
-  workdir.mkdir(parents=True, exist_ok=True)
+  cli.make_folder(workdir)
   for model in models:
     processor = load_tokenizer(model.pretrained.tokenizer)
     for name, task, splits in tasks:
       train = examples.encode(glue.part_of(splits["train"], ROWS.value), processor, SEQ_LEN.value)
       dev = examples.encode(splits["dev"], processor, SEQ_LEN.value)
       trial = Trial(model, task, train, dev, workdir / model.name / name)
+      warn_of_length(trial)
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
       run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
       run_directory.replace_text(workdir / "table.md", tables(rows))

@@ -1,6 +1,8 @@
 """Singular values of the weights of runs, and of what they have learnt, by kind of layer: table and pictures."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,20 @@ import jax
 import matplotlib
 import numpy as np
 
+from experiments import cli
 from experiments.results import markdown
 from switchlora_jax import metrics, run_directory, saved_run, weights
 from switchlora_jax.analysis import KINDS, effective_ranks, ranks, singular_values
+from switchlora_jax.errors import UserError
+from switchlora_jax.pretrained import exactly
 from switchlora_jax.program import phases
 from switchlora_jax.saved_run import SavedRun
 from switchlora_jax.sharding import make_mesh
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+log = logging.getLogger(__name__)
 
 NO_START = "it started from another run's weights (warm_start_from), so there is no W₀ to draw again"
 
@@ -25,18 +32,14 @@ def measure(run: SavedRun) -> dict[str, Any]:
   """A run in numbers, as JSON.
 
   Returns:
-    run, method, rank: which it is; step: of its newest checkpoint.
+    run, method, rank: which it is; step: of its newest good checkpoint.
     weights: {kind of layer: `described` singular values of its merged weights at that step}.
     learnt: {step of a checkpoint: the same of W_t - W_0}; empty where W_0 cannot be drawn again.
     learnt_rank: [step, mean effective rank] as recorded while it was trained.
   """
-  run, learnt, mesh = run.alone(), {}, make_mesh(jax.devices()[:1])
-  config = run.config
-  first = phases(config, mesh)[0]
-  start = None if config.warm_start_from else kernels(first.create(), first.scale)
-  for step in run.steps:
-    program, state = saved_run.restore(run, step, mesh)
-    now = kernels(state, program.scale)
+  run, learnt = run.alone(), {}
+  config, start = run.config, first_kernels(run)
+  for step, now in kernels_over_training(run):
     found = {kind: singular_values(now[kind]) for kind in KINDS}
     if start:
       learnt[step] = {kind: learnt_since(start[kind], now[kind], found[kind]) for kind in KINDS}
@@ -45,11 +48,44 @@ def measure(run: SavedRun) -> dict[str, Any]:
     "run": run.directory.name,
     "method": config.method,
     "rank": None if config.method == "full" else config.rank,
-    "step": run.steps[-1],
+    "step": step,
     "weights": {kind: described(values) for kind, values in found.items()},
     "learnt": learnt,
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if row.get("learnt_rank") is not None],
   }
+
+
+def first_kernels(run: SavedRun) -> dict[str, np.ndarray] | None:
+  """`kernels` before step 0, drawn again; None where the run started from other weights."""
+  with saved_run.keys_of(run), exactly(run.config.param_dtype):
+    first = phases(run.config, one_device())[0]
+    return None if run.config.warm_start_from else kernels(first.create(), first.scale)
+
+
+def kernels_over_training(run: SavedRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """(step, `kernels`) of each checkpoint, the oldest first; without those that are damaged, or gone by now.
+
+  Raises:
+    UserError: none is left.
+  """
+  failures = []
+  for step in run.steps:
+    try:
+      with exactly(run.config.param_dtype):
+        program, state = saved_run.restore(run, step, one_device())
+        found = kernels(state, program.scale)
+    except UserError as error:
+      log.warning("step %d is left out: %s", step, error)
+      failures.append(error)
+      continue
+    yield step, found
+  if len(failures) == len(run.steps):
+    raise failures[-1]
+
+
+def one_device():
+  """A mesh of the first device."""
+  return make_mesh(jax.devices()[:1])
 
 
 def kernels(state, scale) -> dict[str, np.ndarray]:
@@ -83,13 +119,17 @@ def table(runs: list[dict]) -> str:
 
 
 def conclude(found: list[SavedRun], out: Path) -> None:
-  """Measure runs, print the table, and leave ranks.json, weights.png and learnt.png in `out`."""
+  """Measure runs, print the table, and leave ranks.json, weights.png and learnt.png in `out`.
+
+  Raises:
+    UserError: that cannot be made.
+  """
+  cli.make_folder(out)
   runs = []
   with metrics.progress_bar(len(found), what="singular values", unit="run") as bar:
     for run in found:
       runs.append(measure(run))
       bar.update()
-  out.mkdir(parents=True, exist_ok=True)
   run_directory.replace_text(out / "ranks.json", json.dumps(runs, indent=1) + "\n")
   plot_weights(runs, out / "weights.png")
   with_start = [run for run in runs if run["learnt"]]

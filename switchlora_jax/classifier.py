@@ -158,9 +158,11 @@ def evaluate(classifier: Classifier, params, examples: Examples) -> np.ndarray:
 
 
 def save(path: Path, params: dict):
-  """Write params as a NumPy archive, an array for each path: `blocks/q/kernel`."""
-  with path.open("wb") as file:
+  """Write params as a NumPy archive, an array for each path: `blocks/q/kernel`; an older one is kept until then."""
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as file:
     np.savez(file, **flatten_dict(params, sep="/"))
+  temporary.replace(path)
 
 
 def load(path: Path) -> dict:

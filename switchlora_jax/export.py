@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 
 from switchlora_jax import huggingface, pretrained, run_directory
 from switchlora_jax.dense import merge
@@ -51,9 +52,9 @@ def export(run_folder: Path, out: Path) -> Exported:
     UserError: before anything is written where there is no such run or `out` is another's; after it where the
       folder's logits are not the run's.
   """
-  out = out.absolute()
-  unverified = out.with_name(out.name + ".unverified")
+  out = out.resolve()  # a link stays one, to the new folder
   check_out(out, [RECORD])
+  unverified = out.with_name(out.name + ".unverified")
   check_out(unverified, [])
   run = pretrained.open_run(run_folder)
   model = pretrained.merge(run)
@@ -61,8 +62,9 @@ def export(run_folder: Path, out: Path) -> Exported:
   try:
     unverified.mkdir(parents=True)
     remarks = huggingface.write(unverified, model.sizes, model.weights, model.seq_len, model.tokenizer)
-  except OSError as error:
-    raise UserError(f"--out={out} cannot be written ({error.strerror}); choose a directory that can") from error
+  except (OSError, SafetensorError) as error:  # the latter of a full disk, too
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"--out={out} cannot be written ({reason}); choose a directory that can") from error
   difference = largest_difference(run, unverified)
   if not difference <= TOLERANCE:
     raise UserError(

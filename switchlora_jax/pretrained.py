@@ -18,6 +18,7 @@ from switchlora_jax.llama import LLaMA
 from switchlora_jax.program import Program
 from switchlora_jax.sharding import make_mesh
 from switchlora_jax.split_float import KERNEL, bases
+from switchlora_jax.tokenizer import load_tokenizer
 from switchlora_jax.train_state import TrainState
 
 
@@ -63,10 +64,7 @@ def load(path: Path) -> Pretrained:
   """
   if huggingface.is_folder(path):
     model = load_folder(path)
-    if model.tokenizer is None:
-      raise UserError(
-        f"{path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; put it there"
-      )
+    _check_tokenizer(path, model)
     return model
   if run_directory.read(path) is None:
     raise UserError(
@@ -74,6 +72,18 @@ def load(path: Path) -> Pretrained:
       f"(config.json, model.safetensors); it is neither"
     )
   return load_run(path)
+
+
+def _check_tokenizer(path: Path, model: Pretrained):
+  """Raise `UserError` unless a folder has a tokenizer, all of whose ids the model knows: others would give NaN."""
+  if model.tokenizer is None:
+    raise UserError(f"{path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; put it there")
+  pieces, embeddings = load_tokenizer(model.tokenizer).get_piece_size(), model.sizes["vocab_size"]
+  if pieces > embeddings:
+    raise UserError(
+      f"the tokenizer in {path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
+      "put the one there that the model was trained with"
+    )
 
 
 def load_folder(path: Path) -> Pretrained:

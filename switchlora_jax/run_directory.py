@@ -78,7 +78,7 @@ def read(workdir: Path) -> dict | None:
     return saved
   except ValueError as error:
     raise UserError(
-      f"{path} is not the JSON that a run writes ({error}); restore it or choose a new --workdir"
+      f"{path} is not the JSON that a run writes ({error}); restore it, or name another directory"
     ) from error
 
 

@@ -43,21 +43,18 @@ class Source:
   """The run or the Hugging Face LLaMA folder that `warm_start_from` names.
 
   Raises:
-    UserError: when it is made, where there is no such thing or its model has other arrays; names them.
+    UserError: when it is made, where there is no such thing or its model has other sizes; names them.
   """
 
   def __init__(self, config, program: Program, mesh):
     directory = Path(config.warm_start_from).expanduser()
     self._program = program
     self._other = _Folder(directory, config) if huggingface.is_folder(directory) else _Run(directory, config, mesh)
-    here = jax.eval_shape(_merged, program.abstract, program.scale)
-    wrong = weights.mismatches(self._other.plain, here)
-    if (there := self._other.sizes["num_heads"]) != config.model.num_heads:  # which no shape shows
-      wrong.append(f"num_heads: {there} there, {config.model.num_heads} here")
+    wrong = {name: there for name, there in self._other.sizes.items() if there != config.model[name]}
     if wrong:
       raise UserError(
-        f"the model of --config.warm_start_from={config.warm_start_from} has other arrays than this one: "
-        f"{'; '.join(wrong)}; set --config.model as in its config.json"
+        f"the model of --config.warm_start_from={config.warm_start_from} has other sizes than this one; "
+        f"set {' '.join(f'--config.model.{name}={there}' for name, there in wrong.items())}"
       )
 
   def check_tokenizer(self, tokenizer_path: str):
@@ -75,7 +72,7 @@ class Source:
 
 
 class _Folder:
-  """A Hugging Face LLaMA: where it lies, its sizes, and its plain weights as ShapeDtypeStructs."""
+  """A Hugging Face LLaMA: where it lies, and its sizes."""
 
   def __init__(self, directory: Path, config):
     self._folder = huggingface.inspect(directory)
@@ -85,7 +82,6 @@ class _Folder:
         f"token ids; put it there, or name one with the same ids by --config.data.tokenizer"
       )
     self.directory, self.sizes = directory, self._folder.sizes
-    self.plain = huggingface.shapes(self.sizes)
 
   def read(self):
     """(params, frozen, scale of adapters)."""
@@ -113,7 +109,6 @@ class _Run:
     layout = {key: here[key] for key in ("sharding", "remat", "accumulation", "batch_size")}
     self.sizes = saved["config"]["model"]
     self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
-    self.plain = jax.eval_shape(_merged, self._programs[-1].abstract, self._programs[-1].scale)
 
   def read(self):
     """(params, frozen, scale of adapters) of the newest checkpoint."""
@@ -122,7 +117,3 @@ class _Run:
     if state is None:
       raise UserError(f"the run in {self.directory} has saved no checkpoint yet; let it train longer")
     return state.params, state.frozen, trained_by(self._programs, int(state.step)).scale
-
-
-def _merged(state, scale):
-  return weights.merged(state.params, state.frozen, scale)

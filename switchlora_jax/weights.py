@@ -36,10 +36,3 @@ def split(weights, params, frozen, scale) -> tuple[dict, dict]:
 def in_block(path: tuple[str, ...]) -> bool:
   """Whether the array under a path of plain weights is the kernel of a linear layer inside a block."""
   return path[0] == "blocks" and path[-1] == "kernel"
-
-
-def mismatches(found, expected) -> list[str]:
-  """One line for each array of two plain trees that is missing on a side or has another shape."""
-  found, expected = ({"/".join(path): x.shape for path, x in flatten_dict(tree).items()} for tree in (found, expected))
-  names = sorted(found.keys() | expected.keys())
-  return [f"{n}: {found.get(n)} there, {expected.get(n)} here" for n in names if found.get(n) != expected.get(n)]

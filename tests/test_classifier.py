@@ -192,3 +192,17 @@ def test_what_is_saved_is_read_back(weights, tmp_path):
   params = host(with_head(weights, 2, 0))
   classifier.save(tmp_path / "best.npz", params)
   assert same_bits(classifier.load(tmp_path / "best.npz"), params)
+
+
+def test_what_was_saved_is_there_until_better_weights_are(weights, tmp_path, monkeypatch):
+  params = host(with_head(weights, 2, 0))
+  classifier.save(tmp_path / "best.npz", params)
+
+  def fail(file, **_):
+    file.write(b"half")
+    raise OSError("the disk is full")
+
+  monkeypatch.setattr(np, "savez", fail)
+  with pytest.raises(OSError, match="full"):
+    classifier.save(tmp_path / "best.npz", params)
+  assert same_bits(classifier.load(tmp_path / "best.npz"), params)

@@ -3,11 +3,13 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from grids import imported
+from safetensors import SafetensorError
 from tiny import saved_run
 
 from switchlora_jax import export, huggingface, pretrained
@@ -137,6 +139,33 @@ def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"--out=.*/file/out cannot be written \(Not a directory\)"):
     export.export(run("lora"), tmp_path / "file" / "out")
+
+
+def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
+  """And the earlier export is still there."""
+  export.export(run("lora"), tmp_path / "out")
+  before = contents(tmp_path / "out")
+
+  def fail(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(huggingface, "save_file", fail)
+  with pytest.raises(UserError, match=r"--out=.*/out cannot be written \(.*No space left on device"):
+    export.export(run("lora"), tmp_path / "out")
+  assert contents(tmp_path / "out") == before
+
+
+def test_a_link_is_followed(run, tmp_path):
+  """To a folder on a larger disk, say."""
+  (tmp_path / "far").mkdir()
+  (tmp_path / "out").symlink_to(tmp_path / "far")
+  export.export(run("lora"), tmp_path / "out")
+  assert (tmp_path / "out").is_symlink() and set(contents(tmp_path / "far")) == export.FILES
+
+
+def test_the_root_is_refused(run):
+  with pytest.raises(UserError, match="/ must be new, empty or an earlier export"):
+    export.export(run("lora"), Path("/"))
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -112,6 +112,18 @@ def test_another_fine_tuning_is_not_taken_for_this_one(folder, results):
     command.main()
 
 
+def test_a_model_is_known_by_its_weights_and_not_by_its_path(folder, results, monkeypatch):
+  """A folder may be trained or exported anew; and the same one may be given from elsewhere."""
+  monkeypatch.setattr(classifier, "fit", lambda *_: pytest.fail("trained again"))
+  monkeypatch.chdir(folder)
+  with imported("finetune_glue", "--model=run", "--task=rte", "--data=glue", "--workdir=out", *SHORT) as command:
+    command.main()
+  load, twice = pretrained.load, lambda weights: jax.tree.map(lambda x: 2 * x, weights)
+  monkeypatch.setattr(pretrained, "load", lambda path: (found := load(path))._replace(weights=twice(found.weights)))
+  with finetune(folder, *SHORT) as command, pytest.raises(UserError, match=r"weights: '\w+' → '\w+'\); choose a new"):
+    command.main()
+
+
 def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
   flags = ["--epochs=1", "--rows=32", "--seeds=1", "--learning_rates=1e38,1e-3", f"--workdir={tmp_path}"]
   with finetune(folder, *flags) as command:
@@ -123,6 +135,17 @@ def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
     command.main()
   assert "| run | diverged (0 of 1 seeds) |" in (tmp_path / "table.md").read_text()
   assert not (tmp_path / "run" / "rte" / "lr=1e+38_seed=0" / "predictions.tsv").exists()
+
+
+def test_rows_longer_than_those_of_pre_training_are_counted(folder, caplog):
+  """Rows had 16 tokens there; the default of the command is 512."""
+  rows = lambda *lengths: examples.Examples([np.zeros(length) for length in lengths], None)
+  with finetune(folder) as command:
+    model = command.load(folder / "run")
+    command.warn_of_length(command.Trial(model, TASKS["rte"], rows(3, 16), rows(16), folder))
+    assert not caplog.text
+    command.warn_of_length(command.Trial(model, TASKS["rte"], rows(3, 17), rows(16, 99), folder))
+  assert "run, RTE: 2 rows are longer than those of pre-training; --seq_len=16 cuts them" in caplog.text
 
 
 # The paper's learning rates.
@@ -143,7 +166,7 @@ def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
 def test_learning_rates_are_the_papers(folder, monkeypatch, method, parameters, rates):
   with finetune(folder) as command:
     monkeypatch.setattr(command, "parameter_count", lambda _: parameters)
-    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), "", 64, method))
+    model = command.Model("x", method, pretrained.Pretrained({}, {}, Path(), "", 64, method), "")
     assert [command.paper_rate(model, TASKS[name]) for name in ("cola", "stsb", "mrpc", "rte", "sst2")] == rates
 
 
@@ -175,6 +198,7 @@ def test_titles_are_those_of_the_papers_tables():
     (["--learning_rates=1e-3,fast"], r"--learning_rates must be a list of numbers .*fast"),
     (["--learning_rates=0"], r"--learning_rates \(=0\) must be greater than 0"),
     (["--model={folder}/none"], r"none must be the directory of a run"),
+    (["--workdir={folder}/own.model"], r"own\.model cannot be made \(File exists\)"),
     (["--model={folder}/run/../run"], r"two models are called run, by which results are kept; rename"),
   ],
 )
@@ -183,15 +207,6 @@ def test_mistakes_are_sentences(folder, monkeypatch, flags, message):
   flags = [flag.format(folder=folder) for flag in flags]
   with finetune(folder, *flags) as command, pytest.raises(UserError, match=message):
     command.main()
-
-
-def test_a_tokenizer_that_does_not_fit_is_a_sentence(folder, monkeypatch):
-  model = pretrained.load_run(folder / "run")
-  small = model._replace(sizes=model.sizes | {"vocab_size": 300})
-  with finetune(folder) as command:
-    monkeypatch.setattr(pretrained, "load", lambda _: small)
-    with pytest.raises(UserError, match=r"must fit in the model's vocabulary \(=300\); it has 320 pieces; it must"):
-      command.load("run")
 
 
 def test_a_mistake_ends_the_command_with_a_sentence():

@@ -72,6 +72,13 @@ def test_a_folder_of_hugging_face_is_read():
     pretrained.load(folder)
 
 
+def test_the_tokenizer_of_a_folder_fits_its_model(run, tmp_path):
+  """The ids of a larger one would be read beside the embeddings, as NaN, of which text can be drawn."""
+  folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # of 64 ids
+  shutil.copy(run() / "tokenizer.model", folder)
+  refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; put the one there")
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 

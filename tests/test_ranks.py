@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import small_model
+import tiny
 from grids import imported
+from ml_collections import FrozenConfigDict
 from tiny import resolved
 
 from experiments import spectra
@@ -106,6 +109,36 @@ def test_a_run_from_anothers_weights_has_no_start(folder, tmp_path, capsys):
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ranks.json", "weights.png"]
 
 
+def test_a_run_in_float64_is_measured(tmp_path):
+  """In float32 none of its checksums would be right."""
+  with jax.enable_x64(True):
+    workdir = tiny.saved_run(tmp_path / "run", dtype="float64", param_dtype="float64", method="lora")
+  found = spectra.measure(saved_run.open_run(workdir))
+  assert np.all(learnt_rank(found, step=0) == 4) and found["rank"] == 4
+
+
+def test_damaged_checkpoints_are_left_out(folder, tmp_path, caplog):
+  """And it is an error only where no other is there."""
+  workdir = shutil.copytree(folder / "lora", tmp_path / "run")
+  run, files = saved_run.open_run(workdir), lambda step: (workdir / "checkpoints" / str(step)).rglob("*")
+  damage = lambda step: [path.write_bytes(b"") for path in files(step) if path.is_file()]
+  damage(12)
+  found = spectra.measure(run)
+  assert found["step"] == 8 and list(found["learnt"]) == [4, 8] and "step 12 is left out" in caplog.text
+  damage(4), damage(8)
+  with pytest.raises(UserError, match="can be read back"):
+    spectra.measure(run)
+
+
+@pytest.mark.parametrize("key", ["param_dtype", "warm_start_from", "relora"])
+def test_a_run_of_other_code_is_a_sentence(folder, key):
+  run = saved_run.open_run(folder / "lora")
+  config = run.config.to_dict() | {"method": "relora"}
+  del config[key]
+  with pytest.raises(UserError, match="was made by other code: a key of its config is missing"):
+    spectra.measure(run._replace(config=FrozenConfigDict(config)))
+
+
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
@@ -113,6 +146,7 @@ def test_a_run_from_anothers_weights_has_no_start(folder, tmp_path, capsys):
     (["--run={folder}/nowhere"], "nowhere must be the directory of a run, .*; there is no such directory"),
     (["--run={folder}/full", "--run={folder}/empty"], "the run in .*empty has saved no checkpoint yet"),
     (["--run={folder}/full", "--run={folder}/lora/../full"], "given twice with the name full"),
+    (["--run={folder}/full", "--out={folder}/full/config.json"], r"config.json cannot be made \(File exists\)"),
   ],
 )
 def test_mistakes_are_sentences(folder, flags, sentence):

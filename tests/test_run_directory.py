@@ -106,7 +106,7 @@ def test_checkpoints_without_config_are_refused(tmp_path):
 def test_a_broken_config_json_is_a_sentence(tmp_path, contents):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "config.json").write_text(contents)
-  with pytest.raises(UserError, match="not the JSON that a run writes"):
+  with pytest.raises(UserError, match=r"not the JSON that a run writes \(.*\); restore it, or name another directory"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from small_model import same_bits
 
 from switchlora_jax import train_state, weights
@@ -170,27 +170,11 @@ def test_the_plain_weights_of_every_method_are_those_of_full(method, frozen_dtyp
     lambda state: weights.merged(state.params, state.frozen, METHODS[method].build(low).scale), shapes(low)
   )
   plain = shapes(small_model.config("full")).params
-  assert weights.mismatches(merged, plain) == []
-  assert jax.tree.map(lambda x: x.dtype, merged) == jax.tree.map(lambda x: x.dtype, plain)
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kinds(merged) == kinds(plain)
 
 
 def test_seven_kernels_are_those_of_the_blocks():
   plain = drawn(shapes(small_model.config("full", model__vocab_size=40)).params)
   inside = {path for path in flatten_dict(plain) if weights.in_block(path)}
   assert inside == {("blocks", name, "kernel") for name in KINDS}
-
-
-# --- mismatches ---------------------------------------------------------------------------------------------------
-
-
-def test_mismatches_name_the_array_and_both_shapes():
-  plain, _, _ = some_trees((3,))
-  assert weights.mismatches(plain, jax.tree.map(np.zeros_like, plain)) == []
-  other = flatten_dict(plain)
-  other["blocks", "up", "kernel"] = np.zeros((3, 6, 10))
-  other["blocks", "gate", "kernel"] = other.pop(("blocks", "q", "kernel"))
-  assert weights.mismatches(plain, unflatten_dict(other)) == [
-    "blocks/gate/kernel: None there, (3, 6, 6) here",
-    "blocks/q/kernel: (3, 6, 6) there, None here",
-    "blocks/up/kernel: (3, 6, 9) there, (3, 6, 10) here",
-  ]
