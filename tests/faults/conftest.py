@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-
-from runs import finish, small
+from hurt_runs import finish, small
 
 HERE = Path(__file__).parent
 

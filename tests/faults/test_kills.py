@@ -3,8 +3,7 @@
 import random
 
 import pytest
-
-from runs import assert_same_end, finish, small, start
+from hurt_runs import assert_same_end, finish, small, start
 
 
 @pytest.mark.telling
