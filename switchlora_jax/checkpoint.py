@@ -14,6 +14,7 @@ Every process of a run calls each of these functions; all share one directory.
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -79,8 +80,13 @@ class Checkpoints:
     self._directory, self._keep = directory.absolute(), keep
     self._saving, self._arrays = None, {}  # the step that is being saved, or was last, and its checksums
     if keep:
-      options = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
-      self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+      logging.getLogger("absl").addFilter(_is_news)
+      # Where a directory cannot be made, threads that are to write into it would wait for it for minutes.
+      options = ocp.options.AsyncOptions(
+        post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
+      )
+      handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
+      self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
 
   def __enter__(self):
     return self
@@ -211,9 +217,14 @@ class Checkpoints:
 
 
 def _system_says(error: Exception) -> str:
-  """`No space left on device`; tensorstore hides it in a line with every path, and names of classes around it."""
-  found = re.search(r"\[OS error \d+: (?:E[A-Z]+ )?(.+?)\]", str(error))
-  return found[1] if found else getattr(error, "strerror", None) or str(error)
+  """`No space left on device`; tensorstore hides it behind a line of paths."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(found[1])) if found else getattr(error, "strerror", None) or str(error)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether it is anything but the traceback that each thread of orbax logs of a save that failed: a sentence tells."""
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _reason(error: Exception) -> str:
