@@ -93,7 +93,7 @@ class Checkpoints:
 
   def __exit__(self, *_):
     if self._keep:
-      self._wait()
+      self.wait()
       self._writer.close()
 
   def steps(self) -> list[int]:
@@ -106,7 +106,7 @@ class Checkpoints:
     Raises:
       UserError: it could not be started, or the save before it has failed.
     """
-    self._wait()
+    self.wait()
     self._saving, self._arrays = step, named_checksums(state)
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state))
     with self._failure_as_sentence():
@@ -120,7 +120,7 @@ class Checkpoints:
     with self._failure_as_sentence():
       self._writer.check_for_errors()
 
-  def _wait(self):
+  def wait(self):
     """Wait for the save in flight; then more than `keep` are not needed any more."""
     with self._failure_as_sentence():
       self._writer.wait_until_finished()
@@ -159,7 +159,7 @@ class Checkpoints:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
     if self._keep:
-      self._wait()
+      self.wait()
       hosts.on_first(self._sweep)
     found = list(manifest.directories(self._directory))
     hosts.check_same({f"the list of checkpoints in {self._directory}": found})

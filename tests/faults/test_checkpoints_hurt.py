@@ -134,7 +134,7 @@ def fill_the_disk(when: str):
 
   def save_on_full(self, now, state):
     if now == step:
-      self._wait()  # the save before this one had room
+      self.wait()  # the save before this one had room
       resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     save(self, now, state)
 
