@@ -37,7 +37,8 @@
   export          a run as such a folder, compared with the run before it is done
   analysis        what the weights have learnt: singular values, ranks
   generation      text from a model, token by token
-  checkpoint      orbax, with checksums and fallback
+  manifest        what a checkpoint says of itself: sizes and checksums, written last
+  checkpoint      orbax, with checksums and fallback; a failed save is a sentence
   run_directory   config.json, tokenizer, and the rules for continuing a run
   saved_run       a run that is only read: its config and the weights of a checkpoint
   metrics         JSON lines, TensorBoard, progress bar, loss curve

@@ -1,22 +1,35 @@
 """Checkpoints through orbax: asynchronous, the newest few kept, and read back only if they are what was written.
 
-Orbax renames a finished save into place, so a save that was interrupted is never listed. What it
-does not notice is a flipped bit: every save therefore carries checksums of the arrays themselves,
-compared after a restore. Every process of a run calls each of these functions; each writes its share of the
-arrays into the one directory that all share.
+A save is written under a temporary name; when all processes have written their share of the arrays, process 0 adds
+the manifest, then orbax gives the directory its name. So there is no moment at which a step is listed and not whole,
+and the older ones are removed only after that.
+
+Orbax does not notice flipped bits. The manifest has two kinds of checksums, and both are needed. Those of the files
+are compared before anything is read: they find what the disk did, and the command that lists checkpoints needs no
+device for them. Those of the arrays, computed on the devices before a save and after a restore, are the only ones
+that span the whole way: a cast dtype, a missing row, a mistake of a layout.
+
+Every process of a run calls each of these functions; all share one directory.
 """
 
+import contextlib
 import logging
+import os
+import re
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from switchlora_jax import hosts
+from switchlora_jax import hosts, manifest
 from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+TEMPORARY = ".orbax-checkpoint-tmp"  # what orbax adds to the name of a step while it is written
+REMOVED = ".removed"  # what is added while it is removed
 
 LEFT_OUT = ocp.PLACEHOLDER  # in place of an array that is not to be read
 
@@ -65,31 +78,78 @@ class Checkpoints:
 
   def __init__(self, directory: Path, keep: int | None = None):
     self._directory, self._keep = directory.absolute(), keep
-    self._manager = self._open()
-
-  def _open(self):
-    policy = ocp.checkpoint_managers.LatestN(self._keep) if self._keep else None
-    return ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
+    self._saving, self._arrays = None, {}  # the step that is being saved, or was last, and its checksums
+    if keep:
+      logging.getLogger("absl").addFilter(_is_news)
+      # Where a directory cannot be made, threads that are to write into it would wait for it for minutes.
+      options = ocp.options.AsyncOptions(
+        post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
+      )
+      handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
+      self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._manager.close()
+    if self._keep:
+      self.wait()
+      self._writer.close()
 
   def steps(self) -> list[int]:
     """The steps that have a finished checkpoint, oldest first."""
-    return sorted(self._manager.all_steps())
+    return manifest.finished(self._directory)
 
   def save(self, step: int, state):
-    """Start writing the state before step `step`; returns once the arrays may be overwritten."""
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(named_checksums(state)))
-    self._manager.save(step, args=items)
+    """Start writing the state before step `step`; returns once the arrays may be overwritten.
+
+    Raises:
+      UserError: it could not be started, or the save before it has failed.
+    """
+    self.wait()
+    self._saving, self._arrays = step, named_checksums(state)
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(state))
+    with self._failure_as_sentence():
+      self._writer.save(self._directory / str(step), args=items)
+
+  def check(self):
+    """Raise the `UserError` of the last save if it has failed by now; a look at a variable, on this process alone.
+
+    The other processes learn of it by the loss of this one: to agree would cost them a message in every step.
+    """
+    with self._failure_as_sentence():
+      self._writer.check_for_errors()
+
+  def wait(self):
+    """Wait for the save in flight; then more than `keep` are not needed any more."""
+    with self._failure_as_sentence():
+      self._writer.wait_until_finished()
+      if hosts.is_first() and (old := self.steps()[: -self._keep]):
+        manifest.sync(self._directory)  # the names of the newer ones are on the disk before the older ones go
+        for step in old:
+          removed = self._directory / f"{step}{REMOVED}"
+          shutil.rmtree((self._directory / str(step)).rename(removed))
+
+  def _write_manifest(self):
+    """Called by orbax on process 0 when all have written their share, before the directory gets its name."""
+    manifest.write(self._directory / f"{self._saving}{TEMPORARY}", self._saving, self._arrays)
+
+  @contextlib.contextmanager
+  def _failure_as_sentence(self):
+    try:
+      yield
+    except (OSError, ValueError) as error:  # the latter from tensorstore
+      steps = self.steps()
+      raise UserError(
+        f"the checkpoint of step {self._saving} could not be saved in {self._directory}: {_system_says(error)}; "
+        f"{f'that of step {steps[-1]} is whole' if steps else 'there is none before it'}; make room there, or give "
+        f"yourself access, and the same command continues from {f'step {steps[-1]}' if steps else 'the start'}"
+      ) from error
 
   def restore(self, abstract_at, step: int | None = None):
     """The newest good state, or None where nothing was saved yet; or that of a step.
 
-    Where a newer one is damaged, it is moved aside, next to `checkpoints/`, with a warning that names it.
+    Where a newer one is unfinished or damaged, it is moved aside, next to `checkpoints/`, with a warning that names it.
 
     Args:
       abstract_at: from a step to a pytree of ShapeDtypeStruct with shardings, as its state shall come back; what is
@@ -98,18 +158,21 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints and none can be read back; they stay where they are.
     """
-    hosts.check_same({f"the list of checkpoints in {self._directory}": self.steps()})
+    if self._keep:
+      self.wait()
+      hosts.on_first(self._sweep)
+    found = list(manifest.directories(self._directory))
+    hosts.check_same({f"the list of checkpoints in {self._directory}": found})
     damaged = {}
-    for candidate in reversed(self.steps() if step is None else [step]):
+    for candidate in reversed(found if step is None else [step]):
       try:
         state = self._restore(candidate, abstract_at(candidate))
       except (jax.errors.JaxRuntimeError, MemoryError):  # no room for it here says nothing of the file
         raise
       except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-        damaged[candidate] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+        damaged[candidate] = _reason(error)
         continue
-      if damaged:
-        self._pass_over(damaged)
+      hosts.on_first(lambda: [self._pass_over(step, reason) for step, reason in damaged.items()])
       return state
     if damaged:
       raise UserError(
@@ -119,31 +182,30 @@ class Checkpoints:
       )
     return None
 
+  def _sweep(self):
+    """Remove what a process that was killed had half written or half removed."""
+    for left in (path for name in (TEMPORARY, REMOVED) for path in self._directory.glob(f"*{name}")):
+      shutil.rmtree(left)
+
   def _restore(self, step: int, abstract):
+    folder, share = self._directory / str(step), (jax.process_index(), jax.process_count())
+    # A file that only one process could not read must be passed over by all.
+    saved = hosts.everywhere(lambda: manifest.verify(folder, share))
+    # Not strict: padding differs between layouts. What else is cut off or added, checksums and shapes tell.
+    wanted = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract, strict=False))
+    with ocp.PyTreeCheckpointer() as reader:
+      restored = hosts.everywhere(lambda: reader.restore(folder / manifest.COVERED, args=wanted))
+    state = jax.tree.map(lambda leaf: None if leaf is LEFT_OUT else leaf, restored)
     leaves = jax.tree.leaves_with_path(abstract)
     left_out = {jax.tree_util.keystr(path) for path, leaf in leaves if leaf is LEFT_OUT}
-    if left_out:
-      wanted = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-    else:
-      # Padding is not the same in every layout. What else is cut off or added, checksums and shapes tell.
-      wanted = ocp.args.StandardRestore(abstract, strict=False)
-    items = ocp.args.Composite(state=wanted, checksums=ocp.args.JsonRestore())
-    # A file that only one process could not read must be passed over by all.
-    restored = hosts.everywhere(lambda: self._manager.restore(step, args=items))
-    state = jax.tree.map(lambda leaf: None if leaf is LEFT_OUT else leaf, restored.state)
-    expected, found = restored.checksums, named_checksums(state)
-    names = (expected.keys() - left_out) | found.keys()
-    if wrong := [name for name in names if expected.get(name) != found.get(name)]:
+    found = named_checksums(state)
+    names = (saved.arrays.keys() - left_out) | found.keys()
+    if wrong := [name for name in names if saved.arrays.get(name) != found.get(name)]:
       raise ValueError(f"checksum or shape of {min(wrong)} and {len(wrong) - 1} more arrays is not what was saved")
     return state
 
-  def _pass_over(self, damaged: dict[int, str]):
-    """Say which checkpoints are damaged, {step: why}, and move them aside if they are ours."""
-    self._manager.close()
-    hosts.on_first(lambda: [self._report(step, reason) for step, reason in damaged.items()])
-    self._manager = self._open()
-
-  def _report(self, step: int, reason: str):
+  def _pass_over(self, step: int, reason: str):
+    """Say that a checkpoint is damaged, and move it aside if it is ours."""
     where = f"moved to {self._set_aside(step)}" if self._keep else "an older one is read"
     log.warning("checkpoint of step %d is damaged (%s); %s", step, reason, where)
 
@@ -152,3 +214,20 @@ class Checkpoints:
     while (target := self._directory.with_name(f"damaged-{step}-{number}")).exists():
       number += 1
     return (self._directory / str(step)).rename(target)
+
+
+def _system_says(error: Exception) -> str:
+  """`No space left on device`; tensorstore hides it behind a line of paths."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(found[1])) if found else getattr(error, "strerror", None) or str(error)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether it is anything but the traceback that each thread of orbax logs of a save that failed: a sentence tells."""
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _reason(error: Exception) -> str:
+  """One line, without the name of a class where it is a sentence of ours."""
+  name = "" if isinstance(error, (manifest.Damaged, UserError)) else f"{type(error).__name__}: "
+  return f"{name}{error}".strip().splitlines()[0][:200]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax import run_directory
+from switchlora_jax import manifest, run_directory
 from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints
 from switchlora_jax.errors import UserError
 from switchlora_jax.program import Program, phases, trained_by
@@ -65,11 +65,7 @@ def open_run(directory: Path) -> SavedRun:
       f"{directory} must be the directory of a run, with its config.json and tokenizer.model; "
       f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
     )
-  steps = []
-  if (directory / "checkpoints").is_dir():  # which opening it would make
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-      steps = checkpoints.steps()
-  if not steps:
+  if not (steps := manifest.finished(directory / "checkpoints")):
     raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
   devices = int(saved["devices"].split()[0])
   config = FrozenConfigDict(saved["config"])

@@ -83,6 +83,7 @@ class Run:
 
   def step(self):
     """One training step, in the program whose phase it belongs to."""
+    self._checkpoints.check()  # a save that has failed in the meantime
     main = self._programs[-1]
     if self.program is not main and self.done == main.start:
       self.state, self.program = warm_start.hand_over(self.state, self.program, main), main

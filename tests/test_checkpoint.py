@@ -1,10 +1,16 @@
 """What is read back is what was saved, or it is refused by name."""
 
+import contextlib
+import resource
+import shutil
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switchlora_jax import manifest
 from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints, named_checksums
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh, replicated
@@ -115,6 +121,81 @@ def test_an_unfinished_save_is_not_a_checkpoint(directory):
   (directory / "5.orbax-checkpoint-tmp" / "state").mkdir()
   with Checkpoints(directory, keep=3) as checkpoints:
     assert checkpoints.steps() == [2, 3, 4]
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int):
+  """As on a disk that is full, but for small files."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+FULL = (
+  r"checkpoint of step 5 could not be saved in \S+: File too large; that of step 4 is whole; make room .* from step 4"
+)
+
+
+def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplog):
+  """Not when the next one is due; nothing is lost but this one, and once there is room all is well."""
+  with Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.check()
+    with no_file_larger_than(20_000), pytest.raises(UserError, match=FULL):
+      checkpoints.save(5, some_state(5))
+      for _ in range(1000):
+        checkpoints.check()
+        time.sleep(0.01)
+  assert "Traceback" not in caplog.text
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3, 4]
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(4))
+    checkpoints.save(5, some_state(5))
+  assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_the_last_save_is_not_lost_in_silence(directory):
+  """After which there is no step that would ask."""
+  with pytest.raises(UserError, match=FULL), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+
+
+def test_the_first_save_that_fails_says_that_there_is_none(tmp_path):
+  (tmp_path / "checkpoints").touch()
+  said = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, said:
+    checkpoints.save(5, some_state(5))
+
+
+def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(manifest, "write", full)
+  with pytest.raises(UserError, match="No space left on device"), Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+  assert not (directory / "5").exists()
+
+
+def test_what_was_written_otherwise_than_the_files_say_is_found_by_the_arrays(directory, caplog):
+  """The files are whole, and hold another state than the devices did."""
+  shutil.rmtree(directory / "4" / "state")
+  shutil.copytree(directory / "3" / "state", directory / "4" / "state")
+  manifest.write(directory / "4", 4, manifest.read(directory / "4").arrays)
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(3))
+  assert "step 4 is damaged (ValueError: checksum or shape of" in caplog.text
+
+
+def test_anothers_checkpoints_are_not_touched(directory):
+  """Not even what a save has left half written there: it may be one that goes on."""
+  (directory / "5.orbax-checkpoint-tmp").mkdir()
+  (directory / "6").mkdir()
+  before = {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
+  with Checkpoints(directory) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(4))
+  assert {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]} == before
 
 
 def test_a_save_keeps_the_values_of_its_moment(tmp_path):

@@ -379,7 +379,7 @@ def test_optimizer_memory_is_what_the_ranks_say():
 def test_its_state_comes_back_from_a_checkpoint(tmp_path):
   state = jax.tree.map(lambda x: x + 1, small_model.first_state(small_model.config("galore"), 1))  # not all zeros
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-  with Checkpoints(tmp_path) as checkpoints:
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(2, state)
   with Checkpoints(tmp_path) as checkpoints:
     assert same_bits(checkpoints.restore(lambda _: abstract), state)
