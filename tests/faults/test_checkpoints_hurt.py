@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+from hurt_runs import assert_same_end, finish, last_step, saved_steps, small, start
 
-from runs import assert_same_end, finish, last_step, saved_steps, small, start
 from switchlora_jax import manifest
 from switchlora_jax.checkpoint import REMOVED, TEMPORARY, Checkpoints
 from switchlora_jax.errors import UserError
