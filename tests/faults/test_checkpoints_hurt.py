@@ -128,7 +128,7 @@ def test_killed_while_saving(whole, tmp_path):
 
 
 def fill_the_disk(when: str):
-  """`STEP,SIZE`: no file may grow beyond so many bytes from the moment on at which the checkpoint of a step is saved."""
+  """`STEP,SIZE`: from when the checkpoint of a step is saved, no file may grow beyond so many bytes."""
   step, size = map(int, when.split(","))
   save = Checkpoints.save
 
