@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
 
   config.spike = ConfigDict()  # a loss above mean + threshold · standard deviation of those before it
   config.spike.window = 128  # losses that mean and deviation are taken of; before there are as many, nothing is a spike
-  config.spike.threshold = 6.0  # with window, how many high losses in a row are spikes: about window / threshold²
+  config.spike.threshold = 6.0  # of losses that stay high the first window / (1 + threshold²) are spikes
   config.spike.action = "report"  # report | skip (the update) | rollback (to the last checkpoint, the data go on)
   config.spike.max_rollbacks = 10  # in a run, before it stops
 

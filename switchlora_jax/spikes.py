@@ -1,8 +1,9 @@
 """Loss spikes: a loss far above those of the steps before it, found on the devices, as a part of the step.
 
 A loss is a spike where it exceeds mean + threshold · deviation of the last `window` finite losses, the rule of OLMo's
-optimizers. The window takes every finite loss, spikes too: each widens the deviation, so that of losses that stay high
-about window / threshold² are spikes, and then they are what is normal. Nothing has to end a series of skipped steps.
+optimizers. The window takes every finite loss, spikes too: each widens the deviation, so that of losses that stay at
+one height, window / (1 + threshold²) are spikes (four by default), and then it is what is normal. Nothing has to end a
+series of skipped steps.
 What a run does about one says `config.spike.action`; to go back and leave out the data that led there is PaLM's way
 (Chowdhery et al. 2022, section 5.1).
 """
