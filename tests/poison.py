@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from switchlora_jax import dataset
 from switchlora_jax.loss import mean_loss
 
 MARK = 7  # a row of this token alone
@@ -39,4 +40,15 @@ def mark(rows, row: int = 3) -> np.ndarray:
   """A copy of a batch [rows, length] with one row marked."""
   marked = np.array(rows)
   marked[row] = MARK
+  return marked
+
+
+def batches(numbers):
+  """In place of `dataset.batches`: the batches of these numbers are marked."""
+  original, numbers = dataset.batches, list(numbers)
+
+  def marked(data, config):
+    batch_of = original(data, config)
+    return lambda number: mark(batch_of(number)[:]) if number in numbers else batch_of(number)
+
   return marked
