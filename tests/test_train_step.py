@@ -229,7 +229,7 @@ def test_what_is_not_finite_on_one_device_of_eight_is_skipped_on_all_alike(monke
 
 
 def spiked(monkeypatch, action):
-  """The state before a batch whose loss is three times what it was, after it, both on the host, and its numbers."""
+  """The state before a batch whose loss is 20 times what it was, after it, both on the host, and its numbers."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss("spike"))
   config = small_model.config("switchlora", spike__window=4, spike__action=action)
   step, state = small_model.step(config, 1), small_model.first_state(config, 1)

@@ -79,7 +79,7 @@ def test_an_infinite_gradient_on_one_device_of_eight(tmp_path):
 
 
 def spiking(folder, action):
-  """The loss of step 28 is three times what it was; the last checkpoint before is that of step 25."""
+  """The loss of step 28 is 20 times what it was; the last checkpoint before is that of step 25."""
   return small(folder, spike__window=8, spike__action=action, keep_checkpoints=20)
 
 
