@@ -120,7 +120,7 @@ def test_nothing_is_said_of_losses_that_are_none(caplog):
 
 
 def test_going_back_again_adds_up():
-  """From step 12 to 10, then from 15 to 10: batches 10 and 11 are left out, then 12 to 16, which steps 10 to 14 took."""
+  """From step 12 to 10, then from 15 to 10: batches 10 and 11 are left out, then 12 to 16, those of steps 10 to 14."""
   there = none_yet(4)._replace(losses=jnp.arange(4.0))
   once = went_back(there, none_yet(4), 12 - 10)
   twice = went_back(there, once, 15 - 10)

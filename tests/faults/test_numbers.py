@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import poison
 import pytest
 
-from runs import assert_same_end, last_step, lines, saved_steps, small, start
+from runs import assert_same_end, last_step, lines, saved_steps, small, start, start_pair
 from switchlora_jax import dataset, train_step
 
 STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 27
@@ -50,7 +50,8 @@ def numbers(workdir) -> dict[int, dict]:
 @pytest.mark.telling
 def test_nan_just_after_a_switch(tmp_path):
   """Case 10. Only the updates of the hurt steps are skipped; a run killed behind the first ends as one that was not."""
-  config, what = small(tmp_path, steps=16, checkpoint_every=1, keep_checkpoints=20), "nan@7,12"
+  often = dict(switch__decay_point=0.9, checkpoint_every=1, keep_checkpoints=20)
+  config, what = small(tmp_path, steps=16, **often), "nan@7,12"
   finish(config, tmp_path / "whole", what)
   rows = numbers(tmp_path / "whole")
   assert rows[6]["switched"] > 0 and rows[11]["switched"] > 0 and rows[8]["switched"] > 0
@@ -118,3 +119,14 @@ def test_a_run_goes_back_from_a_spike(tmp_path):
   run.end()
   finish(config, killed, what)
   assert_same_end(killed, tmp_path / "whole")
+
+
+def test_two_processes_go_back_together(tmp_path):
+  """Case 12. Only the first has the row that hurts."""
+  fault = f"test_numbers:hurt=spike@{STEP}"
+  pair = start_pair(spiking(tmp_path, "rollback"), tmp_path / "pair", faults=(fault, fault))
+  assert [run.end() for run in pair] == [0, 0], [run.said() for run in pair]
+  assert ["the run goes back" in run.said() for run in pair] == [True, False]
+  rows = numbers(tmp_path / "pair")
+  assert list(rows) == list(range(1, 41))
+  assert [(rows[step]["rollbacks"], rows[step]["data_offset"]) for step in (25, 26, 40)] == [(0, 0), (1, 3), (1, 3)]
