@@ -86,10 +86,6 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(named_checksums(state)))
     self._manager.save(step, args=items)
 
-  def wait(self):
-    """Until what `save` has started is written."""
-    self._manager.wait_until_finished()
-
   def restore(self, abstract_at, step: int | None = None):
     """The newest good state, or None where nothing was saved yet; or that of a step.
 

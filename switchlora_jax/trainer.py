@@ -89,7 +89,6 @@ class Run:
     before, self.state = self.state.spikes, None  # there may be no room for two states
     spikes.check_may_go_back(before, self._config.spike, step)
     self.log.close()
-    self._checkpoints.wait()
     self._restore()
     self.state = self.state._replace(spikes=spikes.went_back(self.state.spikes, before, step - self.done))
     self._go_on()
