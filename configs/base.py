@@ -36,6 +36,12 @@ def get_config() -> ConfigDict:
   config.log_every = 10  # steps between writes of metrics.jsonl, which has a line for each step
   config.max_skipped = 20  # updates skipped in a row (loss or gradient not finite) before the run stops
 
+  config.spike = ConfigDict()  # a loss above mean + threshold · standard deviation of those before it
+  config.spike.window = 128  # losses that mean and deviation are taken of; before there are as many, nothing is a spike
+  config.spike.threshold = 6.0  # of losses that stay high the first window / (1 + threshold²) are spikes
+  config.spike.action = "report"  # report | skip (the update) | rollback (to the last checkpoint, the data go on)
+  config.spike.max_rollbacks = 10  # in a run, before it stops
+
   config.model = ConfigDict()
   config.model.vocab_size = 32_100  # T5's
   config.model.hidden_size = 1024  # width of the residual stream

@@ -21,6 +21,7 @@
   methods/        full · lora · switchlora · relora · galore: what each method adds to a step
   weights         the plain weights of a model: adapters merged in, or split off again
   hosts           several processes, one run: what they agree on, what the first does alone
+  spikes          what a loss spike is, and what a run does about one
   train_state     everything a run is made of at one moment, one pytree
   train_step      loss → accumulated gradients → clip → method → update, one dispatch
   program         what a config compiles to, for each phase of its run

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from switchlora_jax import spikes
 from switchlora_jax.errors import UserError
 from switchlora_jax.llama import REMAT
 from switchlora_jax.methods import METHODS
@@ -30,6 +31,7 @@ FREE = (
   "keep_checkpoints",
   "log_every",
   "max_skipped",
+  "spike.max_rollbacks",
   "data.cache_dir",
   "data.epochs",
   *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
@@ -50,6 +52,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   _check_training(config, devices)
   _check_sharding(config, devices)
   _check_precision(config)
+  spikes.check(config.spike)
   if config.method not in METHODS:
     raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
   method = METHODS[config.method]

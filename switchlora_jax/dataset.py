@@ -125,6 +125,19 @@ def batches(data: Dataset, config) -> Callable[[int], Batch]:
   return lambda step: batch(data.train, seed=config.seed, step=step, batch_size=config.batch_size)
 
 
+def check_ahead(data: Dataset, config, ahead: int) -> None:
+  """Raise `UserError` unless the rows last for a run that left out so many batches; a stream tells when it ends."""
+  if isinstance(data.train, Stream):
+    return
+  wanted, found = (config.steps + ahead) * config.batch_size, len(data.train)
+  if wanted > found * config.data.epochs:
+    raise UserError(
+      f"the run goes on {ahead:,} batches ahead in the data, to leave out loss spikes, and so takes {wanted:,} rows; "
+      f"there are {found:,}, used data.epochs (={config.data.epochs}) times; repeat them once more: "
+      f"--config.data.epochs={-(-wanted // found)}"
+    )
+
+
 def batch(rows: Rows | np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
   """The batch of a step, [batch_size, seq_len]: each epoch takes every row once, in an order of its own."""
   epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(rows))

@@ -77,10 +77,10 @@ def assemble(config, method, mesh) -> Program:
   fused = runs_fused_attention(mesh.devices.flat[0])
   model = LLaMA(**config.model, dense=method.dense, remat=config.remat, fused_attention=fused, **dtypes(config))
   lies = placement(config, mesh)
-  create = lambda: lies.pad(train_state.create(model, method.optimizer, config.seed))
+  create = lambda: lies.pad(train_state.create(model, method.optimizer, config.seed, config.spike.window))
   shapes = jax.eval_shape(create)
   shardings = lies.shardings(shapes)
-  step = dict(accumulation=config.accumulation, clip_norm=config.clip_norm)
+  step = dict(accumulation=config.accumulation, clip_norm=config.clip_norm, spike=config.spike)
   return Program(
     model=model,
     create=jax.jit(create, out_shardings=shardings),

@@ -85,7 +85,7 @@ def conclude(config, workdir: Path, outcome) -> str:
 
 
 def _numbers(rows: list[dict]) -> list[str]:
-  """Validation perplexity and speed, as far as metrics.jsonl has them."""
+  """Validation perplexity, speed and loss spikes, as far as metrics.jsonl has them."""
   lines = []
   if evaluations := [row for row in rows if "val_ppl" in row]:
     last = evaluations[-1]
@@ -93,6 +93,8 @@ def _numbers(rows: list[dict]) -> list[str]:
     lines.append(f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})")
   if speeds := sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row):
     lines.append(f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)")
+  if steps := [row for row in rows if "spike" in row]:  # those that were gone back from have left no line
+    lines.append(f"loss spikes: {sum(row['spike'] for row in steps) + steps[-1].get('rollbacks', 0)}")
   return lines
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from switchlora_jax import hosts, metrics
+from switchlora_jax import hosts, metrics, spikes
 from switchlora_jax.errors import UserError
 
 
@@ -33,7 +33,7 @@ class Log:
       self.flush()
 
   def flush(self):
-    """Wait for the numbers collected so far and write them; stop the run if it goes nowhere."""
+    """Wait for the numbers collected so far and write them; stop the run if it goes nowhere, or has to go back."""
     if not self._waiting:
       return
     rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._waiting)]
@@ -44,6 +44,7 @@ class Log:
     shown = {"loss": f"{rows[-1]['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
     self._bar.set_postfix(shown | ({"skipped": rows[-1]["skipped"]} if rows[-1]["skipped"] else {}))
     self._waiting, self._since = [], time.monotonic()
+    spikes.tell(rows, self._config.spike, aloud=hosts.is_first())
     self._stop_if_stuck(rows)
 
   def _stop_if_stuck(self, rows):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from switchlora_jax import spikes
 from switchlora_jax.loss import mean_loss, nothing_yet, on_parts
 from switchlora_jax.optimizer import clip_by_global_norm
 from switchlora_jax.sharding import BOTH, Placement, by_rows, reduce, replicated
@@ -46,14 +47,15 @@ def _summed(value_and_grad, params, micro_batches):
   return jax.lax.scan(add, start, micro_batches)[0]
 
 
-def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float):
+def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float, spike):
   """The jitted step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
 
   Made for states like `state`, abstract or not, which lie where `placement` has them.
 
   A loss or gradient that is not finite skips the whole update, switch included: only `step` and the
-  counters of skipped steps move. Metrics are [] arrays: loss, grad_norm (before clipping), learning_rate,
-  skipped, skipped_in_a_row, and the method's own.
+  counters of skipped steps move. So does a loss spike where `spike` (`config.spike`) says skip; it is not counted as
+  skipped. Metrics are [] arrays: loss, grad_norm (before clipping), learning_rate, skipped, skipped_in_a_row, those of
+  `spikes.watch`, and the method's own.
   """
   gradients = accumulated_gradients(model, placement, state, accumulation)
 
@@ -61,7 +63,9 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
     state = method.prepare(state)
     loss, grads = gradients(state.params, state.frozen, rows)
     grads, norm = clip_by_global_norm(grads, clip_norm)
-    skip = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    broken = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    spiked, known, watched = spikes.watch(state.spikes, loss, spike)
+    skip = broken | spiked if spike.action == "skip" else broken
     state, masks, metrics = method.adjust(state, skip)
     directions, opt_state = method.optimizer.update(grads, state.opt_state, state.params, skip=skip, **masks)
     rate = jnp.asarray(method.schedule(state.step))
@@ -70,10 +74,11 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
-      skipped=state.skipped + skip,
-      skipped_in_a_row=jnp.where(skip, state.skipped_in_a_row + 1, 0),
+      skipped=state.skipped + broken,
+      skipped_in_a_row=jnp.where(broken, state.skipped_in_a_row + 1, 0),
+      spikes=known,
     )
-    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate} | watched | method.observe(opt_state)
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
   lies, everywhere = placement.shardings(state), replicated(placement.mesh)

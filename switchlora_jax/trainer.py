@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 
-from switchlora_jax import dataset, hosts, metrics, report, run_directory, train_state, warm_start
+from switchlora_jax import dataset, hosts, metrics, report, run_directory, spikes, train_state, warm_start
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.evaluation import first, validate
@@ -31,7 +31,7 @@ def train(config, workdir: Path) -> Outcome:
 
   Raises:
     UserError: before anything expensive where config, data or directory do not fit together; while
-      training when too many updates in a row were not finite.
+      training when too many updates in a row were not finite, or the run went back from too many loss spikes.
   """
   hosts.everywhere(lambda: dataset.check(config))
   hosts.on_first(lambda: run_directory.prepare(workdir, config))
@@ -48,12 +48,15 @@ def train(config, workdir: Path) -> Outcome:
     run = Run(config, workdir, programs, data, checkpoints)
     first_step = run.begin(source)
     while run.done < config.steps:
-      run.step()
-      last = run.done == config.steps
-      if due(run.done, config.eval_every) or last:
-        run.evaluate()
-      if due(run.done, config.checkpoint_every) or last:
-        run.save()
+      try:
+        run.step()
+        last = run.done == config.steps
+        if due(run.done, config.eval_every) or last:
+          run.evaluate()
+        if due(run.done, config.checkpoint_every) or last:
+          run.save()
+      except spikes.Spiked as spiked:  # nothing was saved since: `save` looks first
+        run.go_back(spiked.step)
     run.log.close()
   return Outcome(run.program, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
 
@@ -68,18 +71,39 @@ class Run:
 
   def __init__(self, config, workdir: Path, programs: list[Program], data: dataset.Dataset, checkpoints: Checkpoints):
     self._config, self._workdir, self._programs, self._checkpoints = config, workdir, programs, checkpoints
-    self._batch_of = dataset.batches(data, config)
+    self._data, self._batch_of = data, dataset.batches(data, config)
     self._validate = make_evaluate(config, programs[0], data)
 
   def begin(self, source: warm_start.Source | None) -> int:
     """Take up the newest good checkpoint, or start, from the weights of `source` if there is one; returns `done`."""
+    self._source = source
+    self._restore()
+    self._go_on()
+    return self.done
+
+  def go_back(self, step: int):
+    """Leave out the batch of a loss spike, that of step number `step`, and what was done since the last checkpoint.
+
+    All follows from the numbers of the steps: a run that is killed on the way, and started again, does the same.
+    """
+    before, self.state = self.state.spikes, None  # there may be no room for two states
+    spikes.check_may_go_back(before, self._config.spike, step)
+    self.log.close()
+    self._restore()
+    self.state = self.state._replace(spikes=spikes.went_back(self.state.spikes, before, step - self.done))
+    self._go_on()
+
+  def _restore(self):
     state = self._checkpoints.restore(lambda step: trained_by(self._programs, step).abstract)
     if state is None:
-      state = source.state() if source else self._programs[0].create()
+      state = self._source.state() if self._source else self._programs[0].create()
     self.state, self.done = state, int(state.step)
+
+  def _go_on(self):
+    self._ahead = int(self.state.spikes.offset)
+    dataset.check_ahead(self._data, self._config, self._ahead)
     self.program = trained_by(self._programs, self.done)
     self.log = Log(self._workdir, self._config, self.done)
-    return self.done
 
   def step(self):
     """One training step, in the program whose phase it belongs to."""
@@ -87,7 +111,7 @@ class Run:
     main = self._programs[-1]
     if self.program is not main and self.done == main.start:
       self.state, self.program = warm_start.hand_over(self.state, self.program, main), main
-    rows = self.program.place(self._batch_of(self.done))
+    rows = self.program.place(self._batch_of(self.done + self._ahead))
     self.state, numbers = self.program.step(self.state, rows)
     self.done += 1
     self.log.add(self.done, numbers)

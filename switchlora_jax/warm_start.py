@@ -20,7 +20,7 @@ from switchlora_jax.train_state import TrainState
 def hand_over(state: TrainState, before: Program, after: Program) -> TrainState:
   """The state with which `after` goes on from a state of `before`: same function, same step, new optimizer."""
 
-  counters = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row")}
+  counters = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row", "spikes")}
   return _convert(state.params, state.frozen, before.scale, after)._replace(**counters)
 
 

@@ -56,6 +56,11 @@ MISTAKES = {
     dict(param_dtype="float64", candidates_dtype="bfloat16"),
     "candidates_dtype (='bfloat16') must be that of all that is stored, param_dtype (='float64'), or one of the two",
   ),
+  "spike action": (dict(spike__action="stop"), "spike.action (='stop') must be one of report, skip, rollback; set"),
+  "spike window": (dict(spike__window=1), "spike.window (=1) must be at least 2, to have a deviation; set"),
+  "spike threshold": (dict(spike__threshold=0.0), "spike.threshold (=0.0) must be a number greater than 0"),
+  "spike nan": (dict(spike__threshold=float("nan")), "spike.threshold (=nan) must be a number greater than 0"),
+  "rollbacks": (dict(spike__max_rollbacks=0), "spike.max_rollbacks (=0) must be at least 1; set"),
   "nothing frozen": (
     dict(method="full", frozen_dtype="bfloat16"),
     "frozen_dtype (='bfloat16') is for the frozen kernels below adapters, and --config.method=full trains its kernels",

@@ -300,6 +300,39 @@ def test_skip_leaves_the_state_as_it_was(updates_before):
   assert not same_bits(live.mu, state.mu) and int(live.count) == updates_before + 1
 
 
+def failing(grad, rank):
+  """A decomposition that fails where a gradient says so by its first number."""
+  return jnp.where(grad[0, 0] == 1e3, jnp.nan, leading_directions(grad, rank))
+
+
+def broken(grads):
+  """The same gradients, but that of layer 1 of `up` cannot be decomposed."""
+  return grads | {"up": grads["up"].at[1, 0, 0].set(1e3)}
+
+
+def test_a_decomposition_that_fails_keeps_the_projector_and_is_due_again():
+  tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
+  _, before = run(tx, [draw(t) for t in range(3)], params)
+  updates, after = jax.jit(tx.update)(broken(draw(3)), before, params)
+  assert int(after.failed) == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, after)))
+  kept = {name: np.all(before.projector[name] == after.projector[name], axis=(1, 2)) for name in ("up", "down", "o")}
+  np.testing.assert_array_equal(kept["up"], [False, True, False])
+  assert not kept["down"].any() and not kept["o"].any()
+  _, again = jax.jit(tx.update)(draw(4), after, params)
+  assert int(again.failed) == 0
+  assert same_bits(again.projector["up"][1], leading_directions(draw(4)["up"][1], 2))
+  _, later = jax.jit(tx.update)(draw(5), again, params)
+  assert same_bits(later.projector, again.projector), "the next refresh is at its time"
+
+
+def test_a_kernel_that_has_no_projector_yet_does_not_move():
+  tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
+  updates, state = jax.jit(tx.update)(broken(draw(1)), tx.init(params), params)
+  moved = np.any(np.asarray(updates["up"]) != 0, axis=(1, 2))
+  np.testing.assert_array_equal(moved, [True, False, True])
+  assert int(state.failed) == 1 and np.isfinite(updates["up"]).all()
+
+
 def test_the_moments_are_kept_at_a_refresh():
   """After it, m is 0.9 of the old numbers and 0.1 of the new projection, whatever their axes were."""
   tx, params = scale_by_galore(2, 2, 0.25, projected=matrices), draw(0)
@@ -420,3 +453,16 @@ def test_refreshes_are_counted_for_the_user(tmp_path):
   assert ": 1, one every 200 steps" in lines()[0]
   assert ": 3, one every 5 steps" in lines(galore__refresh_every=5)[0]
   assert ": 2, one every 5 steps" in lines(galore__refresh_every=5, warm_start_steps=2)[0]
+
+
+def test_a_run_tells_of_decompositions_that_fail(monkeypatch):
+  """None of 2 layers of 7 kernels moves; the rest is trained."""
+  svd = jnp.linalg.svd
+  monkeypatch.setattr(jnp.linalg, "svd", lambda *args, **kwargs: [x * jnp.nan for x in svd(*args, **kwargs)])
+  config = small_model.config("galore")
+  state = small_model.first_state(config, 1)
+  before = host(state.params)
+  state, report = small_model.step(config, 1)(state, small_model.place(small_model.rows(config, 0), 1))
+  assert report["svd_failed"] == 14 and report["skipped"] == 0
+  kernels = lambda params: [params["blocks"][name]["kernel"] for name in ("q", "down")]
+  assert same_bits(kernels(state.params), kernels(before)) and not same_bits(state.params["embed"], before["embed"])

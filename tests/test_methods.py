@@ -15,6 +15,7 @@ from switchlora_jax import methods, train_state
 from switchlora_jax.methods import METHODS, switchlora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.sharding import replicated
+from switchlora_jax.spikes import none_yet
 from switchlora_jax.train_state import TrainState
 
 each = pytest.mark.parametrize("method", METHODS)
@@ -35,7 +36,7 @@ def prepared(method, **changes):
   """A config, a first state on the host, the same for all options of a method, and its step on one device."""
   config = small_model.config(method, **dict(dtype="bfloat16") | changes)
   optimizer = METHODS[method].build(config).optimizer
-  shapes = jax.eval_shape(lambda: train_state.create(small_model.model(config), optimizer, 0))
+  shapes = jax.eval_shape(lambda: train_state.create(small_model.model(config), optimizer, 0, 2))
   return config, jax.tree.map_with_path(drawn, shapes), small_model.step(config, 1)
 
 
@@ -166,7 +167,7 @@ def layers_alone(**changes):
   spares = {"spare_a": draw(3, 4, 9), "spare_b": draw(4, 4, 8)}
   params, frozen = {"q": {"lora_a": draw(0, 4, 9), "lora_b": draw(1, 4, 8)}}, {"q": {"kernel": draw(2, 9, 8)}}
   candidates = {"q": spares | {"timer_a": timer, "timer_b": timer, "cursor": cursor}}
-  state = TrainState(zero, params, frozen, candidates, method.optimizer.init(params), zero, zero)
+  state = TrainState(zero, params, frozen, candidates, method.optimizer.init(params), zero, zero, none_yet(2))
 
   @jax.jit
   def step(state):

@@ -114,7 +114,7 @@ def test_switchlora_sends_less_by_what_it_does_not_train():
 def test_a_plan_adds_up():
   """What lies on the host is not in the peak; the last 16 bytes an array are metrics and the table of outputs."""
   found, state, config = plan("switchlora", 1)
-  counters = planner.device_bytes([state.step, state.skipped, state.skipped_in_a_row])
+  counters = planner.device_bytes([state.step, state.skipped, state.skipped_in_a_row, state.spikes])
   held = found.trainable + found.frozen + found.candidates + found.optimizer + counters
   rows = 4 * config.seq_len * 4
   rest = found.peak - (held + rows + found.temporaries - HOST)

@@ -21,6 +21,7 @@ from switchlora_jax.optimizer import (
   scale_by_vector_adam,
 )
 from switchlora_jax.sharding import replicated
+from switchlora_jax.spikes import none_yet
 from switchlora_jax.split_float import read, split
 from switchlora_jax.train_state import TrainState
 
@@ -351,7 +352,7 @@ def small_layers(config):
   params, frozen = {"q": {"lora_a": draw(0, 3, 4, 6), "lora_b": draw(1, 3, 4, 5)}}, {"q": {"kernel": draw(2, 3, 6, 5)}}
   _, opt_state = method.optimizer.update(params, method.optimizer.init(params))
   zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, params, frozen, {}, opt_state, zero, zero), jax.jit(method.prepare)
+  return TrainState(zero, params, frozen, {}, opt_state, zero, zero, none_yet(2)), jax.jit(method.prepare)
 
 
 def restarts_at(config, steps):

@@ -51,6 +51,12 @@ def test_numbers_that_are_missing_or_not_finite_do_not_end_in_an_exception():
   ]
 
 
+def test_spikes_are_counted_also_those_that_were_gone_back_from():
+  rows = [{"step": 1, "spike": 0, "loss": 2.0}, {"step": 1, "val_loss": None, "val_ppl": None}, {"step": 2, "spike": 1}]
+  assert report._numbers(rows)[-1] == "loss spikes: 1"
+  assert report._numbers([*rows, {"step": 3, "spike": 0, "rollbacks": 2}])[-1] == "loss spikes: 3"
+
+
 def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):
   monkeypatch.setattr(
     sys, "argv", ["pretrain.py", "--config.data.path=a/*.txt", "--config.steps=10", "--workdir=runs/a"]

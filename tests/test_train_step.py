@@ -4,10 +4,12 @@ from functools import lru_cache
 
 import jax
 import numpy as np
+import poison
 import pytest
 import small_model
 from small_model import host, same_bits
 
+from switchlora_jax import train_step
 from switchlora_jax.candidates import draw_uniforms
 from switchlora_jax.collectives import collectives
 from switchlora_jax.methods import switchlora
@@ -196,3 +198,62 @@ def test_a_step_that_is_not_finite_changes_nothing(poison):
   cured, (report,) = train(1, "switchlora", state=states[-1]._replace(params=healthy.params))
   assert (report["skipped"], report["skipped_in_a_row"]) == (2, 0) and np.isfinite(report["loss"])
   assert not same_bits(cured[-1].params, healthy.params) and not same_bits(cured[-1].candidates, healthy.candidates)
+
+
+def everywhere(state):
+  """Every device's copies or parts of all that a skipped step must not touch."""
+  arrays = jax.tree.leaves((state.params, state.frozen, state.candidates, state.opt_state))
+  return [[np.array(part.data) for part in array.addressable_shards] for array in arrays]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "nan"])
+@pytest.mark.parametrize("layout", [{}, dict(sharding__fsdp=2, sharding__frozen="sharded")])
+def test_what_is_not_finite_on_one_device_of_eight_is_skipped_on_all_alike(monkeypatch, kind, layout):
+  """The rows of one device hurt; whether its neighbours have the same arrays or other parts of them, none moves."""
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss(kind))
+  config = small_model.config("switchlora", **layout)
+  program = small_model.program(config, 8)
+  state = program.create()
+  for t in range(2):
+    state, report = program.step(state, program.place(small_model.rows(config, t)))
+  assert int(report["switched"]) > 0, "a freeze is under way"
+  before = everywhere(state)
+  state, report = program.step(state, program.place(poison.mark(small_model.rows(config, 2))))
+  assert np.isfinite(report["loss"]) == (kind == "gradient") and not np.isfinite(report["grad_norm"])
+  assert int(state.skipped) == 1 and same_bits(everywhere(state), before)
+  state, report = program.step(state, program.place(small_model.rows(config, 3)))
+  assert int(report["skipped_in_a_row"]) == 0 and not same_bits(everywhere(state), before)
+
+
+# --- loss spikes --------------------------------------------------------------------------------------------------
+
+
+def spiked(monkeypatch, action):
+  """The state before a batch whose loss is 20 times what it was, after it, both on the host, and its numbers."""
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss("spike"))
+  config = small_model.config("switchlora", spike__window=4, spike__action=action)
+  step, state = small_model.step(config, 1), small_model.first_state(config, 1)
+  for t in range(4):
+    state, report = step(state, small_model.place(small_model.rows(config, t), 1))
+    assert report["spike"] == 0
+  before = host(state)
+  state, report = step(state, small_model.place(poison.mark(small_model.rows(config, 4)), 1))
+  assert report["spike"] == 1 and report["loss"] > 2.5 * report["loss_mean"]
+  return before, host(state), report
+
+
+def test_a_spike_is_skipped_where_it_shall_be(monkeypatch):
+  """The window knows it, and `step` goes on; it does not count as a number that was not finite."""
+  before, after, report = spiked(monkeypatch, "skip")
+  assert same_bits(before._replace(step=0, spikes=0), after._replace(step=0, spikes=0))
+  assert (after.step, report["switched"], report["skipped_in_a_row"]) == (5, 0, 0)
+  np.testing.assert_array_equal(after.spikes.losses, [*before.spikes.losses[1:], report["loss"]])
+
+
+@pytest.mark.parametrize("action", ["report", "rollback"])
+def test_else_the_update_is_made(monkeypatch, action):
+  """What is gone back from is thrown away anyhow."""
+  before, after, report = spiked(monkeypatch, action)
+  for part in ("params", "frozen", "candidates", "opt_state"):
+    assert not same_bits(getattr(before, part), getattr(after, part))
+  assert ("rollbacks" in report) == (action == "rollback")

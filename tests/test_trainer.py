@@ -11,10 +11,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import poison
 import pytest
 from tiny import flags_of, resolved, tiny_config
 
-from switchlora_jax import manifest, metrics, program, train_log, trainer
+from switchlora_jax import dataset, manifest, metrics, program, train_log, train_step, trainer
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh
 
@@ -167,3 +168,63 @@ def test_the_step_compiles_once(tmp_path):
   for step in range(3):
     state, _ = built.step(state, built.place(np.full((8, 16), step)))
   assert built.step._cache_size() == 1
+
+
+# --- back from a loss spike ---------------------------------------------------------------------------------------
+
+BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval_every=12, log_every=1)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """The numbers of the batches that runs took; those of numbers 5 and 11 make the loss jump."""
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss("spike"))
+  marked, numbers = poison.batches((5, 11)), []
+
+  def noted(data, config):
+    batch_of = marked(data, config)
+    return lambda number: numbers.append(number) or batch_of(number)
+
+  monkeypatch.setattr(dataset, "batches", noted)
+  return numbers
+
+
+def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monkeypatch):
+  """Twice: step 5 takes batch 5, then batch 11. It ends as a run whose data begin behind both."""
+  back = trainer.train(resolved(tmp_path, **BACK), tmp_path / "back")
+  assert asked == [*range(6), *range(6, 12), *range(12, 24)]
+  assert (int(back.state.spikes.rollbacks), int(back.state.spikes.offset)) == (2, 12)
+  assert [row["step"] for row in lines(tmp_path / "back") if "loss" in row] == list(range(1, 13))
+
+  batches = dataset.batches
+
+  def later(data, config):
+    batch_of = batches(data, config)
+    return lambda number: batch_of(number + 12)
+
+  monkeypatch.setattr(dataset, "batches", later)
+  behind = trainer.train(resolved(tmp_path, **BACK), tmp_path / "behind")
+  assert int(behind.state.spikes.rollbacks) == 0
+  np.testing.assert_array_equal(back.state.spikes.losses, behind.state.spikes.losses)
+  assert_same(back.state._replace(spikes=None), behind.state._replace(spikes=None))
+
+
+def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked):
+  with pytest.raises(UserError, match=r"stopped at step 6, a loss spike: it went back 1 times already"):
+    trainer.train(resolved(tmp_path, **BACK, spike__max_rollbacks=1), tmp_path / "run")
+  assert asked == list(range(12)) and [row["spike"] for row in lines(tmp_path / "run") if "loss" in row] == [0] * 5 + [
+    1
+  ]
+  again = trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
+  assert int(again.state.spikes.offset) == 12
+
+
+def test_the_rows_must_last_for_a_run_that_goes_back(tmp_path, asked, monkeypatch):
+  """12 steps of 8 rows, 6 left out: 144 rows."""
+  prepare = trainer.prepare_data
+  few = lambda config: (data := prepare(config))._replace(train=data.train[:100])
+  monkeypatch.setattr(trainer, "prepare_data", few)
+  with pytest.raises(UserError, match=r"6 batches ahead .* takes 144 rows; there are 100, .* --config.data.epochs=2"):
+    trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
+  again = trainer.train(resolved(tmp_path, **BACK, data__epochs=3), tmp_path / "run")
+  assert int(again.state.spikes.offset) == 12

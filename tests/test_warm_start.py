@@ -150,9 +150,11 @@ def test_adapters_and_candidates_are_those_of_a_run_without_a_warm_start(runs):
 
 def test_counters_of_skipped_steps_go_on(runs):
   ((before, full), (_, low)), *_ = runs("galore").handed
-  counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2))
+  known = before.spikes._replace(rollbacks=np.int32(1), offset=np.int32(4))
+  counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2), spikes=known)
   after = warm_start.hand_over(counted, full, low)
   assert (after.step, after.skipped, after.skipped_in_a_row) == (K, 3, 2)
+  assert same_bits(after.spikes, known)
 
 
 # --- within a run: steps and data ---------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_plain_weights_without_adapters_are_left_as_they_are():
 def shapes(config):
   """The train state of a config, without its numbers."""
   optimizer = METHODS[config.method].build(config).optimizer
-  return jax.eval_shape(lambda: train_state.create(small_model.model(config), optimizer, 0))
+  return jax.eval_shape(lambda: train_state.create(small_model.model(config), optimizer, 0, 2))
 
 
 def drawn(tree):

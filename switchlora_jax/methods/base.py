@@ -41,6 +41,7 @@ class Method(NamedTuple):
     prepare: state -> state before the gradients of a step, traced inside the train step; keeps the function.
     adjust: (state, skip) -> Adjusted, likewise, between gradients and optimizer; where `skip` is true nothing
       may change.
+    observe: the optimizer's state after an update -> name to [] array, logged with the step.
   """
 
   dense: Callable[..., Any]
@@ -49,6 +50,7 @@ class Method(NamedTuple):
   scale: float | None = None
   prepare: Callable[[TrainState], TrainState] = lambda state: state
   adjust: Callable[..., Adjusted] = nothing
+  observe: Callable[[Any], dict[str, Any]] = lambda opt_state: {}
 
 
 def dtypes(config) -> dict[str, Any]:

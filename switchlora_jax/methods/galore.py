@@ -29,12 +29,14 @@ class GaLoreState(NamedTuple):
     count: [] int32, updates so far.
     mu, nu: first and second moments: [..., r, large] of a projected leaf, else like the parameter.
     projector: [..., small, r], orthonormal columns; None where a leaf is not projected.
+    failed: [] int32, kernels whose last decomposition gave no finite numbers, so that they kept their projector.
   """
 
   count: Any
   mu: Any
   nu: Any
   projector: Any
+  failed: Any
 
 
 def leading_directions(matrix, rank: int):
@@ -60,7 +62,8 @@ def scale_by_galore(
   rotated then. eps is added to √v before its bias is corrected, on every leaf, projected or not.
 
   `update` takes, besides the usual, `skip`: [] bool; where true the update is 0, the state stays as it was
-  and nothing is decomposed, so that a refresh that was due is due again at the next update.
+  and nothing is decomposed, so that a refresh that was due is due again at the next update. So it is where a
+  decomposition failed; until one succeeds, a kernel keeps its projector, and without any it does not move.
 
   Args:
     rank: directions kept; all of them where a side is smaller.
@@ -76,6 +79,12 @@ def scale_by_galore(
     found = jax.lax.map(lambda g: directions(g, rank), wide.reshape(-1, *wide.shape[-2:]))
     return found.reshape(projector.shape)
 
+  def refresh_all(grads, projectors):
+    found = jax.tree.map(refresh, grads, projectors)
+    good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1), keepdims=True), found)
+    failed = sum((jnp.sum(~hit, dtype=jnp.int32) for hit in jax.tree.leaves(good)), jnp.zeros((), jnp.int32))
+    return jax.tree.map(jnp.where, good, found, projectors), failed
+
   def init(params):
     def empty(hit, param):
       if not hit:
@@ -85,14 +94,15 @@ def scale_by_galore(
 
     projector = jax.tree.map(empty, projected(params), params)
     low = jax.eval_shape(partial(jax.tree.map, _project), params, projector)
-    return GaLoreState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(low), optax.tree.zeros_like(low), projector)
+    moments, zero = (lambda: optax.tree.zeros_like(low)), lambda: jnp.zeros((), jnp.int32)
+    return GaLoreState(zero(), moments(), moments(), projector, zero())
 
   def update(updates, state, params=None, *, skip=False, **_):
     del params
-    due = (state.count % refresh_every == 0) & jnp.logical_not(skip)
+    due = ((state.count % refresh_every == 0) | (state.failed > 0)) & jnp.logical_not(skip)
     # Under vmap a cond becomes a select, which would decompose at every step; it must stay outside of any.
-    found = lambda: jax.tree.map(refresh, updates, state.projector)
-    projector = jax.lax.cond(due, found, lambda: state.projector)
+    found = lambda: refresh_all(updates, state.projector)
+    projector, failed = jax.lax.cond(due, found, lambda: (state.projector, state.failed))
     low = jax.tree.map(_project, updates, projector)
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(low, state.mu, b1, 1)
@@ -104,7 +114,7 @@ def scale_by_galore(
       step = step if projector is None else scale * _project_back(step, projector, grad.shape)
       return jnp.where(skip, 0, step)
 
-    new_state = GaLoreState(count, mu, nu, projector)
+    new_state = GaLoreState(count, mu, nu, projector, failed)
     kept = jax.tree.map(lambda new, old: jnp.where(skip, old, new), new_state, state)
     return jax.tree.map(direction, updates, mu, nu, projector), kept
 
@@ -156,4 +166,5 @@ def build(config) -> Method:
   schedule = cosine(config, end=config.min_lr_ratio)
   projected = lambda params: path_aware_map(lambda path, _: in_block(path), params)
   galore = scale_by_galore(config.rank, config.galore.refresh_every, config.galore.scale, projected=projected)
-  return full.build(config)._replace(optimizer=galore, schedule=schedule)
+  observe = lambda opt_state: {"svd_failed": opt_state.failed}
+  return full.build(config)._replace(optimizer=galore, schedule=schedule, observe=observe)
