@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -65,6 +66,12 @@ def define_config(name: str = "llama_tiny"):
   with mistakes_as_sentences():  # overrides of the default's keys are looked up already here
     description = "config file; --config.KEY=VALUE sets one key, configs/base.py explains all"
     return config_flags.DEFINE_config_file("config", str(CONFIGS / f"{name}.py"), description)
+
+
+def check_json(path: str | None):
+  """Raise `UserError` unless --json, where it is given, is a file that can be written."""
+  if path and (not os.access(Path(path).absolute().parent, os.W_OK) or os.path.isdir(path)):
+    raise UserError(f"--json (={path!r}) must be a file in a directory that can be written; choose another")
 
 
 def set_precision(config):

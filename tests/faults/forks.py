@@ -1,9 +1,10 @@
 """Commands by the hundred: JAX is imported once, and each command runs in a fork of that process.
 
 `python tests/faults/forks.py` reads a JSON list a line, [command, argument, …], and answers each with a line,
-[exit code, stdout, stderr, seconds]. No device is touched before the fork.
+[exit code, stdout, stderr]. No device is touched before the fork.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,14 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_COMMANDS = ("cli", "distributed", "grid", "results", "settings", "studies", "paper", "spectra", "rendezvous")
+SHARED = ("cli", "distributed", "grid", "results", "settings", "studies", "paper", "spectra", "rendezvous")
 PATIENCE = 60  # seconds that one command may take
 
 
@@ -30,17 +30,20 @@ class Ended(NamedTuple):
   code: int
   stdout: str
   stderr: str
-  seconds: float
 
 
-def run_all(commands: Iterable[list[str]], folder: Path) -> Iterator[Ended]:
-  """Run commands one after another in `folder`: [name in experiments/, argument, …]."""
+@contextlib.contextmanager
+def forks(folder: Path) -> Iterator[Callable[..., Ended]]:
+  """(name in experiments/, argument, …) -> what that command left, run in `folder`."""
   shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
   with subprocess.Popen([sys.executable, __file__], env=shared, cwd=folder, **pipes) as server:
-    for command in commands:
+
+    def run(*command: str) -> Ended:
       print(json.dumps(command), file=server.stdin, flush=True)
-      yield Ended(*json.loads(server.stdout.readline()))
+      return Ended(*json.loads(server.stdout.readline()))
+
+    yield run
     server.stdin.close()
 
 
@@ -49,7 +52,7 @@ def serve():
   for package in ("switchlora_jax", "switchlora_jax.methods"):
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
       importlib.import_module(module.name)
-  for name in NO_COMMANDS:
+  for name in SHARED:
     importlib.import_module(f"experiments.{name}")
   for line in sys.stdin:
     print(json.dumps(fork(json.loads(line))), flush=True)
@@ -57,20 +60,21 @@ def serve():
 
 def fork(command: list[str]) -> Ended:
   """Run one command in a child."""
-  started, lenient = time.monotonic(), {"errors": "backslashreplace"}
-  with tempfile.TemporaryFile("w+", **lenient) as stdout, tempfile.TemporaryFile("w+", **lenient) as stderr:
+  kind = dict(mode="w+", errors="backslashreplace")
+  with tempfile.TemporaryFile(**kind) as stdout, tempfile.TemporaryFile(**kind) as stderr:
     if not (child := os.fork()):
       become(command, stdout, stderr)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     texts = [(file.seek(0), file.read())[1] for file in (stdout, stderr)]
-  return Ended(code, *texts, time.monotonic() - started)
+  return Ended(code, *texts)
 
 
 def become(command: list[str], stdout, stderr):
   """The child: the command, as `python -m` would run it; does not return."""
-  os.dup2(stdout.fileno(), 1), os.dup2(stderr.fileno(), 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-  sys.argv, code = command, 0
+  for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
+    os.dup2(file, number)
   signal.alarm(PATIENCE)
+  sys.argv, code = command, 0
   try:
     runpy.run_module(f"experiments.{command[0]}", run_name="__main__", alter_sys=True)
   except SystemExit as end:
@@ -78,7 +82,8 @@ def become(command: list[str], stdout, stderr):
   except BaseException:
     traceback.print_exc()
     code = 1
-  sys.stdout.flush(), sys.stderr.flush()
+  sys.stdout.flush()
+  sys.stderr.flush()
   os._exit(code)
 
 
