@@ -12,6 +12,7 @@ import jax
 import ml_collections
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from configs import base
 from switchlora_jax.errors import UserError
@@ -132,5 +133,5 @@ def _guarded(main):
 
 
 def _fail(sentence: str):
-  sys.stderr.write(f"error: {' '.join(sentence.split())}\n")  # what users write may have line breaks in it
+  tqdm.write(f"error: {' '.join(sentence.split())}", file=sys.stderr)  # on a line of its own, whatever bar is shown
   sys.exit(2)

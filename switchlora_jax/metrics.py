@@ -140,6 +140,7 @@ class Board:
     with self._or_without():
       if self._writer:
         self._writer.close()
+        self._writer = None
 
 
 @contextlib.contextmanager

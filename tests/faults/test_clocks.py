@@ -9,21 +9,25 @@ DAY = 86_400
 
 
 def jump():
-  """Every look at the wall clock finds another day: now, yesterday, tomorrow, the beginning of time.
+  """The wall clock leaps a day back at every 50th look, and two minutes ahead at every 10th.
 
-  The monotonic clock stands still between most looks, as a coarse one does; backwards it never goes.
+  The monotonic clock stands still between most looks, as a coarse one does; back it never goes.
   """
-  real, nanoseconds, monotonic, looks = time.time, time.time_ns, time.monotonic, itertools.count()
-  away = itertools.cycle((0, -DAY, DAY, -1e9))
-  stands = [monotonic()]
+  looks, real, nanoseconds, monotonic = itertools.count(), time.time, time.time_ns, time.monotonic
+  away, stands = [0], [monotonic()]
+
+  def wall():
+    look = next(looks)
+    away[0] += 120 * (look % 10 == 9) - DAY * (look % 50 == 49)
+    return away[0]
 
   def coarse():
     if next(looks) % 8 == 0:
       stands[0] = monotonic()
     return stands[0]
 
-  time.time = lambda: real() + next(away)
-  time.time_ns = lambda: nanoseconds() + int(next(away)) * 10**9
+  time.time = lambda: real() + wall()
+  time.time_ns = lambda: nanoseconds() + wall() * 10**9
   time.monotonic = coarse
 
 

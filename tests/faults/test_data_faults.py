@@ -61,5 +61,5 @@ def test_a_reader_that_blocks(whole, tmp_path):
 
 def assert_sentence(run, sentence: str):
   """It ended with one error, which says so."""
-  *_, last = run.said().splitlines()
-  assert last.startswith("error: ") and sentence in last and "Traceback" not in run.said(), run.said()
+  (error,) = run.errors()
+  assert sentence in error and "Traceback" not in run.said(), run.said()

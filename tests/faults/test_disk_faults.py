@@ -64,5 +64,6 @@ def test_a_run_directory_that_is_removed(whole, tmp_path):
   run.until(12)
   shutil.rmtree(tmp_path / "run")
   assert run.end() == 2
-  assert run.said().splitlines()[-1].startswith(f"error: {tmp_path / 'run'}/metrics.jsonl was removed"), run.said()
+  (error,) = run.errors()
+  assert error.startswith(f"error: {tmp_path / 'run'}/metrics.jsonl was removed, moved or replaced")
   assert "Traceback" not in run.said() and not (tmp_path / "run" / "metrics.jsonl").exists()
