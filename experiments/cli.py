@@ -127,6 +127,10 @@ def _guarded(main):
   except OSError as error:
     what = f"{error.filename!r}" if error.filename else "a file or a connection"
     _fail(f"{what} could not be used: {error.strerror or error}; check the path, its permissions and the free space")
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    _fail(f"a device has not enough memory: {str(error)[:200]}; see what fits with experiments.plan")
   except KeyboardInterrupt:
     sys.stderr.write("\nstopped; the same command continues from the last checkpoint, if one was saved yet\n")
     sys.exit(130)
