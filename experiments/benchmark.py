@@ -83,6 +83,8 @@ def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
 
 def batch_size() -> int:
   """Rows of a timed step: one micro-batch of the config."""
+  if CONFIG.value.accumulation < 1:
+    raise UserError(f"accumulation (={CONFIG.value.accumulation}) must be at least 1; set --config.accumulation")
   return CONFIG.value.batch_size // CONFIG.value.accumulation
 
 
@@ -197,6 +199,7 @@ def _cell(key: str, value) -> str:
 
 def main():
   """Measure, print, write."""
+  cli.check_json(JSON.value)
   measure = memory if MEMORY.value else benchmark
   config = CONFIG.value
   cli.set_precision(config)

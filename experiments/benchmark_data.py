@@ -20,8 +20,12 @@ from switchlora_jax.errors import UserError
 
 PATH = flags.DEFINE_string("path", "", "glob of plain text, JSON lines or Parquet files, each also compressed")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "a SentencePiece model")
-CHARACTERS = flags.DEFINE_integer("characters", 40_000_000, "length of text to prepare; it is repeated to reach it")
-SHARDS = flags.DEFINE_integer("shards", 700, "files that batches are drawn from; C4's 46M documents make about as many")
+CHARACTERS = flags.DEFINE_integer(
+  "characters", 40_000_000, "length of text to prepare; it is repeated to reach it", lower_bound=1
+)
+SHARDS = flags.DEFINE_integer(
+  "shards", 700, "files that batches are drawn from; C4's 46M documents make about as many", lower_bound=1
+)
 BATCHES = ((8, 128), (1152, 512))  # rows × tokens of the tiny model, and of the paper's
 
 

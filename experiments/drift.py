@@ -15,7 +15,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.switching import SwitchSchedule
 
 SWITCHES = flags.DEFINE_integer("switches", 4000, "steps with one switch each; a run has 10 times as many steps")
-SIZE = flags.DEFINE_integer("size", 256, "inputs and outputs of the layer", lower_bound=8)
+SIZE = flags.DEFINE_integer("size", 256, "inputs and outputs of the layer", lower_bound=8, upper_bound=2**14)
 RANK = flags.DEFINE_integer("rank", 32, "LoRA vectors a side", lower_bound=2)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory for drift.json and drift.png; created")
 POINTS = 8

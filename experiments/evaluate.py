@@ -6,7 +6,6 @@ python -m experiments.evaluate --run=runs/tiny --checkpoint=500 --data='c4/*.jso
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +50,7 @@ def check() -> SavedRun:
   """The run that the flags name, where it can be evaluated."""
   if RUN.value is None:
     raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny")
-  if JSON.value and (not os.access(Path(JSON.value).absolute().parent, os.W_OK) or os.path.isdir(JSON.value)):
-    raise UserError(f"--json (={JSON.value!r}) must be a file in a directory that can be written; choose another")
+  cli.check_json(JSON.value)
   run = saved_run.open_run(Path(RUN.value).expanduser())
   if missing := sorted(flatten(get_config()).keys() - flatten(run.config).keys()):
     raise UserError(

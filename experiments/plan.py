@@ -181,6 +181,7 @@ def results(where: Machine, column: Column) -> dict:
 
 def main():
   """Check, compile, print, write."""
+  cli.check_json(JSON.value)
   devices, _ = topology.parse(TOPOLOGY.value)
   wanted, where = configs(devices), machine()
   first = next(iter(wanted.values()))

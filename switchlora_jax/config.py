@@ -1,5 +1,7 @@
 """Checks a config once and fills in what follows from it. Nothing else in the package reads a raw config."""
 
+import math
+
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from switchlora_jax import spikes
@@ -37,6 +39,7 @@ FREE = (
   *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
 )
 SPLIT = ("sharded", "replicated")
+LARGEST = 2**31 - 1  # of the integers that reach a device or make a shape: there they have 32 bits
 
 
 def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenConfigDict:
@@ -47,6 +50,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   Raises:
     UserError: a value makes no sense, says which, and what to set instead.
   """
+  _check_numbers(config)
   _check_positive(config)
   _check_model(config)
   _check_training(config, devices)
@@ -73,6 +77,15 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   return FrozenConfigDict(config)
 
 
+def _check_numbers(config):
+  """No NaN, which passes comparisons, no infinity but for `clip_norm`, which then clips nothing; no huge integer."""
+  for key, value in flatten(config).items():
+    if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("clip_norm", math.inf):
+      raise UserError(f"{key} (={value}) must be a finite number; set --config.{key}")
+    if isinstance(value, int) and abs(value) > LARGEST and key not in (*FREE, "eval_tokens"):
+      raise UserError(f"{key} (={value}) must lie between ±{LARGEST}; set --config.{key}")
+
+
 def _check_positive(config):
   flat = flatten(config)
   for key in POSITIVE:
@@ -83,7 +96,8 @@ def _check_positive(config):
 def _check_model(config):
   hidden, heads = config.model.hidden_size, config.model.num_heads
   if hidden % heads:
-    divisors = [n for n in range(1, hidden + 1) if hidden % n == 0 and (hidden // n) % 2 == 0]
+    small = [n for n in range(1, math.isqrt(hidden) + 1) if hidden % n == 0]
+    divisors = [n for n in (*small, *(hidden // n for n in small)) if hidden // n % 2 == 0]
     nearest = min(divisors or [1], key=lambda n: abs(n - heads))
     raise UserError(
       f"model.num_heads (={heads}) must divide model.hidden_size (={hidden}); try --config.model.num_heads={nearest}"

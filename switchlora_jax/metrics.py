@@ -1,17 +1,26 @@
 """What a run says while it goes: metrics.jsonl, TensorBoard, a progress bar, and a picture of the loss."""
 
+import contextlib
 import json
+import logging
 import math
+import os
+import time
 from pathlib import Path
 
 import matplotlib
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
+from switchlora_jax.errors import UserError
 from switchlora_jax.run_directory import replace_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+log = logging.getLogger(__name__)
 
 
 def read(path: Path, last_step: int | None = None) -> list[dict]:
@@ -27,29 +36,120 @@ def read(path: Path, last_step: int | None = None) -> list[dict]:
 
 
 class Metrics:
-  """metrics.jsonl and TensorBoard events of one run from `start` on; lines after `start` are dropped first."""
+  """metrics.jsonl and TensorBoard events of one run from `start` on; lines after `start` are dropped first.
+
+  Lines that could not be written, since the disk is full, wait in memory: a disk that has room again before the next
+  checkpoint is due costs nothing.
+  """
 
   def __init__(self, workdir: Path, start: int):
     self.path = workdir / "metrics.jsonl"
     kept = read(self.path, start)
     replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-    self._file = self.path.open("a")
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+    self._file = self.path.open("ab", buffering=0)
+    self._board = Board(workdir / "tensorboard", start)
+    self._waiting, self._warned = b"", False
 
   def write(self, rows: list[dict]):
-    """Append rows, each with a `step`; a number that is not finite becomes null."""
-    for row in rows:
-      finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-      self._file.write(json.dumps(finite) + "\n")
-      for name, value in finite.items():
-        if name != "step" and value is not None:
-          self._board.add_scalar(name, value, row["step"])
-    self._file.flush()
+    """Append rows, each with a `step`; a number that is not finite becomes null.
+
+    Raises:
+      UserError: the file is not there any more.
+    """
+    finite = [{k: v if math.isfinite(v) else None for k, v in row.items()} for row in rows]
+    self._waiting += "".join(json.dumps(row) + "\n" for row in finite).encode()
+    if (failure := self._drain()) and not self._warned:
+      log.warning("%s cannot be written (%s); its lines wait until the next checkpoint", self.path, failure.strerror)
+      self._warned = True
+    self._board.write(finite)
+
+  def settle(self):
+    """Raise `UserError` unless all lines are in the file: a step may be returned to only when its line is."""
+    if failure := self._drain():
+      raise UserError(
+        f"{self.path} could not be written until this checkpoint was due ({failure.strerror}), so it was not saved; "
+        "make room, and the same command continues from the checkpoint before"
+      )
+
+  def _drain(self) -> OSError | None:
+    """Write what waits, and no half of a line; what prevents that."""
+    self._check_there()
+    end, left = os.fstat(self._file.fileno()).st_size, self._waiting
+    try:
+      while left:
+        left = left[self._file.write(left) :]
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        self._file.truncate(end)
+      return error
+    self._waiting = b""
+    return None
+
+  def _check_there(self):
+    here = os.fstat(self._file.fileno())
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(here, self.path.stat()):
+        return
+    raise UserError(
+      f"{self.path} was removed, moved or replaced while the run wrote it; put its directory back as it was, and the "
+      "same command continues from the last checkpoint that is in it, or start anew"
+    )
 
   def close(self):
-    """Flush both."""
+    """Close both."""
     self._file.close()
     self._board.close()
+
+
+class Board:
+  """TensorBoard events of a run from step `start` on. All they say is in metrics.jsonl: errors are warnings here.
+
+  Not with `tensorboardX.SummaryWriter`: a full disk ends its thread, and from then on it blocks whoever writes.
+  """
+
+  def __init__(self, folder: Path, start: int):
+    self._writer = None
+    with self._or_without():
+      folder.mkdir(exist_ok=True)
+      self._writer = EventsWriter(str(folder / "events"))
+      for mark in (dict(file_version="brain.Event:2"), dict(session_log=SessionLog(status=SessionLog.START))):
+        self._writer.write_event(Event(wall_time=time.time(), step=start + 1, **mark))  # hides later steps, if any
+
+  @contextlib.contextmanager
+  def _or_without(self):
+    with only_warned("what TensorBoard shows"):
+      try:
+        yield
+      except OSError:
+        self._writer = None
+        raise
+
+  def write(self, rows: list[dict]):
+    """Append the numbers of rows, each with a `step`."""
+    with self._or_without():
+      for row in rows if self._writer else ():
+        for name, value in row.items():
+          if name != "step" and value is not None:
+            point = summary.scalar(name, value)
+            self._writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=point))
+      if self._writer:
+        self._writer.flush()
+
+  def close(self):
+    """Write what is left."""
+    with self._or_without():
+      if self._writer:
+        self._writer.close()
+        self._writer = None
+
+
+@contextlib.contextmanager
+def only_warned(what: str):
+  """Turn a file error into a warning: of `what` is lost nothing that cannot be made again."""
+  try:
+    yield
+  except OSError as error:
+    log.warning("%s cannot be written (%s); the run goes on without", what, error)
 
 
 def progress_bar(total: int, start: int = 0, what: str = "train", unit: str = "step", shown: bool = True):
@@ -74,7 +174,8 @@ def plot_loss(rows: list[dict], path: Path, title: str):
   if train or valid:
     axes.legend()
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  with only_warned(f"{path}"):
+    figure.savefig(path, dpi=120)
   plt.close(figure)
 
 

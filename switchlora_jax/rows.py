@@ -56,15 +56,26 @@ class Rows:
       raise IndexError(f"row {which} of {len(self)}")
     shards, places = np.divmod(self._start + which % len(self), self._each)
     if which.ndim == 0:
-      return np.asarray(self._shards[shards][places])
+      return np.asarray(_whole(self._shards[shards])[places])
     found = np.empty((len(which), self.shape[1]), self.dtype)
     for shard in np.unique(shards):
       here = shards == shard
-      found[here] = self._shards[shard][places[here]]
+      found[here] = _whole(self._shards[shard])[places[here]]
     return found
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self[np.arange(len(self))], dtype)
+
+
+def _whole(shard: np.ndarray) -> np.ndarray:
+  """The shard, if its file is still as long as when it was opened: to read beyond its end would kill the process."""
+  if isinstance(shard, np.memmap) and shard.base.size() < shard.offset + shard.nbytes:
+    raise UserError(
+      f"{shard.filename} must have {shard.offset + shard.nbytes:,} bytes; it was cut to {shard.base.size():,} under "
+      "the run; restore it, or delete its folder and prepare it again, and the same command continues from the last "
+      "checkpoint"
+    )
+  return shard
 
 
 class Shard(NamedTuple):

@@ -113,6 +113,8 @@ def check_shared(workdir: Path) -> None:
 def update(workdir: Path, config) -> None:
   """Let config.json say what the checkpoint about to be saved was trained with, where a run was extended."""
   saved = read(workdir)
+  if saved is None:
+    raise UserError(f"{workdir / 'config.json'} was removed under the run; put it back, and the same command continues")
   if saved["config"] != config.to_dict():
     _write(workdir, saved | {"config": config.to_dict(), "git_revision": git_revision()})
 

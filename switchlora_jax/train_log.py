@@ -37,7 +37,7 @@ class Log:
     if not self._waiting:
       return
     rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._waiting)]
-    seconds = time.monotonic() - self._since
+    seconds = max(time.monotonic() - self._since, 1e-9)  # a coarse clock may stand still
     speed = len(rows) * self._config.batch_size * self._config.seq_len / seconds
     self._write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
     self._bar.update(len(rows))
@@ -63,6 +63,11 @@ class Log:
     if hosts.is_first():
       self._bar.write(f"step {step}: validation perplexity {numbers['val_ppl']:.2f}")
     self._since = time.monotonic()
+
+  def settle(self):
+    """Make sure that what was written can be read again, before the step can be returned to; see `Metrics.settle`."""
+    if self._metrics:
+      self._metrics.settle()
 
   def _write(self, rows: list[dict]):
     if self._metrics:

@@ -124,6 +124,7 @@ class Run:
   def save(self):
     """Begin to save the state; what config.json and metrics.jsonl say of it is on disk before it can be returned to."""
     self.log.flush()
+    hosts.on_first(self.log.settle)
     hosts.on_first(lambda: run_directory.update(self._workdir, self._config))
     self._checkpoints.save(self.done, self.state)
 

@@ -66,6 +66,16 @@ MISTAKES = {
     "frozen_dtype (='bfloat16') is for the frozen kernels below adapters, and --config.method=full trains its kernels",
   ),
   "nothing frozen either": (dict(method="galore", frozen_dtype="bfloat16"), "--config.method=galore trains its"),
+  "rate is no number": (dict(learning_rate=float("nan")), "learning_rate (=nan) must be a finite number; set"),
+  "rate without bounds": (
+    dict(warm_start_learning_rate=float("inf")),
+    "warm_start_learning_rate (=inf) must be a finite",
+  ),
+  "no clipping": (dict(clip_norm=float("nan")), "clip_norm (=nan) must be a finite number; set --config.clip_norm"),
+  "what another method uses": (dict(galore__scale=float("nan")), "galore.scale (=nan) must be a finite number"),
+  "steps beyond 32 bits": (dict(steps=2**31), "steps (=2147483648) must lie between ±2147483647; set --config.steps"),
+  "seed beyond 32 bits": (dict(seed=-(10**30)), "must lie between ±2147483647; set --config.seed"),
+  "huge odd head": (dict(model__hidden_size=2**31 - 1), "must divide model.hidden_size (=2147483647); try --config"),
   "init": (dict(switch__init="kaiming"), "switch.init (='kaiming') must be one of switchlora, lora"),
   "short rows": (dict(seq_len=1), "seq_len (=1) must be at least 2"),
   "order": (dict(switch__order="shuffled"), "switch.order (='shuffled') must be one of sequential, random; set"),
@@ -112,6 +122,8 @@ def test_mistakes_have_their_sentence(tmp_path, name):
     dict(param_dtype="bfloat16", frozen_dtype="float32"),
     dict(method="relora", frozen_dtype="bfloat16", rank=4, relora__restart_every=6, relora__restart_warmup_steps=1),
     dict(method="full", frozen_dtype="float32"),
+    dict(clip_norm=float("inf")),
+    dict(eval_tokens=10**12, keep_checkpoints=10**12, steps=2**31 - 1),
   ],
 )
 def test_what_makes_sense_passes(tmp_path, changes):

@@ -192,3 +192,22 @@ def test_the_fingerprint_is_of_tokenizer_and_rows_and_of_nothing_else(tmp_path):
   prints.add(rows.fingerprint(manifest | {"valid": manifest["train"]}))
   other["train"]["shards"][0][2] = "x"
   assert len(prints | {rows.fingerprint(other)}) == 4
+
+
+@pytest.mark.parametrize("which", [0, 7, [2, 5], [6]])
+def test_a_shard_that_is_cut_under_its_reader_is_a_sentence(tmp_path, which):
+  """Not a bus error, which nothing can catch."""
+  manifest, _ = folder_of(tmp_path)
+  found = rows.open_rows(tmp_path, manifest["train"])
+  for name in ("train-00000.npy", "train-00001.npy", "train-00002.npy"):
+    os.truncate(tmp_path / name, os.path.getsize(tmp_path / name) - 1)
+  with pytest.raises(UserError, match=r"train-0000\d.npy must have 1\d\d bytes; it was cut to 1\d\d under the run"):
+    found[np.array(which)]
+
+
+def test_a_shard_that_is_removed_under_its_reader_is_read_to_the_end(tmp_path):
+  manifest, array = folder_of(tmp_path)
+  found = rows.open_rows(tmp_path, manifest["train"])
+  for path in tmp_path.glob("*.npy"):
+    path.unlink()
+  np.testing.assert_array_equal(np.asarray(found), array)

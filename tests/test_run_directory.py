@@ -116,3 +116,8 @@ def test_a_file_is_replaced_whole(tmp_path):
   run_directory.replace_text(path, json.dumps({"new": 1}))
   assert json.loads(path.read_text()) == {"new": 1}
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_config_that_is_removed_under_the_run_is_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r"config.json was removed under the run; put it back"):
+    run_directory.update(tmp_path, None)

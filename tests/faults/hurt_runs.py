@@ -48,6 +48,10 @@ class Run(NamedTuple):
     finally:
       self.process.kill()
 
+  def errors(self) -> list[str]:
+    """The errors that it printed, each a line of its own, also where a progress bar was shown."""
+    return [line for line in self.said().replace("\r", "\n").splitlines() if line.startswith("error: ")]
+
   def said(self) -> str:
     """What it printed to stderr."""
     return self.stderr.read_text()

@@ -1,0 +1,91 @@
+"""Commands by the hundred: JAX is imported once, and each command runs in a fork of that process.
+
+`python tests/faults/forks.py` reads a JSON list a line, [command, argument, …], and answers each with a line,
+[exit code, stdout, stderr]. No device is touched before the fork.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ("cli", "distributed", "grid", "results", "settings", "studies", "paper", "spectra", "rendezvous")
+PATIENCE = 60  # seconds that one command may take
+
+
+class Ended(NamedTuple):
+  """What a command left."""
+
+  code: int
+  stdout: str
+  stderr: str
+
+
+@contextlib.contextmanager
+def forks(folder: Path) -> Iterator[Callable[..., Ended]]:
+  """(name in experiments/, argument, …) -> what that command left, run in `folder`."""
+  shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+  pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  with subprocess.Popen([sys.executable, __file__], env=shared, cwd=folder, **pipes) as server:
+
+    def run(*command: str) -> Ended:
+      print(json.dumps(command), file=server.stdin, flush=True)
+      return Ended(*json.loads(server.stdout.readline()))
+
+    yield run
+    server.stdin.close()
+
+
+def serve():
+  """Import what all commands share, then fork for each line of stdin."""
+  for package in ("switchlora_jax", "switchlora_jax.methods"):
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+      importlib.import_module(module.name)
+  for name in SHARED:
+    importlib.import_module(f"experiments.{name}")
+  for line in sys.stdin:
+    print(json.dumps(fork(json.loads(line))), flush=True)
+
+
+def fork(command: list[str]) -> Ended:
+  """Run one command in a child."""
+  kind = dict(mode="w+", errors="backslashreplace")
+  with tempfile.TemporaryFile(**kind) as stdout, tempfile.TemporaryFile(**kind) as stderr:
+    if not (child := os.fork()):
+      become(command, stdout, stderr)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [(file.seek(0), file.read())[1] for file in (stdout, stderr)]
+  return Ended(code, *texts)
+
+
+def become(command: list[str], stdout, stderr):
+  """The child: the command, as `python -m` would run it; does not return."""
+  for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
+    os.dup2(file, number)
+  signal.alarm(PATIENCE)
+  sys.argv, code = command, 0
+  try:
+    runpy.run_module(f"experiments.{command[0]}", run_name="__main__", alter_sys=True)
+  except SystemExit as end:
+    code = end.code if isinstance(end.code, int) else int(end.code is not None)
+  except BaseException:
+    traceback.print_exc()
+    code = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+if __name__ == "__main__":
+  serve()

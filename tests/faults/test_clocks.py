@@ -1,0 +1,44 @@
+"""Clocks that jump: file names, logs and speeds have them, what a run computes has not."""
+
+import itertools
+import time
+
+from hurt_runs import assert_same_end, small, start
+
+DAY = 86_400
+
+
+def jump():
+  """The wall clock leaps a day back at every 50th look, and two minutes ahead at every 10th.
+
+  The monotonic clock stands still between most looks, as a coarse one does; back it never goes.
+  """
+  looks, real, nanoseconds, monotonic = itertools.count(), time.time, time.time_ns, time.monotonic
+  away, stands = [0], [monotonic()]
+
+  def wall():
+    look = next(looks)
+    away[0] += 120 * (look % 10 == 9) - DAY * (look % 50 == 49)
+    return away[0]
+
+  def coarse():
+    if next(looks) % 8 == 0:
+      stands[0] = monotonic()
+    return stands[0]
+
+  time.time = lambda: real() + wall()
+  time.time_ns = lambda: nanoseconds() + wall() * 10**9
+  time.monotonic = coarse
+
+
+def test_clocks_that_jump(whole, tmp_path):
+  """Case 16. The run ends as the uninterrupted one, in two parts, with a jump between them too."""
+  folder, uninterrupted = whole
+  run = start(small(folder), tmp_path / "run", fault="test_clocks:jump")
+  run.until(23)
+  run.process.kill()
+  run.end()
+  run = start(small(folder), tmp_path / "run", fault="test_clocks:jump")
+  assert run.end() == 0, run.said()
+  assert "Traceback" not in run.said()
+  assert_same_end(tmp_path / "run", uninterrupted)
