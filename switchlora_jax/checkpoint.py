@@ -73,7 +73,8 @@ def _shape(name: str, leaf) -> tuple[int, ...]:
 class Checkpoints:
   """The checkpoints of one run, in `directory`; a context that waits for the last save when it ends.
 
-  Without `keep`, the number of newest ones that are kept, they are another's, only to be read.
+  Without `keep`, the number of newest ones that are kept (and one more until the next save begins, or all ends),
+  they are another's, only to be read.
   """
 
   def __init__(self, directory: Path, keep: int | None = None):
@@ -121,7 +122,7 @@ class Checkpoints:
       self._writer.check_for_errors()
 
   def wait(self):
-    """Wait for the save in flight; then more than `keep` are not needed any more."""
+    """Wait for the save in flight; then more than `keep` are not needed any more. Raises as `save`."""
     with self._failure_as_sentence():
       self._writer.wait_until_finished()
       if hosts.is_first() and (old := self.steps()[: -self._keep]):

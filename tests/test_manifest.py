@@ -77,6 +77,14 @@ def test_a_step_under_the_name_of_another_is_refused(folder):
     manifest.verify(folder.rename(folder.with_name("6")))
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "written_later", "state/../../other"])
+def test_no_file_elsewhere_is_looked_at(folder, name):
+  saved = manifest.read(folder)
+  rows.write_json(folder / "manifest.json", saved._replace(files=saved.files | {name: [1, "0"]})._asdict())
+  with pytest.raises(Damaged, match=rf"names files outside of state/, such as {name}$"):
+    manifest.verify(folder)
+
+
 def test_processes_share_the_files(folder):
   """Each looks at its own, and none at those of another."""
   for path in folder.glob("state/**/*"):
