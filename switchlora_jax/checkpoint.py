@@ -176,12 +176,13 @@ class Checkpoints:
       hosts.on_first(lambda: [self._pass_over(step, reason) for step, reason in damaged.items()])
       return state
     if damaged:
-      raise UserError(
-        f"none of the checkpoints in {self._directory} can be read back "
-        f"({'; '.join(f'step {step}: {reason}' for step, reason in damaged.items())}); "
-        f"{'start over in a new --workdir' if self._keep else 'choose another'}"
-      )
+      raise self._none_is_good(damaged)
     return None
+
+  def _none_is_good(self, damaged: dict[int, str]) -> UserError:
+    reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+    remedy = "start over in a new --workdir" if self._keep else "choose another"
+    return UserError(f"none of the checkpoints in {self._directory} can be read back ({reasons}); {remedy}")
 
   def _sweep(self):
     """Remove what a process that was killed had half written or half removed."""
