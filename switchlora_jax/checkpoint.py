@@ -73,7 +73,8 @@ def _shape(name: str, leaf) -> tuple[int, ...]:
 class Checkpoints:
   """The checkpoints of one run, in `directory`; a context that waits for the last save when it ends.
 
-  Without `keep`, the number of newest ones that are kept, they are another's, only to be read.
+  Without `keep`, the number of newest ones that are kept (and one more until the next save begins, or all ends),
+  they are another's, only to be read.
   """
 
   def __init__(self, directory: Path, keep: int | None = None):
@@ -121,7 +122,7 @@ class Checkpoints:
       self._writer.check_for_errors()
 
   def wait(self):
-    """Wait for the save in flight; then more than `keep` are not needed any more."""
+    """Wait for the save in flight; then more than `keep` are not needed any more. Raises as `save`."""
     with self._failure_as_sentence():
       self._writer.wait_until_finished()
       if hosts.is_first() and (old := self.steps()[: -self._keep]):
@@ -175,12 +176,13 @@ class Checkpoints:
       hosts.on_first(lambda: [self._pass_over(step, reason) for step, reason in damaged.items()])
       return state
     if damaged:
-      raise UserError(
-        f"none of the checkpoints in {self._directory} can be read back "
-        f"({'; '.join(f'step {step}: {reason}' for step, reason in damaged.items())}); "
-        f"{'start over in a new --workdir' if self._keep else 'choose another'}"
-      )
+      raise self._none_is_good(damaged)
     return None
+
+  def _none_is_good(self, damaged: dict[int, str]) -> UserError:
+    reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+    remedy = "start over in a new --workdir" if self._keep else "choose another"
+    return UserError(f"none of the checkpoints in {self._directory} can be read back ({reasons}); {remedy}")
 
   def _sweep(self):
     """Remove what a process that was killed had half written or half removed."""

@@ -22,7 +22,7 @@ from switchlora_jax.rows import read_json, write_json
 
 NAME = "manifest.json"
 COVERED = "state"
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK = 1 << 18  # bytes read at a time: they stay in the cache of a core until they are summed
 
 
 class Damaged(ValueError):
@@ -88,6 +88,8 @@ def read(folder: Path) -> Manifest:
     raise Damaged(f"it has no {NAME}: the save did not end, or was made by code that wrote none")
   if str(manifest.step) != folder.name:
     raise Damaged(f"{NAME} is that of step {manifest.step}")
+  if elsewhere := [name for name in manifest.files if not name.startswith(f"{COVERED}/") or ".." in name.split("/")]:
+    raise Damaged(f"{NAME} names files outside of {COVERED}/, such as {elsewhere[0]}")
   return manifest
 
 

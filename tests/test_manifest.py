@@ -57,7 +57,7 @@ def truncate(path):
 @pytest.mark.parametrize(
   "hurt, said",
   [
-    (lambda folder: truncate(folder / "state/d/large"), r"^state/d/large has 1,048,675 bytes of 1,048,676$"),
+    (lambda folder: truncate(folder / "state/d/large"), r"^state/d/large has 262,243 bytes of 262,244$"),
     (lambda folder: truncate(folder / "manifest.json"), r"^manifest.json is not what was written$"),
     (lambda folder: (folder / "state/e/no").write_text("more"), r"^state/e/no has 4 bytes of 0$"),
     (lambda folder: (folder / "state/e/no").unlink(), r"^state/e/no: No such file or directory$"),
@@ -75,6 +75,14 @@ def test_what_is_wrong_is_named(folder, hurt, said):
 def test_a_step_under_the_name_of_another_is_refused(folder):
   with pytest.raises(Damaged, match=r"manifest.json is that of step 5"):
     manifest.verify(folder.rename(folder.with_name("6")))
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "written_later", "state/../../other"])
+def test_no_file_elsewhere_is_looked_at(folder, name):
+  saved = manifest.read(folder)
+  rows.write_json(folder / "manifest.json", saved._replace(files=saved.files | {name: [1, "0"]})._asdict())
+  with pytest.raises(Damaged, match=rf"names files outside of state/, such as {name}$"):
+    manifest.verify(folder)
 
 
 def test_processes_share_the_files(folder):
