@@ -52,7 +52,7 @@ def block(step: str):
 def test_a_reader_that_blocks(whole, tmp_path):
   """Case 15. The run ends by itself; the relaunch ends as the uninterrupted run."""
   folder, uninterrupted = whole
-  run = start(small(folder), tmp_path / "run", "--config.hang_seconds=20", fault="test_data_faults:block=12")
+  run = start(small(folder), tmp_path / "run", "--config.hang_seconds=45", fault="test_data_faults:block=12")
   assert run.end() > 0
   assert "Traceback" not in run.said() and "hang_seconds" in run.said(), run.said()
   finish(small(folder), tmp_path / "run")
