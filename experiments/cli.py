@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import STOPPED, Stopped, UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -41,7 +41,7 @@ def set_precision(config):
 
 
 def run(main):
-  """Parse the flags and call `main()`; exit 2 with a sentence on a `UserError`, 130 on Ctrl-C."""
+  """Parse the flags and call `main()`; exit with a sentence: 2 on a `UserError`, 75 on `Stopped`, 130 on Ctrl-C."""
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -62,6 +62,9 @@ def _guarded(main):
     main()
   except UserError as error:
     _fail(str(error))
+  except Stopped as stopped:
+    sys.stderr.write(f"\n{stopped}\n")
+    sys.exit(STOPPED)
   except KeyboardInterrupt:
     sys.stderr.write("\nstopped; the same command continues from the last checkpoint, if one was saved yet\n")
     sys.exit(130)

@@ -3,7 +3,6 @@
 import random
 
 import pytest
-
 from runs import assert_same_end, finish, small, start
 
 
