@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from runs import assert_same_end, finish, last_step, saved_steps, small, start
+from runs import assert_same_end, finish, finish_pair, last_step, saved_steps, small, start, start_pair
 
 from switchlora_jax.errors import STOPPED
 
@@ -22,7 +22,7 @@ def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
   folder, uninterrupted = whole
   config, workdir = small(folder, checkpoint_every=30), tmp_path / "stopped"
   for number, reach in ((signal.SIGTERM, 7), (signal.SIGINT, 22)):
-    run = start(config, workdir, restore_signals=True)
+    run = start(config, workdir)
     run.until(reach)
     run.process.send_signal(number)
     step = stopped_at(run)
@@ -33,17 +33,16 @@ def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
   assert_same_end(workdir, uninterrupted)
 
 
-def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole, tmp_path):
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole_pair, tmp_path):
   """Case 4. SIGTERM to one process, then SIGINT to the other: both save the same step, and nothing is lost."""
-  folder, uninterrupted = whole
+  folder, uninterrupted = whole_pair
   config, workdir = small(folder, checkpoint_every=30), tmp_path / "pair"
   for number, told, reach in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 20)):
-    pair = start_pair(config, workdir, restore_signals=True)
+    pair = start_pair(config, workdir)
     pair[0].until(reach)
     pair[told].process.send_signal(number)
     step, _ = (stopped_at(run) for run in pair)
     assert f"stopped by {number.name} after step {step}, which is saved" in pair[told].said()
     assert f"stopped by {number.name} to process {told} after step {step}, which" in pair[1 - told].said()
-  for run in start_pair(config, workdir):
-    assert run.end() == 0, run.said()
-  assert_same_numbers(workdir, uninterrupted)
+  finish_pair(config, workdir)
+  assert_same_end(workdir, uninterrupted)

@@ -1,0 +1,96 @@
+"""Two processes of which one is killed, stopped or stuck: the other ends within a bounded time and says which."""
+
+import signal
+import time
+
+import pytest
+from runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
+
+from switchlora_jax.errors import HUNG, STOPPED
+from switchlora_jax.watchdog import GRACE
+
+PATIENCE = 8  # seconds of --peer_timeout
+
+
+def ended_by_the_watchdog(run, within: float) -> str:
+  """What a process said that had to end by itself within so many seconds."""
+  began = time.monotonic()
+  assert run.end(within) == HUNG, run.said()
+  print(f"ended after {time.monotonic() - began:.1f} s")
+  assert "the same command on all processes continues from the last checkpoint" in run.said()
+  return run.said()
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_is_killed(whole_pair, tmp_path, victim):
+  """Case 5. SIGKILL to one of two: the other names it, and the relaunch loses the steps since the last save."""
+  folder, uninterrupted = whole_pair
+  workdir = tmp_path / "killed"
+  pair = start_pair(small(folder), workdir, f"--peer_timeout={PATIENCE}")
+  pair[0].until(12)
+  pair[victim].process.kill()
+  said = ended_by_the_watchdog(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
+  assert f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s" in said or (
+    victim == 0 and "process 0 is lost: nothing answers at 127.0.0.1:" in said
+  )
+  assert saved_steps(workdir)[-1] >= 10
+  finish_pair(small(folder), workdir)
+  assert_same_end(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_that_is_stopped(whole_pair, tmp_path, victim):
+  """Case 6. SIGSTOP to one of two: the other names it; once it is killed, the relaunch goes on."""
+  folder, uninterrupted = whole_pair
+  workdir = tmp_path / "stopped"
+  pair = start_pair(small(folder), workdir, f"--peer_timeout={PATIENCE}")
+  pair[0].until(12)
+  pair[victim].process.send_signal(signal.SIGSTOP)
+  said = ended_by_the_watchdog(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
+  assert f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s" in said
+  pair[victim].process.kill()
+  pair[victim].end()
+  finish_pair(small(folder), workdir)
+  assert_same_end(workdir, uninterrupted)
+
+
+def block_at(step: str):
+  """Never find the batch after so many steps."""
+  from switchlora_jax import dataset
+
+  batches = dataset.batches
+
+  def blocked(data, config):
+    batch_of = batches(data, config)
+    return lambda done: time.sleep(3600) if done == int(step) else batch_of(done)
+
+  dataset.batches = blocked
+
+
+def test_a_process_that_hangs(whole, tmp_path):
+  """Case 6. One of two waits for ever for a batch: both end, and say where it was, and which is behind."""
+  pair = start_pair(
+    small(whole[0], hang_seconds=30.0),
+    tmp_path / "hangs",
+    faults=(None, "test_peers:block_at=12"),
+  )
+  pair[0].until(11)
+  for run, own in zip(pair, ("step 13, on the devices", "step 13, reading its batch"), strict=True):
+    said = ended_by_the_watchdog(run, 90)
+    assert f"at: {own}; nothing went on for 30 s (--config.hang_seconds)" in said
+    assert "furthest behind is process 1, at: step 13, reading its batch; above is" in said
+  assert "in blocked" in said or "in <lambda>" in said, "no stack of the main thread"
+
+
+def test_other_devices_and_processes(whole, tmp_path):
+  """Case 14. Two processes of one device, then one of two, then one of one: the same run, up to the order of sums."""
+  folder, uninterrupted = whole
+  workdir = tmp_path / "moves"
+  two = lambda: [start(small(folder), workdir, environment={"JAX_NUM_CPU_DEVICES": "2"})]
+  for begin, reach in ((lambda: start_pair(small(folder), workdir), 6), (two, 22)):
+    runs = begin()
+    runs[0].until(reach)
+    runs[0].process.terminate()
+    assert [run.end() for run in runs] == [STOPPED] * len(runs), runs[0].said()
+  finish(small(folder), workdir)
+  assert_same_numbers(workdir, uninterrupted)
