@@ -111,17 +111,20 @@ def lines(workdir: Path) -> list[dict]:
   return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
-def state_hash(workdir: Path) -> str:
-  """SHA-256 of every array of the newest checkpoint, with its name, dtype and shape."""
+def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
+  """Every array of the newest checkpoint, by its path there."""
   path = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "state"
   with ocp.PyTreeCheckpointer() as reader:
     described = reader.metadata(path).item_metadata.tree
     wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
     state = reader.restore(path, restore_args=wanted)
+  return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(state)}
+
+
+def state_hash(workdir: Path) -> str:
+  """SHA-256 of every array of the newest checkpoint, with its name, dtype and shape."""
   digest = hashlib.sha256()
-  for name, leaf in sorted(
-    (jax.tree_util.keystr(name), np.asarray(leaf)) for name, leaf in jax.tree.leaves_with_path(state)
-  ):
+  for name, leaf in sorted(saved_arrays(workdir).items()):
     digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
   return digest.hexdigest()
 

@@ -3,7 +3,6 @@
 import signal
 import time
 
-import pytest
 from runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
 
 from switchlora_jax.errors import HUNG, STOPPED
@@ -21,37 +20,32 @@ def ended_by_the_watchdog(run, within: float) -> str:
   return run.said()
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_process_that_is_killed(whole_pair, tmp_path, victim):
-  """Case 5. SIGKILL to one of two: the other names it, and the relaunch loses the steps since the last save."""
+def lost_one_after_the_other(number: signal.Signals, whole_pair, workdir):
+  """Send a signal to process 1, and to process 0 of the relaunch; the next relaunch ends as the uninterrupted run."""
   folder, uninterrupted = whole_pair
-  workdir = tmp_path / "killed"
-  pair = start_pair(small(folder), workdir, f"--peer_timeout={PATIENCE}")
-  pair[0].until(12)
-  pair[victim].process.kill()
-  said = ended_by_the_watchdog(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
-  assert f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s" in said or (
-    victim == 0 and "process 0 is lost: nothing answers at 127.0.0.1:" in said
-  )
-  assert saved_steps(workdir)[-1] >= 10
+  for victim, reach in ((1, 12), (0, 27)):
+    pair = start_pair(small(folder), workdir, f"--peer_timeout={PATIENCE}")
+    pair[0].until(reach)
+    pair[victim].process.send_signal(number)
+    said = ended_by_the_watchdog(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
+    silent = f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s (--peer_timeout); it was last at: "
+    gone = "process 0 is lost: nothing answers at 127.0.0.1:"
+    assert silent in said or (victim == 0 and number == signal.SIGKILL and gone in said)
+    assert saved_steps(workdir)[-1] >= reach - 7  # the save of the last five may have been under way
+    pair[victim].process.kill()  # a stopped one still holds the directory
+    pair[victim].end()
   finish_pair(small(folder), workdir)
   assert_same_end(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_process_that_is_stopped(whole_pair, tmp_path, victim):
-  """Case 6. SIGSTOP to one of two: the other names it; once it is killed, the relaunch goes on."""
-  folder, uninterrupted = whole_pair
-  workdir = tmp_path / "stopped"
-  pair = start_pair(small(folder), workdir, f"--peer_timeout={PATIENCE}")
-  pair[0].until(12)
-  pair[victim].process.send_signal(signal.SIGSTOP)
-  said = ended_by_the_watchdog(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
-  assert f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s" in said
-  pair[victim].process.kill()
-  pair[victim].end()
-  finish_pair(small(folder), workdir)
-  assert_same_end(workdir, uninterrupted)
+def test_a_process_that_is_killed(whole_pair, tmp_path):
+  """Case 5. SIGKILL to one of two: the other ends and names it; the relaunch lacks the steps since the last save."""
+  lost_one_after_the_other(signal.SIGKILL, whole_pair, tmp_path / "killed")
+
+
+def test_a_process_that_is_stopped(whole_pair, tmp_path):
+  """Case 6. SIGSTOP to one of two: the other ends and names it; once it is killed too, the relaunch continues."""
+  lost_one_after_the_other(signal.SIGSTOP, whole_pair, tmp_path / "stopped")
 
 
 def block_at(step: str):
@@ -68,11 +62,11 @@ def block_at(step: str):
 
 
 def test_a_process_that_hangs(whole, tmp_path):
-  """Case 6. One of two waits for ever for a batch: both end, and say where it was, and which is behind."""
+  """Case 6, too. One of two waits for ever for a batch: both end, and say where it was, and which is behind."""
   pair = start_pair(
     small(whole[0], hang_seconds=30.0),
     tmp_path / "hangs",
-    faults=(None, "test_peers:block_at=12"),
+    faults=(None, "test_lost_peers:block_at=12"),
   )
   pair[0].until(11)
   for run, own in zip(pair, ("step 13, on the devices", "step 13, reading its batch"), strict=True):
