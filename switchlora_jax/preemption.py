@@ -11,12 +11,14 @@ import select
 import signal
 import sys
 import threading
+import time
 
 from switchlora_jax.peers import Peers
 
 PARENT = "SWITCHLORA_JAX_PARENT"  # in the environment: the process without which this one is to stop
 HEARD = (signal.SIGTERM, signal.SIGINT)
 POLL = 1.0  # seconds between two looks at the parent
+ONE = 2.0  # seconds within which signals are one: SLURM may send its own, and srun hand on another
 
 
 class Preemption:
@@ -29,7 +31,7 @@ class Preemption:
   """
 
   def __init__(self, peers: Peers):
-    self._peers, self.cause, self._told, self._begun = peers, None, False, False
+    self._peers, self.cause, self._told, self._begun = peers, None, None, False
     self._seen, self._proposed, self._stop_at, self._changed = 0, None, None, threading.Condition()
     parent = os.environ.get(PARENT)
     self._parent = int(parent) if parent else None
@@ -91,20 +93,20 @@ class Preemption:
         return
       if byte and byte[0] in HEARD:
         self._take(signal.Signals(byte[0]))
-      elif self._parent and os.getppid() != self._parent and self._begun and not self._told:
+      elif self._parent and os.getppid() != self._parent and self._begun and self._told is None:
         self._tell("the end of the process that started it")
 
   def _take(self, number: signal.Signals):
     if not self._begun:
       if number == signal.SIGTERM:
         _end(number, f"stopped by {number.name} during set-up; the same command starts again")
-    elif self._told:
-      _end(number, f"stopped at once by a second signal, {number.name}; the same command continues from the last save")
-    else:
+    elif self._told is None:
       self._tell(number.name)
+    elif time.monotonic() - self._told > ONE:
+      _end(number, f"stopped at once by a second signal, {number.name}; the same command continues from the last save")
 
   def _tell(self, cause: str):
-    self._told = True
+    self._told = time.monotonic()
     self._peers.say_now(told=cause)
 
 

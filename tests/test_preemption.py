@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlora_jax.peers import Peers
-from switchlora_jax.preemption import PARENT, Preemption
+from switchlora_jax.preemption import ONE, PARENT, Preemption
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,7 +115,10 @@ def started(phase: str, **environment):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_answered_after_the_step(number):
+  """… also where it is sent twice, at the same time."""
   process = started("steps")
+  process.send_signal(number)
+  time.sleep(0.05)
   process.send_signal(number)
   said, error = process.communicate(timeout=60)
   cause, step = said.splitlines()[0].split(", ")
@@ -126,7 +129,7 @@ def test_a_signal_is_answered_after_the_step(number):
 def test_a_second_signal_ends_it_at_once_whatever_the_main_thread_does():
   process = started("blocked")
   process.send_signal(signal.SIGTERM)
-  time.sleep(2)
+  time.sleep(ONE + 0.5)
   assert process.poll() is None
   process.send_signal(signal.SIGINT)
   _, error = process.communicate(timeout=20)
