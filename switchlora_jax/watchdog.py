@@ -99,14 +99,22 @@ class Watchdog:
     if self._failing > GRACE:  # else it ends by itself, with the same sentence
       process, reason = min(failed.items())
       return f"process {process} has failed ({reason}), see what it says; {REMEDY}"
-    if lost := [process for process, still in self._silent.items() if still.seconds > self._peer_seconds]:
-      return self._lost(0 if here in lost else min(lost), said)
+    if (lost := self._lost()) is not None:
+      return self._lament(lost, said)
     self._quiet.look(self._marks, seconds)
     if self._begun and 0 < self._hang_seconds < self._quiet.seconds:
       return self._hung(said)
     return None
 
-  def _lost(self, process: int, said: dict[int, dict]) -> str:
+  def _lost(self) -> int | None:
+    """A process that has said nothing for too long. Where not even this one is heard, it is process 0 that is."""
+    lost = [process for process, still in self._silent.items() if still.seconds > self._peer_seconds]
+    if self._peers.here in lost:
+      return 0
+    heard = self._peers.here in self._silent and self._silent[self._peers.here].seconds <= GRACE
+    return min(lost) if lost and heard else None
+
+  def _lament(self, process: int, said: dict[int, dict]) -> str:
     doing = said.get(process, {}).get("doing", "set-up")
     return (
       f"process {process} of {self._peers.count} is lost: no sign of life for {self._peer_seconds:g} s "

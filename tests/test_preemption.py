@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def test_all_stop_after_the_same_step_which_none_has_done_yet(data):
   for process, last in zip(processes, done, strict=True):
     stops = [step for step in range(last + 1, start + 10) if process.preemption.due(step)]
     assert stops == [max(done) + 1]
+
+
+def test_while_they_agree_none_goes_on():
+  """Else one might be beyond the step by then."""
+  processes = begun(2, 0)
+  processes[0].preemption._tell("SIGTERM")
+  share(processes, processes[:1])
+  answers = []
+  main = threading.Thread(target=lambda: answers.append(processes[0].preemption.due(1)), daemon=True)
+  main.start()
+  main.join(0.3)
+  assert answers == []
+  for process in reversed(processes):
+    share(processes, [process])
+  main.join(20)
+  assert answers == [True]
 
 
 def test_none_stops_that_was_not_told():

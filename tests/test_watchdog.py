@@ -100,6 +100,16 @@ def test_a_process_that_says_nothing_more_is_lost(here, silent):
   )
 
 
+@pytest.mark.parametrize("here", [1, 2])
+def test_where_process_0_does_not_answer_no_other_is_blamed(here):
+  """Though what the other said last may be a little older."""
+  peers, dog = begun(here, 3)
+  peers.silent = {3 - here}
+  assert looks(peers, dog, 3) is None
+  peers.silent = {0, 1, 2}
+  assert looks(peers, dog, LOST + 1).startswith("process 0 of 3 is lost")
+
+
 def test_a_process_that_has_ended_is_not_missed():
   peers, dog = begun(0, 2)
   peers.said[1] = peers.said[1] | {"ended": True}
@@ -145,35 +155,37 @@ def test_a_run_that_was_told_to_stop_has_not_failed():
 # --- real processes -------------------------------------------------------------------------------------------------
 
 HANGS = """
-import time
+import sys, time
 from switchlora_jax.peers import Peers
 from switchlora_jax.watchdog import Watchdog
-with Peers() as peers, Watchdog(peers, 2, 60) as dog:
+with Peers() as peers, Watchdog(peers, float(sys.argv[1]), 60) as dog:
   dog.begin()
   print("ready", flush=True)
   time.sleep(600)
 """
 
 
-def hanging():
+def hanging(seconds: int):
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  process = subprocess.Popen([sys.executable, "-c", HANGS], cwd=ROOT, **pipes)
+  process = subprocess.Popen([sys.executable, "-c", HANGS, str(seconds)], cwd=ROOT, **pipes)
   assert process.stdout.readline() == "ready\n"
   return process
 
 
 def test_a_process_ends_itself():
-  process = hanging()
+  process = hanging(1)
   _, error = process.communicate(timeout=60)
   assert process.returncode == HUNG
   assert "error: process 0 hangs since" in error and 'File "<string>", line 8 in <module>' in error
 
 
 def test_a_process_that_was_stopped_and_goes_on_has_not_hung():
-  process = hanging()
+  process = hanging(6)
+  time.sleep(1.5)  # it has looked once or twice
   os.kill(process.pid, signal.SIGSTOP)
-  time.sleep(4)
+  time.sleep(7)
   os.kill(process.pid, signal.SIGCONT)
-  time.sleep(0.3)
+  time.sleep(3)
   assert process.poll() is None
-  process.communicate(timeout=60)
+  process.kill()
+  process.communicate()
