@@ -16,7 +16,7 @@ class Children:
   """
 
   def __init__(self):
-    self._running, self._ended = set(), False
+    self._running, self._ended = [], False
 
   def __enter__(self):
     self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -40,12 +40,12 @@ class Children:
       return -signal.SIGTERM
     variables = environment() | {PARENT: str(os.getpid())}
     process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
-    self._running.add(process)
+    self._running.append(process)
     try:
       share_cores(process.pid, *share)
       return process.wait()
     finally:
-      self._running.discard(process)
+      self._running.remove(process)
 
 
 def share_cores(pid: int, number: int, processes: int):

@@ -16,7 +16,7 @@ class Taken(Exception):
 
 @contextlib.contextmanager
 def alone(folder: Path, *, wait: bool) -> Iterator[None]:
-  """While no other process holds the lock of `folder`, which exists; its file `.lock` stays, and says who was last.
+  """While no other process holds the lock of `folder`, which exists; its file `.lock` says which has it, and stays.
 
   Args:
     wait: for the other process; else raise.
@@ -35,4 +35,7 @@ def alone(folder: Path, *, wait: bool) -> Iterator[None]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
-    yield
+    try:
+      yield
+    finally:
+      file.truncate(0)

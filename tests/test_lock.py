@@ -52,7 +52,7 @@ def test_it_may_be_taken_again_and_again_but_not_twice(tmp_path):
   take(tmp_path)
   with alone(tmp_path, wait=False), pytest.raises(Taken):
     take(tmp_path)
-  assert take(tmp_path).count("\n") == 1
+  assert take(tmp_path).count("\n") == 1 and (tmp_path / ".lock").read_bytes() == b""
 
 
 def test_one_may_wait_for_it(tmp_path, holder):
