@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import base
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import STOPPED, Stopped, UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PARSERS = tuple(str(Path(package.__file__).parent) for package in (ml_collections, flags))
@@ -93,7 +93,7 @@ def make_folder(path: Path) -> None:
 
 
 def run(main):
-  """Parse the flags and call `main()`; exit 2 with a sentence on a `UserError`, 130 on Ctrl-C."""
+  """Parse the flags and call `main()`; exit with a sentence: 2 on a `UserError`, 75 on `Stopped`, 130 on Ctrl-C."""
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
@@ -136,6 +136,9 @@ def _guarded(main):
     main()
   except UserError as error:
     _fail(str(error))
+  except Stopped as stopped:
+    sys.stderr.write(f"\n{stopped}\n")
+    sys.exit(STOPPED)
   except OSError as error:
     what = f"{error.filename!r}" if error.filename else "a file or a connection"
     _fail(f"{what} could not be used: {error.strerror or error}; check the path, its permissions and the free space")

@@ -29,6 +29,9 @@ def define_flags():
   flags.DEFINE_integer("num_processes", None, "processes that run this command together; the same on all of them")
   flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
   flags.DEFINE_integer("coordinator_timeout", 300, "seconds that processes wait for each other to start", lower_bound=1)
+  flags.DEFINE_integer(
+    "peer_timeout", 60, "seconds without a sign of life after which another process is taken for lost", lower_bound=5
+  )
 
 
 def join() -> None:
@@ -42,10 +45,12 @@ def join() -> None:
   if place is None or place.processes == 1:
     return
   meet(*place, values.coordinator_timeout)
-  # A process that is told to end must end; the service would only take note of it.
+  # It takes every SIGTERM, that of set-up and the second one as well: see switchlora_jax/preemption.py.
   jax.config.update("jax_enable_preemption_service", False)
   # All devices that this process sees, []; JAX by itself takes one GPU a SLURM task.
-  jax.distributed.initialize(*place, local_device_ids=[], shutdown_timeout_seconds=60)
+  # JAX aborts without a sentence: it comes after the watchdog, which has one.
+  patience = dict(heartbeat_timeout_seconds=values.peer_timeout + 30, shutdown_timeout_seconds=60)
+  jax.distributed.initialize(*place, local_device_ids=[], **patience)
   hosts.check_devices()
   print(hosts.describe(), flush=True)
 

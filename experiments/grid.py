@@ -6,9 +6,7 @@ and a directory of its own, so it can be looked at, continued and killed like an
 """
 
 import math
-import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import FrozenConfigDict
 
-from experiments.settings import Base, environment, platform, update
+from experiments.children import Children
+from experiments.settings import Base, platform, update
 from switchlora_jax import dataset, metrics, run_directory
 from switchlora_jax.config import differences, resolve
 from switchlora_jax.errors import UserError
@@ -135,7 +134,7 @@ def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what:
   """
   for cell in cells:
     check_same_run(folder / cell.name, cell.config)
-  shares = SimpleQueue()
+  shares, children = SimpleQueue(), Children()
   for share in range(processes):
     shares.put(share)
   with metrics.progress_bar(len(cells), what=what, unit="run") as bar, ThreadPoolExecutor(processes) as pool:
@@ -143,7 +142,7 @@ def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what:
     def one(cell: Cell) -> Ran:
       share = shares.get()
       try:
-        ran = run_cell(base, cell, folder, (share, processes))
+        ran = run_cell(base, cell, folder, (share, processes), children)
       finally:
         shares.put(share)
       bar.write(f"{cell.name}: {ran.failure or summary(ran)}")
@@ -152,21 +151,20 @@ def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what:
 
     futures = [pool.submit(one, cell) for cell in cells]
     try:
-      return [future.result() for future in futures]
+      with children:
+        return [future.result() for future in futures]
     except BaseException:  # Ctrl-C above all
       pool.shutdown(cancel_futures=True)  # else the runs that still wait would be started before the pool lets go
       raise
 
 
-def run_cell(base: Base, cell: Cell, folder: Path, share: tuple[int, int]) -> Ran:
+def run_cell(base: Base, cell: Cell, folder: Path, share: tuple[int, int], children: Children) -> Ran:
   """Run one cell in a process, unless it is finished; its output goes to a file beside its directory."""
   workdir, log = folder / cell.name, folder / f"{cell.name}.log"
   if finished(workdir, cell.config):
     return Ran(cell, workdir, None)
   with log.open("a") as output:  # behind what an earlier try said
-    process = subprocess.Popen(command(base, cell, workdir), stdout=output, stderr=output, env=environment())
-    share_cores(process.pid, *share)
-    code = process.wait()
+    code = children.run(command(base, cell, workdir), output, share)
   last_line = (log.read_text().strip().splitlines() or ["no output"])[-1]
   return Ran(cell, workdir, f"failed with exit code {code}: {last_line} (see {log})" if code else None)
 
@@ -175,13 +173,6 @@ def command(base: Base, cell: Cell, workdir: Path) -> list[str]:
   """The command line of a cell."""
   keys = [f"--config.{key}={value}" for key, value in cell.overrides.items()]
   return [sys.executable, "-m", "experiments.pretrain", f"--config={base.file}", *keys, f"--workdir={workdir}"]
-
-
-def share_cores(pid: int, number: int, processes: int):
-  """Give a process its share of the cores, where the system can: XLA starts as many threads as it sees cores."""
-  if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(pid, cores[number::processes] or [cores[number % len(cores)]])
 
 
 def finished(workdir: Path, config) -> bool:

@@ -4,6 +4,7 @@ python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tin
 python -m experiments.pretrain --config=configs/llama_350m.py --config.rank=128 --dry_run
 Several processes train together when SLURM starts them, or with --coordinator, --num_processes and --process_id;
 see docs/cluster.md.
+Exit codes: 2 a mistake; 75 stopped by SIGTERM or Ctrl-C, and saved; 69 it hung or lost another process.
 """
 
 from pathlib import Path
@@ -37,7 +38,7 @@ def main():
       report.describe(config, *(program.abstract for program in phases(config, make_mesh(fsdp=config.sharding.fsdp))))
     )
     return
-  outcome = trainer.train(config, workdir)
+  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout)
   hosts.say(report.conclude(config, workdir, outcome))
   hosts.say(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 

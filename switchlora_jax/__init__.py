@@ -26,6 +26,9 @@
   train_step      loss → accumulated gradients → clip → method → update, one dispatch
   program         what a config compiles to, for each phase of its run
   warm_start      full-rank training first, within the run or in another
+  peers           what the processes of a run tell each other while they are busy
+  preemption      told to stop: which step is the last, on all processes
+  watchdog        ends a run that hangs or has lost a process
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss, perplexity, bits per byte, and their standard errors
   glue            GLUE: its tasks, their rows, their metrics
@@ -40,6 +43,7 @@
   generation      text from a model, token by token
   manifest        what a checkpoint says of itself: sizes and checksums, written last
   checkpoint      orbax, with checksums and fallback; a failed save is a sentence
+  lock            one process at a time in a directory
   run_directory   config.json, tokenizer, and the rules for continuing a run
   saved_run       a run that is only read: its config and the weights of a checkpoint
   metrics         JSON lines, TensorBoard, progress bar, loss curve

@@ -34,6 +34,7 @@ FREE = (
   "log_every",
   "max_skipped",
   "spike.max_rollbacks",
+  "hang_seconds",
   "data.cache_dir",
   "data.epochs",
   *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
@@ -149,6 +150,10 @@ def _check_training(config, devices: int):
       raise UserError(f"{key} (={config[key]}) must be greater than 0; set --config.{key}")
   if config.min_lr_ratio is not None and not 0 <= config.min_lr_ratio <= 1:
     raise UserError(f"min_lr_ratio (={config.min_lr_ratio}) must lie between 0 and 1; set --config.min_lr_ratio")
+  if not config.hang_seconds >= 0:
+    raise UserError(
+      f"hang_seconds (={config.hang_seconds}) must be greater than 0, or 0 for never; set --config.hang_seconds"
+    )
   if config.seed < 0:
     raise UserError(f"seed (={config.seed}) must not be negative; set --config.seed")
   if config.remat not in REMAT:

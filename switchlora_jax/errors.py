@@ -1,5 +1,12 @@
-"""The one exception that is the user's to fix; commands print it as a sentence, without a traceback."""
+"""How a run may end other than by its last step: commands print these as a sentence, without a traceback."""
+
+STOPPED = 75  # exit code of a run that was told to stop and has saved; EX_TEMPFAIL: the same command continues
+HUNG = 69  # exit code of a run that hangs or has lost a process; EX_UNAVAILABLE
 
 
 class UserError(ValueError):
   """A mistake in a flag, a config, a file or a directory: what was expected, what was found, what to do."""
+
+
+class Stopped(Exception):
+  """A run was told to stop, and has saved what it did."""

@@ -4,8 +4,6 @@ Whenever a shard is full, `progress.json` says how far the text was read. The ma
 """
 
 import contextlib
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from switchlora_jax import packing, tokenizer
 from switchlora_jax.corpus import Corpus
 from switchlora_jax.errors import UserError
+from switchlora_jax.lock import Taken, alone
 from switchlora_jax.packing import Encoded, Position, Split
 from switchlora_jax.rows import MANIFEST, TOKENIZER, checksum, read_json, read_manifest, write_bytes, write_json
 
@@ -82,15 +81,14 @@ def _is_done(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path, wait: bool) -> Iterator[None]:
-  """While no other process fills the folder; a lock that ends with its process, however that ends."""
-  with (folder / ".lock").open("w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-      if error.errno not in (errno.EAGAIN, errno.EACCES):
-        raise
-      raise UserError(f"another process is filling {folder}; wait until it ends, or choose another directory") from None
-    yield
+  """While no other process fills the folder."""
+  try:
+    with alone(folder, wait=wait):
+      yield
+  except Taken as holder:
+    raise UserError(
+      f"another process is filling {folder}; wait until it ends, or choose another directory ({holder})"
+    ) from None
 
 
 def _check_request(folder: Path, found: dict, facts: dict):

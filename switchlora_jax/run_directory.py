@@ -1,10 +1,12 @@
 """What a run leaves in its `--workdir` besides checkpoints: config, tokenizer, and the rules for continuing."""
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import jax
 
 from switchlora_jax.config import differences
 from switchlora_jax.errors import UserError
+from switchlora_jax.lock import Taken, alone
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
@@ -43,6 +46,25 @@ def prepare(workdir: Path, config) -> None:
   for what, now in (versions() | {"devices": devices()}).items():
     if (then := (saved["versions"] | saved)[what]) != now:
       log.warning("%s: %s when this run started and %s now; the rest may differ in its bits", what, then, now)
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+  """While no other run trains in `workdir`, which was prepared; those that only read it need not ask.
+
+  Raises:
+    UserError: another one does; says which process.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(alone(workdir, wait=False))
+    except Taken as holder:
+      raise UserError(
+        f"another run trains in --workdir={workdir} ({holder}); wait until it ends, end it, or choose a new --workdir"
+      ) from None
+    except OSError as error:  # some file systems of clusters
+      log.warning("%s cannot be locked (%s); see that no other run trains in it", workdir, error.strerror)
+    yield
 
 
 def _check_same_run(workdir: Path, saved: dict, config):

@@ -1,5 +1,6 @@
 """The story of a run: build, restore, then step, report, evaluate, save until the last step."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +9,14 @@ import jax
 from switchlora_jax import dataset, hosts, metrics, report, run_directory, spikes, train_state, warm_start
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.errors import Stopped
 from switchlora_jax.evaluation import first, validate
+from switchlora_jax.peers import Peers
+from switchlora_jax.preemption import Preemption
 from switchlora_jax.program import Program, phases, trained_by
 from switchlora_jax.sharding import make_mesh
 from switchlora_jax.train_log import Log, due
+from switchlora_jax.watchdog import Watchdog
 
 
 class Outcome(NamedTuple):
@@ -24,17 +29,30 @@ class Outcome(NamedTuple):
   first_step: int
 
 
-def train(config, workdir: Path) -> Outcome:
+def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
   """Train as `config` (resolved) says in `workdir`, from its newest good checkpoint if there is one.
 
   With several processes, each of them calls it with the same config and directory.
 
+  Args:
+    peer_seconds: without a sign of life of another process after which the run ends.
   Raises:
     UserError: before anything expensive where config, data or directory do not fit together; while
       training when too many updates in a row were not finite, or the run went back from too many loss spikes.
+    Stopped: it was told to by a signal, and has saved.
   """
-  hosts.everywhere(lambda: dataset.check(config))
-  hosts.on_first(lambda: run_directory.prepare(workdir, config))
+  with contextlib.ExitStack() as stack:
+    peers = stack.enter_context(Peers())
+    watchdog = stack.enter_context(Watchdog(peers, config.hang_seconds, peer_seconds))
+    preemption = stack.enter_context(Preemption(peers))
+    stack.enter_context(watchdog.telling())
+    hosts.everywhere(lambda: dataset.check(config))
+    hosts.on_first(lambda: run_directory.prepare(workdir, config))
+    hosts.on_first(lambda: stack.enter_context(run_directory.held(workdir)))
+    return _train(config, workdir, watchdog, preemption)
+
+
+def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) -> Outcome:
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   programs = phases(config, mesh)
   source = hosts.everywhere(lambda: find_source(config, workdir, programs[0], mesh))
@@ -45,19 +63,24 @@ def train(config, workdir: Path) -> Outcome:
   hosts.on_first(lambda: run_directory.record(workdir, config, data))
   hosts.everywhere(lambda: run_directory.check_shared(workdir))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    run = Run(config, workdir, programs, data, checkpoints)
-    first_step = run.begin(source)
-    while run.done < config.steps:
-      try:
-        run.step()
-        last = run.done == config.steps
-        if due(run.done, config.eval_every) or last:
-          run.evaluate()
-        if due(run.done, config.checkpoint_every) or last:
-          run.save()
-      except spikes.Spiked as spiked:  # nothing was saved since: `save` looks first
-        run.go_back(spiked.step)
-    run.log.close()
+    run = Run(config, workdir, programs, data, checkpoints, watchdog)
+    with watchdog.telling():  # not only after the checkpoints were waited for, which may need the other processes
+      first_step = run.begin(source)
+      preemption.begin(first_step)
+      stop = False
+      while run.done < config.steps and not stop:
+        try:
+          run.step()
+          stop, last = preemption.due(run.done), run.done == config.steps
+          if due(run.done, config.eval_every) or last:
+            run.evaluate()
+          if due(run.done, config.checkpoint_every) or last or stop:
+            run.save()
+        except spikes.Spiked as spiked:  # nothing was saved since: `save` looks first
+          run.go_back(spiked.step)
+      run.log.close()
+  if run.done < config.steps:
+    raise Stopped(f"stopped by {preemption.cause} after step {run.done}, which is saved; the same command continues")
   return Outcome(run.program, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
 
 
@@ -69,8 +92,17 @@ class Run:
     log: where the numbers of its steps go.
   """
 
-  def __init__(self, config, workdir: Path, programs: list[Program], data: dataset.Dataset, checkpoints: Checkpoints):
+  def __init__(
+    self,
+    config,
+    workdir: Path,
+    programs: list[Program],
+    data: dataset.Dataset,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
+  ):
     self._config, self._workdir, self._programs, self._checkpoints = config, workdir, programs, checkpoints
+    self._watchdog = watchdog
     self._data, self._batch_of = data, dataset.batches(data, config)
     self._validate = make_evaluate(config, programs[0], data)
 
@@ -86,6 +118,7 @@ class Run:
 
     All follows from the numbers of the steps: a run that is killed on the way, and started again, does the same.
     """
+    self._watchdog.mark(f"going back from step {step}")
     before, self.state = self.state.spikes, None  # there may be no room for two states
     spikes.check_may_go_back(before, self._config.spike, step)
     self.log.close()
@@ -104,6 +137,7 @@ class Run:
     dataset.check_ahead(self._data, self._config, self._ahead)
     self.program = trained_by(self._programs, self.done)
     self.log = Log(self._workdir, self._config, self.done)
+    self._watchdog.begin()
 
   def step(self):
     """One training step, in the program whose phase it belongs to."""
@@ -111,7 +145,9 @@ class Run:
     main = self._programs[-1]
     if self.program is not main and self.done == main.start:
       self.state, self.program = warm_start.hand_over(self.state, self.program, main), main
+    self._watchdog.mark(f"step {self.done + 1}, reading its batch")
     rows = self.program.place(self._batch_of(self.done + self._ahead))
+    self._watchdog.mark(f"step {self.done + 1}, on the devices")
     self.state, numbers = self.program.step(self.state, rows)
     self.done += 1
     self.log.add(self.done, numbers)
@@ -119,11 +155,13 @@ class Run:
   def evaluate(self):
     """Write what the validation rows say of the state."""
     self.log.flush()
+    self._watchdog.mark(f"evaluation after step {self.done}")
     self.log.evaluation(self.done, self._validate(self.program, self.state))
 
   def save(self):
     """Begin to save the state; what config.json and metrics.jsonl say of it is on disk before it can be returned to."""
     self.log.flush()
+    self._watchdog.mark(f"saving step {self.done}")
     hosts.on_first(self.log.settle)
     hosts.on_first(lambda: run_directory.update(self._workdir, self._config))
     self._checkpoints.save(self.done, self.state)

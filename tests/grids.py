@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from tiny import tiny_config
 
-from experiments import grid, settings
+from experiments import children, grid, settings
 from switchlora_jax import metrics, run_directory
 from switchlora_jax.config import flatten
 
@@ -80,8 +80,8 @@ def fake_runs(monkeypatch) -> Runs:
   """`Runs` in place of processes; no text is tokenised."""
   made = Runs()
   monkeypatch.setattr(grid, "command", lambda base, cell, workdir: (cell, workdir))
-  monkeypatch.setattr(grid, "subprocess", SimpleNamespace(Popen=made.open))
-  monkeypatch.setattr(grid, "share_cores", lambda pid, *share: None)
+  monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=made.open))
+  monkeypatch.setattr(children, "share_cores", lambda pid, *share: None)
   monkeypatch.setattr(grid, "prepare_data", lambda cells: None)
   return made
 

@@ -121,9 +121,8 @@ def test_a_process_trains_what_the_cell_says(lora):
   assert re.fullmatch(r"validation perplexity \d+\.\d\d", grid.summary(lora))
 
 
-def test_a_process_that_finished_is_not_started_again(story, lora, monkeypatch):
-  monkeypatch.setattr(grid, "subprocess", None)
-  assert grid.run_cell(story.base, lora.cell, lora.workdir.parent, (0, 2)) == lora
+def test_a_process_that_finished_is_not_started_again(story, lora):
+  assert grid.run_cell(story.base, lora.cell, lora.workdir.parent, (0, 2), None) == lora
 
 
 def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_finished(lora, tmp_path):

@@ -261,7 +261,7 @@ def test_the_first_writes_for_all(runs):
   assert outside[1] == set()
   assert {Path(path).name for path in outside[0]} >= {"metrics.jsonl", "config.json.tmp", "loss.png"}
   assert {path.name for path in runs.apart.iterdir()} == {
-    "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.model"
+    ".lock", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.model"
   }  # fmt: skip
 
 

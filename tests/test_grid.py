@@ -3,9 +3,7 @@
 Processes are replaced by `grids.Runs` here; those of tests/test_compare.py are real.
 """
 
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -149,7 +147,7 @@ def test_an_exception_in_one_cell_takes_no_share_from_the_others(tmp_path, runs,
 
 
 def test_ctrl_c_starts_no_run_that_still_waits(tmp_path, runs, monkeypatch):
-  def stop_at_the_first(base, cell, folder, share):
+  def stop_at_the_first(base, cell, folder, share, _):
     runs.started.append(cell.name)
     if len(runs.started) == 1:
       raise KeyboardInterrupt
@@ -237,20 +235,6 @@ def test_the_command_line_of_a_cell(tmp_path):
     "--config.seed=2",
     f"--workdir={tmp_path}/run",
   ]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
-def test_processes_share_the_cores():
-  cores = sorted(os.sched_getaffinity(0))
-  with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-    shares = []
-    for number in range(2):
-      grid.share_cores(process.pid, number, 2)
-      shares.append(os.sched_getaffinity(process.pid))
-    grid.share_cores(process.pid, len(cores), len(cores) + 1)
-    assert os.sched_getaffinity(process.pid) == {cores[0]}  # more processes than cores
-    process.communicate(b"\n")
-  assert shares == [set(cores[0::2]), set(cores[1::2] or cores[:1])]
 
 
 def test_text_is_tokenised_once_before_the_runs(tmp_path):

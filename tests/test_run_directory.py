@@ -1,7 +1,10 @@
 """Config and directory must fit together, and nothing half written is left."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +36,7 @@ def test_config_and_tokenizer_are_kept(tmp_path, dataset):
 
 def test_what_changes_no_number_may_change(tmp_path, dataset, caplog):
   start(tmp_path / "run", resolved(tmp_path), dataset)
-  start(tmp_path / "run", resolved(tmp_path, eval_every=3, checkpoint_every=2), dataset)
+  start(tmp_path / "run", resolved(tmp_path, eval_every=3, checkpoint_every=2, hang_seconds=9.0), dataset)
   assert caplog.records == []
 
 
@@ -121,3 +124,25 @@ def test_a_file_is_replaced_whole(tmp_path):
 def test_a_config_that_is_removed_under_the_run_is_a_sentence(tmp_path):
   with pytest.raises(UserError, match=r"config.json was removed under the run; put it back"):
     run_directory.update(tmp_path, None)
+
+
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(tmp_path):
+  sentence = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
+  with run_directory.held(tmp_path), pytest.raises(UserError, match=sentence), run_directory.held(tmp_path):
+    pass
+  with run_directory.held(tmp_path):
+    pass
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  with run_directory.held(tmp_path):
+    assert "cannot be locked (No locks available); see that no other run trains in it" in caplog.text
+
+
+def test_what_a_run_raises_is_not_taken_for_the_lock(tmp_path):
+  with pytest.raises(OSError, match="the disk"), run_directory.held(tmp_path):
+    raise OSError("the disk")

@@ -49,6 +49,7 @@ def finished(request, tmp_path_factory):
 def test_a_run_leaves_what_it_says(finished):
   _, _, workdir, outcome = finished
   assert {p.name for p in workdir.iterdir()} == {
+    ".lock",
     "checkpoints",
     "config.json",
     "metrics.jsonl",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hurt_runs import finish, small
+from hurt_runs import finish, finish_pair, small
 
 HERE = Path(__file__).parent
 
@@ -23,3 +23,11 @@ def whole(tmp_path_factory):
   folder = tmp_path_factory.mktemp("whole")
   finish(small(folder), folder / "whole")
   return folder, folder / "whole"
+
+
+@pytest.fixture(scope="session")
+def whole_pair(whole):
+  """The same of the uninterrupted run by two processes with one device each."""
+  folder, _ = whole
+  finish_pair(small(folder), folder / "pair")
+  return folder, folder / "pair"

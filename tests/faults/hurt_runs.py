@@ -90,6 +90,14 @@ def finish(config, workdir: Path, *flags: str) -> Run:
   return run
 
 
+def finish_pair(config, workdir: Path, *flags: str, devices: int = 1) -> list[Run]:
+  """The same by two processes."""
+  pair = start_pair(config, workdir, *flags, devices=devices)
+  for run in pair:
+    assert run.end() == 0, run.said()
+  return pair
+
+
 def last_step(workdir: Path) -> int:
   """The last step in metrics.jsonl, 0 before the first."""
   rows = metrics.read(workdir / "metrics.jsonl")
@@ -107,17 +115,20 @@ def lines(workdir: Path) -> list[dict]:
   return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
-def state_hash(workdir: Path) -> str:
-  """SHA-256 of every array of the newest checkpoint, with its name, dtype and shape."""
+def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
+  """Every array of the newest checkpoint, by its path there."""
   path = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "state"
   with ocp.PyTreeCheckpointer() as reader:
     described = reader.metadata(path).item_metadata.tree
     wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
     state = reader.restore(path, restore_args=wanted)
+  return {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(state)}
+
+
+def state_hash(workdir: Path) -> str:
+  """SHA-256 of every array of the newest checkpoint, with its name, dtype and shape."""
   digest = hashlib.sha256()
-  for name, leaf in sorted(
-    (jax.tree_util.keystr(name), np.asarray(leaf)) for name, leaf in jax.tree.leaves_with_path(state)
-  ):
+  for name, leaf in sorted(saved_arrays(workdir).items()):
     digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
   return digest.hexdigest()
 
@@ -127,6 +138,16 @@ def assert_same_end(run: Path, whole: Path):
   assert saved_steps(run)[-1] == saved_steps(whole)[-1]
   assert state_hash(run) == state_hash(whole)
   assert lines(run) == lines(whole)
+
+
+def assert_same_numbers(run: Path, whole: Path):
+  """The weaker claim, where other devices sum in another order: the same numbers but for rounding, switches exactly."""
+  ours, theirs = lines(run), lines(whole)
+  assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+  exact = {"step", "switched", "frozen_share", "coverage", "learning_rate", "skipped"}
+  for row, expected in zip(ours, theirs, strict=True):
+    assert {k: row[k] for k in exact & row.keys()} == {k: expected[k] for k in exact & row.keys()}
+    np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=1e-4, err_msg=str(row["step"]))
 
 
 def small(folder: Path, **changes):

@@ -1,0 +1,41 @@
+"""One process at a time in a directory: a lock that ends with its process, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class Taken(Exception):
+  """Another process has the lock; says which, on which machine, since when."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path, *, wait: bool) -> Iterator[None]:
+  """While no other process holds the lock of `folder`, which exists; its file `.lock` says which has it, and stays.
+
+  Args:
+    wait: for the other process; else raise.
+  Raises:
+    Taken: another process has it, and `wait` is False.
+    OSError: the file cannot be written, or its file system has no locks.
+  """
+  with (folder / ".lock").open("a+") as file:  # not "w", which would empty another's
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EACCES):
+        raise
+      file.seek(0)
+      raise Taken(file.read().strip() or "a process that has not said which it is") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    try:
+      yield
+    finally:
+      file.truncate(0)

@@ -1,0 +1,120 @@
+"""Told to stop: SIGTERM, SIGINT, or the end of the process that started this one.
+
+The run finishes its step, on several processes all finish the same one, and saves; a second signal ends it at once.
+Signals are heard by a thread of their own, since Python's handlers wait for the main thread, which may be compiling
+or waiting for another process. (JAX's own service for this knows SIGTERM alone and takes every one of them, a second
+one and those during set-up as well.)
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+
+from switchlora_jax.peers import Peers
+
+PARENT = "SWITCHLORA_JAX_PARENT"  # in the environment: the process without which this one is to stop
+HEARD = (signal.SIGTERM, signal.SIGINT)
+POLL = 1.0  # seconds between two looks at the parent
+ONE = 2.0  # seconds within which signals are one: SLURM may send its own, and srun hand on another
+
+
+class Preemption:
+  """Whether the run is to stop; a context of the main thread, from the set-up of a run to its end.
+
+  Until `begin` SIGTERM ends the process at once, and SIGINT raises KeyboardInterrupt as ever.
+
+  Attributes:
+    cause: what it was told by, "SIGTERM"; None before. On another process: "SIGTERM to process 1".
+  """
+
+  def __init__(self, peers: Peers):
+    self._peers, self.cause, self._told, self._begun = peers, None, None, False
+    self._seen, self._proposed, self._stop_at, self._changed = 0, None, None, threading.Condition()
+    parent = os.environ.get(PARENT)
+    self._parent = int(parent) if parent else None
+    peers.listen(self._hear)
+
+  def __enter__(self):
+    self._read, self._write = os.pipe()
+    os.set_blocking(self._write, False)
+    self._handlers = {number: signal.getsignal(number) for number in HEARD}
+    signal.signal(signal.SIGTERM, _leave_to_thread)
+    self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+    threading.Thread(target=self._listen, name="signals", daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    signal.set_wakeup_fd(self._before)
+    for number, handler in self._handlers.items():
+      signal.signal(number, handler)
+    os.close(self._write)
+
+  def begin(self, done: int):
+    """The first step follows, after `done` steps: from now on signals wait for the end of a step."""
+    with self._changed:
+      self._seen, self._begun = done, True
+    signal.signal(signal.SIGINT, _leave_to_thread)
+
+  def due(self, done: int) -> bool:
+    """Whether the run stops after step `done`, as all its processes do; they call it after every step.
+
+    While they agree on the step it waits, for a second or two, once.
+    """
+    with self._changed:
+      self._changed.wait_for(lambda: self._proposed is None or self._stop_at is not None)
+      self._seen = done
+      return done == self._stop_at
+
+  def _hear(self, said: dict[int, dict]):
+    """Agree: once one is told, each says after which step it last asked; the last is the next that none has done."""
+    told = [process for process, facts in sorted(said.items()) if facts.get("told")]
+    with self._changed:
+      if not (told and self._begun):
+        return
+      if self._proposed is None:
+        self.cause = said[told[0]]["told"] + ("" if told[0] == self._peers.here else f" to process {told[0]}")
+        self._proposed = self._seen
+        self._peers.say_now(asked_after=self._proposed)
+      proposals = [facts["asked_after"] for facts in said.values() if "asked_after" in facts]
+      if len(proposals) == self._peers.count:
+        self._stop_at = max(proposals) + 1
+        self._changed.notify_all()
+
+  def _listen(self):
+    """The thread; a byte in the pipe is the number of a signal, and its end is that of the context."""
+    while True:
+      readable, _, _ = select.select([self._read], [], [], POLL)
+      byte = os.read(self._read, 1) if readable else None
+      if byte == b"":
+        os.close(self._read)
+        return
+      if byte and byte[0] in HEARD:
+        self._take(signal.Signals(byte[0]))
+      elif self._parent and os.getppid() != self._parent and self._begun and self._told is None:
+        self._tell("the end of the process that started it")
+
+  def _take(self, number: signal.Signals):
+    if not self._begun:
+      if number == signal.SIGTERM:
+        _end(number, f"stopped by {number.name} during set-up; the same command starts again")
+    elif self._told is None:
+      self._tell(number.name)
+    elif time.monotonic() - self._told > ONE:
+      _end(number, f"stopped at once by a second signal, {number.name}; the same command continues from the last save")
+
+  def _tell(self, cause: str):
+    self._told = time.monotonic()
+    self._peers.say_now(told=cause)
+
+
+def _leave_to_thread(*_):
+  """A handler in Python, without which there would be no byte in the pipe."""
+
+
+def _end(number: signal.Signals, sentence: str):
+  sys.stderr.write(f"\n{sentence}\n")
+  sys.stderr.flush()
+  os._exit(128 + number)

@@ -1,0 +1,176 @@
+"""Ends a run that hangs, or whose other processes are lost, within a bounded time and with a sentence.
+
+A thread looks once a second at what the main thread has done, and at what the other processes say of themselves. It
+counts the time in which it was awake: a process that was stopped and goes on has not hung.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+
+from jax._src import distributed  # as in hosts.py
+
+from switchlora_jax.errors import HUNG, Stopped
+from switchlora_jax.peers import Peers
+
+TICK = 0.5  # seconds
+GRACE = 5.0  # seconds in which every process can hear, say or do the same by itself
+REMEDY = "the same command on all processes continues from the last checkpoint"
+ELSEWHERE = re.compile("gloo|nccl|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.IGNORECASE)
+
+
+class Watchdog:
+  """A context around a run.
+
+  Args:
+    hang_seconds: without a mark after which the run has hung; 0: never.
+    peer_seconds: without a sign of life of another process after which it is lost.
+  """
+
+  def __init__(self, peers: Peers, hang_seconds: float, peer_seconds: float):
+    self._peers, self._hang_seconds, self._peer_seconds = peers, hang_seconds, peer_seconds
+    self._marks, self._doing, self._begun = 0, "set-up", False
+    self._told = False  # whether the others know that this process fails
+    self._quiet, self._silent, self._failing = _Still(), {}, 0.0
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+  def __enter__(self):
+    if self._peers.count > 1:
+      _speak_when_aborted(self._peers.here)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    self._ended.set()
+    self._thread.join()
+
+  def begin(self):
+    """Set-up, which may take as long as it takes to tokenise a corpus, is over: a hang is counted from now on."""
+    self._begun = True
+    self.mark("start of training")
+
+  def mark(self, doing: str):
+    """The main thread has come to what it is `doing` now; every process makes the same marks in the same order."""
+    self._marks += 1
+    self._doing = doing
+    self._peers.say(marks=self._marks, doing=doing)
+
+  @contextlib.contextmanager
+  def telling(self):
+    """What is raised inside ends the other processes as well; where one of them was the cause, waits to hear which."""
+    try:
+      yield
+    except Stopped:
+      raise
+    except Exception as error:
+      reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+      if self._peers.count > 1 and ELSEWHERE.search(reason) and not self._told:
+        _say(f"{reason}\nso it looks when another process ends; waiting to hear which")
+        time.sleep(self._peer_seconds + GRACE)
+      self._told = True
+      self._peers.say_now(failed=reason)
+      raise
+
+  def _watch(self):
+    last = time.monotonic()
+    while not self._ended.wait(TICK):
+      now = time.monotonic()
+      sentence = self.look(min(now - last, 2 * TICK))
+      last = now
+      if sentence:
+        self._end(sentence)
+
+  def look(self, seconds: float) -> str | None:
+    """What ends the run, now that so many more seconds have passed; None where all is well."""
+    said, here = dict(self._peers.said), self._peers.here
+    failed = {process: facts["failed"] for process, facts in said.items() if "failed" in facts and process != here}
+    self._failing += seconds if failed else 0
+    for process, facts in said.items():
+      if not (facts.get("ended") and process != here):
+        self._silent.setdefault(process, _Still()).look(facts["beat"], seconds)
+    if self._failing > GRACE:  # else it ends by itself, with the same sentence
+      process, reason = min(failed.items())
+      return f"process {process} has failed ({reason}), see what it says; {REMEDY}"
+    if (lost := self._lost()) is not None:
+      return self._lament(lost, said)
+    self._quiet.look(self._marks, seconds)
+    if self._begun and 0 < self._hang_seconds < self._quiet.seconds:
+      return self._hung(said)
+    return None
+
+  def _lost(self) -> int | None:
+    """A process that has said nothing for too long. Where not even this one is heard, it is process 0 that is."""
+    lost = [process for process, still in self._silent.items() if still.seconds > self._peer_seconds]
+    if self._peers.here in lost:
+      return 0
+    heard = self._peers.here in self._silent and self._silent[self._peers.here].seconds <= GRACE
+    return min(lost) if lost and heard else None
+
+  def _lament(self, process: int, said: dict[int, dict]) -> str:
+    doing = said.get(process, {}).get("doing", "set-up")
+    return (
+      f"process {process} of {self._peers.count} is lost: no sign of life for {self._peer_seconds:g} s "
+      f"(--peer_timeout); it was last at: {doing}; see what it says, end it if it is still there, "
+      f"and {REMEDY}"
+    )
+
+  def _hung(self, said: dict[int, dict]) -> str:
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() - self._quiet.seconds))
+    others = ""
+    if self._peers.count > 1:
+      behind = min(sorted(said), key=lambda process: said[process].get("marks", 0))
+      others = f"; furthest behind is process {behind}, at: {said[behind].get('doing', 'set-up')}"
+    faulthandler.dump_traceback(all_threads=True)
+    return (
+      f"process {self._peers.here} hangs since {since} at: {self._doing}; nothing went on for {self._hang_seconds:g} s "
+      f"(--config.hang_seconds){others}; above is what each thread was doing; {REMEDY}"
+    )
+
+  def _end(self, sentence: str):
+    _say(f"error: {sentence}")
+    if self._peers.here == 0 and self._peers.count > 1:  # the others hear through this process
+      time.sleep(GRACE)
+    os._exit(HUNG)
+
+
+class _Still:
+  """For how many seconds a value has been the same."""
+
+  def __init__(self):
+    self._value, self.seconds = None, 0.0
+
+  def look(self, value, seconds: float):
+    """So many seconds later, the value is this."""
+    self.seconds = self.seconds + seconds if value == self._value else 0.0
+    self._value = value
+
+
+def _say(text: str):
+  sys.stderr.write(f"\n{text}\n")
+  sys.stderr.flush()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_):
+  """In place of the end by SIGABRT that JAX has for a process whose connection to process 0 breaks."""
+  address = distributed.global_state.coordinator_address
+  host, _, port = address.rpartition(":")
+  try:
+    socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE).close()
+  except OSError:
+    _say(f"error: process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
+    os._exit(HUNG)
+
+
+def _speak_when_aborted(here: int):
+  """JAX aborts without any handler of Python's; one of C's that is written in Python can still say why."""
+  if here != 0:
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)

@@ -1,0 +1,99 @@
+"""Two processes of which one is killed, stopped or stuck: the other ends within a bounded time and says which."""
+
+import signal
+import time
+
+from hurt_runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
+
+from switchlora_jax import dataset
+from switchlora_jax.errors import HUNG, STOPPED
+from switchlora_jax.watchdog import GRACE, Watchdog
+
+PATIENCE = 8  # seconds of --peer_timeout
+HANG = 10  # seconds of --config.hang_seconds
+
+
+def ended_by_the_watchdog(run, within: float) -> str:
+  """What a process said that had to end by itself within so many seconds."""
+  began = time.monotonic()
+  assert run.end(within) == HUNG, run.said()
+  print(f"ended after {time.monotonic() - began:.1f} s")
+  assert "the same command on all processes continues from the last checkpoint" in run.said()
+  return run.said()
+
+
+def lost_one_after_the_other(number: signal.Signals, whole_pair, workdir):
+  """Send a signal to process 1, and to process 0 of the relaunch; the next relaunch ends as the uninterrupted run."""
+  folder, uninterrupted = whole_pair
+  for victim, reach in ((1, 12), (0, 27)):
+    pair = start_pair(small(folder), workdir, f"--peer_timeout={PATIENCE}")
+    pair[0].until(reach)
+    pair[victim].process.send_signal(number)
+    said = ended_by_the_watchdog(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
+    silent = f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s (--peer_timeout); it was last at: "
+    gone = "process 0 is lost: nothing answers at 127.0.0.1:"
+    assert silent in said or (victim == 0 and number == signal.SIGKILL and gone in said)
+    assert saved_steps(workdir)[-1] >= reach - 7  # the save of the last five may have been under way
+    pair[victim].process.kill()  # a stopped one still holds the directory
+    pair[victim].end()
+  finish_pair(small(folder), workdir)
+  assert_same_end(workdir, uninterrupted)
+
+
+def test_a_process_that_is_killed(whole_pair, tmp_path):
+  """Case 5. SIGKILL to one of two: the other ends and names it; the relaunch lacks the steps since the last save."""
+  lost_one_after_the_other(signal.SIGKILL, whole_pair, tmp_path / "killed")
+
+
+def test_a_process_that_is_stopped(whole_pair, tmp_path):
+  """Case 6. SIGSTOP to one of two: the other ends and names it; once it is killed too, the relaunch continues."""
+  lost_one_after_the_other(signal.SIGSTOP, whole_pair, tmp_path / "stopped")
+
+
+def impatient():
+  """After the first steps, which compile, a hang is one of so few seconds."""
+
+  def marked(self, doing):
+    if doing.startswith("step 10,"):
+      self._hang_seconds = HANG
+    mark(self, doing)
+
+  mark, Watchdog.mark = Watchdog.mark, marked
+
+
+def block_at(step: str):
+  """The same; and never find the batch after so many steps."""
+  impatient()
+  batches = dataset.batches
+
+  def blocked(data, config):
+    batch_of = batches(data, config)
+    return lambda done: time.sleep(3600) if done == int(step) else batch_of(done)
+
+  dataset.batches = blocked
+
+
+def test_a_process_that_hangs(whole, tmp_path):
+  """Case 6, too. One of two waits for ever for a batch: both end, and say where it was, and which is behind."""
+  faults = ("test_lost_peers:impatient", "test_lost_peers:block_at=12")
+  pair = start_pair(small(whole[0]), tmp_path / "hangs", faults=faults)
+  pair[0].until(11)
+  for run, own in zip(pair, ("step 13, on the devices", "step 13, reading its batch"), strict=True):
+    said = ended_by_the_watchdog(run, HANG + 2 * GRACE + 20)
+    assert f"at: {own}; nothing went on for {HANG} s (--config.hang_seconds)" in said
+    assert "furthest behind is process 1, at: step 13, reading its batch; above is" in said
+  assert "in <lambda>" in said, "no stack of the main thread"
+
+
+def test_other_devices_and_processes(whole, tmp_path):
+  """Case 14. Two processes of one device, then one of two, then one of one: the same run, up to the order of sums."""
+  folder, uninterrupted = whole
+  workdir = tmp_path / "moves"
+  two = lambda: [start(small(folder), workdir, environment={"JAX_NUM_CPU_DEVICES": "2"})]
+  for begin, reach in ((lambda: start_pair(small(folder), workdir), 6), (two, 22)):
+    runs = begin()
+    runs[0].until(reach)
+    runs[0].process.terminate()
+    assert [run.end() for run in runs] == [STOPPED] * len(runs), runs[0].said()
+  finish(small(folder), workdir)
+  assert_same_numbers(workdir, uninterrupted)

@@ -1,0 +1,48 @@
+"""SIGTERM and SIGINT: the step is finished and saved, on two processes the same one, and nothing at all is lost."""
+
+import signal
+
+import pytest
+from hurt_runs import assert_same_end, finish, finish_pair, last_step, saved_steps, small, start, start_pair
+
+from switchlora_jax.errors import STOPPED
+
+
+def stopped_at(run) -> int:
+  """The step after which a run that was told to stop has ended; nothing is written after its save."""
+  assert run.end() == STOPPED, run.said()
+  step = saved_steps(run.workdir)[-1]
+  assert step == last_step(run.workdir)
+  return step
+
+
+@pytest.mark.telling
+def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
+  """Case 3. SIGTERM, then SIGINT in what continues, both between two checkpoints of the schedule: nothing is lost."""
+  folder, uninterrupted = whole
+  config, workdir = small(folder, checkpoint_every=30), tmp_path / "stopped"
+  for number, reach in ((signal.SIGTERM, 7), (signal.SIGINT, 22)):
+    run = start(config, workdir)
+    run.until(reach)
+    run.process.send_signal(number)
+    step = stopped_at(run)
+    assert reach <= step < 30
+    assert f"stopped by {number.name} after step {step}, which is saved; the same command continues" in run.said()
+    assert "Traceback" not in run.said()
+  finish(config, workdir)
+  assert_same_end(workdir, uninterrupted)
+
+
+def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole_pair, tmp_path):
+  """Case 4. SIGTERM to one process, then SIGINT to the other: both save the same step, and nothing is lost."""
+  folder, uninterrupted = whole_pair
+  config, workdir = small(folder, checkpoint_every=30), tmp_path / "pair"
+  for number, told, reach in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 20)):
+    pair = start_pair(config, workdir)
+    pair[0].until(reach)
+    pair[told].process.send_signal(number)
+    step, _ = (stopped_at(run) for run in pair)
+    assert f"stopped by {number.name} after step {step}, which is saved" in pair[told].said()
+    assert f"stopped by {number.name} to process {told} after step {step}, which" in pair[1 - told].said()
+  finish_pair(config, workdir)
+  assert_same_end(workdir, uninterrupted)
