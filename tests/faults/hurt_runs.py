@@ -142,12 +142,13 @@ def assert_same_end(run: Path, whole: Path):
 
 def assert_same_numbers(run: Path, whole: Path):
   """The weaker claim, where other devices sum in another order: the same numbers but for rounding, switches exactly."""
-  ours, theirs = lines(run), lines(whole)
-  assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+  rows, others = lines(run), lines(whole)
+  assert [row.keys() for row in rows] == [row.keys() for row in others]
   exact = {"step", "switched", "frozen_share", "coverage", "learning_rate", "skipped"}
-  for row, expected in zip(ours, theirs, strict=True):
+  for row, expected in zip(rows, others, strict=True):
     assert {k: row[k] for k in exact & row.keys()} == {k: expected[k] for k in exact & row.keys()}
-    np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=1e-4, err_msg=str(row["step"]))
+    ours, theirs = (np.array(list(numbers.values()), float) for numbers in (row, expected))  # None is NaN
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, err_msg=str(row["step"]))
 
 
 def small(folder: Path, **changes):
