@@ -404,7 +404,7 @@ def test_optimizer_memory_is_what_the_ranks_say():
   low = 4 * rank * hidden + 3 * rank * inner  # a moment: r × large of the seven kernels
   projectors = 7 * hidden * rank
   others = 2 * vocab * hidden + hidden + layers * 2 * hidden  # embedding and head, norms
-  assert size("galore") == 4 * (2 * (layers * low + others) + layers * projectors + 1)  # and the count
+  assert size("galore") == 4 * (2 * (layers * low + others) + layers * projectors + 2)  # and two counts
   full = 2 * (layers * (4 * hidden * hidden + 3 * hidden * inner) + others)
   assert 4 * full < size("full") < 4 * full + 100
 
@@ -425,7 +425,7 @@ MISTAKES = {
   "rank": (dict(rank=17), "rank (=17) is more than a gradient has directions (min(in, out) = 16); lower --config.rank"),
   "never": (dict(galore__refresh_every=0), "galore.refresh_every (=0) must be at least 1"),
   "no scale": (dict(galore__scale=0.0), "galore.scale (=0.0) must be greater than 0"),
-  "no number": (dict(galore__scale=float("nan")), "galore.scale (=nan) must be greater than 0"),
+  "no number": (dict(galore__scale=float("nan")), "galore.scale (=nan) must be a finite number"),
 }
 
 

@@ -195,8 +195,8 @@ def test_nonsense_is_a_sentence_before_the_first_cell(tmp_path, runs, name):
 
 
 def test_a_bad_learning_rate_and_a_read_step_are_sentences_before_the_first_cell(tmp_path, runs):
-  for rate in (-1e-3, float("nan")):
-    with pytest.raises(UserError, match=rf"learning_rate \(={rate}\) must be greater than 0"):
+  for rate, must in ((-1e-3, "be greater than 0"), (float("nan"), "be a finite number")):
+    with pytest.raises(UserError, match=rf"learning_rate \(={rate}\) must {must}"):
       run(tiny_base(tmp_path), (FULL, LORA._replace(learning_rates=(1e-3, rate))), tmp_path)
   with pytest.raises(UserError, match="read at step 6"):
     run(tiny_base(tmp_path), (FULL,), tmp_path, read_at=0.5)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from grids import command, imported
 
-from experiments import grid, paper
+from experiments import children, grid, paper
 from switchlora_jax.errors import UserError
 
 
@@ -61,7 +61,7 @@ def test_what_is_missing_says_so(capsys, item, row):
 @pytest.mark.parametrize("scale", paper.SCALES)
 def test_a_dry_run_prints_a_command_for_every_cell_and_runs_nothing(capsys, monkeypatch, tmp_path, scale):
   monkeypatch.setattr(grid, "run_grid", None)
-  monkeypatch.setattr(grid, "subprocess", None)
+  monkeypatch.setattr(children, "subprocess", None)
   monkeypatch.chdir(tmp_path)
   cells = planned(capsys, "--item=table2", f"--scale={scale}")
   assert len({cell["--workdir"] for cell in cells}) == len(cells) == len(paper.ITEMS["table2"].lines)

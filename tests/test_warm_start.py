@@ -318,7 +318,11 @@ def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(fold
   other = train(folder, f"other-than-{dtype}", method="full", param_dtype=others)
   options = dict(method="switchlora", param_dtype=dtype, warm_start_from=str(other.workdir), checkpoint_every=4)
   run = train(folder, f"cast-to-{dtype}", **options)
-  floats = [leaf for leaf in jax.tree.leaves(run.outcome.state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  floats = [
+    leaf
+    for leaf in jax.tree.leaves(run.outcome.state._replace(spikes=None))
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
   assert len(floats) > 20 and {str(leaf.dtype) for leaf in floats} == {dtype}
   shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
   shutil.rmtree(other.workdir)
