@@ -198,8 +198,10 @@ class Checkpoints:
 
   def _sweep(self):
     """Remove what a process that was killed had half written or half removed."""
-    for left in (path for name in (TEMPORARY, REMOVED) for path in self._directory.glob(f"*{name}")):
+    for left in self._directory.glob(f"*{TEMPORARY}"):
       shutil.rmtree(left)
+    for left in self._directory.glob(f"*{REMOVED}"):
+      shutil.rmtree(left, ignore_errors=True)  # where another reads it, the next restore removes it
 
   def _restore(self, step: int, abstract):
     folder, share = self._directory / str(step), (jax.process_index(), jax.process_count())
