@@ -41,6 +41,8 @@ class Children:
     variables = environment() | {PARENT: str(os.getpid())}
     process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
     self._running.append(process)
+    if self._ended:  # while it was started
+      process.terminate()
     try:
       share_cores(process.pid, *share)
       return process.wait()

@@ -92,9 +92,16 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    if self._keep:
+  def __exit__(self, kind, *_):
+    if not self._keep:
+      return
+    try:
       self.wait()
+    except UserError as error:
+      if kind is None:
+        raise
+      log.warning("%s", error)  # what is raised already is what ended the run
+    finally:
       self._writer.close()
 
   def steps(self) -> list[int]:
@@ -125,11 +132,16 @@ class Checkpoints:
     """Wait for the save in flight; then more than `keep` are not needed any more. Raises as `save`."""
     with self._failure_as_sentence():
       self._writer.wait_until_finished()
-      if hosts.is_first() and (old := self.steps()[: -self._keep]):
-        manifest.sync(self._directory)  # the names of the newer ones are on the disk before the older ones go
-        for step in old:
-          removed = self._directory / f"{step}{REMOVED}"
-          shutil.rmtree((self._directory / str(step)).rename(removed))
+    if hosts.is_first() and (old := self.steps()[: -self._keep]):
+      try:
+        self._remove(old)
+      except OSError as error:  # on network drives, while another reads it
+        log.warning("an old checkpoint in %s could not be removed (%s); the run goes on", self._directory, error)
+
+  def _remove(self, steps: list[int]):
+    manifest.sync(self._directory)  # the names of the newer ones are on the disk before the older ones go
+    for step in steps:
+      shutil.rmtree((self._directory / str(step)).rename(self._directory / f"{step}{REMOVED}"))
 
   def _write_manifest(self):
     """Called by orbax on process 0 when all have written their share, before the directory gets its name."""
@@ -186,8 +198,10 @@ class Checkpoints:
 
   def _sweep(self):
     """Remove what a process that was killed had half written or half removed."""
-    for left in (path for name in (TEMPORARY, REMOVED) for path in self._directory.glob(f"*{name}")):
+    for left in self._directory.glob(f"*{TEMPORARY}"):
       shutil.rmtree(left)
+    for left in self._directory.glob(f"*{REMOVED}"):
+      shutil.rmtree(left, ignore_errors=True)  # where another reads it, the next restore removes it
 
   def _restore(self, step: int, abstract):
     folder, share = self._directory / str(step), (jax.process_index(), jax.process_count())

@@ -51,7 +51,7 @@ class Manifest(NamedTuple):
 
 def write(folder: Path, step: int, arrays: dict[str, list[int]]) -> None:
   """Finish the checkpoint in `folder`: bring all of it to the disk, the manifest last."""
-  paths = sorted((folder / COVERED).rglob("*"))
+  paths = [folder / COVERED, *sorted((folder / COVERED).rglob("*"))]
   with ThreadPoolExecutor() as pool:
     found = pool.map(_sync_and_measure, paths)
     files = {str(path.relative_to(folder)): of for path, of in zip(paths, found, strict=True) if of}

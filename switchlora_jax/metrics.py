@@ -70,6 +70,7 @@ class Metrics:
         f"{self.path} could not be written until this checkpoint was due ({failure.strerror}), so it was not saved; "
         "make room, and the same command continues from the checkpoint before"
       )
+    os.fsync(self._file.fileno())
 
   def _drain(self) -> OSError | None:
     """Write what waits, and no half of a line; what prevents that."""

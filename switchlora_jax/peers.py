@@ -33,8 +33,9 @@ class Peers:
     return self
 
   def __exit__(self, *_):
-    self._ended = True
-    self.say_now(ended=True)
+    self.say(ended=True)
+    self._ended = True  # after what the thread is to say last
+    self._news.set()
     self._thread.join(2 * BEAT)  # no longer: process 0 may be the one that does not answer
 
   def listen(self, hear: Callable[[dict[int, dict]], None]):

@@ -6,6 +6,7 @@ or waiting for another process. (JAX's own service for this knows SIGTERM alone 
 one and those during set-up as well.)
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -32,7 +33,7 @@ class Preemption:
 
   def __init__(self, peers: Peers):
     self._peers, self.cause, self._told, self._begun = peers, None, None, False
-    self._seen, self._proposed, self._stop_at, self._changed = 0, None, None, threading.Condition()
+    self._asked, self._proposed, self._stop_at, self._changed = 0, None, None, threading.Condition()
     parent = os.environ.get(PARENT)
     self._parent = int(parent) if parent else None
     peers.listen(self._hear)
@@ -41,44 +42,45 @@ class Preemption:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._handlers = {number: signal.getsignal(number) for number in HEARD}
-    signal.signal(signal.SIGTERM, _leave_to_thread)
     self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _leave_to_thread)  # now that each leaves its byte
     threading.Thread(target=self._listen, name="signals", daemon=True).start()
     return self
 
   def __exit__(self, *_):
-    signal.set_wakeup_fd(self._before)
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
+    signal.set_wakeup_fd(self._before)
     os.close(self._write)
 
-  def begin(self, done: int):
-    """The first step follows, after `done` steps: from now on signals wait for the end of a step."""
+  def begin(self):
+    """The first step follows: from now on signals wait for the end of a step."""
     with self._changed:
-      self._seen, self._begun = done, True
+      self._begun = True
     signal.signal(signal.SIGINT, _leave_to_thread)
 
-  def due(self, done: int) -> bool:
-    """Whether the run stops after step `done`, as all its processes do; they call it after every step.
+  def due(self) -> bool:
+    """Whether the run stops now, as all its processes do; they ask equally often, after every step.
 
-    While they agree on the step it waits, for a second or two, once.
+    While they agree on the step it waits, for a second or two, once. The steps are not known by their numbers, which
+    come again where a run goes back.
     """
     with self._changed:
       self._changed.wait_for(lambda: self._proposed is None or self._stop_at is not None)
-      self._seen = done
-      return done == self._stop_at
+      self._asked += 1
+      return self._asked == self._stop_at
 
   def _hear(self, said: dict[int, dict]):
-    """Agree: once one is told, each says after which step it last asked; the last is the next that none has done."""
+    """Agree: once one is told, each says how often it has asked; the stop is the next time that none has asked yet."""
     told = [process for process, facts in sorted(said.items()) if facts.get("told")]
     with self._changed:
       if not (told and self._begun):
         return
       if self._proposed is None:
         self.cause = said[told[0]]["told"] + ("" if told[0] == self._peers.here else f" to process {told[0]}")
-        self._proposed = self._seen
-        self._peers.say_now(asked_after=self._proposed)
-      proposals = [facts["asked_after"] for facts in said.values() if "asked_after" in facts]
+        self._proposed = self._asked
+        self._peers.say_now(asked=self._proposed)
+      proposals = [facts["asked"] for facts in said.values() if "asked" in facts]
       if len(proposals) == self._peers.count:
         self._stop_at = max(proposals) + 1
         self._changed.notify_all()
@@ -115,6 +117,7 @@ def _leave_to_thread(*_):
 
 
 def _end(number: signal.Signals, sentence: str):
-  sys.stderr.write(f"\n{sentence}\n")
-  sys.stderr.flush()
+  with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+    sys.stderr.write(f"\n{sentence}\n")
+    sys.stderr.flush()
   os._exit(128 + number)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import jax
 from switchlora_jax.config import differences
 from switchlora_jax.errors import UserError
 from switchlora_jax.lock import Taken, alone
+from switchlora_jax.rows import write_bytes
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
@@ -118,7 +118,7 @@ def record(workdir: Path, config, dataset) -> None:
       f"{saved['git_revision']}), or choose a new --workdir"
     )
   if not saved:
-    _replace(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
+    write_bytes(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
     now = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
     _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | now)
 
@@ -147,13 +147,7 @@ def _write(workdir: Path, contents: dict):
 
 def replace_text(path: Path, text: str):
   """Write a file so that it is, at every moment, either the old one or the new one."""
-  _replace(path, text.encode())
-
-
-def _replace(path: Path, contents: bytes):
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(contents)
-  os.replace(temporary, path)
+  write_bytes(path, text.encode())
 
 
 def devices() -> str:

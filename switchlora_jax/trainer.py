@@ -66,17 +66,18 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
     run = Run(config, workdir, programs, data, checkpoints, watchdog)
     with watchdog.telling():  # not only after the checkpoints were waited for, which may need the other processes
       first_step = run.begin(source)
-      preemption.begin(first_step)
+      preemption.begin()
       stop = False
       while run.done < config.steps and not stop:
         try:
           run.step()
-          stop, last = preemption.due(run.done), run.done == config.steps
+          stop, last = preemption.due(), run.done == config.steps
           if due(run.done, config.eval_every) or last:
             run.evaluate()
           if due(run.done, config.checkpoint_every) or last or stop:
             run.save()
         except spikes.Spiked as spiked:  # nothing was saved since: `save` looks first
+          stop = stop or preemption.due()  # not when it comes to this step again
           run.go_back(spiked.step)
       run.log.close()
   if run.done < config.steps:

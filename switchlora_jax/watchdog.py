@@ -37,7 +37,7 @@ class Watchdog:
   def __init__(self, peers: Peers, hang_seconds: float, peer_seconds: float):
     self._peers, self._hang_seconds, self._peer_seconds = peers, hang_seconds, peer_seconds
     self._marks, self._doing, self._begun = 0, "set-up", False
-    self._told = False  # whether the others know that this process fails
+    self._failure = None  # of this process, which it has told the others
     self._quiet, self._silent, self._failing = _Still(), {}, 0.0
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -70,12 +70,12 @@ class Watchdog:
       yield
     except Stopped:
       raise
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C during set-up, too
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-      if self._peers.count > 1 and ELSEWHERE.search(reason) and not self._told:
+      if self._peers.count > 1 and ELSEWHERE.search(reason) and not self._failure:
         _say(f"{reason}\nso it looks when another process ends; waiting to hear which")
         time.sleep(self._peer_seconds + GRACE)
-      self._told = True
+      self._failure = self._failure or reason
       self._peers.say_now(failed=reason)
       raise
 
@@ -128,14 +128,16 @@ class Watchdog:
     if self._peers.count > 1:
       behind = min(sorted(said), key=lambda process: said[process].get("marks", 0))
       others = f"; furthest behind is process {behind}, at: {said[behind].get('doing', 'set-up')}"
-    faulthandler.dump_traceback(all_threads=True)
+    with contextlib.suppress(OSError, ValueError):  # a notebook's stderr may be no file
+      faulthandler.dump_traceback(all_threads=True)
     return (
       f"process {self._peers.here} hangs since {since} at: {self._doing}; nothing went on for {self._hang_seconds:g} s "
       f"(--config.hang_seconds){others}; above is what each thread was doing; {REMEDY}"
     )
 
   def _end(self, sentence: str):
-    _say(f"error: {sentence}")
+    failed = f"{self._failure}; and before it could end, " if self._failure else ""  # while it waited for a save
+    _say(f"error: {failed}{sentence}")
     if self._peers.here == 0 and self._peers.count > 1:  # the others hear through this process
       time.sleep(GRACE)
     os._exit(HUNG)
@@ -154,8 +156,9 @@ class _Still:
 
 
 def _say(text: str):
-  sys.stderr.write(f"\n{text}\n")
-  sys.stderr.flush()
+  with contextlib.suppress(OSError, ValueError):  # a terminal that is gone: the run ends all the same
+    sys.stderr.write(f"\n{text}\n")
+    sys.stderr.flush()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -1,6 +1,7 @@
 """What is read back is what was saved, or it is refused by name."""
 
 import contextlib
+import os
 import resource
 import shutil
 import time
@@ -166,6 +167,31 @@ def test_the_first_save_that_fails_says_that_there_is_none(tmp_path):
   said = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, said:
     checkpoints.save(5, some_state(5))
+
+
+def test_a_save_that_fails_does_not_hide_what_ended_the_run(directory, caplog):
+  with pytest.raises(KeyError), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+    raise KeyError
+  assert "checkpoint of step 5 could not be saved" in caplog.text
+
+
+def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
+  """The new one is saved, and what is left of the old one is no checkpoint."""
+
+  def busy(*_, **__):
+    raise OSError(39, "Directory not empty")
+
+  with monkeypatch.context() as patch, Checkpoints(directory, keep=3) as checkpoints:
+    patch.setattr(os, "rmdir", busy)
+    checkpoints.save(5, some_state(5))
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 5] and (directory / "2.removed").exists()
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(5))
+  assert "could not be removed ([Errno 39] Directory not empty" in caplog.text
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(5))
+  assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
 
 
 def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monkeypatch):

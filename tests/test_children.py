@@ -55,6 +55,20 @@ def test_a_signal_ends_the_children(tmp_path, number):
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_child_that_is_started_while_the_others_are_ended_is_ended_too(tmp_path, monkeypatch):
+  running, popen = Children(), subprocess.Popen
+
+  def slow(*args, **how):
+    process = popen(*args, **how)
+    with pytest.raises(KeyError), running:
+      raise KeyError
+    return process
+
+  monkeypatch.setattr(subprocess, "Popen", slow)
+  with (tmp_path / "output").open("w") as output:
+    assert running.run([sys.executable, "-c", "import time; time.sleep(20)"], output, (0, 1)) == -signal.SIGTERM
+
+
 def test_what_ends_well_ends_alone(tmp_path):
   with (tmp_path / "output").open("w") as output, Children() as running:
     assert [running.run([sys.executable, "-c", f"exit({code})"], output, (0, 1)) for code in (0, 3)] == [0, 3]

@@ -113,6 +113,14 @@ def test_a_manifest_cut_off_while_it_was_written_is_none(folder, monkeypatch):
   assert manifest.finished(folder.parent) == []
 
 
+def test_every_name_is_brought_to_the_disk(folder, monkeypatch):
+  """Else a machine that loses power may have the manifest, and not what it speaks of."""
+  synced = set()
+  monkeypatch.setattr(manifest, "sync", synced.add)
+  manifest.write(folder, 5, ARRAYS)
+  assert synced == {folder, folder / "state", folder / "state" / "d", folder / "state" / "e"}
+
+
 def test_it_is_json_that_others_may_read(folder):
   saved = json.loads((folder / "manifest.json").read_text())
   assert saved["step"] == 5 and saved["files"]["state/d/small"][0] == 1

@@ -62,6 +62,17 @@ def test_the_last_words_are_said_before_the_end(store):
     wait_for(lambda: first.said.get(1, {}).get("ended") and first.said[1]["failed"] == "KeyError: 5")
 
 
+def test_the_end_is_said_whenever_the_thread_looks(store, monkeypatch):
+  """Also where it posts for the last time as soon as it may; else the others would miss this process."""
+  ended = process(store, 0)
+  ended._thread = threading.Thread(target=lambda: None)
+  monkeypatch.setattr(Peers, "__setattr__", lambda self, *it: (object.__setattr__(self, *it), posts(self, it[0]))[0])
+  posts = lambda peers, name: name == "_ended" and peers._post()
+  with ended:
+    pass
+  assert ended.said[0]["ended"]
+
+
 def test_one_process_hears_itself_without_a_store(monkeypatch):
   monkeypatch.setattr(peers, "BEAT", 0.05)
   heard = threading.Event()

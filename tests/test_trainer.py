@@ -16,7 +16,7 @@ import pytest
 from tiny import flags_of, resolved, tiny_config
 
 from switchlora_jax import dataset, manifest, metrics, program, train_log, train_step, trainer
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import Stopped, UserError
 from switchlora_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +208,28 @@ def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monk
   assert int(behind.state.spikes.rollbacks) == 0
   np.testing.assert_array_equal(back.state.spikes.losses, behind.state.spikes.losses)
   assert_same(back.state._replace(spikes=None), behind.state._replace(spikes=None))
+
+
+def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, asked, monkeypatch):
+  """It does not first come to that step again; what continues goes back from it as if nothing had been."""
+  config = resolved(tmp_path, **BACK | dict(checkpoint_every=4))
+  whole = trainer.train(config, tmp_path / "whole")
+  number, step = len(asked), trainer.Run.step
+
+  def told(run):
+    if len(asked) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(2)  # until it is heard
+    step(run)
+
+  asked.clear()
+  with monkeypatch.context() as once, pytest.raises(Stopped, match="after step 4, which is saved"):
+    once.setattr(trainer.Run, "step", told)
+    trainer.train(config, tmp_path / "stopped")
+  assert asked == list(range(6))
+  again = trainer.train(config, tmp_path / "stopped")
+  assert len(asked) == number + 2 and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+  assert_same(again.state, whole.state)
 
 
 def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked):

@@ -131,6 +131,34 @@ def test_an_error_is_told_to_the_others_at_once():
   assert peers.mine["failed"] == "KeyError: 5"
 
 
+def test_ctrl_c_during_set_up_is_told_to_the_others():
+  peers, dog = begun(1, 2)
+  with pytest.raises(KeyboardInterrupt), dog.telling():
+    raise KeyboardInterrupt
+  assert peers.mine["failed"].startswith("KeyboardInterrupt")
+
+
+def test_a_process_that_failed_and_then_waits_for_others_says_why_it_failed(monkeypatch, capsys):
+  """Its exception is not seen by anyone: it was on its way out, and waited for a save."""
+  dog, codes = begun(1, 2)[1], []
+  monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+  with pytest.raises(KeyError), dog.telling():
+    raise KeyError(5)
+  dog._end("process 0 of 2 is lost")
+  assert codes == [HUNG]
+  assert "error: KeyError: 5; and before it could end, process 0 of 2 is lost" in capsys.readouterr().err
+
+
+def test_a_run_ends_also_where_nothing_can_be_printed(monkeypatch):
+  codes = []
+  monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+  with open("/dev/null") as unwritable:
+    monkeypatch.setattr(sys, "stderr", unwritable)
+    peers, dog = begun()
+    dog._end(looks(peers, dog, HANG + 3))
+  assert codes == [HUNG]
+
+
 def test_an_error_that_another_process_may_have_caused_waits_to_hear_which(monkeypatch, capsys):
   dog, slept = begun(1, 2)[1], []
   monkeypatch.setattr(watchdog, "time", SimpleNamespace(sleep=slept.append))
