@@ -1,6 +1,7 @@
 """Told to stop: SIGTERM, SIGINT, or the end of the process that started this one.
 
-The run finishes its step, on several processes all finish the same one, and saves; a second signal ends it at once.
+The run finishes its step, on several processes all finish the same one, and saves. Ctrl-C once more ends it at once;
+SIGTERM does not, which SLURM sends again while the run saves: it has SIGKILL for what takes too long.
 Signals are heard by a thread of their own, since Python's handlers wait for the main thread, which may be compiling
 or waiting for another process. (JAX's own service for this knows SIGTERM alone and takes every one of them, a second
 one and those during set-up as well.)
@@ -104,8 +105,8 @@ class Preemption:
         _end(number, f"stopped by {number.name} during set-up; the same command starts again")
     elif self._told is None:
       self._tell(number.name)
-    elif time.monotonic() - self._told > ONE:
-      _end(number, f"stopped at once by a second signal, {number.name}; the same command continues from the last save")
+    elif number == signal.SIGINT and time.monotonic() - self._told > ONE:
+      _end(number, "stopped at once by Ctrl-C; the same command continues from the last save")
 
   def _tell(self, cause: str):
     self._told = time.monotonic()
