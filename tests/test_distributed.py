@@ -260,7 +260,7 @@ def test_the_first_writes_for_all(runs):
   inside = [[path for path in wrote if path.startswith(f"{runs.apart}/")] for _, wrote in runs.watched]
   outside = [{path for path in paths if f"{runs.apart}/checkpoints" not in path} for paths in inside]
   assert outside[1] == set()
-  assert {Path(path).name for path in outside[0]} >= {"metrics.jsonl", "config.json.tmp", "loss.png"}
+  assert {Path(path).name for path in outside[0]} >= {"metrics.jsonl", "config.json.partial", "loss.png"}
   assert {path.name for path in runs.apart.iterdir()} == {
     ".lock", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.model"
   }  # fmt: skip

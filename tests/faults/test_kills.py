@@ -1,6 +1,7 @@
 """SIGKILL: wherever it strikes, the relaunch ends bit by bit as the uninterrupted run."""
 
 import random
+import time
 
 import pytest
 from hurt_runs import assert_same_end, finish, saved_arrays, small, start
@@ -14,6 +15,19 @@ def test_killed_at_random_moments(whole, tmp_path):
   for reach in sorted(moments.sample(range(2, 40), 3)):
     run = start(small(folder), workdir)
     run.until(reach)
+    run.process.kill()
+    run.end()
+  finish(small(folder), workdir)
+  assert_same_end(workdir, uninterrupted)
+
+
+def test_killed_at_any_time(whole, tmp_path):
+  """Case 1. Ten kills, of which each strikes at a random time after the start: set-up, compiling, a step, a save."""
+  folder, uninterrupted = whole
+  moments, workdir = random.Random(1), tmp_path / "killed"
+  for _ in range(10):
+    run = start(small(folder), workdir)
+    time.sleep(moments.uniform(1, 15))
     run.process.kill()
     run.end()
   finish(small(folder), workdir)
