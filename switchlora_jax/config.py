@@ -150,7 +150,7 @@ def _check_training(config, devices: int):
       raise UserError(f"{key} (={config[key]}) must be greater than 0; set --config.{key}")
   if config.min_lr_ratio is not None and not 0 <= config.min_lr_ratio <= 1:
     raise UserError(f"min_lr_ratio (={config.min_lr_ratio}) must lie between 0 and 1; set --config.min_lr_ratio")
-  if not config.hang_seconds >= 0:
+  if config.hang_seconds < 0:
     raise UserError(
       f"hang_seconds (={config.hang_seconds}) must be greater than 0, or 0 for never; set --config.hang_seconds"
     )

@@ -9,7 +9,6 @@ What a run does about one says `config.spike.action`; to go back and leave out t
 """
 
 import logging
-import math
 from typing import NamedTuple
 
 import jax
@@ -70,10 +69,8 @@ def check(spike) -> None:
     raise UserError(
       f"spike.window (={spike.window}) must be at least 2, to have a deviation; set --config.spike.window"
     )
-  if not 0 < spike.threshold < math.inf:
-    raise UserError(
-      f"spike.threshold (={spike.threshold}) must be a number greater than 0; set --config.spike.threshold"
-    )
+  if not spike.threshold > 0:
+    raise UserError(f"spike.threshold (={spike.threshold}) must be greater than 0; set --config.spike.threshold")
   if spike.max_rollbacks < 1:
     raise UserError(
       f"spike.max_rollbacks (={spike.max_rollbacks}) must be at least 1; set --config.spike.max_rollbacks, or "

@@ -27,7 +27,6 @@ MISTAKES = {
   "accumulation": (dict(accumulation=2), "(=8 × 2); try --config.batch_size=16"),
   "seed": (dict(seed=-1), "seed (=-1) must not be negative"),
   "hang": (dict(hang_seconds=-1.0), "hang_seconds (=-1.0) must be greater than 0, or 0 for never"),
-  "hang, no number": (dict(hang_seconds=float("nan")), "hang_seconds (=nan) must be greater than 0, or 0"),
   "steps": (dict(steps=0), "steps (=0) must be greater than 0"),
   "warm-up": (dict(warmup_steps=12), "warmup_steps (=12) must be at least 0 and less than steps (=12)"),
   "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),
@@ -60,8 +59,7 @@ MISTAKES = {
   ),
   "spike action": (dict(spike__action="stop"), "spike.action (='stop') must be one of report, skip, rollback; set"),
   "spike window": (dict(spike__window=1), "spike.window (=1) must be at least 2, to have a deviation; set"),
-  "spike threshold": (dict(spike__threshold=0.0), "spike.threshold (=0.0) must be a number greater than 0"),
-  "spike nan": (dict(spike__threshold=float("nan")), "spike.threshold (=nan) must be a number greater than 0"),
+  "spike threshold": (dict(spike__threshold=0.0), "spike.threshold (=0.0) must be greater than 0"),
   "rollbacks": (dict(spike__max_rollbacks=0), "spike.max_rollbacks (=0) must be at least 1; set"),
   "nothing frozen": (
     dict(method="full", frozen_dtype="bfloat16"),
