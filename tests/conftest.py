@@ -1,30 +1,21 @@
 """Eight simulated CPU devices, quick compiling, no silent broadcasting, and access to the recorded numbers."""
 
-import json
 import os
-from pathlib import Path
 
 # Compiling takes most of the time of tests. JAX reads it when it is imported, as do the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
-import numpy as np
 import pytest
+from recorded import load
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
 def golden():
   """name -> (arrays, what its .json says) of an extract in tests/golden."""
-
-  def load(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-      return dict(arrays), json.loads((GOLDEN / f"{name}.json").read_text())
-
   return load
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import GOLDEN
 from safetensors.numpy import load_file, save_file
 from small_model import same_bits
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import GOLDEN
 
 from switchlora_jax import huggingface_tokenizer
 from switchlora_jax.tokenizer import load_tokenizer

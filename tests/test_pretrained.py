@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from recorded import GOLDEN
 from tiny import saved_run
 
 from switchlora_jax import pretrained
