@@ -5,7 +5,7 @@ name of a step and no manifest is no checkpoint. It lies with the files it speak
 moved and removed together. It covers `state/`, all that is ever read; what orbax writes beside it after the manifest
 (`_CHECKPOINT_METADATA`, `commit_success.txt`) is not.
 
-Nothing here needs a device. The checksum of a file is XXH3: as fast as the file is read, where CRC-32 takes twice that.
+Nothing here needs a device. The checksum of a file is XXH3: as fast as the file is read, which CRC-32 is not.
 """
 
 import datetime

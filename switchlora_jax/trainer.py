@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from switchlora_jax import dataset, hosts, metrics, report, run_directory, spikes, train_state, warm_start
+from switchlora_jax import dataset, hosts, manifest, metrics, report, run_directory, spikes, train_state, warm_start
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import Stopped
@@ -170,7 +170,7 @@ class Run:
 
 def find_source(config, workdir: Path, program: Program, mesh) -> warm_start.Source | None:
   """What `warm_start_from` names; from its first finished checkpoint on, a run does not need it any more."""
-  started = any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+  started = manifest.directories(workdir / "checkpoints")
   return warm_start.Source(config, program, mesh) if config.warm_start_from and not started else None
 
 
