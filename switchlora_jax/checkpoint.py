@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -82,6 +83,7 @@ class Checkpoints:
     self._saving, self._arrays = None, {}  # the step that is being saved, or was last, and its checksums
     if keep:
       logging.getLogger("absl").addFilter(_is_news)
+      sys.unraisablehook = _say_news
       # Where a directory cannot be made, threads that are to write into it would wait for it for minutes.
       options = ocp.options.AsyncOptions(
         post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
@@ -241,6 +243,12 @@ def _system_says(error: Exception) -> str:
 def _is_news(record: logging.LogRecord) -> bool:
   """Whether it is anything but the traceback that each thread of orbax logs of a save that failed: a sentence tells."""
   return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _say_news(raised):
+  """`sys.unraisablehook` but for what tensorstore raises for each array that was under way when a save failed."""
+  if str(raised.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(raised)
 
 
 def _reason(error: Exception) -> str:

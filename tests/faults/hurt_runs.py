@@ -22,12 +22,13 @@ PATIENCE = 240  # seconds that a tiny run may take on a busy machine
 
 
 class Run(NamedTuple):
-  """A process that trains: the process, its --workdir, and the files that its output goes to."""
+  """A process that trains: the process, its --workdir, the files that its output goes to, and who writes the last."""
 
   process: subprocess.Popen
   workdir: Path
   stdout: Path
   stderr: Path
+  scribe: subprocess.Popen
 
   def until(self, step: int):
     """Wait until metrics.jsonl has a line of a step, which the process must live to write."""
@@ -44,7 +45,9 @@ class Run(NamedTuple):
   def end(self, patience: float = PATIENCE) -> int:
     """Wait for its end; returns the exit code."""
     try:
-      return self.process.wait(patience)
+      code = self.process.wait(patience)
+      self.scribe.wait(patience)
+      return code
     finally:
       self.process.kill()
 
@@ -67,8 +70,10 @@ def start(
   outputs = [workdir.with_name(f"{workdir.name}.{name}.{number}") for name in ("stdout", "stderr")]
   shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (environment or {})
   with outputs[0].open("w") as stdout, outputs[1].open("w") as stderr:
-    process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=stdout, stderr=stderr, **popen)
-  return Run(process, workdir, *outputs)
+    process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=stdout, stderr=subprocess.PIPE, **popen)
+    scribe = subprocess.Popen(["cat"], stdin=process.stderr, stdout=stderr)  # a full disk shall not cut what is said
+  process.stderr.close()
+  return Run(process, workdir, *outputs, scribe)
 
 
 def start_pair(config, workdir: Path, *flags: str, faults=(None, None), devices: int = 1) -> list[Run]:
