@@ -13,6 +13,7 @@ import json
 import logging
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,9 +240,9 @@ def main():
   cli.make_folder(workdir)
   for model in models:
     processor = load_tokenizer(model.pretrained.tokenizer)
+    encode = partial(examples.encode, processor=processor, seq_len=SEQ_LEN.value, prefix=model.pretrained.prefix)
     for name, task, splits in tasks:
-      train = examples.encode(glue.part_of(splits["train"], ROWS.value), processor, SEQ_LEN.value)
-      dev = examples.encode(splits["dev"], processor, SEQ_LEN.value)
+      train, dev = encode(glue.part_of(splits["train"], ROWS.value)), encode(splits["dev"])
       trial = Trial(model, task, train, dev, workdir / model.name / name)
       warn_of_length(trial)
       rows.append(compare(trial, rates or [paper_rate(model, task)]))

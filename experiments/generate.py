@@ -88,7 +88,7 @@ def main():
   folder, sampling = check()
   model = pretrained.load(folder)
   tokenizer = load_tokenizer(model.tokenizer)
-  prompt = encode(tokenizer, PROMPT.value)
+  prompt = [*model.prefix, *encode(tokenizer, PROMPT.value)]
   new_tokens = room(prompt, model.seq_len)
   llama = LLaMA(**model.sizes, dense=partial(nn.Dense, use_bias=False))
   variables = {"params": jax.device_put(model.weights)}

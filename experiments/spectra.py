@@ -146,7 +146,6 @@ def plot_weights(runs: list[dict], path: Path):
   """Singular values of the weights, a panel each kind of layer."""
   figure, last = panels([(run["run"], run["weights"]) for run in runs], "singular value of W")
   last.axis("off")
-  last.legend(*figure.axes[0].get_legend_handles_labels(), loc="center", fontsize="small")
   save(figure, path, "Merged weights: singular values, mean of the layers and their range")
 
 
@@ -155,18 +154,17 @@ def plot_learnt(runs: list[dict], path: Path):
   figure, last = panels([(run["run"], run["learnt"][run["step"]]) for run in runs], "singular value of W − W₀")
   for run in runs:
     steps, recorded = zip(*run["learnt_rank"], strict=True) if run["learnt_rank"] else ((), ())
-    (line,) = last.plot(steps, recorded, label=run["run"])
+    (line,) = last.plot(steps, recorded)
     means = [np.mean([kind["rank"] for kind in kinds.values()]) for kinds in run["learnt"].values()]
     last.plot(list(run["learnt"]), means, "o--", color=line.get_color(), markersize=4)
   last.set(xlabel="step", ylabel="mean of all layers", title="rank (dashed), effective rank")
-  last.legend(fontsize="x-small")
   last.grid(alpha=0.3)
   save(figure, path, "W − W₀, what was learnt: singular values, mean of the layers and their range")
 
 
 def panels(lines: list[tuple[str, dict]], ylabel: str):
   """A figure of seven panels, and its eighth, still empty; `lines` are (label, {kind: singular values, …})."""
-  figure, axes = plt.subplots(2, 4, figsize=(16, 8))
+  figure, axes = plt.subplots(2, 4, figsize=(16, 8), layout="constrained")
   for kind, panel in zip(KINDS, axes.flat[:-1], strict=True):
     for label, found in lines:
       values = np.array(found[kind]["singular_values"])
@@ -181,8 +179,8 @@ def panels(lines: list[tuple[str, dict]], ylabel: str):
 
 
 def save(figure, path: Path, title: str):
-  """Title, file."""
+  """Title, the runs below all panels, file."""
   figure.suptitle(title)
-  figure.tight_layout()
+  figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
   figure.savefig(path, dpi=120)
   plt.close(figure)

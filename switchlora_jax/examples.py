@@ -29,20 +29,23 @@ class Batch(NamedTuple):
   weights: np.ndarray
 
 
-def encode(rows: Rows, processor: sentencepiece.SentencePieceProcessor, seq_len: int) -> Examples:
-  """Each sentence with the end of sentence behind it, as documents were joined in pre-training: `A eos B eos`.
+def encode(
+  rows: Rows, processor: sentencepiece.SentencePieceProcessor, seq_len: int, prefix: tuple[int, ...] = ()
+) -> Examples:
+  """`prefix`, then each sentence with the end of sentence behind it, as documents were joined in pre-training:
+  `A eos B eos`.
 
   What is longer than `seq_len` loses tokens at the end of its longer sentence, one by one.
   """
-  sentences = iter(processor.encode(list(itertools.chain.from_iterable(rows.texts))))
-  tokens = [_joined([next(sentences) for _ in row], processor.eos_id(), seq_len) for row in rows.texts]
-  return Examples(tokens, rows.labels)
+  sentences, room = iter(processor.encode(list(itertools.chain.from_iterable(rows.texts)))), seq_len - len(prefix)
+  tokens = [[*prefix, *_joined([next(sentences) for _ in row], processor.eos_id(), room)] for row in rows.texts]
+  return Examples([np.array(row, np.int32) for row in tokens], rows.labels)
 
 
-def _joined(sentences: list[list[int]], eos: int, seq_len: int) -> np.ndarray:
-  while sum(map(len, sentences)) > seq_len - len(sentences):
+def _joined(sentences: list[list[int]], eos: int, room: int) -> list[int]:
+  while sum(map(len, sentences)) > room - len(sentences):
     max(sentences, key=len).pop()
-  return np.array([token for sentence in sentences for token in (*sentence, eos)], np.int32)
+  return [token for sentence in sentences for token in (*sentence, eos)]
 
 
 def bucket(length: int) -> int:

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from switchlora_jax import huggingface_tokenizer, tensor_files
 from switchlora_jax.errors import UserError
+from switchlora_jax.huggingface_tokenizer import TOKENIZER
 from switchlora_jax.llama import EPSILON, ROPE_BASE
 
-TOKENIZER = "tokenizer.model"
 SIZES = {  # ours: theirs
   "vocab_size": "vocab_size",
   "hidden_size": "hidden_size",

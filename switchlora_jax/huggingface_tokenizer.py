@@ -9,9 +9,11 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2 as proto
 
+from switchlora_jax.tensor_files import read_json
 from switchlora_jax.tokenizer import load_tokenizer
 
 Piece, Trainer = proto.ModelProto.SentencePiece, proto.TrainerSpec
+TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a folder
 SPACE = "▁"  # SentencePiece's
 ALMOST = (
   "tokenizer.json only approximates a tokenizer of this kind: in transformers the literal text of a special piece, say "
@@ -48,8 +50,19 @@ def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
     "model": _byte_pair(model) if _is_byte_pair(model) else _unigram(model),
   }
   exact = _is_byte_pair(model) and not model.normalizer_spec.precompiled_charsmap
-  files = {"tokenizer.json": contents, "tokenizer_config.json": _config(path, model, seq_len)}
+  files = {"tokenizer.json": contents, CONFIG: _config(path, model, seq_len)}
   return files, [] if exact else [ALMOST]
+
+
+def prefix(folder: Path) -> tuple[int, ...]:
+  """The ids that `transformers` puts before a text: BOS if tokenizer_config.json asks for it, or LLaMA's class, which
+  does so unless it is told not to.
+  """
+  if not (folder / CONFIG).exists() or not (folder / TOKENIZER).exists():
+    return ()
+  said, bos = read_json(folder / CONFIG), load_tokenizer(folder / TOKENIZER).bos_id()
+  asked = said.get("add_bos_token", said.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"))
+  return (bos,) if asked and bos >= 0 else ()
 
 
 def _is_byte_pair(model) -> bool:

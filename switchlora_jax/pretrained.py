@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax import huggingface, run_directory, saved_run, weights
+from switchlora_jax import huggingface, huggingface_tokenizer, run_directory, saved_run, weights
 from switchlora_jax.errors import UserError
 from switchlora_jax.llama import LLaMA
 from switchlora_jax.program import Program
@@ -32,6 +32,7 @@ class Pretrained(NamedTuple):
     origin: what it is, for messages: `runs/tiny, switchlora, step 1000 of 2000`.
     seq_len: tokens of the rows that it was trained on.
     method: that trained it; None where a Hugging Face folder does not say.
+    prefix: token ids that stood before every text in training, as those of LLaMA 1 begin with BOS; ours have none.
   """
 
   sizes: dict[str, int]
@@ -40,6 +41,7 @@ class Pretrained(NamedTuple):
   origin: str
   seq_len: int
   method: str | None
+  prefix: tuple[int, ...] = ()
 
 
 class Run(NamedTuple):
@@ -89,7 +91,8 @@ def _check_tokenizer(path: Path, model: Pretrained):
 def load_folder(path: Path) -> Pretrained:
   """The model in a Hugging Face LLaMA folder; see `huggingface.inspect` for the errors."""
   folder = huggingface.inspect(path)
-  return Pretrained(folder.sizes, huggingface.read(folder), folder.tokenizer, str(path), folder.seq_len, None)
+  weights, prefix = huggingface.read(folder), huggingface_tokenizer.prefix(path)
+  return Pretrained(folder.sizes, weights, folder.tokenizer, str(path), folder.seq_len, None, prefix)
 
 
 def load_run(directory: Path) -> Pretrained:

@@ -32,6 +32,12 @@ def test_every_sentence_ends_with_its_end(processor):
   assert found.labels.tolist() == [1, 0, 1] and {row.dtype for row in found.tokens} == {np.dtype(np.int32)}
 
 
+def test_a_prefix_stands_before_all_and_takes_its_room(processor):
+  rows = Rows([("The tide", "rises"), ("falls " * 9,)], np.array([1, 0]))
+  (pair, long), (plain, cut) = (encode(rows, processor, size, prefix).tokens for size, prefix in ((12, (7,)), (11, ())))
+  assert pair.tolist() == [7, *plain] and long.tolist() == [7, *cut] and len(long) == 12 and long.dtype == np.int32
+
+
 @given(first=st.integers(0, 12), second=st.integers(0, 12), seq_len=st.integers(4, 20))
 def test_the_longer_sentence_is_cut(processor, first, second, seq_len):
   texts = "a" * first, "b" * second

@@ -57,6 +57,21 @@ def test_a_trained_run_says_with_a_cache_what_it_says_without(run, capsys):
   assert text.startswith("the model") and len(set(text.split())) > 5
 
 
+def test_what_stands_before_every_text_is_read_by_the_model_and_not_shown(run, capsys, monkeypatch):
+  """Its end of text, for want of a BOS; neither is shown."""
+  found, asked = pretrained.load(run), []
+  monkeypatch.setattr(pretrained, "load", lambda path: found._replace(prefix=(1,)))
+  with imported("generate", f"--run={run}", "--prompt=the model", "--max_new_tokens=2") as module:
+    generate = module.generate
+    monkeypatch.setattr(
+      module, "generate", lambda *args, **how: generate(*args[:2], asked.append(args[2]) or args[2], **how)
+    )
+    module.main()
+  tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(found.tokenizer))
+  assert asked == [[1, *tokenizer.encode("the model")]]
+  assert capsys.readouterr().out.startswith("the model")
+
+
 def test_a_process_writes_the_text_and_says_what_the_model_is(run):
   options = ("--prompt=a low é", "--max_new_tokens=9", "--top_k=5", "--top_p=0.9", "--seed=3")
   first, second = (command("generate", f"--run={run}", *options) for _ in range(2))

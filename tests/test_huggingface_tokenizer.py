@@ -105,6 +105,33 @@ def test_special_pieces(tmp_path):
   assert config["model_max_length"] == 9
 
 
+@pytest.mark.parametrize(
+  ("said", "prefix"),
+  [
+    ({"add_bos_token": True}, (1,)),
+    ({"tokenizer_class": "LlamaTokenizer"}, (1,)),
+    ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, ()),
+    ({"tokenizer_class": "PreTrainedTokenizerFast"}, ()),
+    (None, ()),
+  ],
+)
+def test_what_stands_before_a_text(tmp_path, said, prefix):
+  made(tmp_path / "tokenizer.model")  # its BOS is 1
+  if said is not None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+  assert huggingface_tokenizer.prefix(tmp_path) == prefix
+
+
+def test_nothing_stands_before_a_text_of_ours_and_without_a_bos(tmp_path):
+  (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+  assert huggingface_tokenizer.prefix(tmp_path) == (), "no tokenizer.model"
+  (tmp_path / "tokenizer.model").write_bytes(BPE.read_bytes())  # it has no BOS
+  assert huggingface_tokenizer.prefix(tmp_path) == ()
+  files, _ = huggingface_tokenizer.convert(made(tmp_path / "tokenizer.model"), 9)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(files["tokenizer_config.json"]))
+  assert huggingface_tokenizer.prefix(tmp_path) == (), "an export of ours was trained without"
+
+
 def test_what_is_only_near_is_said(tmp_path):
   assert huggingface_tokenizer.convert(BPE, 8)[1] == []
   for path in (UNIGRAM, made(tmp_path / "nfkc.model", normalization_rule_name="nfkc")):
