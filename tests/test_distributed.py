@@ -18,7 +18,8 @@ from tiny import flags_of, tiny_config
 
 from experiments.distributed import FIRST_PORT, Place, from_flags, from_slurm
 from switchlora_jax import dataset, manifest, metrics, trainer
-from switchlora_jax.checkpoint import Checkpoints, named_checksums
+from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.checksums import named_checksums
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.program import build
