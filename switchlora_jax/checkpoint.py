@@ -50,7 +50,7 @@ class Checkpoints:
       sys.unraisablehook = _say_news
       # Where a directory cannot be made, threads that are to write into it would wait for it for minutes.
       options = ocp.options.AsyncOptions(
-        post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
+        post_finalization_callback=self.finish, create_directories_asynchronously=False
       )
       handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
       self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
@@ -109,7 +109,7 @@ class Checkpoints:
     for step in steps:
       shutil.rmtree((self._directory / str(step)).rename(self._directory / f"{step}{REMOVED}"))
 
-  def _write_manifest(self):
+  def finish(self):
     """Called by orbax on process 0 when all have written their share, before the directory gets its name."""
     manifest.write(self._directory / f"{self._saving}{TEMPORARY}", self._saving, self._arrays)
 

@@ -72,10 +72,10 @@ def open_run(directory: Path) -> SavedRun:
   return SavedRun(directory, config, saved["data_fingerprint"], devices, saved["git_revision"], steps)
 
 
-def restore(run: SavedRun, step: int | None, mesh) -> tuple[Program, TrainState]:
+def restore(run: SavedRun, step: int | None, mesh, whole: bool = False) -> tuple[Program, TrainState]:
   """The program of the phase in which a checkpoint was saved, and its state on `mesh`.
 
-  Only the weights are read: `candidates` and `opt_state` hold None for each array.
+  Only the weights are read, unless the `whole` is wanted: `candidates` and `opt_state` hold None for each array.
 
   Args:
     step: one of `run.steps`; the newest that is not damaged by default.
@@ -84,9 +84,9 @@ def restore(run: SavedRun, step: int | None, mesh) -> tuple[Program, TrainState]
   """
   with keys_of(run):
     programs = phases(run.config, mesh)
-  weights_at = lambda step: _weights(trained_by(programs, step).abstract)
+  read = (lambda abstract: abstract) if whole else _weights
   with Checkpoints(run.directory / "checkpoints") as checkpoints:
-    state = checkpoints.restore(weights_at, step)
+    state = checkpoints.restore(lambda step: read(trained_by(programs, step).abstract), step)
   return trained_by(programs, int(state.step)), state
 
 
