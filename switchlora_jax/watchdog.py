@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 
+import jax
 from jax._src import distributed  # as in hosts.py
 
 from switchlora_jax.errors import HUNG, Stopped, to_stderr
@@ -71,7 +72,7 @@ class Watchdog:
       raise
     except BaseException as error:  # Ctrl-C during set-up, too
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-      if self._peers.count > 1 and ELSEWHERE.search(reason) and not self._failure:
+      if self._peers.count > 1 and _comes_from_elsewhere(error) and not self._failure:
         to_stderr(f"{reason}\nso it looks when another process ends; waiting to hear which")
         time.sleep(self._peer_seconds + GRACE)
       self._failure = self._failure or reason
@@ -140,6 +141,15 @@ class Watchdog:
     if self._peers.here == 0 and self._peers.count > 1:  # the others hear through this process
       time.sleep(GRACE)
     os._exit(HUNG)
+
+
+def _comes_from_elsewhere(error: BaseException | None) -> bool:
+  """Whether it, or what led to it, is what JAX raises where another process ends; files and users have other types."""
+  while error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and ELSEWHERE.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 class _Still:
