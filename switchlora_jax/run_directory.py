@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from switchlora_jax import lock
 from switchlora_jax.config import differences
 from switchlora_jax.errors import UserError
 from switchlora_jax.lock import Taken, alone
@@ -52,18 +53,26 @@ def prepare(workdir: Path, config) -> None:
 def held(workdir: Path) -> Iterator[None]:
   """While no other run trains in `workdir`, which was prepared; those that only read it need not ask.
 
+  Every process of a run calls it, process 0 first: each has a lock of its own, so that one that outlived its run is
+  found as well.
+
   Raises:
     UserError: another one does; says which process.
   """
+  here = jax.process_index()
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(alone(workdir, wait=False))
+      stack.enter_context(alone(workdir, wait=False, name=f"{lock.NAME}.{here}" if here else lock.NAME))
+      for other in [] if here else workdir.glob(f"{lock.NAME}.*"):  # of a run with any number of processes
+        with alone(workdir, wait=False, name=other.name):
+          pass
     except Taken as holder:
       raise UserError(
         f"another run trains in --workdir={workdir} ({holder}); wait until it ends, end it, or choose a new --workdir"
       ) from None
     except OSError as error:  # some file systems of clusters
-      log.warning("%s cannot be locked (%s); see that no other run trains in it", workdir, error.strerror)
+      if not here:
+        log.warning("%s cannot be locked (%s); see that no other run trains in it", workdir, error.strerror)
     yield
 
 

@@ -48,7 +48,7 @@ def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
     stack.enter_context(watchdog.telling())
     hosts.everywhere(lambda: dataset.check(config))
     hosts.on_first(lambda: run_directory.prepare(workdir, config))
-    hosts.on_first(lambda: stack.enter_context(run_directory.held(workdir)))
+    hosts.first_then_others(lambda: stack.enter_context(run_directory.held(workdir)))
     return _train(config, workdir, watchdog, preemption)
 
 

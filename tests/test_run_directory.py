@@ -7,6 +7,7 @@ import logging
 import os
 from types import SimpleNamespace
 
+import jax
 import pytest
 from tiny import resolved
 
@@ -132,6 +133,24 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(t
     pass
   with run_directory.held(tmp_path):
     pass
+
+
+def test_any_process_of_a_run_that_still_lives_keeps_another_from_starting(tmp_path, monkeypatch):
+  """The first one is gone; the relaunch may have fewer processes, or as many."""
+  as_process = lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
+  as_process(2)
+  refused = lambda: pytest.raises(UserError, match=rf"another run trains .* \(process {os.getpid()} on ")
+  with run_directory.held(tmp_path):
+    with refused(), run_directory.held(tmp_path):
+      pass
+    as_process(0)
+    with refused(), run_directory.held(tmp_path):
+      pass
+  with run_directory.held(tmp_path):
+    for number in (1, 2):
+      as_process(number)
+      with run_directory.held(tmp_path):
+        pass
 
 
 def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
