@@ -61,4 +61,4 @@ def what_must_agree(config, workdir: Path | None) -> dict:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, continues=True)
