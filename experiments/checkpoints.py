@@ -17,7 +17,7 @@ from typing import NamedTuple
 from absl import flags
 
 from experiments import cli, save_cost
-from switchlora_jax import manifest
+from switchlora_jax import manifest, run_directory
 from switchlora_jax.errors import UserError
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
@@ -60,11 +60,7 @@ def find(run: str | None) -> Path:
   if run is None:
     raise UserError("--run is missing: give the directory of a run, say --run=runs/tiny")
   directory = Path(run).expanduser()
-  if not all((directory / part).exists() for part in ("config.json", "checkpoints")):
-    raise UserError(
-      f"--run={directory} must be the directory of a run that has begun to save, with config.json and checkpoints/; "
-      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
-    )
+  run_directory.check_is_run(f"--run={directory}", directory, "checkpoints")
   return directory / "checkpoints"
 
 

@@ -113,6 +113,16 @@ def read(workdir: Path) -> dict | None:
     ) from error
 
 
+def check_is_run(named: str, directory: Path, *parts: str) -> None:
+  """Raise `UserError` unless the directory, which a user `named` so, holds config.json and these parts of a run."""
+  *first, last = "config.json", *parts
+  if not all((directory / part).exists() for part in (*first, last)):
+    raise UserError(
+      f"{named} must be the directory of a run, with its {', '.join(first)} and {last}; "
+      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
+    )
+
+
 def record(workdir: Path, config, dataset) -> None:
   """Write config.json and the tokenizer of a new run, once its data are known; check those of an old one.
 

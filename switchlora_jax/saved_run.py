@@ -59,12 +59,8 @@ def open_run(directory: Path) -> SavedRun:
   Raises:
     UserError: it is not that of a run, is of other code, or nothing was saved yet.
   """
+  run_directory.check_is_run(f"{directory}", directory, "tokenizer.model")
   saved = run_directory.read(directory)
-  if saved is None or "config" not in saved or not (directory / "tokenizer.model").exists():
-    raise UserError(
-      f"{directory} must be the directory of a run, with its config.json and tokenizer.model; "
-      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
-    )
   if not (steps := manifest.finished(directory / "checkpoints")):
     raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
   devices = int(saved["devices"].split()[0])

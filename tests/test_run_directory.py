@@ -52,6 +52,22 @@ def test_prepared_data_may_lie_elsewhere_and_text_may_not(tmp_path, dataset):
         start(tmp_path / source, second, dataset)
 
 
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "checkpoints"])
+def test_what_is_not_a_run_is_refused(tmp_path, missing):
+  refused = lambda found: pytest.raises(
+    UserError, match=f"^--run=x must be .* config.json, tokenizer.model and .*{found}"
+  )
+  check = lambda folder: run_directory.check_is_run("--run=x", folder, "tokenizer.model", "checkpoints")
+  for part in {"config.json", "tokenizer.model", "checkpoints"} - {missing}:
+    (tmp_path / part).touch()
+  with refused("; they are not there; give"):
+    check(tmp_path)
+  with refused("; there is no such directory; give"):
+    check(tmp_path / "none")
+  (tmp_path / missing).touch()
+  check(tmp_path)
+
+
 def test_another_run_is_refused(tmp_path, dataset):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   with pytest.raises(UserError, match=r"another config \(rank: 4 → 6; switch.interval: 2 → 4\)"):
