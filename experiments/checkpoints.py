@@ -1,9 +1,11 @@
 """The checkpoints of a run: their steps, sizes, and whether they are what was saved.
 
 python -m experiments.checkpoints --run=runs/tiny
+python -m experiments.checkpoints --run=runs/tiny --cost    # what the checksums cost
 
 Every file is read and compared with its checksum; no device is used, and the run may be training meanwhile. Exits
-with 1 where a directory with the name of a step cannot be restored from.
+with 1 where a directory with the name of a step cannot be restored from. With --cost, the newest good state is
+restored, saved again some times in a folder of the run's directory that is removed, and timed.
 """
 
 import contextlib
@@ -14,11 +16,13 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import cli
-from switchlora_jax import manifest
+from experiments import cli, save_cost
+from switchlora_jax import manifest, run_directory
 from switchlora_jax.errors import UserError
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
+COST = flags.DEFINE_bool("cost", False, "save the newest good state again, and print which share the checksums take")
+SAVES = flags.DEFINE_integer("saves", 10, "how often --cost saves it", lower_bound=1)
 
 
 class Row(NamedTuple):
@@ -31,8 +35,11 @@ class Row(NamedTuple):
 
 
 def main():
-  """Look at every directory, print the table, and say how many cannot be restored from."""
+  """Look at every directory, print the table, and say how many cannot be restored from; or what saves cost."""
   checkpoints = find(RUN.value)
+  if COST.value:
+    print(save_cost.report(checkpoints.parent, SAVES.value))
+    return
   rows = [row for path in manifest.directories(checkpoints).values() if (row := examine(path))]
   bad = [row for row in rows if row.health != "good"]
   rows += [
@@ -53,11 +60,7 @@ def find(run: str | None) -> Path:
   if run is None:
     raise UserError("--run is missing: give the directory of a run, say --run=runs/tiny")
   directory = Path(run).expanduser()
-  if not all((directory / part).exists() for part in ("config.json", "checkpoints")):
-    raise UserError(
-      f"--run={directory} must be the directory of a run that has begun to save, with config.json and checkpoints/; "
-      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
-    )
+  run_directory.check_is_run(f"--run={directory}", directory, "checkpoints")
   return directory / "checkpoints"
 
 

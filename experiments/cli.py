@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import base
-from switchlora_jax.errors import STOPPED, Stopped, UserError
+from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PARSERS = tuple(str(Path(package.__file__).parent) for package in (ml_collections, flags))
@@ -92,9 +92,13 @@ def make_folder(path: Path) -> None:
     raise UserError(f"the folder {path} cannot be made ({error.strerror}); choose another for the results") from error
 
 
-def run(main):
-  """Parse the flags and call `main()`; exit with a sentence: 2 on a `UserError`, 75 on `Stopped`, 130 on Ctrl-C."""
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+def run(main, continues: bool = False):
+  """Parse the flags and call `main()`; exit with a sentence: 2 on a `UserError`, 75 on `Stopped`, 130 on Ctrl-C.
+
+  Args:
+    continues: the same command goes on where it was stopped, rather than start anew; Ctrl-C says so.
+  """
+  app.run(lambda _: _guarded(main, continues), flags_parser=_parse)
 
 
 def _parse(argv):
@@ -129,7 +133,7 @@ def _check_keys(found, expected: ConfigDict, section: str = ""):
       raise UserError(f"{name} (={found[key]!r:.60}) must be of type {kind}; set --config.{name}")
 
 
-def _guarded(main):
+def _guarded(main, continues: bool = False):
   absl.logging.set_verbosity(absl.logging.WARNING)
   absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
   try:
@@ -137,7 +141,7 @@ def _guarded(main):
   except UserError as error:
     _fail(str(error))
   except Stopped as stopped:
-    sys.stderr.write(f"\n{stopped}\n")
+    to_stderr(stopped)
     sys.exit(STOPPED)
   except OSError as error:
     what = f"{error.filename!r}" if error.filename else "a file or a connection"
@@ -147,7 +151,8 @@ def _guarded(main):
       raise
     _fail(f"a device has not enough memory: {str(error)[:200]}; see what fits with experiments.plan")
   except KeyboardInterrupt:
-    sys.stderr.write("\nstopped; the same command continues from the last checkpoint, if one was saved yet\n")
+    what = "stopped; the same command continues from what was saved, if anything was yet"
+    to_stderr(what if continues else "interrupted")
     sys.exit(130)
 
 

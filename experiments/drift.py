@@ -70,7 +70,7 @@ def main():
       f"(={RANK.value}), or there is nothing to switch"
     )
   workdir, results = Path(WORKDIR.value).expanduser(), {}
-  workdir.mkdir(parents=True, exist_ok=True)
+  cli.make_folder(workdir)
   for title, setting in settings().items():
     results[title] = drifts(setting, POINTS)
     print(f"{title}; drift from the float32 kernel:\n{table(results[title])}\n", flush=True)

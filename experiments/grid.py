@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import FrozenConfigDict
 
+from experiments import cli
 from experiments.children import Children
 from experiments.settings import Base, platform, update
 from switchlora_jax import dataset, metrics, run_directory
@@ -103,9 +104,9 @@ def run_grid(base: Base, arms, *, seeds: int, workdir: Path, processes: int, rea
     read_step(cell.config, read_at)
   for arm, config in {cell.arm.label: cell.config for cell in cells}.items():
     print("".join(f"{arm}: {warning}\n" for warning in warnings(config)), end="", flush=True)
-  prepare_data(cells)
   folder = workdir / "cells"
-  folder.mkdir(parents=True, exist_ok=True)
+  cli.make_folder(folder)
+  prepare_data(cells)
   ran = run_cells(base, cells, folder, processes, "sweep" if len(cells) > len(arms) else "runs")
   best = [(arm, best_of(arm, ran, read_at)) for arm in arms]
   more = [make_cell(base, arm, rate, n) for n in range(1, seeds) for arm, rate in best if rate is not None]

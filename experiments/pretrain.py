@@ -4,7 +4,7 @@ python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tin
 python -m experiments.pretrain --config=configs/llama_350m.py --config.rank=128 --dry_run
 Several processes train together when SLURM starts them, or with --coordinator, --num_processes and --process_id;
 see docs/cluster.md.
-Exit codes: 2 a mistake; 75 stopped by SIGTERM or Ctrl-C, and saved; 69 it hung or lost another process.
+Exit codes: 2 a mistake; 75 stopped by SIGTERM or Ctrl-C, nothing is lost; 69 it hung or lost another process.
 """
 
 from pathlib import Path
@@ -61,4 +61,4 @@ def what_must_agree(config, workdir: Path | None) -> dict:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, continues=True)

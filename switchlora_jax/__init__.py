@@ -42,6 +42,7 @@
   analysis        what the weights have learnt: singular values, ranks
   generation      text from a model, token by token
   manifest        what a checkpoint says of itself: sizes and checksums, written last
+  checksums       one of every array, computed where it lies
   checkpoint      orbax, with checksums and fallback; a failed save is a sentence
   lock            one process at a time in a directory
   run_directory   config.json, tokenizer, and the rules for continuing a run

@@ -21,10 +21,10 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from switchlora_jax import hosts, manifest
+from switchlora_jax.checksums import named_checksums
 from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,42 +33,6 @@ TEMPORARY = ".orbax-checkpoint-tmp"  # what orbax adds to the name of a step whi
 REMOVED = ".removed"  # what is added while it is removed
 
 LEFT_OUT = ocp.PLACEHOLDER  # in place of an array that is not to be read
-
-STRIDES = (1, 1_000_003, 2_654_435_761, 2_246_822_519, 3_266_489_917)  # of the weights, from the last axis on
-
-
-@jax.jit
-def checksums(leaves) -> list[jax.Array]:
-  """One uint32 a leaf: Σ bits·weight mod 2³², with an odd weight for each place.
-
-  Any single flipped bit changes it. Rows of zeros at the end of an axis do not, so that it is the same for
-  every layout's padding; and it is summed where the parts of an array lie.
-  """
-
-  def of(leaf):
-    kind = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(jax.device_put(leaf, jax.memory.Space.Device), kind).astype(jnp.uint32)
-    places = (jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) for axis in reversed(range(bits.ndim)))
-    place = sum((i * jnp.uint32(stride) for i, stride in zip(places, STRIDES, strict=False)), jnp.uint32(0))
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-  return [of(leaf) for leaf in leaves]
-
-
-def named_checksums(state) -> dict[str, list[int]]:
-  """{path of the leaf: its checksum and its shape}, on the host; of whole arrays, wherever their parts lie."""
-  named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-  # What waits in the memory of the host comes to the device one array at a time.
-  there = {name: leaf for name, leaf in named.items() if leaf.sharding.memory_kind == "pinned_host"}
-  here = {name: leaf for name, leaf in named.items() if name not in there}
-  found = dict(zip(here, checksums(list(here.values())), strict=True))
-  found |= {name: jax.block_until_ready(checksums([leaf])[0]) for name, leaf in there.items()}
-  return {name: [int(x), *_shape(name, named[name])] for name, x in jax.device_get(found).items()}
-
-
-def _shape(name: str, leaf) -> tuple[int, ...]:
-  """The shape of an array, without the rows of spares: in some layouts there are more, which nothing reads."""
-  return leaf.shape if "spare" not in name else (*leaf.shape[:-2], leaf.shape[-1])
 
 
 class Checkpoints:
@@ -86,7 +50,7 @@ class Checkpoints:
       sys.unraisablehook = _say_news
       # Where a directory cannot be made, threads that are to write into it would wait for it for minutes.
       options = ocp.options.AsyncOptions(
-        post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
+        post_finalization_callback=self.finish, create_directories_asynchronously=False
       )
       handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
       self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
@@ -145,7 +109,7 @@ class Checkpoints:
     for step in steps:
       shutil.rmtree((self._directory / str(step)).rename(self._directory / f"{step}{REMOVED}"))
 
-  def _write_manifest(self):
+  def finish(self):
     """Called by orbax on process 0 when all have written their share, before the directory gets its name."""
     manifest.write(self._directory / f"{self._saving}{TEMPORARY}", self._saving, self._arrays)
 

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+NAME = ".lock"  # of the file, in the directory that it stands for
+
 
 class Taken(Exception):
   """Another process has the lock; says which, on which machine, since when."""
 
 
 @contextlib.contextmanager
-def alone(folder: Path, *, wait: bool) -> Iterator[None]:
-  """While no other process holds the lock of `folder`, which exists; its file `.lock` says which has it, and stays.
+def alone(folder: Path, *, wait: bool, name: str = NAME) -> Iterator[None]:
+  """While no other process holds a lock of `folder`, which exists; the file `name` says which has it, and stays.
 
   Args:
     wait: for the other process; else raise.
@@ -24,7 +26,7 @@ def alone(folder: Path, *, wait: bool) -> Iterator[None]:
     Taken: another process has it, and `wait` is False.
     OSError: the file cannot be written, or its file system has no locks.
   """
-  with (folder / ".lock").open("a+") as file:  # not "w", which would empty another's
+  with (folder / name).open("a+") as file:  # not "w", which would empty another's
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

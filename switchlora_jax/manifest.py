@@ -35,7 +35,7 @@ class Manifest(NamedTuple):
   Attributes:
     step: the state is that before it. saved: when, ISO 8601 in UTC.
     files: {path within the directory of the step: [bytes, XXH3 in hexadecimal]}.
-    arrays: {path of the leaf: [checksum, *shape]}, as from `checkpoint.named_checksums`.
+    arrays: {path of the leaf: [checksum, *shape]}, as from `checksums.named_checksums`.
   """
 
   step: int

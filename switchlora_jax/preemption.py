@@ -3,19 +3,18 @@
 The run finishes its step, on several processes all finish the same one, and saves. Ctrl-C once more ends it at once;
 SIGTERM does not, which SLURM sends again while the run saves: it has SIGKILL for what takes too long.
 Signals are heard by a thread of their own, since Python's handlers wait for the main thread, which may be compiling
-or waiting for another process. (JAX's own service for this knows SIGTERM alone and takes every one of them, a second
-one and those during set-up as well.)
+or waiting for another process. During set-up there is no step to finish: SIGTERM to any process ends all at once.
+(JAX's own service for this knows SIGTERM alone and takes every one of them, a second one and those during set-up too.)
 """
 
-import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 
-from switchlora_jax.peers import Peers
+from switchlora_jax.errors import STOPPED, to_stderr
+from switchlora_jax.peers import BEAT, Peers
 
 PARENT = "SWITCHLORA_JAX_PARENT"  # in the environment: the process without which this one is to stop
 HEARD = (signal.SIGTERM, signal.SIGINT)
@@ -26,7 +25,7 @@ ONE = 2.0  # seconds within which signals are one: SLURM may send its own, and s
 class Preemption:
   """Whether the run is to stop; a context of the main thread, from the set-up of a run to its end.
 
-  Until `begin` SIGTERM ends the process at once, and SIGINT raises KeyboardInterrupt as ever.
+  Until `begin` SIGTERM ends all processes at once, and SIGINT raises KeyboardInterrupt as ever.
 
   Attributes:
     cause: what it was told by, "SIGTERM"; None before. On another process: "SIGTERM to process 1".
@@ -35,6 +34,7 @@ class Preemption:
   def __init__(self, peers: Peers):
     self._peers, self.cause, self._told, self._begun = peers, None, None, False
     self._asked, self._proposed, self._stop_at, self._changed = 0, None, None, threading.Condition()
+    self._leaving = threading.Lock()
     parent = os.environ.get(PARENT)
     self._parent = int(parent) if parent else None
     peers.listen(self._hear)
@@ -73,6 +73,9 @@ class Preemption:
 
   def _hear(self, said: dict[int, dict]):
     """Agree: once one is told, each says how often it has asked; the stop is the next time that none has asked yet."""
+    for process, facts in sorted(said.items()):
+      if "left" in facts and process != self._peers.here:
+        self._leave(f"{facts['left']} to process {process}")
     told = [process for process, facts in sorted(said.items()) if facts.get("told")]
     with self._changed:
       if not (told and self._begun):
@@ -102,11 +105,21 @@ class Preemption:
   def _take(self, number: signal.Signals):
     if not self._begun:
       if number == signal.SIGTERM:
-        _end(number, f"stopped by {number.name} during set-up; the same command starts again")
+        self._peers.say_now(left=number.name)
+        self._leave(number.name)
     elif self._told is None:
       self._tell(number.name)
     elif number == signal.SIGINT and time.monotonic() - self._told > ONE:
-      _end(number, "stopped at once by Ctrl-C; the same command continues from the last save")
+      to_stderr("stopped at once by Ctrl-C; the same command continues from the last save")
+      os._exit(128 + number)
+
+  def _leave(self, cause: str):
+    """End at once: not all have begun, so none has finished a step. Process 0 is last, since all hear through it."""
+    self._leaving.acquire()  # once
+    if self._peers.count > 1:
+      time.sleep(3 * BEAT if self._peers.here == 0 else BEAT)
+    to_stderr(f"stopped by {cause} during set-up; the same command starts again")
+    os._exit(STOPPED)
 
   def _tell(self, cause: str):
     self._told = time.monotonic()
@@ -115,10 +128,3 @@ class Preemption:
 
 def _leave_to_thread(*_):
   """A handler in Python, without which there would be no byte in the pipe."""
-
-
-def _end(number: signal.Signals, sentence: str):
-  with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-    sys.stderr.write(f"\n{sentence}\n")
-    sys.stderr.flush()
-  os._exit(128 + number)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from switchlora_jax import lock
 from switchlora_jax.config import differences
 from switchlora_jax.errors import UserError
 from switchlora_jax.lock import Taken, alone
@@ -52,18 +53,26 @@ def prepare(workdir: Path, config) -> None:
 def held(workdir: Path) -> Iterator[None]:
   """While no other run trains in `workdir`, which was prepared; those that only read it need not ask.
 
+  Every process of a run calls it, process 0 first: each has a lock of its own, so that one that outlived its run is
+  found as well.
+
   Raises:
     UserError: another one does; says which process.
   """
+  here = jax.process_index()
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(alone(workdir, wait=False))
+      stack.enter_context(alone(workdir, wait=False, name=f"{lock.NAME}.{here}" if here else lock.NAME))
+      for other in [] if here else workdir.glob(f"{lock.NAME}.*"):  # of a run with any number of processes
+        with alone(workdir, wait=False, name=other.name):
+          pass
     except Taken as holder:
       raise UserError(
         f"another run trains in --workdir={workdir} ({holder}); wait until it ends, end it, or choose a new --workdir"
       ) from None
     except OSError as error:  # some file systems of clusters
-      log.warning("%s cannot be locked (%s); see that no other run trains in it", workdir, error.strerror)
+      if not here:
+        log.warning("%s cannot be locked (%s); see that no other run trains in it", workdir, error.strerror)
     yield
 
 
@@ -102,6 +111,16 @@ def read(workdir: Path) -> dict | None:
     raise UserError(
       f"{path} is not the JSON that a run writes ({error}); restore it, or name another directory"
     ) from error
+
+
+def check_is_run(named: str, directory: Path, *parts: str) -> None:
+  """Raise `UserError` unless the directory, which a user `named` so, holds config.json and these parts of a run."""
+  *first, last = "config.json", *parts
+  if not all((directory / part).exists() for part in (*first, last)):
+    raise UserError(
+      f"{named} must be the directory of a run, with its {', '.join(first)} and {last}; "
+      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
+    )
 
 
 def record(workdir: Path, config, dataset) -> None:

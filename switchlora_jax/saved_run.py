@@ -59,12 +59,8 @@ def open_run(directory: Path) -> SavedRun:
   Raises:
     UserError: it is not that of a run, is of other code, or nothing was saved yet.
   """
+  run_directory.check_is_run(f"{directory}", directory, "tokenizer.model")
   saved = run_directory.read(directory)
-  if saved is None or "config" not in saved or not (directory / "tokenizer.model").exists():
-    raise UserError(
-      f"{directory} must be the directory of a run, with its config.json and tokenizer.model; "
-      f"{'they are not there' if directory.is_dir() else 'there is no such directory'}; give the --workdir of a run"
-    )
   if not (steps := manifest.finished(directory / "checkpoints")):
     raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
   devices = int(saved["devices"].split()[0])
@@ -72,10 +68,10 @@ def open_run(directory: Path) -> SavedRun:
   return SavedRun(directory, config, saved["data_fingerprint"], devices, saved["git_revision"], steps)
 
 
-def restore(run: SavedRun, step: int | None, mesh) -> tuple[Program, TrainState]:
+def restore(run: SavedRun, step: int | None, mesh, whole: bool = False) -> tuple[Program, TrainState]:
   """The program of the phase in which a checkpoint was saved, and its state on `mesh`.
 
-  Only the weights are read: `candidates` and `opt_state` hold None for each array.
+  Only the weights are read, unless the `whole` is wanted: `candidates` and `opt_state` hold None for each array.
 
   Args:
     step: one of `run.steps`; the newest that is not damaged by default.
@@ -84,9 +80,9 @@ def restore(run: SavedRun, step: int | None, mesh) -> tuple[Program, TrainState]
   """
   with keys_of(run):
     programs = phases(run.config, mesh)
-  weights_at = lambda step: _weights(trained_by(programs, step).abstract)
+  read = (lambda abstract: abstract) if whole else _weights
   with Checkpoints(run.directory / "checkpoints") as checkpoints:
-    state = checkpoints.restore(weights_at, step)
+    state = checkpoints.restore(lambda step: read(trained_by(programs, step).abstract), step)
   return trained_by(programs, int(state.step)), state
 
 

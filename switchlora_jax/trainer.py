@@ -48,7 +48,7 @@ def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
     stack.enter_context(watchdog.telling())
     hosts.everywhere(lambda: dataset.check(config))
     hosts.on_first(lambda: run_directory.prepare(workdir, config))
-    hosts.on_first(lambda: stack.enter_context(run_directory.held(workdir)))
+    hosts.first_then_others(lambda: stack.enter_context(run_directory.held(workdir)))
     return _train(config, workdir, watchdog, preemption)
 
 
@@ -81,7 +81,9 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
           run.go_back(spiked.step)
       run.log.close()
   if run.done < config.steps:
-    raise Stopped(f"stopped by {preemption.cause} after step {run.done}, which is saved; the same command continues")
+    saved = f"after step {run.done}, which is saved; the same command continues"
+    nothing = "before anything was saved; the same command starts again"  # it went back to its start
+    raise Stopped(f"stopped by {preemption.cause} {saved if run.done else nothing}")
   return Outcome(run.program, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
 
 

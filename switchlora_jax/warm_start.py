@@ -93,13 +93,9 @@ class _Run:
 
   def __init__(self, directory: Path, config, mesh):
     self.directory = directory
+    named = f"--config.warm_start_from={config.warm_start_from}, unless it is a Hugging Face LLaMA folder,"
+    run_directory.check_is_run(named, directory, "checkpoints", "tokenizer.model")
     saved = run_directory.read(directory)
-    if saved is None or not all((directory / part).exists() for part in ("checkpoints", "tokenizer.model")):
-      raise UserError(
-        f"--config.warm_start_from={config.warm_start_from} is not the directory of a run (it must hold config.json, "
-        f"checkpoints/ and tokenizer.model) or a Hugging Face LLaMA folder; give the --workdir of a run that has saved "
-        f"a checkpoint"
-      )
     if saved["config"]["param_dtype"] == "float64" and not jax.config.jax_enable_x64:
       raise UserError(
         f"the run in {directory} is stored in float64 and cannot be read by a float32 run; "

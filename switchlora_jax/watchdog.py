@@ -11,13 +11,13 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 
+import jax
 from jax._src import distributed  # as in hosts.py
 
-from switchlora_jax.errors import HUNG, Stopped
+from switchlora_jax.errors import HUNG, Stopped, to_stderr
 from switchlora_jax.peers import Peers
 
 TICK = 0.5  # seconds
@@ -72,8 +72,8 @@ class Watchdog:
       raise
     except BaseException as error:  # Ctrl-C during set-up, too
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-      if self._peers.count > 1 and ELSEWHERE.search(reason) and not self._failure:
-        _say(f"{reason}\nso it looks when another process ends; waiting to hear which")
+      if self._peers.count > 1 and _comes_from_elsewhere(error) and not self._failure:
+        to_stderr(f"{reason}\nso it looks when another process ends; waiting to hear which")
         time.sleep(self._peer_seconds + GRACE)
       self._failure = self._failure or reason
       self._peers.say_now(failed=reason)
@@ -137,10 +137,19 @@ class Watchdog:
 
   def _end(self, sentence: str):
     failed = f"{self._failure}; and before it could end, " if self._failure else ""  # while it waited for a save
-    _say(f"error: {failed}{sentence}")
+    to_stderr(f"error: {failed}{sentence}")
     if self._peers.here == 0 and self._peers.count > 1:  # the others hear through this process
       time.sleep(GRACE)
     os._exit(HUNG)
+
+
+def _comes_from_elsewhere(error: BaseException | None) -> bool:
+  """Whether it, or what led to it, is what JAX raises where another process ends; files and users have other types."""
+  while error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and ELSEWHERE.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 class _Still:
@@ -155,12 +164,6 @@ class _Still:
     self._value = value
 
 
-def _say(text: str):
-  with contextlib.suppress(OSError, ValueError):  # a terminal that is gone: the run ends all the same
-    sys.stderr.write(f"\n{text}\n")
-    sys.stderr.flush()
-
-
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_):
   """In place of the end by SIGABRT that JAX has for a process whose connection to process 0 breaks."""
@@ -169,7 +172,7 @@ def _aborted(_):
   try:
     socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE).close()
   except OSError:
-    _say(f"error: process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
+    to_stderr(f"error: process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
     os._exit(HUNG)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from switchlora_jax import manifest
-from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints, named_checksums
+from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh, replicated
 
@@ -234,16 +234,3 @@ def test_a_save_keeps_the_values_of_its_moment(tmp_path):
       state = forward(state)
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
     assert np.all(np.asarray(checkpoints.restore(lambda _: abstract(state))["x"]) == 1)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8"])
-def test_any_flipped_bit_changes_the_checksum(dtype):
-  values = np.arange(60).astype(jnp.dtype(dtype)).reshape(6, 10)
-  expected = named_checksums({"x": jnp.array(values)})
-  rng = np.random.default_rng(0)
-  for _ in range(50):
-    bytes_ = bytearray(values.tobytes())
-    bytes_[rng.integers(len(bytes_))] ^= 1 << rng.integers(8)
-    flipped = np.frombuffer(bytes(bytes_), values.dtype).reshape(values.shape)
-    assert named_checksums({"x": jnp.array(flipped)}) != expected
-  assert named_checksums({"x": jnp.array(values)}) == expected

@@ -46,6 +46,19 @@ def test_what_is_our_mistake_is_not(error):
     cli._guarded(main)
 
 
+@pytest.mark.parametrize(
+  ("continues", "said"),
+  [(True, "stopped; the same command continues from what was saved, if anything was yet"), (False, "interrupted")],
+)
+def test_ctrl_c_promises_what_the_command_keeps(capsys, continues, said):
+  def main():
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit) as ended:
+    cli._guarded(main, continues)
+  assert ended.value.code == 130 and capsys.readouterr().err == f"\n{said}\n"
+
+
 def test_json_must_be_a_file_that_can_be_written(tmp_path):
   cli.check_json(None)
   cli.check_json(str(tmp_path / "out.json"))

@@ -18,7 +18,8 @@ from tiny import flags_of, tiny_config
 
 from experiments.distributed import FIRST_PORT, Place, from_flags, from_slurm
 from switchlora_jax import dataset, manifest, metrics, trainer
-from switchlora_jax.checkpoint import Checkpoints, named_checksums
+from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.checksums import named_checksums
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.program import build
@@ -256,13 +257,13 @@ def test_the_first_speaks_for_all(runs):
 
 
 def test_the_first_writes_for_all(runs):
-  """… but for checkpoints, of which each process writes its share."""
+  """… but for checkpoints, of which each process writes its share, and its lock."""
   inside = [[path for path in wrote if path.startswith(f"{runs.apart}/")] for _, wrote in runs.watched]
   outside = [{path for path in paths if f"{runs.apart}/checkpoints" not in path} for paths in inside]
-  assert outside[1] == set()
+  assert {Path(path).name for path in outside[1]} == {".lock.1"}
   assert {Path(path).name for path in outside[0]} >= {"metrics.jsonl", "config.json.partial", "loss.png"}
   assert {path.name for path in runs.apart.iterdir()} == {
-    ".lock", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.model"
+    ".lock", ".lock.1", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.model"
   }  # fmt: skip
 
 

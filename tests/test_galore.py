@@ -16,7 +16,7 @@ from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import galore
-from switchlora_jax.methods.galore import leading_directions, scale_by_galore
+from switchlora_jax.methods.galore import failures, leading_directions, scale_by_galore
 
 
 def matrices(params):
@@ -310,17 +310,19 @@ def broken(grads):
   return grads | {"up": grads["up"].at[1, 0, 0].set(1e3)}
 
 
-def test_a_decomposition_that_fails_keeps_the_projector_and_is_due_again():
+def test_a_decomposition_that_fails_keeps_the_projector_and_is_due_again_alone():
   tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
   _, before = run(tx, [draw(t) for t in range(3)], params)
   updates, after = jax.jit(tx.update)(broken(draw(3)), before, params)
-  assert int(after.failed) == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, after)))
+  assert int(failures(after)) == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, after)))
   kept = {name: np.all(before.projector[name] == after.projector[name], axis=(1, 2)) for name in ("up", "down", "o")}
   np.testing.assert_array_equal(kept["up"], [False, True, False])
   assert not kept["down"].any() and not kept["o"].any()
   _, again = jax.jit(tx.update)(draw(4), after, params)
-  assert int(again.failed) == 0
+  assert int(failures(again)) == 0
   assert same_bits(again.projector["up"][1], leading_directions(draw(4)["up"][1], 2))
+  others = lambda state: state.projector | {"up": state.projector["up"][::2]}
+  assert same_bits(others(again), others(after))
   _, later = jax.jit(tx.update)(draw(5), again, params)
   assert same_bits(later.projector, again.projector), "the next refresh is at its time"
 
@@ -330,7 +332,7 @@ def test_a_kernel_that_has_no_projector_yet_does_not_move():
   updates, state = jax.jit(tx.update)(broken(draw(1)), tx.init(params), params)
   moved = np.any(np.asarray(updates["up"]) != 0, axis=(1, 2))
   np.testing.assert_array_equal(moved, [True, False, True])
-  assert int(state.failed) == 1 and np.isfinite(updates["up"]).all()
+  assert int(failures(state)) == 1 and np.isfinite(updates["up"]).all()
 
 
 def test_the_moments_are_kept_at_a_refresh():
@@ -404,7 +406,7 @@ def test_optimizer_memory_is_what_the_ranks_say():
   low = 4 * rank * hidden + 3 * rank * inner  # a moment: r × large of the seven kernels
   projectors = 7 * hidden * rank
   others = 2 * vocab * hidden + hidden + layers * 2 * hidden  # embedding and head, norms
-  assert size("galore") == 4 * (2 * (layers * low + others) + layers * projectors + 2)  # and two counts
+  assert size("galore") == 4 * (2 * (layers * low + others) + layers * (projectors + 7) + 1)  # a mark a kernel, a count
   full = 2 * (layers * (4 * hidden * hidden + 3 * hidden * inner) + others)
   assert 4 * full < size("full") < 4 * full + 100
 

@@ -146,6 +146,13 @@ def test_an_exception_in_one_cell_takes_no_share_from_the_others(tmp_path, runs,
   assert queues[0].qsize() == 2
 
 
+def test_a_folder_that_cannot_be_made_is_a_sentence_before_anything_is_prepared(tmp_path, runs, monkeypatch):
+  monkeypatch.setattr(grid, "prepare_data", None)
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="cannot be made"):
+    run(tiny_base(tmp_path), (FULL,), tmp_path / "file")
+
+
 def test_ctrl_c_starts_no_run_that_still_waits(tmp_path, runs, monkeypatch):
   def stop_at_the_first(base, cell, folder, share, _):
     runs.started.append(cell.name)

@@ -7,12 +7,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchlora_jax.peers import Peers
+from switchlora_jax import preemption
+from switchlora_jax.errors import STOPPED
+from switchlora_jax.peers import BEAT, Peers
 from switchlora_jax.preemption import ONE, PARENT, Preemption
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +96,27 @@ def test_the_cause_names_the_process_that_was_told():
   assert [process.preemption.cause for process in processes] == ["SIGTERM to process 1", "SIGTERM"]
 
 
+@pytest.mark.parametrize("told", [0, 1, 2])
+@pytest.mark.parametrize("ahead", [None, 0, 2])
+def test_sigterm_to_one_during_its_set_up_ends_all_and_process_0_last(told, ahead, monkeypatch, capsys):
+  """Whether or not another has begun: without that one it cannot have done a step."""
+  ends, waits = [], []
+  monkeypatch.setattr(preemption, "os", SimpleNamespace(environ={}, _exit=ends.append))
+  monkeypatch.setattr(preemption, "time", SimpleNamespace(sleep=waits.append))
+  processes = [Told(process, 3) for process in range(3)]
+  for process in processes:
+    process.preemption._begun = process.here == ahead != told
+  processes[told].preemption._take(signal.SIGTERM)
+  others = processes[:told] + processes[told + 1 :]
+  share(processes, others)
+  assert ends == [STOPPED] * 3
+  waited = dict(zip([told, *(process.here for process in others)], waits, strict=True))
+  assert waited[0] >= waited[1] + 2 * BEAT == waited[2] + 2 * BEAT
+  first, *rest = capsys.readouterr().err.strip().split("\n\n")
+  assert first == "stopped by SIGTERM during set-up; the same command starts again"
+  assert rest == [f"stopped by SIGTERM to process {told} during set-up; the same command starts again"] * 2
+
+
 def test_asking_after_every_step_costs_nothing_to_speak_of():
   with Peers() as peers:
     preemption, began = Preemption(peers), time.perf_counter()
@@ -155,11 +179,11 @@ def test_ctrl_c_once_more_ends_it_at_once_whatever_the_main_thread_does_and_sigt
   assert error == "\nstopped at once by Ctrl-C; the same command continues from the last save\n"
 
 
-def test_during_set_up_a_signal_ends_it_at_once():
+def test_during_set_up_a_signal_ends_it_at_once_to_be_started_again():
   process = started("set-up")
   process.send_signal(signal.SIGTERM)
   _, error = process.communicate(timeout=20)
-  assert process.returncode == 143
+  assert process.returncode == STOPPED
   assert error == "\nstopped by SIGTERM during set-up; the same command starts again\n"
 
 

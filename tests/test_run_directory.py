@@ -7,6 +7,7 @@ import logging
 import os
 from types import SimpleNamespace
 
+import jax
 import pytest
 from tiny import resolved
 
@@ -49,6 +50,22 @@ def test_prepared_data_may_lie_elsewhere_and_text_may_not(tmp_path, dataset):
     else:
       with pytest.raises(UserError, match=r"data\.path: 'here' → 'there'"):
         start(tmp_path / source, second, dataset)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "checkpoints"])
+def test_what_is_not_a_run_is_refused(tmp_path, missing):
+  refused = lambda found: pytest.raises(
+    UserError, match=f"^--run=x must be .* config.json, tokenizer.model and .*{found}"
+  )
+  check = lambda folder: run_directory.check_is_run("--run=x", folder, "tokenizer.model", "checkpoints")
+  for part in {"config.json", "tokenizer.model", "checkpoints"} - {missing}:
+    (tmp_path / part).touch()
+  with refused("; they are not there; give"):
+    check(tmp_path)
+  with refused("; there is no such directory; give"):
+    check(tmp_path / "none")
+  (tmp_path / missing).touch()
+  check(tmp_path)
 
 
 def test_another_run_is_refused(tmp_path, dataset):
@@ -132,6 +149,24 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(t
     pass
   with run_directory.held(tmp_path):
     pass
+
+
+def test_any_process_of_a_run_that_still_lives_keeps_another_from_starting(tmp_path, monkeypatch):
+  """The first one is gone; the relaunch may have fewer processes, or as many."""
+  as_process = lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
+  as_process(2)
+  refused = lambda: pytest.raises(UserError, match=rf"another run trains .* \(process {os.getpid()} on ")
+  with run_directory.held(tmp_path):
+    with refused(), run_directory.held(tmp_path):
+      pass
+    as_process(0)
+    with refused(), run_directory.held(tmp_path):
+      pass
+  with run_directory.held(tmp_path):
+    for number in (1, 2):
+      as_process(number)
+      with run_directory.held(tmp_path):
+        pass
 
 
 def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):

@@ -47,6 +47,11 @@ def test_the_weights_come_back_and_nothing_else_does(run, devices):
   assert jax.tree.leaves((state.candidates, state.opt_state)) == []
 
 
+def test_the_whole_state_comes_back_where_it_is_wanted(run):
+  _, state = saved_run.restore(saved_run.open_run(run[0]), None, make_mesh(), whole=True)
+  assert same_bits(state, run[1]._replace(step=run[1].step + 7))
+
+
 def test_a_step_of_the_warm_start_comes_with_its_own_program(run):
   made, state = saved_run.restore(saved_run.open_run(run[0]), 4, make_mesh())
   assert (int(state.step), made.start, made.scale, state.frozen) == (4, 0, None, {})

@@ -210,9 +210,13 @@ def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monk
   assert_same(back.state._replace(spikes=None), behind.state._replace(spikes=None))
 
 
-def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, asked, monkeypatch):
+@pytest.mark.parametrize(
+  ("every", "said", "lost"),
+  [(4, "SIGTERM after step 4, which is saved; the same", 2), (12, "SIGTERM before anything was saved; the same", 6)],
+)
+def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, asked, monkeypatch, every, said, lost):
   """It does not first come to that step again; what continues goes back from it as if nothing had been."""
-  config = resolved(tmp_path, **BACK | dict(checkpoint_every=4))
+  config = resolved(tmp_path, **BACK | dict(checkpoint_every=every))
   whole = trainer.train(config, tmp_path / "whole")
   number, step = len(asked), trainer.Run.step
 
@@ -223,12 +227,12 @@ def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, ask
     step(run)
 
   asked.clear()
-  with monkeypatch.context() as once, pytest.raises(Stopped, match="after step 4, which is saved"):
+  with monkeypatch.context() as once, pytest.raises(Stopped, match=said):
     once.setattr(trainer.Run, "step", told)
     trainer.train(config, tmp_path / "stopped")
   assert asked == list(range(6))
   again = trainer.train(config, tmp_path / "stopped")
-  assert len(asked) == number + 2 and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+  assert len(asked) == number + lost and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
   assert_same(again.state, whole.state)
 
 

@@ -413,14 +413,14 @@ def refused(folder, source, sentence, **changes):
 
 
 def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
-  refused(folder, tmp_path, f"warm_start_from={tmp_path} is not the directory of a run")
+  refused(folder, tmp_path, f"warm_start_from={tmp_path}, unless it is a Hugging Face LLaMA folder, must be")
   refused(
     folder,
     tmp_path / "nowhere",
-    "is not the directory of a run (it must hold config.json, checkpoints/ and tokenizer.model)",
+    "must be the directory of a run, with its config.json, checkpoints and tokenizer.model; there is no such directory",
   )
   shutil.copy(runs("full").workdir / "config.json", tmp_path)
-  refused(folder, tmp_path, "give the --workdir of a run that has saved a checkpoint")
+  refused(folder, tmp_path, "they are not there; give the --workdir of a run")
 
 
 def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from switchlora_jax import watchdog
-from switchlora_jax.errors import HUNG, Stopped
+from switchlora_jax.errors import HUNG, Stopped, UserError
 from switchlora_jax.watchdog import GRACE, Watchdog
 
 ROOT = Path(__file__).parents[1]
@@ -159,18 +160,43 @@ def test_a_run_ends_also_where_nothing_can_be_printed(monkeypatch):
   assert codes == [HUNG]
 
 
-def test_an_error_that_another_process_may_have_caused_waits_to_hear_which(monkeypatch, capsys):
+GLOO = JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+
+
+def wrapped(error: Exception, cause: Exception) -> Exception:
+  error.__cause__ = cause
+  return error
+
+
+@pytest.mark.parametrize("error", [GLOO, wrapped(UserError("step 5 could not be saved"), GLOO)])
+def test_an_error_that_another_process_may_have_caused_waits_to_hear_which(error, monkeypatch, capsys):
   dog, slept = begun(1, 2)[1], []
   monkeypatch.setattr(watchdog, "time", SimpleNamespace(sleep=slept.append))
-  with pytest.raises(ValueError), dog.telling(), dog.telling():
-    raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+  with pytest.raises(type(error)), dog.telling(), dog.telling():
+    raise error
   assert slept == [LOST + GRACE] and "waiting to hear which" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(107, "Transport endpoint is not connected", "/mnt/socket"),
+    UserError("reading failed with ConnectionResetError: Connection reset by peer"),
+    JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+  ],
+)
+def test_an_error_of_a_file_or_of_this_process_alone_is_told_at_once(error, monkeypatch):
+  monkeypatch.setattr(watchdog, "time", None)
+  peers, dog = begun(1, 2)
+  with pytest.raises(type(error)), dog.telling():
+    raise error
+  assert peers.mine["failed"].startswith(type(error).__name__)
 
 
 def test_of_one_process_nobody_waits_to_hear(monkeypatch):
   monkeypatch.setattr(watchdog, "time", None)
-  with pytest.raises(ValueError), begun()[1].telling():
-    raise ValueError("connection to the hub")
+  with pytest.raises(JaxRuntimeError), begun()[1].telling():
+    raise GLOO
 
 
 def test_a_run_that_was_told_to_stop_has_not_failed():

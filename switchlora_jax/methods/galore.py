@@ -29,7 +29,8 @@ class GaLoreState(NamedTuple):
     count: [] int32, updates so far.
     mu, nu: first and second moments: [..., r, large] of a projected leaf, else like the parameter.
     projector: [..., small, r], orthonormal columns; None where a leaf is not projected.
-    failed: [] int32, kernels whose last decomposition gave no finite numbers, so that they kept their projector.
+    failed: [...] int32 of a projected leaf, 1 for a kernel whose last decomposition gave no finite numbers, so that
+      it kept its projector; else 0. None where a leaf is not projected.
   """
 
   count: Any
@@ -62,8 +63,8 @@ def scale_by_galore(
   rotated then. eps is added to √v before its bias is corrected, on every leaf, projected or not.
 
   `update` takes, besides the usual, `skip`: [] bool; where true the update is 0, the state stays as it was
-  and nothing is decomposed, so that a refresh that was due is due again at the next update. So it is where a
-  decomposition failed; until one succeeds, a kernel keeps its projector, and without any it does not move.
+  and nothing is decomposed, so that a refresh that was due is due again at the next update. So it is for a kernel
+  whose decomposition failed; until one succeeds it keeps its projector, and without any it does not move.
 
   Args:
     rank: directions kept; all of them where a side is smaller.
@@ -71,19 +72,24 @@ def scale_by_galore(
     directions: ([small, large], rank) -> [small, min(rank, small)]; to give recorded ones. Their sign is free.
   """
 
-  def refresh(grad, projector):
+  def find(kernel):
+    grad, projector, wanted = kernel
+    return jax.lax.cond(wanted, lambda: directions(grad, rank).astype(projector.dtype), lambda: projector)
+
+  def refresh(grad, projector, wanted):
     if projector is None:
       return None
-    wide = _wide(grad)
+    kernels = lambda x: x.reshape(-1, *x.shape[-2:])
     # One layer at a time: a batched decomposition would need the workspace of all of them at once.
-    found = jax.lax.map(lambda g: directions(g, rank), wide.reshape(-1, *wide.shape[-2:]))
+    found = jax.lax.map(find, (kernels(_wide(grad)), kernels(projector), wanted.reshape(-1)))
     return found.reshape(projector.shape)
 
-  def refresh_all(grads, projectors):
-    found = jax.tree.map(refresh, grads, projectors)
-    good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1), keepdims=True), found)
-    failed = sum((jnp.sum(~hit, dtype=jnp.int32) for hit in jax.tree.leaves(good)), jnp.zeros((), jnp.int32))
-    return jax.tree.map(jnp.where, good, found, projectors), failed
+  def refresh_all(grads, projectors, failed, due):
+    wanted = jax.tree.map(lambda before: due | (before > 0), failed)
+    found = jax.tree.map(refresh, grads, projectors, wanted)
+    good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1)), found)
+    kept = jax.tree.map(lambda hit, new, old: jnp.where(hit[..., None, None], new, old), good, found, projectors)
+    return kept, jax.tree.map(lambda hit: (~hit).astype(jnp.int32), good)
 
   def init(params):
     def empty(hit, param):
@@ -94,15 +100,17 @@ def scale_by_galore(
 
     projector = jax.tree.map(empty, projected(params), params)
     low = jax.eval_shape(partial(jax.tree.map, _project), params, projector)
-    moments, zero = (lambda: optax.tree.zeros_like(low)), lambda: jnp.zeros((), jnp.int32)
-    return GaLoreState(zero(), moments(), moments(), projector, zero())
+    moments = lambda: optax.tree.zeros_like(low)
+    failed = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), projector)
+    return GaLoreState(jnp.zeros((), jnp.int32), moments(), moments(), projector, failed)
 
   def update(updates, state, params=None, *, skip=False, **_):
     del params
-    due = ((state.count % refresh_every == 0) | (state.failed > 0)) & jnp.logical_not(skip)
+    due = state.count % refresh_every == 0
     # Under vmap a cond becomes a select, which would decompose at every step; it must stay outside of any.
-    found = lambda: refresh_all(updates, state.projector)
-    projector, failed = jax.lax.cond(due, found, lambda: (state.projector, state.failed))
+    found = lambda: refresh_all(updates, state.projector, state.failed, due)
+    any_due = (due | (failures(state) > 0)) & jnp.logical_not(skip)
+    projector, failed = jax.lax.cond(any_due, found, lambda: (state.projector, state.failed))
     low = jax.tree.map(_project, updates, projector)
     count = optax.safe_increment(state.count)
     mu = optax.tree.update_moment(low, state.mu, b1, 1)
@@ -119,6 +127,11 @@ def scale_by_galore(
     return jax.tree.map(direction, updates, mu, nu, projector), kept
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def failures(state: GaLoreState) -> jax.Array:
+  """[] int32: kernels whose last decomposition failed."""
+  return sum((jnp.sum(failed, dtype=jnp.int32) for failed in jax.tree.leaves(state.failed)), jnp.zeros((), jnp.int32))
 
 
 def _wide(x):
@@ -166,5 +179,5 @@ def build(config) -> Method:
   schedule = cosine(config, end=config.min_lr_ratio)
   projected = lambda params: path_aware_map(lambda path, _: in_block(path), params)
   galore = scale_by_galore(config.rank, config.galore.refresh_every, config.galore.scale, projected=projected)
-  observe = lambda opt_state: {"svd_failed": opt_state.failed}
+  observe = lambda opt_state: {"svd_failed": failures(opt_state)}
   return full.build(config)._replace(optimizer=galore, schedule=schedule, observe=observe)

@@ -15,7 +15,7 @@ NUMBERS = [key for key, value in KEYS.items() if not isinstance(value, str) and 
 NEVER = ("", "four", "1e", "0y10", "[1]", "{}", "ü", "1\n2", "1,5", "inf inf", "--3")
 HOST = "eval_every eval_tokens checkpoint_every keep_checkpoints log_every max_skipped data.epochs".split()
 HOST.append("spike.max_rollbacks")
-COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "cli.run(main)" in path.read_text())
+COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "cli.run(main" in path.read_text())
 HUGE = str(10**30)
 
 # What may follow `from ml_collections import ConfigDict; from configs import base`, and a part of the sentence.

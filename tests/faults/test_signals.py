@@ -1,10 +1,12 @@
 """SIGTERM and SIGINT: the step is finished and saved, on two processes the same one, and nothing at all is lost."""
 
 import signal
+import time
 
 import pytest
 from hurt_runs import assert_same_end, finish, finish_pair, last_step, saved_steps, small, start, start_pair
 
+from switchlora_jax import dataset
 from switchlora_jax.errors import STOPPED
 
 
@@ -31,6 +33,23 @@ def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
     assert "Traceback" not in run.said()
   finish(config, workdir)
   assert_same_end(workdir, uninterrupted)
+
+
+def slow_set_up():
+  """Tokenising takes for ever."""
+  dataset.prepare = lambda *_, **__: (print("tokenising", flush=True), time.sleep(600))
+
+
+def test_sigterm_during_set_up_ends_all_to_be_started_again(tmp_path):
+  """Case 3. SIGTERM before the first step, to one of two: both exit with 75 at once; the same command starts again."""
+  faults, workdir = ("test_signals:slow_set_up",) * 2, tmp_path / "pair"
+  for told in (1, 0):
+    pair = start_pair(small(tmp_path), workdir, faults=faults)
+    pair[0].wait_for(lambda first=pair[0]: "tokenising" in first.stdout.read_text(), "set-up")
+    pair[told].process.send_signal(signal.SIGTERM)
+    assert [run.end(20) for run in pair] == [STOPPED] * 2
+    assert "stopped by SIGTERM during set-up; the same command starts again" in pair[told].said()
+    assert f"stopped by SIGTERM to process {told} during set-up; the same" in pair[1 - told].said()
 
 
 def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole_pair, tmp_path):
