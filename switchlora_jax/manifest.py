@@ -23,6 +23,7 @@ from switchlora_jax.rows import read_json, write_json
 NAME = "manifest.json"
 COVERED = "state"
 CHUNK = 1 << 18  # bytes read at a time: they stay in the cache of a core until they are summed
+READERS = 4  # threads; the files of a small state are read sooner than more of them are started
 
 
 class Damaged(ValueError):
@@ -52,7 +53,7 @@ class Manifest(NamedTuple):
 def write(folder: Path, step: int, arrays: dict[str, list[int]]) -> None:
   """Finish the checkpoint in `folder`: bring all of it to the disk, the manifest last."""
   paths = [folder / COVERED, *sorted((folder / COVERED).rglob("*"))]
-  with ThreadPoolExecutor() as pool:
+  with ThreadPoolExecutor(READERS) as pool:
     found = pool.map(_sync_and_measure, paths)
     files = {str(path.relative_to(folder)): of for path, of in zip(paths, found, strict=True) if of}
   saved = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -69,7 +70,7 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
     Damaged: the save did not end, or a file is missing or not what was written; names one.
   """
   manifest, (process, processes) = read(folder), share
-  with ThreadPoolExecutor() as pool:
+  with ThreadPoolExecutor(READERS) as pool:
     names = list(manifest.files)[process::processes]
     wrong = [found for found in pool.map(lambda name: _wrong(folder / name, *manifest.files[name]), names) if found]
   if wrong:
