@@ -1,5 +1,7 @@
 """Rows that hurt: a loss that breaks on the device that has one, and batches with one among their rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ KINDS = {
 }
 
 
+@functools.cache  # so that tests share what they compile with it
 def loss(kind: str):
   """In place of `loss.mean_loss`: where one of a device's rows is marked, that device's loss is broken by KINDS."""
 

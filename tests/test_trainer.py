@@ -1,6 +1,5 @@
 """A run that is stopped and continued is, bit by bit, the run that was never stopped."""
 
-import functools
 import json
 import os
 import signal
@@ -17,16 +16,8 @@ from tiny import flags_of, resolved, tiny_config
 
 from switchlora_jax import dataset, manifest, metrics, program, train_log, train_step, trainer
 from switchlora_jax.errors import Stopped, UserError
-from switchlora_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
-compiled_once = functools.cache(program.build)
-
-
-@pytest.fixture(autouse=True)
-def build_once(monkeypatch):
-  """Equal configs share their compiled programs, which hold no state; the kill test uses processes of its own."""
-  monkeypatch.setattr(program, "build", compiled_once)
 
 
 def lines(workdir):
@@ -162,13 +153,9 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
 
 
-def test_the_step_compiles_once(tmp_path):
-  config = resolved(tmp_path)
-  built = program.build(config, make_mesh())
-  state = built.create()
-  for step in range(3):
-    state, _ = built.step(state, built.place(np.full((8, 16), step)))
-  assert built.step._cache_size() == 1
+def test_the_step_compiles_once(finished):
+  """… over the whole run, and all that the tests above made of it."""
+  assert finished[-1].program.step._cache_size() == 1
 
 
 # --- back from a loss spike ---------------------------------------------------------------------------------------
