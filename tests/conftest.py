@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, quick compiling, no silent broadcasting, and access to the recorded numbers."""
 
+import gc
 import os
 
 # Compiling takes most of the time of tests. JAX reads these when it starts, as do the processes that tests start.
@@ -16,6 +17,7 @@ from switchlora_jax import analysis, program
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 program.build, analysis.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank  # for all to import
+gc.freeze()  # what is imported stays: the collector need not walk it again and again
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import poison
 import pytest
-from tiny import flags_of, resolved, tiny_config
+from tiny import ONE_DEVICE, flags_of, resolved, tiny_config
 
 from switchlora_jax import dataset, manifest, metrics, program, train_log, train_step, trainer
 from switchlora_jax.errors import Stopped, UserError
@@ -98,7 +98,7 @@ def test_a_run_killed_by_sigkill_continues_bit_by_bit(tmp_path):
   """Real processes, killed wherever they happen to be, until the run is through."""
   config = tiny_config(tmp_path, steps=60, checkpoint_every=5, eval_every=20)
   command = [sys.executable, "-m", "experiments.pretrain", *flags_of(config)]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+  environment = os.environ | ONE_DEVICE
 
   def start(workdir):
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -166,8 +166,8 @@ BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval
 @pytest.fixture
 def asked(monkeypatch):
   """The numbers of the batches that runs took; those of numbers 5 and 11 make the loss jump."""
-  monkeypatch.setattr(train_step, "mean_loss", poison.loss("spike"))
-  marked, numbers = poison.batches((5, 11)), []
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss)
+  marked, numbers = poison.batches("spike", (5, 11)), []
 
   def noted(data, config):
     batch_of = marked(data, config)
