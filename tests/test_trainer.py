@@ -1,23 +1,18 @@
-"""A run that is stopped and continued is, bit by bit, the run that was never stopped."""
+"""A run that is stopped and continued is, bit by bit, the run that was never stopped; killed: faults/test_kills.py."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import poison
 import pytest
-from tiny import ONE_DEVICE, flags_of, resolved, tiny_config
+from tiny import resolved
 
-from switchlora_jax import dataset, manifest, metrics, program, train_log, train_step, trainer
+from switchlora_jax import dataset, metrics, program, train_log, train_step, trainer
 from switchlora_jax.errors import Stopped, UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 def lines(workdir):
@@ -92,40 +87,6 @@ def test_a_finished_run_is_not_run_again(finished):
   assert again.first_step == 12
   assert (whole / "metrics.jsonl").read_bytes() == before
   assert_same(again.state, outcome.state)
-
-
-def test_a_run_killed_by_sigkill_continues_bit_by_bit(tmp_path):
-  """Real processes, killed wherever they happen to be, until the run is through."""
-  config = tiny_config(tmp_path, steps=60, checkpoint_every=5, eval_every=20)
-  command = [sys.executable, "-m", "experiments.pretrain", *flags_of(config)]
-  environment = os.environ | ONE_DEVICE
-
-  def start(workdir):
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, **quiet)
-
-  whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
-  first = start(whole)
-  assert first.communicate()[1] is not None and first.returncode == 0
-  for reach in (13, 34, 52):
-    process = start(killed)
-    while process.poll() is None and _last_step(killed) < reach:
-      time.sleep(0.01)
-    kills += process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-  last = start(killed)
-  _, error = last.communicate()
-  assert last.returncode == 0, error
-  assert kills >= 2, "the run was through before it could be killed"
-  assert lines(killed) == lines(whole)
-  sums = [manifest.read(d / "checkpoints" / "60").arrays for d in (whole, killed)]
-  assert sums[0] == sums[1]
-
-
-def _last_step(workdir):
-  rows = metrics.read(workdir / "metrics.jsonl")
-  return rows[-1]["step"] if rows else 0
 
 
 def test_another_config_in_the_workdir_is_refused(finished):
