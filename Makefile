@@ -8,10 +8,10 @@ pretrain: .venv/run  ## Install, and train the embedded default.
 	$(VENV)/python -m experiments.pretrain --workdir=runs/tiny
 
 test: .venv/dev  ## Install what the tests need, and run them.
-	$(VENV)/python -m pytest -n 2
+	$(VENV)/python -m pytest -n 2 --dist worksteal
 
 faults: .venv/dev  ## Kill, starve and damage real runs, and see what is left of them.
-	$(VENV)/python -m pytest -n 2 --faults tests/faults
+	$(VENV)/python -m pytest -n 2 --dist worksteal --faults tests/faults
 
 lint: .venv/dev  ## Lint and check the formatting.
 	$(VENV)/ruff check .

@@ -27,6 +27,7 @@ SHARDS = flags.DEFINE_integer(
   "shards", 700, "files that batches are drawn from; C4's 46M documents make about as many", lower_bound=1
 )
 BATCHES = ((8, 128), (1152, 512))  # rows × tokens of the tiny model, and of the paper's
+DRAWN = 20_000_000  # tokens of each
 
 
 class Stopwatch:
@@ -73,7 +74,7 @@ def in_shards(found: rows.Rows, folder: Path) -> rows.Rows:
 
 def time_batches(found: rows.Rows, batch_size: int):
   """Batches of steps one after another, as the trainer draws them."""
-  steps = max(3, 20_000_000 // (batch_size * found.shape[1]))
+  steps = max(3, DRAWN // (batch_size * found.shape[1]))
   draw = lambda step: dataset.batch(found, seed=0, step=step, batch_size=batch_size)[:]
   draw(0)
   watch = Stopwatch()

@@ -1,16 +1,23 @@
 """Eight simulated CPU devices, quick compiling, no silent broadcasting, and access to the recorded numbers."""
 
+import gc
 import os
 
-# Compiling takes most of the time of tests. JAX reads it when it is imported, as do the processes that tests start.
+# Compiling takes most of the time of tests. JAX reads these when it starts, as do the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
+import shared_programs
 from recorded import load
+
+from switchlora_jax import analysis, program
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+program.build, analysis.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank  # for all to import
+gc.freeze()  # what is imported stays: the collector need not walk it again and again
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 from absl import flags
-from tiny import tiny_config
+from tiny import ONE_DEVICE, tiny_config
 
 from experiments import children, grid, settings
 from switchlora_jax import metrics, run_directory
 from switchlora_jax.config import flatten
 
 ROOT = Path(__file__).parents[1]
-ON_CPU = {"JAX_PLATFORMS": "cpu"}
 
 
 def tiny_base(folder: Path, **changes) -> settings.Base:
@@ -89,7 +88,7 @@ def fake_runs(monkeypatch) -> Runs:
 def command(name: str, *arguments) -> subprocess.CompletedProcess:
   """Run `python -m experiments.NAME` to its end."""
   words = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-  return subprocess.run(words, cwd=ROOT, env=os.environ | ON_CPU, capture_output=True, text=True)
+  return subprocess.run(words, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
 
 
 @contextlib.contextmanager

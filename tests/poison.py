@@ -7,8 +7,6 @@ import numpy as np
 from switchlora_jax import dataset
 from switchlora_jax.loss import mean_loss
 
-MARK = 7  # a row of this token alone
-
 
 @jax.custom_vjp
 def exploding(loss, hurt):
@@ -24,31 +22,30 @@ KINDS = {
   "gradient": exploding,
   "spike": lambda loss, hurt: jnp.where(hurt, 20, 1) * loss,
 }
+MARKS = {kind: 7 + number for number, kind in enumerate(KINDS)}  # a row of this token alone
 
 
-def loss(kind: str):
+def loss(model, params, frozen, rows):
   """In place of `loss.mean_loss`: where one of a device's rows is marked, that device's loss is broken by KINDS."""
-
-  def broken(model, params, frozen, rows):
-    hurt = jnp.any(jnp.all(rows == MARK, axis=-1))
-    return KINDS[kind](mean_loss(model, params, frozen, rows), hurt)
-
-  return broken
+  found = mean_loss(model, params, frozen, rows)
+  for kind, broken in KINDS.items():
+    found = broken(found, jnp.any(jnp.all(rows == MARKS[kind], axis=-1)))
+  return found
 
 
-def mark(rows, row: int = 3) -> np.ndarray:
+def mark(rows, kind: str, row: int = 3) -> np.ndarray:
   """A copy of a batch [rows, length] with one row marked."""
   marked = np.array(rows)
-  marked[row] = MARK
+  marked[row] = MARKS[kind]
   return marked
 
 
-def batches(numbers):
+def batches(kind: str, numbers):
   """In place of `dataset.batches`: the batches of these numbers are marked."""
   original, numbers = dataset.batches, list(numbers)
 
   def marked(data, config):
     batch_of = original(data, config)
-    return lambda number: mark(batch_of(number)[:]) if number in numbers else batch_of(number)
+    return lambda number: mark(batch_of(number)[:], kind) if number in numbers else batch_of(number)
 
   return marked

@@ -12,7 +12,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from grids import ON_CPU, ROOT, as_flags, command, curve, imported, tiny_base, write_run
+from grids import ROOT, as_flags, command, curve, imported, tiny_base, write_run
+from tiny import ONE_DEVICE
 
 from experiments import grid, settings
 from experiments.grid import Arm
@@ -46,7 +47,7 @@ def story(tmp_path_factory):
   flags = ["--methods=full,lora", "--ranks=4", "--seeds=2", "--processes=2", "--time=false", f"--workdir={workdir}"]
   flags += as_flags(base)
   words = [sys.executable, "-m", "experiments.compare", *flags, "--learning_rates=lora:1e-2,2e-2"]
-  options = dict(cwd=ROOT, env=os.environ | ON_CPU, start_new_session=True, stderr=subprocess.DEVNULL)
+  options = dict(cwd=ROOT, env=os.environ | ONE_DEVICE, start_new_session=True, stderr=subprocess.DEVNULL)
   with subprocess.Popen(words, **options) as process:
     deadline = time.monotonic() + 300
     while process.poll() is None and not finished(workdir) and time.monotonic() < deadline:

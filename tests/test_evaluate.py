@@ -33,9 +33,8 @@ NUMBERS = [f"val_{name}{suffix}" for name in ("loss", "ppl", "bpb") for suffix i
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-  """Equal configs share their programs, which hold no state."""
+  """No rank learnt."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(program, "build", functools.cache(program.build))
     patch.setattr(trainer, "make_learnt_rank", lambda _: lambda *_: 0.0)
     yield
 

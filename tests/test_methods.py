@@ -154,6 +154,7 @@ def test_an_interval_of_0_is_lora_to_the_bit():
     assert ours.candidates and same_bits(ours.candidates, never[0].candidates)
   assert same_bits(told_never, told_lora)
   assert not same_bits(never[-1].params, never[0].params)
+  assert not same_bits(train(4, "switchlora")[0][-1].params, lora[-1].params)
 
 
 def layers_alone(**changes):

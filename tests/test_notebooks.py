@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from tiny import write_text
+from tiny import ONE_DEVICE, write_text
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "notebooks"
 SMALL = {
@@ -32,12 +32,14 @@ def outputs(notebook):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own packages
-@pytest.mark.parametrize(("name", "steps"), [("quickstart", 24), ("ablations", 16)])
-def test_a_notebook_runs(name, steps, tmp_path):
+@pytest.mark.parametrize("name", ["quickstart", "ablations"])
+def test_a_notebook_runs(name, tmp_path, monkeypatch):
+  for key, value in ONE_DEVICE.items():
+    monkeypatch.setenv(key, value)
   notebook = load(name)
   (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
   changes = SMALL | {"data.path": write_text(tmp_path), "data.cache_dir": str(tmp_path / "cache")}
-  parameters.source = f"STEPS = {steps}\nCHANGES = {changes!r}\nWORKDIR = {str(tmp_path / 'run')!r}"
+  parameters.source = f"STEPS = 16\nCHANGES = {changes!r}\nWORKDIR = {str(tmp_path / 'run')!r}"
   NotebookClient(notebook, timeout=300, resources={"metadata": {"path": FOLDER}}).execute()
   pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
   assert len(pictures) == 2

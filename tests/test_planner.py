@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small_model
-from grids import ON_CPU, ROOT
+from grids import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -138,7 +138,7 @@ def test_operations_a_token_do_not_depend_on_the_number_of_devices():
 # --- against a run ------------------------------------------------------------------------------------------------
 
 RUN = Path(__file__).parent / "measured_step.py"
-ENVIRONMENT = os.environ | ON_CPU | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the memory of a process")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_text
+from tiny import ONE_DEVICE, write_text
 
 ROOT = Path(__file__).parents[1]
 TINY = [f"--config.model.{key}" for key in ("hidden_size=16", "num_heads=2", "num_layers=2", "intermediate_size=24")]
@@ -15,7 +15,7 @@ TINY = [f"--config.model.{key}" for key in ("hidden_size=16", "num_heads=2", "nu
 
 def pretrain(*flags, config="configs/llama_tiny.py"):
   command = [sys.executable, "-m", "experiments.pretrain", f"--config={config}", *flags]
-  return subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+  return subprocess.run(command, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
 
 
 def test_dry_run_prints_what_scripts_read_and_writes_nothing(tmp_path):

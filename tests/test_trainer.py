@@ -1,32 +1,18 @@
-"""A run that is stopped and continued is, bit by bit, the run that was never stopped."""
+"""A run that is stopped and continued is, bit by bit, the run that was never stopped; killed: faults/test_kills.py."""
 
-import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import poison
 import pytest
-from tiny import flags_of, resolved, tiny_config
+from tiny import resolved
 
-from switchlora_jax import dataset, manifest, metrics, program, train_log, train_step, trainer
+from switchlora_jax import dataset, metrics, program, train_log, train_step, trainer
 from switchlora_jax.errors import Stopped, UserError
-from switchlora_jax.sharding import make_mesh
-
-ROOT = Path(__file__).parents[1]
-compiled_once = functools.cache(program.build)
-
-
-@pytest.fixture(autouse=True)
-def build_once(monkeypatch):
-  """Equal configs share their compiled programs, which hold no state; the kill test uses processes of its own."""
-  monkeypatch.setattr(program, "build", compiled_once)
 
 
 def lines(workdir):
@@ -103,40 +89,6 @@ def test_a_finished_run_is_not_run_again(finished):
   assert_same(again.state, outcome.state)
 
 
-def test_a_run_killed_by_sigkill_continues_bit_by_bit(tmp_path):
-  """Real processes, killed wherever they happen to be, until the run is through."""
-  config = tiny_config(tmp_path, steps=60, checkpoint_every=5, eval_every=20)
-  command = [sys.executable, "-m", "experiments.pretrain", *flags_of(config)]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-
-  def start(workdir):
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, **quiet)
-
-  whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
-  first = start(whole)
-  assert first.communicate()[1] is not None and first.returncode == 0
-  for reach in (13, 34, 52):
-    process = start(killed)
-    while process.poll() is None and _last_step(killed) < reach:
-      time.sleep(0.01)
-    kills += process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-  last = start(killed)
-  _, error = last.communicate()
-  assert last.returncode == 0, error
-  assert kills >= 2, "the run was through before it could be killed"
-  assert lines(killed) == lines(whole)
-  sums = [manifest.read(d / "checkpoints" / "60").arrays for d in (whole, killed)]
-  assert sums[0] == sums[1]
-
-
-def _last_step(workdir):
-  rows = metrics.read(workdir / "metrics.jsonl")
-  return rows[-1]["step"] if rows else 0
-
-
 def test_another_config_in_the_workdir_is_refused(finished):
   folder, method, whole, _ = finished
   with pytest.raises(UserError, match=r"holds a run with another config \(seed: 0 → 1\)"):
@@ -162,13 +114,9 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
 
 
-def test_the_step_compiles_once(tmp_path):
-  config = resolved(tmp_path)
-  built = program.build(config, make_mesh())
-  state = built.create()
-  for step in range(3):
-    state, _ = built.step(state, built.place(np.full((8, 16), step)))
-  assert built.step._cache_size() == 1
+def test_the_step_compiles_once(finished):
+  """… over the whole run, and all that the tests above made of it."""
+  assert finished[-1].program.step._cache_size() == 1
 
 
 # --- back from a loss spike ---------------------------------------------------------------------------------------
@@ -179,8 +127,8 @@ BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval
 @pytest.fixture
 def asked(monkeypatch):
   """The numbers of the batches that runs took; those of numbers 5 and 11 make the loss jump."""
-  monkeypatch.setattr(train_step, "mean_loss", poison.loss("spike"))
-  marked, numbers = poison.batches((5, 11)), []
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss)
+  marked, numbers = poison.batches("spike", (5, 11)), []
 
   def noted(data, config):
     batch_of = marked(data, config)

@@ -16,7 +16,6 @@ from tiny import resolved
 
 from switchlora_jax import dataset, huggingface, metrics, program, trainer, warm_start, weights
 from switchlora_jax.checkpoint import Checkpoints
-from switchlora_jax.config import FREE
 from switchlora_jax.errors import UserError
 
 LOW_RANK = ("lora", "switchlora", "relora", "galore")
@@ -34,15 +33,8 @@ def scales(first):
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-  """One device, few optimizations, and equal configs share their compiled programs, which hold no state."""
-  build, built = program.build, {}
-
-  def build_once(config, mesh):
-    key = json.dumps(config.to_dict() | dict.fromkeys((*FREE, "warm_start_from")))
-    return built[key] if key in built else built.setdefault(key, build(config, mesh))
-
+  """One device, and no rank learnt."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(program, "build", build_once)
     patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     patch.setattr(trainer, "make_learnt_rank", scales)
     yield

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,15 @@ from switchlora_jax import packing, run_directory, tokenizer
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.config import flatten, resolve
 from switchlora_jax.program import build
+
+_compiled = tempfile.TemporaryDirectory()  # removed at exit
+# For processes on one device, each of which finds what another has compiled; on several devices that cache hangs.
+ONE_DEVICE = {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_NUM_CPU_DEVICES": "1",
+  "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 def write_text(folder: Path, lines: int = 400) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from tiny import flags_of, tiny_config
+from tiny import ONE_DEVICE, flags_of, tiny_config
 
 from switchlora_jax import metrics
 
@@ -60,17 +60,19 @@ class Run(NamedTuple):
     return self.stderr.read_text()
 
 
-def start(
-  config, workdir: Path, *flags: str, fault: str | None = None, environment: dict | None = None, **popen
-) -> Run:
-  """Start the command on an unresolved config; `fault` as for `inject.py`, `popen` as for `subprocess.Popen`."""
+def start(config, workdir: Path, *flags: str, fault: str | None = None, devices: int | None = None, **popen) -> Run:
+  """Start the command on an unresolved config; `fault` as for `inject.py`, `popen` as for `subprocess.Popen`.
+
+  Without `devices` it is alone on one, and shares what it compiles.
+  """
   entry = ["-m", "experiments.pretrain"] if fault is None else [str(ROOT / "tests" / "faults" / "inject.py"), fault]
   command = [sys.executable, *entry, *flags_of(config), f"--workdir={workdir}", *flags]
   number = len(list(workdir.parent.glob(f"{workdir.name}.stderr.*")))
   outputs = [workdir.with_name(f"{workdir.name}.{name}.{number}") for name in ("stdout", "stderr")]
-  shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (environment or {})
+  several = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+  environment = os.environ | (ONE_DEVICE if devices is None else several)
   with outputs[0].open("w") as stdout, outputs[1].open("w") as stderr:
-    process = subprocess.Popen(command, cwd=ROOT, env=shared, stdout=stdout, stderr=subprocess.PIPE, **popen)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, **popen)
     scribe = subprocess.Popen(["cat"], stdin=process.stderr, stdout=stderr)  # a full disk shall not cut what is said
   process.stderr.close()
   return Run(process, workdir, *outputs, scribe)
@@ -81,9 +83,8 @@ def start_pair(config, workdir: Path, *flags: str, faults=(None, None), devices:
   with socket.create_server(("127.0.0.1", 0)) as probe:
     port = probe.getsockname()[1]
   place = lambda process: [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}"]
-  environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
   return [
-    start(config, workdir, *flags, *place(process), fault=fault, environment=environment)
+    start(config, workdir, *flags, *place(process), fault=fault, devices=devices)
     for process, fault in enumerate(faults)
   ]
 

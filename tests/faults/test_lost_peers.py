@@ -90,7 +90,7 @@ def test_other_devices_and_processes(whole, tmp_path):
   """Case 14. Two processes of one device, then one of two, then one of one: the same run, up to the order of sums."""
   folder, uninterrupted = whole
   workdir = tmp_path / "moves"
-  two = lambda: [start(small(folder), workdir, environment={"JAX_NUM_CPU_DEVICES": "2"})]
+  two = lambda: [start(small(folder), workdir, devices=2)]
   for begin, reach in ((lambda: start_pair(small(folder), workdir), 6), (two, 22)):
     runs = begin()
     runs[0].until(reach)

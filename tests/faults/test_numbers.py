@@ -17,8 +17,8 @@ STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 
 def hurt(what: str):
   """`KIND@STEP,STEP`: those batches break the loss, each by one row; see `poison.KINDS`."""
   kind, _, when = what.partition("@")
-  dataset.batches = poison.batches(int(step) - 1 for step in when.split(","))
-  train_step.mean_loss = poison.loss(kind)
+  dataset.batches = poison.batches(kind, (int(step) - 1 for step in when.split(",")))
+  train_step.mean_loss = poison.loss
 
 
 def begin(config, workdir, what, **more):
@@ -71,7 +71,7 @@ def test_nan_just_after_a_switch(tmp_path):
 def test_an_infinite_gradient_on_one_device_of_eight(tmp_path):
   """Case 11. The loss is finite, and the rows of seven devices are; no device makes the update."""
   config = small(tmp_path, steps=10, checkpoint_every=1, keep_checkpoints=20)
-  finish(config, tmp_path / "run", "gradient@7", environment={"JAX_NUM_CPU_DEVICES": "8"})
+  finish(config, tmp_path / "run", "gradient@7", devices=8)
   rows = numbers(tmp_path / "run")
   assert [step for step, row in rows.items() if row["grad_norm"] is None] == [7]
   assert all(row["loss"] is not None for row in rows.values())
