@@ -3,9 +3,8 @@
 import gc
 import os
 
-# Compiling takes most of the time of tests. JAX reads these when it starts, as do the processes that tests start.
+# Compiling takes most of the time of tests. JAX reads it when it starts, as do the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
@@ -18,6 +17,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 program.build, analysis.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank  # for all to import
 gc.freeze()  # what is imported stays: the collector need not walk it again and again
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file():
+  """What is compiled for the tests of one file is not kept for the next: compilers fail in a process with too much."""
+  yield
+  shared_programs.forget()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Programs that tests share: compiling takes most of their time, and a program holds no state.
+"""Programs that the tests of a file share: compiling takes most of their time, and a program holds no state.
 
 conftest.py puts `build` and `make_learnt_rank` in place of the package's. `program.build.__wrapped__` makes a new one.
 """
@@ -41,3 +41,9 @@ _new_rank, _ranks = analysis.make_learnt_rank, {}
 def make_learnt_rank(first):
   """`analysis.make_learnt_rank`, once for each program."""
   return _ranks.setdefault(first.create, _new_rank(first))
+
+
+def forget():
+  """Let go of all of them: they are large."""
+  _build.cache_clear()
+  _ranks.clear()
