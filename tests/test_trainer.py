@@ -13,6 +13,7 @@ from tiny import resolved
 
 from switchlora_jax import dataset, metrics, program, train_log, train_step, trainer
 from switchlora_jax.errors import Stopped, UserError
+from switchlora_jax.sharding import make_mesh
 
 
 def lines(workdir):
@@ -114,7 +115,17 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
 
 
-def test_the_step_compiles_once(finished):
+def test_the_step_compiles_once(tmp_path):
+  """Of a program of its own: what it gives has the layout of what it takes."""
+  config = resolved(tmp_path)
+  built = program.build.__wrapped__(config, make_mesh())
+  state = built.create()
+  for step in range(3):
+    state, _ = built.step(state, built.place(np.full((8, 16), step)))
+  assert built.step._cache_size() == 1
+
+
+def test_a_run_compiles_its_step_once(finished):
   """… over the whole run, and all that the tests above made of it."""
   assert finished[-1].program.step._cache_size() == 1
 
