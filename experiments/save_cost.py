@@ -1,6 +1,7 @@
 """What it costs that a checkpoint can tell damage: the state of a run, saved again some times beside the clock."""
 
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -24,7 +25,7 @@ class Save(NamedTuple):
     whole: from its start until it has its name and the save before it is removed.
     arrays: their checksums: a step waits for them before a save, and they are compared after a restore.
     files: their checksums and the manifest, brought to the disk, at the end of a save.
-    verify: the same files read and compared, as before a restore; they are still in memory then.
+    verify: the same files read and compared, as before a restore; the disk is idle and they are still in memory then.
   """
 
   whole: float
@@ -65,6 +66,7 @@ def measure(state, folder: Path, times: int) -> tuple[int, list[Save]]:
     for step in range(times + 1):
       arrays = seconds(lambda: named_checksums(state))
       whole = seconds(lambda step=step: (checkpoints.save(step, state), checkpoints.wait()))
+      os.sync()  # a restore comes with a new process, not while the disk still works on a save
       verify = seconds(lambda step=step: manifest.verify(folder / str(step)))
       saves.append(Save(whole, arrays, checkpoints.spent, verify))
       bar.update(step > 0)
