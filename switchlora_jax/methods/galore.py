@@ -46,6 +46,33 @@ def leading_directions(matrix, rank: int):
   return left[:, :rank].astype(matrix.dtype)
 
 
+def refresh(grad, projector, wanted, decompose: Callable):
+  """What `decompose` finds for the kernels of a leaf that are `wanted` [...]; the others keep their projectors.
+
+  Shapes: grad [..., in, out], projector [..., small, r]; None where the leaf is not projected.
+  """
+  if projector is None:
+    return None
+
+  def one(kernel):
+    grad, projector, wanted = kernel
+    return jax.lax.cond(wanted, lambda: decompose(grad).astype(projector.dtype), lambda: projector)
+
+  kernels = lambda x: x.reshape(-1, *x.shape[-2:])
+  # One layer at a time: a batched decomposition would need the workspace of all of them at once.
+  found = jax.lax.map(one, (kernels(_wide(grad)), kernels(projector), wanted.reshape(-1)))
+  return found.reshape(projector.shape)
+
+
+def refresh_all(grads, projectors, failed, due, decompose: Callable):
+  """(projectors, failed) of all leaves after a refresh: of every kernel if it is `due`, else of those that failed."""
+  wanted = jax.tree.map(lambda before: due | (before > 0), failed)
+  found = jax.tree.map(partial(refresh, decompose=decompose), grads, projectors, wanted)
+  good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1)), found)
+  kept = jax.tree.map(lambda hit, new, old: jnp.where(hit[..., None, None], new, old), good, found, projectors)
+  return kept, jax.tree.map(lambda hit: (~hit).astype(jnp.int32), good)
+
+
 def scale_by_galore(
   rank: int,
   refresh_every: int,
@@ -72,33 +99,8 @@ def scale_by_galore(
     directions: ([small, large], rank) -> [small, min(rank, small)]; to give recorded ones. Their sign is free.
   """
 
-  def find(kernel):
-    grad, projector, wanted = kernel
-    return jax.lax.cond(wanted, lambda: directions(grad, rank).astype(projector.dtype), lambda: projector)
-
-  def refresh(grad, projector, wanted):
-    if projector is None:
-      return None
-    kernels = lambda x: x.reshape(-1, *x.shape[-2:])
-    # One layer at a time: a batched decomposition would need the workspace of all of them at once.
-    found = jax.lax.map(find, (kernels(_wide(grad)), kernels(projector), wanted.reshape(-1)))
-    return found.reshape(projector.shape)
-
-  def refresh_all(grads, projectors, failed, due):
-    wanted = jax.tree.map(lambda before: due | (before > 0), failed)
-    found = jax.tree.map(refresh, grads, projectors, wanted)
-    good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1)), found)
-    kept = jax.tree.map(lambda hit, new, old: jnp.where(hit[..., None, None], new, old), good, found, projectors)
-    return kept, jax.tree.map(lambda hit: (~hit).astype(jnp.int32), good)
-
   def init(params):
-    def empty(hit, param):
-      if not hit:
-        return None
-      small = min(param.shape[-2:])
-      return jnp.zeros((*param.shape[:-2], small, min(rank, small)), param.dtype)
-
-    projector = jax.tree.map(empty, projected(params), params)
+    projector = jax.tree.map(partial(_no_directions, rank=rank), projected(params), params)
     low = jax.eval_shape(partial(jax.tree.map, _project), params, projector)
     moments = lambda: optax.tree.zeros_like(low)
     failed = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), projector)
@@ -108,7 +110,8 @@ def scale_by_galore(
     del params
     due = state.count % refresh_every == 0
     # Under vmap a cond becomes a select, which would decompose at every step; it must stay outside of any.
-    found = lambda: refresh_all(updates, state.projector, state.failed, due)
+    decompose = lambda grad: directions(grad, rank)
+    found = lambda: refresh_all(updates, state.projector, state.failed, due, decompose)
     any_due = (due | (failures(state) > 0)) & jnp.logical_not(skip)
     projector, failed = jax.lax.cond(any_due, found, lambda: (state.projector, state.failed))
     low = jax.tree.map(_project, updates, projector)
@@ -132,6 +135,14 @@ def scale_by_galore(
 def failures(state: GaLoreState) -> jax.Array:
   """[] int32: kernels whose last decomposition failed."""
   return sum((jnp.sum(failed, dtype=jnp.int32) for failed in jax.tree.leaves(state.failed)), jnp.zeros((), jnp.int32))
+
+
+def _no_directions(hit: bool, param, rank: int):
+  """The projector of a leaf before its first refresh: zeros, so that nothing moves; None where it is not projected."""
+  if not hit:
+    return None
+  small = min(param.shape[-2:])
+  return jnp.zeros((*param.shape[:-2], small, min(rank, small)), param.dtype)
 
 
 def _wide(x):
