@@ -15,7 +15,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli
-from switchlora_jax import corpus, dataset, packing, preparation, rows, tokenizer
+from switchlora_jax import batches, corpus, packing, preparation, rows, tokenizer
 from switchlora_jax.errors import UserError
 
 PATH = flags.DEFINE_string("path", "", "glob of plain text, JSON lines or Parquet files, each also compressed")
@@ -75,7 +75,7 @@ def in_shards(found: rows.Rows, folder: Path) -> rows.Rows:
 def time_batches(found: rows.Rows, batch_size: int):
   """Batches of steps one after another, as the trainer draws them."""
   steps = max(3, DRAWN // (batch_size * found.shape[1]))
-  draw = lambda step: dataset.batch(found, seed=0, step=step, batch_size=batch_size)[:]
+  draw = lambda step: batches.batch(found, seed=0, step=step, batch_size=batch_size)[:]
   draw(0)
   watch = Stopwatch()
   for step in range(steps):

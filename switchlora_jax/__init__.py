@@ -8,8 +8,9 @@
   rows            packed rows on disk: shards, checksums, the manifest
   preparation     a folder of packed rows, filled once, killed and continued
   stream          rows that are packed while the text is read
-  dataset         config.data → rows → the batch of step t, a pure function of (seed, t)
+  dataset         config.data → rows, found in a folder or made now
   order           the order in which an epoch takes its rows, computed, not kept
+  batches         the batch of step t, a pure function of (seed, t)
   sharding        the mesh, and where arrays live on it
   llama           the model; each linear layer is made by a factory it is handed
   loss            next-token cross-entropy from the hidden states, a chunk of tokens at a time

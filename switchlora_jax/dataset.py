@@ -1,4 +1,4 @@
-"""config.data → packed rows → the batch of step t, a pure function of (seed, t).
+"""config.data → packed rows; `batches` makes of them the batch of a step.
 
 Rows come from a folder that `experiments.prepare_data` filled, or from one in `cache_dir` whose name says what it was
 made from and which is filled now; or they are packed while the text is read (source=stream).
@@ -7,17 +7,14 @@ made from and which is filled now; or they are packed while the text is read (so
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import sentencepiece
 
 from switchlora_jax import corpus, documentation, packing, preparation, rows, stream, tokenizer
 from switchlora_jax.errors import UserError
-from switchlora_jax.order import shuffled
 from switchlora_jax.preparation import TRAIN, Request
 from switchlora_jax.rows import Rows
 from switchlora_jax.stream import Stream
@@ -30,23 +27,6 @@ SOURCES = {
   "prepared": "a folder that experiments.prepare_data filled",
   "stream": "your own files, packed while they are read",
 }
-
-
-@dataclass(frozen=True)
-class Batch:
-  """Rows of `rows` [n, seq_len] by their numbers, `picks` [batch]; read when it is sliced, and only that slice."""
-
-  rows: Rows | np.ndarray
-  picks: np.ndarray
-
-  @property
-  def shape(self) -> tuple[int, int]:
-    """(batch, seq_len)."""
-    return len(self.picks), self.rows.shape[1]
-
-  def __getitem__(self, part: slice) -> np.ndarray:
-    """That part of the batch, int32 [part, seq_len]."""
-    return np.asarray(self.rows[self.picks[part]], np.int32)
 
 
 class Dataset(NamedTuple):
@@ -118,13 +98,6 @@ def prepare(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -
   return open_folder(folder, manifest, config.data.source)
 
 
-def batches(data: Dataset, config) -> Callable[[int], Batch]:
-  """From a step to its batch."""
-  if isinstance(data.train, Stream):
-    return lambda step: Batch(data.train.batch(step, config.batch_size), np.arange(config.batch_size))
-  return lambda step: batch(data.train, seed=config.seed, step=step, batch_size=config.batch_size)
-
-
 def check_ahead(data: Dataset, config, ahead: int) -> None:
   """Raise `UserError` unless the rows last for a run that left out so many batches; a stream tells when it ends."""
   if isinstance(data.train, Stream):
@@ -136,13 +109,6 @@ def check_ahead(data: Dataset, config, ahead: int) -> None:
       f"there are {found:,}, used data.epochs (={config.data.epochs}) times; repeat them once more: "
       f"--config.data.epochs={-(-wanted // found)}"
     )
-
-
-def batch(rows: Rows | np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
-  """The batch of a step, [batch_size, seq_len]: each epoch takes every row once, in an order of its own."""
-  epochs, places = np.divmod(step * batch_size + np.arange(batch_size), len(rows))
-  each = [shuffled(places[epochs == epoch], len(rows), seed=seed, epoch=epoch) for epoch in np.unique(epochs)]
-  return Batch(rows, np.concatenate(each))
 
 
 def _expanded(path: str) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from switchlora_jax import hosts
-from switchlora_jax.dataset import Batch
+from switchlora_jax.batches import Batch
 from switchlora_jax.loss import on_parts, row_losses
 from switchlora_jax.metrics import progress_bar
 from switchlora_jax.sharding import BOTH, replicated

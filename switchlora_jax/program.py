@@ -24,7 +24,7 @@ class Program(NamedTuple):
     create: () -> TrainState, the state before step 0, placed on the mesh.
     abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
     step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
-    place: rows [batch, length] on the host, an array or a `dataset.Batch`, to int32 on the mesh; a process reads
+    place: rows [batch, length] on the host, an array or a `batches.Batch`, to int32 on the mesh; a process reads
       those of its own devices.
     scale: of the adapters, s = α/r, or None where there are none.
     start: the first step of its phase.
@@ -94,7 +94,7 @@ def assemble(config, method, mesh) -> Program:
 
 
 def place(mesh, rows) -> jax.Array:
-  """Rows [batch, length], an array or a `dataset.Batch`, as int32 on the mesh, each device with its share.
+  """Rows [batch, length], an array or a `batches.Batch`, as int32 on the mesh, each device with its share.
 
   The batch is the same for any number of processes; each reads the rows of its own devices.
   """

@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 import jax
 
-from switchlora_jax import dataset, hosts, manifest, metrics, report, run_directory, spikes, train_state, warm_start
+from switchlora_jax import (
+  batches,
+  dataset,
+  hosts,
+  manifest,
+  metrics,
+  report,
+  run_directory,
+  spikes,
+  train_state,
+  warm_start,
+)
 from switchlora_jax.analysis import make_learnt_rank
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import Stopped
@@ -106,7 +117,7 @@ class Run:
   ):
     self._config, self._workdir, self._programs, self._checkpoints = config, workdir, programs, checkpoints
     self._watchdog = watchdog
-    self._data, self._batch_of = data, dataset.batches(data, config)
+    self._data, self._batch_of = data, batches.by_step(data.train, config)
     self._validate = make_evaluate(config, programs[0], data)
 
   def begin(self, source: warm_start.Source | None) -> int:

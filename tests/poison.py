@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switchlora_jax import dataset
+from switchlora_jax import batches
 from switchlora_jax.loss import mean_loss
 
 
@@ -40,12 +40,12 @@ def mark(rows, kind: str, row: int = 3) -> np.ndarray:
   return marked
 
 
-def batches(kind: str, numbers):
-  """In place of `dataset.batches`: the batches of these numbers are marked."""
-  original, numbers = dataset.batches, list(numbers)
+def by_step(kind: str, numbers):
+  """In place of `batches.by_step`: the batches of these numbers are marked."""
+  original, numbers = batches.by_step, list(numbers)
 
-  def marked(data, config):
-    batch_of = original(data, config)
+  def marked(train, config):
+    batch_of = original(train, config)
     return lambda number: mark(batch_of(number)[:], kind) if number in numbers else batch_of(number)
 
   return marked

@@ -17,7 +17,7 @@ import small_model
 from tiny import flags_of, tiny_config
 
 from experiments.distributed import FIRST_PORT, Place, from_flags, from_slurm
-from switchlora_jax import dataset, manifest, metrics, trainer
+from switchlora_jax import batches, dataset, manifest, metrics, trainer
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.checksums import named_checksums
 from switchlora_jax.config import resolve
@@ -237,8 +237,8 @@ def test_each_process_reads_its_own_rows_and_no_others(runs):
   for process, (read, _) in enumerate(runs.watched):
     share = slice(process * 8 // COUNT, (process + 1) * 8 // COUNT)
     train = [pick for length, picks in read if length == len(data.train) for pick in picks]
-    batches = [dataset.batch(data.train, seed=0, step=step, batch_size=8).picks for step in range(12)]
-    assert train == np.concatenate([picks[share] for picks in batches]).tolist()
+    numbers = [batches.batch(data.train, seed=0, step=step, batch_size=8).picks for step in range(12)]
+    assert train == np.concatenate([picks[share] for picks in numbers]).tolist()
     valid = {pick for length, picks in read if length == len(data.valid) for pick in picks}
     count = min(len(data.valid), config.eval_tokens // 16)
     assert valid == {pick % count for start in range(0, count, 8) for pick in range(start, start + 8)[share]}

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from small_model import host, same_bits
 from tiny import resolved
 
-from switchlora_jax import dataset, huggingface, metrics, program, trainer, warm_start, weights
+from switchlora_jax import batches, huggingface, metrics, program, trainer, warm_start, weights
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
 
@@ -50,12 +50,12 @@ def train(folder, name, **changes):
     handed: of each hand-over, the (state, program) before and after, on the host.
   """
   config, workdir = resolved(folder, devices=1, **SHAPE | changes), folder / name
-  batches, saved, handed = [], {}, []
-  batch, save, hand_over = dataset.batch, Checkpoints.save, warm_start.hand_over
+  read, saved, handed = [], {}, []
+  batch, save, hand_over = batches.batch, Checkpoints.save, warm_start.hand_over
 
   def seen_batch(rows, *, seed, step, batch_size):
     made = batch(rows, seed=seed, step=step, batch_size=batch_size)
-    batches.append((seed, step, made[:]))
+    read.append((seed, step, made[:]))
     return made
 
   def seen_hand_over(state, before, after):
@@ -68,11 +68,11 @@ def train(folder, name, **changes):
     save(self, step, state)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(dataset, "batch", seen_batch)
+    patch.setattr(batches, "batch", seen_batch)
     patch.setattr(Checkpoints, "save", seen_save)
     patch.setattr(warm_start, "hand_over", seen_hand_over)
     outcome = trainer.train(config, workdir)
-  return SimpleNamespace(workdir=workdir, outcome=outcome, batches=batches, saved=saved, handed=handed)
+  return SimpleNamespace(workdir=workdir, outcome=outcome, batches=read, saved=saved, handed=handed)
 
 
 @pytest.fixture(scope="module")

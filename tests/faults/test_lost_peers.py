@@ -6,7 +6,7 @@ import time
 
 from hurt_runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
 
-from switchlora_jax import dataset
+from switchlora_jax import batches
 from switchlora_jax.errors import HUNG, STOPPED
 from switchlora_jax.watchdog import GRACE, Watchdog
 
@@ -65,13 +65,13 @@ def impatient():
 def block_at(step: str):
   """The same; and never find the batch after so many steps."""
   impatient()
-  batches = dataset.batches
+  by_step = batches.by_step
 
-  def blocked(data, config):
-    batch_of = batches(data, config)
+  def blocked(train, config):
+    batch_of = by_step(train, config)
     return lambda done: time.sleep(3600) if done == int(step) else batch_of(done)
 
-  dataset.batches = blocked
+  batches.by_step = blocked
 
 
 def test_a_process_that_hangs(whole, tmp_path):

@@ -9,7 +9,7 @@ import poison
 import pytest
 from hurt_runs import assert_same_end, last_step, lines, saved_steps, small, start, start_pair
 
-from switchlora_jax import dataset, train_step
+from switchlora_jax import batches, train_step
 
 STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 27
 
@@ -17,7 +17,7 @@ STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 
 def hurt(what: str):
   """`KIND@STEP,STEP`: those batches break the loss, each by one row; see `poison.KINDS`."""
   kind, _, when = what.partition("@")
-  dataset.batches = poison.batches(kind, (int(step) - 1 for step in when.split(",")))
+  batches.by_step = poison.by_step(kind, (int(step) - 1 for step in when.split(",")))
   train_step.mean_loss = poison.loss
 
 
