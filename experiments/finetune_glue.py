@@ -20,9 +20,8 @@ from typing import NamedTuple
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import cli, settings
+from experiments import cli, glue_table, settings
 from experiments.paper import ITEMS
-from experiments.results import markdown
 from switchlora_jax import classifier, examples, glue, pretrained, run_directory
 from switchlora_jax.errors import UserError
 from switchlora_jax.metrics import progress_bar
@@ -183,38 +182,6 @@ def write_answers(path: Path, task: glue.Task, answered, labels):
 # All of them.
 
 
-def tables(rows: list[dict]) -> str:
-  """Markdown: a line a model and a column a task, in per cent, as the paper has it; then the paper's."""
-  titles = list(dict.fromkeys(row["task"] for row in rows))
-  text = "Mean ± standard deviation over seeds, in per cent, of the dev rows at the best epoch:\n\n"
-  text += markdown(lines(rows, titles, "best_epoch"))
-  text += "\nAfter the last epoch:\n\n" + markdown(lines(rows, titles, "last_epoch"))
-  papers = [
-    {"": f"{row['']}, {size}"} | {title: row[title] for title in titles}
-    for size, item in (("350M", "table6"), ("1.3B", "table7"))
-    for row in ITEMS[item].paper
-  ]
-  return text + "\nThe paper's (Tables 6 and 7):\n\n" + markdown(papers)
-
-
-def lines(rows: list[dict], titles: list[str], when: str) -> list[dict]:
-  """A row of Markdown for each model, and one for answers that are always the same."""
-  names = list(dict.fromkeys(row["model"] for row in rows))
-  cells = {(row["model"], row["task"]): percent(row[when]) for row in rows}
-  shown = [{"": name} | {title: cells.get((name, title), "") for title in titles} for name in names]
-  constant = {row["task"]: f"{100 * row['constant']:.2f}" for row in rows}
-  return [*shown, {"": "the same answer to all"} | constant]
-
-
-def percent(found: dict) -> str:
-  """`42.95 ± 5.00`, and `(2 of 3 seeds)` where the others diverged."""
-  good = sum(score is not None for score in found["scores"])
-  among = f" ({good} of {len(found['scores'])} seeds)" if good < len(found["scores"]) else ""
-  if not good:
-    return f"diverged{among}"
-  return f"{100 * found['mean']:.2f}" + (f" ± {100 * found['std']:.2f}" if good > 1 else "") + among
-
-
 def check() -> tuple[list[float], list[tuple[str, glue.Task, dict[str, glue.Rows]]], list[Model]]:
   """(learning rates, (name, task, rows) of each task, models), all that can be wrong looked at."""
   if WORKDIR.value is None:
@@ -247,8 +214,8 @@ def main():
       warn_of_length(trial)
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
       run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
-      run_directory.replace_text(workdir / "table.md", tables(rows))
-  print(f"\n{tables(rows)}\nwritten to {workdir}: table.md, results.json; a folder for each model and task")
+      run_directory.replace_text(workdir / "table.md", glue_table.tables(rows))
+  print(f"\n{glue_table.tables(rows)}\nwritten to {workdir}: table.md, results.json; a folder for each model and task")
 
 
 if __name__ == "__main__":

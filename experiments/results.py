@@ -20,6 +20,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 
+EDGE = "\n† the best learning rate lies at the edge of the sweep; a wider one may find a better\n"
+
 
 def collect(arms, ran: list[Ran], read_at: float, step_times: dict[str, float] | None = None) -> dict:
   """Everything measured, as JSON: a row an arm, and every cell with its curve.
@@ -43,7 +45,7 @@ def row(arm: Arm, ran: list[Ran], read_at: float, step_time: float | None) -> di
     "label": arm.label,
     "overrides": arm.overrides,
     "learning_rate": best,
-    "at_edge_of_sweep": len(sweep) > 1 and best in (min(sweep), max(sweep)),
+    "at_edge_of_sweep": at_edge(best, sweep),
     "sweep": {f"{rate:g}": finite(math.exp(min(loss, 700))) for rate, loss in sorted(sweep.items())},
     "seeds": len(losses),
     "perplexities": perplexities,
@@ -92,6 +94,11 @@ COLUMNS = {
 }
 
 
+def at_edge(rate: float | None, tried) -> bool:
+  """Whether the best learning rate is the least or the greatest of several."""
+  return len(tried) > 1 and rate in (min(tried), max(tried))
+
+
 def learning_rate(row: dict) -> str:
   """`0.02`, with a dagger at the edge of the sweep."""
   return f"{row['learning_rate']:g}{'†' * row['at_edge_of_sweep']}" if row["learning_rate"] else ""
@@ -117,7 +124,7 @@ def table(results: dict) -> str:
   filled = {name: show for name, show in COLUMNS.items() if any(show(row) for row in results["arms"])}
   text = markdown([{name: show(row) for name, show in filled.items()} for row in results["arms"]])
   if any(row["at_edge_of_sweep"] for row in results["arms"]):
-    text += "\n† the best learning rate lies at the edge of the sweep; a wider one may find a better\n"
+    text += EDGE
   warned = [f"{row['label']}: {warning}" for row in results["arms"] for warning in row["warnings"]]
   return text + "".join(f"\n{line}\n" for line in warned)
 

@@ -72,7 +72,7 @@ def test_the_results(folder, results):
 def test_the_table(folder, results):
   text = (folder / "out" / "table.md").read_text()
   mean, std = (100 * results[0]["best_epoch"][key] for key in ("mean", "std"))
-  assert f"| run | {mean:.2f} ± {std:.2f} |" in text and "|  | RTE | STS-B |" in text
+  assert f"| run | {mean:.2f} ± {std:.2f}† |" in text and "|  | RTE | STS-B |" in text
   constant = 100 * results[0]["constant"]
   assert f"| the same answer to all | {constant:.2f} | 0.00 |" in text and 50 < constant < 60
   assert "| SwitchLoRA, 350M | 56.24±5 | 87.71±0.5 |" in text
@@ -135,6 +135,19 @@ def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
     command.main()
   assert "| run | diverged (0 of 1 seeds) |" in (tmp_path / "table.md").read_text()
   assert not (tmp_path / "run" / "rte" / "lr=1e+38_seed=0" / "predictions.tsv").exists()
+
+
+def test_what_stood_before_texts_in_pre_training_stands_before_rows(folder, tmp_path, monkeypatch):
+  load = pretrained.load
+  monkeypatch.setattr(pretrained, "load", lambda path: load(path)._replace(prefix=(7,)))
+  with finetune(folder, *SHORT, f"--workdir={tmp_path}") as command:
+    monkeypatch.setattr(command, "compare", lambda trial, _: pytest.fail(f"began with {first_tokens(trial)}"))
+    with pytest.raises(pytest.fail.Exception, match=r"began with \{7\}"):
+      command.main()
+
+
+def first_tokens(trial):
+  return {int(row[0]) for row in (*trial.train.tokens, *trial.dev.tokens)}
 
 
 def test_rows_longer_than_those_of_pre_training_are_counted(folder, caplog):

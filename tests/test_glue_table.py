@@ -1,0 +1,44 @@
+from experiments.glue_table import tables
+
+
+def found(*scores):
+  good = [score for score in scores if score is not None]
+  return {"scores": list(scores), "mean": sum(good) / len(good) if good else None, "std": 0.05 if good[1:] else None}
+
+
+def row(model, task, rate, best, last, sweep=("0.001", "0.01", "0.1"), constant=0.5):
+  sweep = dict.fromkeys(sweep, 0.1)
+  spreads = {"best_epoch": best, "last_epoch": last}
+  return {"model": model, "task": task, "learning_rate": rate, "sweep": sweep, "constant": constant} | spreads
+
+
+def test_a_line_a_model_and_a_column_a_task():
+  text = tables(
+    [
+      row("ours", "RTE", 0.01, found(0.6, 0.7), found(0.5, 0.6)),
+      row("ours", "CoLA", 0.01, found(0.2, None, 0.3), found(0.1, None, 0.1), constant=0.0),
+      row("theirs", "RTE", 0.01, found(0.55), found(0.55)),
+    ]
+  )
+  best, last, papers = text.split("\n\nAfter the last epoch:\n\n")[0], *text.split("\n\n")[3::2]
+  assert best.splitlines()[2:] == [
+    "|  | RTE | CoLA |",
+    "|---|---|---|",
+    "| ours | 65.00 ± 5.00 | 25.00 ± 5.00 (2 of 3 seeds) |",
+    "| theirs | 55.00 |  |",
+    "| the same answer to all | 50.00 | 0.00 |",
+  ]
+  assert "| ours | 55.00 ± 5.00 | 10.00 ± 5.00 (2 of 3 seeds) |" in last
+  assert "| SwitchLoRA, 350M | 56.24±5 | 23.13±15 |" in papers and "†" not in text
+
+
+def test_what_was_found_at_the_edge_of_a_sweep_is_marked():
+  inside, edge = row("a", "RTE", 0.01, found(0.6), found(0.6)), row("b", "RTE", 0.1, found(0.7), found(0.7))
+  text = tables([inside, edge])
+  assert text.count("| a | 60.00 |") == text.count("| b | 70.00† |") == 2
+  assert "† the best learning rate lies at the edge of the sweep" in text
+  assert "†" not in tables([row("c", "RTE", 0.1, found(0.7), found(0.7), sweep=["0.1"])])
+
+
+def test_what_diverged_with_all_seeds_has_no_mean():
+  assert "| a | diverged (0 of 2 seeds) |" in tables([row("a", "RTE", 0.01, found(None, None), found(None, None))])
