@@ -49,7 +49,7 @@ def story(tmp_path_factory):
   words = [sys.executable, "-m", "experiments.compare", *flags, "--learning_rates=lora:1e-2,2e-2"]
   options = dict(cwd=ROOT, env=os.environ | ONE_DEVICE, start_new_session=True, stderr=subprocess.DEVNULL)
   with subprocess.Popen(words, **options) as process:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while process.poll() is None and not finished(workdir) and time.monotonic() < deadline:
       time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ def process(store, here: int, count: int = 2) -> Peers:
 
 
 def wait_for(happened):
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + 120
   while not happened():
     assert time.monotonic() < deadline
     time.sleep(0.01)

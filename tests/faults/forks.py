@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("cli", "distributed", "grid", "results", "settings", "studies", "paper", "spectra", "rendezvous")
-PATIENCE = 60  # seconds that one command may take
+PATIENCE = 180  # seconds that one command may take
 
 
 class Ended(NamedTuple):

@@ -18,7 +18,7 @@ from tiny import ONE_DEVICE, flags_of, tiny_config
 from switchlora_jax import metrics
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240  # seconds that a tiny run may take on a busy machine
+PATIENCE = 600  # seconds that a tiny run may take on a busy machine
 
 
 class Run(NamedTuple):
