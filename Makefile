@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: pretrain test faults lint
+.PHONY: pretrain test slow faults lint
 
 pretrain: .venv/run  ## Install, and train the embedded default.
 	$(VENV)/python -m experiments.pretrain --workdir=runs/tiny
 
 test: .venv/dev  ## Install what the tests need, and run them.
 	$(VENV)/python -m pytest -n 2 --dist worksteal
+
+slow: .venv/dev  ## What the tests show, in further settings.
+	$(VENV)/python -m pytest -n 2 --dist worksteal -m slow
 
 faults: .venv/dev  ## Kill, starve and damage real runs, and see what is left of them.
 	$(VENV)/python -m pytest -n 2 --dist worksteal --faults tests/faults

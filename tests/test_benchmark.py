@@ -26,6 +26,7 @@ def rows_of(folder, *flags):
   return done.stdout, {row["program"]: row for row in json.loads(out.read_text())}
 
 
+@pytest.mark.slow
 def test_times_and_operations_of_each_program(tmp_path):
   names = ["switchlora", "galore", "two products", "galore refreshing"]  # each costs seconds to compile
   printed, rows = rows_of(tmp_path, "--repeats=1", f"--methods={','.join(names)}")

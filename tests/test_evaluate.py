@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from grids import command, imported
+from stages import slowly
 from tiny import resolved, write_text
 
 from switchlora_jax import corpus, dataset, metrics, preparation, program, run_directory, saved_run, trainer
@@ -98,7 +99,7 @@ def fails(sentence: str, *arguments):
 # --- what a run said of itself ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slowly(RUNS, quick=("full", "switchlora", "split")))
 def test_it_says_what_the_run_has_logged(trained, tmp_path, name):
   run, logs = trained(name), logged(trained(name))
   assert list(logs) == [4, 8] and logs[4]["val_loss"] != logs[8]["val_loss"]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from small_model import equations, host, same_bits
+from stages import slowly
 
 from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import UserError
@@ -57,7 +58,8 @@ def without_padding(state):
 # --- the same run -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# The first three are compiled for other tests as well, or hold most of what the others do.
+@pytest.mark.parametrize("name", slowly(LAYOUTS, quick=(*SUMS_ALIKE, "all over 4 of 8 devices")))
 def test_every_layout_trains_the_same_run(name):
   _, expected, last, losses = trained(**REPLICATED)
   _, found, state, found_losses = trained(**LAYOUTS[name])
@@ -74,7 +76,7 @@ def test_every_layout_trains_the_same_run(name):
 OTHERS = {"full": {}, "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0), "galore": {}}
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", slowly(OTHERS, quick=["galore"]))
 def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
   """ReLoRA merges after its third update, GaLore decomposes at its first."""
   options = dict(method=method, steps=5, **OTHERS[method])

@@ -12,6 +12,7 @@ import pytest
 import small_model
 from flax.traverse_util import flatten_dict
 from small_model import host, same_bits
+from stages import slowly
 from tiny import resolved
 
 from switchlora_jax import batches, huggingface, metrics, program, trainer, warm_start, weights
@@ -89,7 +90,7 @@ def runs(folder):
 
 
 PHASE = dict(warm_start_steps=K)
-each = pytest.mark.parametrize("method", LOW_RANK)
+each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=("switchlora", "relora")))
 
 
 def lines(run, kind="loss"):
@@ -233,9 +234,8 @@ def continued(folder, whole, method, step):
   return train(folder, workdir.name, method=method, **PHASE)
 
 
-@pytest.mark.parametrize(
-  ("method", "step"), [("switchlora", K - 1), *((method, step) for method in LOW_RANK for step in (K, K + 1))]
-)
+@each
+@pytest.mark.parametrize("step", [K - 1, K, K + 1])
 def test_a_stopped_run_continues_bit_by_bit(folder, runs, method, step):
   """On either side of the hand-over, and where it is the next thing to be done."""
   whole = runs(method)
