@@ -28,7 +28,9 @@ def define_flags():
   flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens; the same on all processes")
   flags.DEFINE_integer("num_processes", None, "processes that run this command together; the same on all of them")
   flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
-  flags.DEFINE_integer("coordinator_timeout", 300, "seconds that processes wait for each other to start", lower_bound=1)
+  flags.DEFINE_integer(
+    "coordinator_timeout", 300, "seconds that processes wait for each other to start", lower_bound=1, upper_bound=10**6
+  )
   flags.DEFINE_integer(
     "peer_timeout", 60, "seconds without a sign of life after which another process is taken for lost", lower_bound=5
   )
@@ -85,6 +87,13 @@ def from_slurm(environment: Mapping[str, str]) -> Place | None:
   tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
   if tasks == 1:
     return None
-  nodes = re.sub(r"\[(\w+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"])  # node[07,09-12] begins with node07
-  port = FIRST_PORT + int(environment["SLURM_JOB_ID"]) % PORTS
-  return Place(f"{nodes.split(',')[0]}:{port}", tasks, int(environment["SLURM_PROCID"]))
+  try:
+    nodes, job, task = (environment[f"SLURM_{name}"] for name in ("STEP_NODELIST", "JOB_ID", "PROCID"))
+    port, task = FIRST_PORT + int(job) % PORTS, int(task)
+  except (KeyError, ValueError) as error:
+    raise UserError(
+      f"SLURM says that this is one of {tasks} tasks, and not which, or where ({error}); start them by srun, "
+      "or pass --coordinator, --num_processes and --process_id"
+    ) from error
+  first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]  # node[07,09-12] begins with node07
+  return Place(f"{first}:{port}", tasks, task)

@@ -30,7 +30,8 @@ def lines(rows: list[dict], titles: list[str], when: str) -> list[dict]:
 
 def found_at_edge(row: dict) -> bool:
   """Whether the best learning rate is the least or the greatest of those tried."""
-  return at_edge(row["learning_rate"], [float(rate) for rate in row["sweep"]])
+  tried = [float(rate) for rate in row["sweep"]]
+  return row["best_epoch"]["mean"] is not None and at_edge(float(f"{row['learning_rate']:g}"), tried)
 
 
 def percent(found: dict) -> str:

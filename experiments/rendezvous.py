@@ -99,7 +99,7 @@ def _reach(coordinator: str, process: int, seconds: float, deadline: float) -> s
   while True:
     try:
       return socket.create_connection((host, _port(coordinator)), timeout=min(PATIENCE, seconds))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
       if time.monotonic() > deadline:
         raise UserError(
           f"process {process} could not reach process 0 at {coordinator} within {seconds} s (--coordinator_timeout): "

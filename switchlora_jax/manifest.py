@@ -11,6 +11,7 @@ Nothing here needs a device. The checksum of a file is XXH3: as fast as the file
 import datetime
 import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from switchlora_jax.rows import read_json, write_json
 NAME = "manifest.json"
 COVERED = "state"
 CHUNK = 1 << 18  # bytes read at a time: they stay in the cache of a core until they are summed
+TRIES, PAUSE = 3, 1.0  # of a file that cannot be read just now, as on network drives; seconds between them
 READERS = 4  # threads; the files of a small state are read sooner than more of them are started
 
 
@@ -132,9 +134,12 @@ def _checksum(path: Path) -> str:
 
 def _wrong(path: Path, size: int, checksum: str) -> str | None:
   """What is wrong with a file, or None."""
-  try:
-    if (found := path.stat().st_size) != size:
-      return f"{path} has {found:,} bytes of {size:,}"
-    return None if _checksum(path) == checksum else f"{path} is not what was written"
-  except OSError as error:
-    return f"{path}: {error.strerror}"
+  for left in reversed(range(TRIES)):
+    try:
+      if (found := path.stat().st_size) != size:
+        return f"{path} has {found:,} bytes of {size:,}"
+      return None if _checksum(path) == checksum else f"{path} is not what was written"
+    except OSError as error:
+      if not left or isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return f"{path}: {error.strerror}"
+      time.sleep(PAUSE)

@@ -24,15 +24,20 @@ log = logging.getLogger(__name__)
 
 
 def read(path: Path, last_step: int | None = None) -> list[dict]:
-  """The lines of a metrics.jsonl up to `last_step`; a line cut short by a kill is left out."""
-  rows = []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except ValueError:
-        continue
-  return [row for row in rows if last_step is None or row["step"] <= last_step]
+  """The lines of a metrics.jsonl up to `last_step`; a line cut short by a kill, or damaged, is left out."""
+  rows = [_row(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+  if None in rows[:-1]:
+    log.warning("%s: %d damaged lines are left out", path, rows[:-1].count(None))
+  return [row for row in rows if row and (last_step is None or row["step"] <= last_step)]
+
+
+def _row(line: bytes) -> dict | None:
+  """A line of metrics.jsonl, or None if it is none."""
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class Metrics:

@@ -93,6 +93,13 @@ def test_the_first_node_of_a_slurm_step_listens(nodes, first):
   assert from_slurm(slurm(nodes, tasks=6, task=4, job=4096 * 3 + 9)) == Place(f"{first}:{FIRST_PORT + 9}", 6, 4)
 
 
+@pytest.mark.parametrize(("name", "value"), [("PROCID", None), ("JOB_ID", "x"), ("STEP_NODELIST", None)])
+def test_half_a_place_of_slurm_is_a_sentence(name, value):
+  said = slurm() | {f"SLURM_{name}": value}
+  with pytest.raises(UserError, match=r"one of 2 tasks, and not which, or where .*; start them by srun, or pass"):
+    from_slurm({key: text for key, text in said.items() if text is not None})
+
+
 def test_without_other_tasks_slurm_says_nothing():
   """A batch script is no step; `srun` of one task is one, and so is every command that it starts in turn."""
   assert from_slurm({}) is None

@@ -1,7 +1,10 @@
 """A checkpoint is what its manifest says, or the file that is not is named."""
 
+import errno
 import json
+import os
 import random
+from contextlib import nullcontext
 
 import pytest
 
@@ -82,6 +85,21 @@ def test_no_file_elsewhere_is_looked_at(folder, name):
   saved = manifest.read(folder)
   rows.write_json(folder / "manifest.json", saved._replace(files=saved.files | {name: [1, "0"]})._asdict())
   with pytest.raises(Damaged, match=rf"names files outside of state/, such as {name}$"):
+    manifest.verify(folder)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_damaged(folder, monkeypatch, times):
+  errors, checksum = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * times, manifest._checksum
+
+  def unsteady(path):
+    if path.name == "large" and errors:
+      raise errors.pop()
+    return checksum(path)
+
+  monkeypatch.setattr(manifest, "_checksum", unsteady)
+  monkeypatch.setattr(manifest, "PAUSE", 0.01)
+  with nullcontext() if times < manifest.TRIES else pytest.raises(Damaged, match=r"^state/d/large: Stale file handle$"):
     manifest.verify(folder)
 
 

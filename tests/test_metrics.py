@@ -29,6 +29,17 @@ def test_continuing_drops_later_lines_and_half_lines(tmp_path):
   assert [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1.0, 4.0]
 
 
+@pytest.mark.parametrize(
+  "hurt", [b'{"step": 2, "loss": \xff}', b'{"loss": 2.0}', b'{"step": "2"}', b"2", b'{"step": 2,, }']
+)
+def test_a_damaged_line_is_said_and_left_out(tmp_path, caplog, hurt):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + hurt + b'\n{"step": 3, "loss": 3.0}\n')
+  metrics.Metrics(tmp_path, start=3).close()
+  assert "metrics.jsonl: 1 damaged lines are left out" in caplog.text
+  assert [row["loss"] for row in metrics.read(path)] == [1.0, 3.0]
+
+
 def test_tensorboard_has_the_numbers(tmp_path):
   log = metrics.Metrics(tmp_path, start=0)
   log.write([{"step": 1, "loss": 2.5}])

@@ -62,9 +62,10 @@ def test_a_coordinator_that_nobody_reaches_is_a_sentence_in_time(coordinator):
   assert found.startswith(f"process 1 could not reach process 0 at {coordinator} within 1.0 s") and "refused" in found
 
 
-def test_a_host_that_does_not_exist_is_a_sentence():
-  (found,) = outcomes("nowhere.invalid:61440", [(2, 1)], seconds=0.1)
-  assert "could not reach process 0 at nowhere.invalid:61440" in found
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "x" * 70])
+def test_a_host_that_does_not_exist_is_a_sentence(host):
+  (found,) = outcomes(f"{host}:61440", [(2, 1)], seconds=0.1)
+  assert f"could not reach process 0 at {host}:61440" in found
 
 
 def test_twins_and_other_counts_are_named_to_all_that_came(coordinator):

@@ -1,8 +1,10 @@
 """A run that is stopped and continued is, bit by bit, the run that was never stopped; killed: faults/test_kills.py."""
 
+import errno
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 from tiny import resolved
 
 from switchlora_jax import batches, metrics, program, train_log, train_step, trainer
+from switchlora_jax.checkpoint import Checkpoints
 from switchlora_jax.errors import Stopped, UserError
 from switchlora_jax.sharding import make_mesh
 
@@ -131,6 +134,30 @@ def test_a_run_compiles_its_step_once(finished):
 
 
 # --- back from a loss spike ---------------------------------------------------------------------------------------
+
+
+def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
+  """… and not only when the next save, three steps later, asks what became of it."""
+  save = trainer.Run.save
+
+  def full(self):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def save_and_see_it_end(self):
+    save(self)
+    for thread in threading.enumerate():
+      if thread.name == "async_save":
+        thread.join()
+
+  monkeypatch.setattr(Checkpoints, "finish", full)
+  monkeypatch.setattr(trainer.Run, "save", save_and_see_it_end)
+  config = resolved(tmp_path, log_every=1)
+  with pytest.raises(
+    UserError, match=r"step 4 could not be saved in .*: No space left on device; there is none before"
+  ):
+    trainer.train(config, tmp_path / "run")
+  assert max(row["step"] for row in lines(tmp_path / "run")) == 4
+
 
 BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval_every=12, log_every=1)
 
