@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 def read(path: Path, last_step: int | None = None) -> list[dict]:
   """The lines of a metrics.jsonl up to `last_step`; a line cut short by a kill, or damaged, is left out."""
   rows = [_row(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-  if None in rows[:-1]:
-    log.warning("%s: %d damaged lines are left out", path, rows[:-1].count(None))
+  if damaged := rows[:-1].count(None):
+    log.warning("%s: %d damaged lines are left out", path, damaged)
   return [row for row in rows if row and (last_step is None or row["step"] <= last_step)]
 
 

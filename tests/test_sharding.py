@@ -58,7 +58,7 @@ def without_padding(state):
 # --- the same run -------------------------------------------------------------------------------------------------
 
 
-# The first three are compiled for other tests as well, or hold most of what the others do.
+# The quick ones are compiled for other tests as well, or hold most of what the others do.
 @pytest.mark.parametrize("name", slowly(LAYOUTS, quick=(*SUMS_ALIKE, "all over 4 of 8 devices")))
 def test_every_layout_trains_the_same_run(name):
   _, expected, last, losses = trained(**REPLICATED)

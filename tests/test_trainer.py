@@ -118,26 +118,8 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
 
 
-def test_the_step_compiles_once(tmp_path):
-  """Of a program of its own: what it gives has the layout of what it takes."""
-  config = resolved(tmp_path)
-  built = program.build.__wrapped__(config, make_mesh())
-  state = built.create()
-  for step in range(3):
-    state, _ = built.step(state, built.place(np.full((8, 16), step)))
-  assert built.step._cache_size() == 1
-
-
-def test_a_run_compiles_its_step_once(finished):
-  """… over the whole run, and all that the tests above made of it."""
-  assert finished[-1].program.step._cache_size() == 1
-
-
-# --- back from a loss spike ---------------------------------------------------------------------------------------
-
-
 def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
-  """… and not only when the next save, three steps later, asks what became of it."""
+  """… and not only when the next save, four steps later, asks what became of it."""
   save = trainer.Run.save
 
   def full(self):
@@ -158,6 +140,23 @@ def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
     trainer.train(config, tmp_path / "run")
   assert max(row["step"] for row in lines(tmp_path / "run")) == 4
 
+
+def test_the_step_compiles_once(tmp_path):
+  """Of a program of its own: what it gives has the layout of what it takes."""
+  config = resolved(tmp_path)
+  built = program.build.__wrapped__(config, make_mesh())
+  state = built.create()
+  for step in range(3):
+    state, _ = built.step(state, built.place(np.full((8, 16), step)))
+  assert built.step._cache_size() == 1
+
+
+def test_a_run_compiles_its_step_once(finished):
+  """… over the whole run, and all that the tests above made of it."""
+  assert finished[-1].program.step._cache_size() == 1
+
+
+# --- back from a loss spike ---------------------------------------------------------------------------------------
 
 BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval_every=12, log_every=1)
 

@@ -107,6 +107,7 @@ def scale_by_galore(
     return GaLoreState(jnp.zeros((), jnp.int32), moments(), moments(), projector, failed)
 
   def update(updates, state, params=None, *, skip=False, **_):
+    """As optax: (step of each parameter, new state); nothing moves where `skip` [] bool."""
     del params
     due = state.count % refresh_every == 0
     # Under vmap a cond becomes a select, which would decompose at every step; it must stay outside of any.
