@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import base
+from switchlora_jax import hosts
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -98,7 +99,7 @@ def run(main, continues: bool = False):
   Args:
     continues: the same command goes on where it was stopped, rather than start anew; Ctrl-C says so.
   """
-  app.run(lambda _: _guarded(main, continues), flags_parser=_parse)
+  app.run(lambda _: _ended(lambda: _guarded(main, continues)), flags_parser=_parse)
 
 
 def _parse(argv):
@@ -131,6 +132,16 @@ def _check_keys(found, expected: ConfigDict, section: str = ""):
     elif type(found[key]) not in (kind, int if kind is float else kind, type(value)):
       name, kind = f"{section}{key}", kind.__name__
       raise UserError(f"{name} (={found[key]!r:.60}) must be of type {kind}; set --config.{name}")
+
+
+def _ended(command):
+  """Call `command()`; one of several processes that fails does not wait for the others; told to stop, all end."""
+  try:
+    command()
+  except BaseException as error:
+    if getattr(error, "code", None) != STOPPED:
+      hosts.leave(error)
+    raise
 
 
 def _guarded(main, continues: bool = False):

@@ -6,9 +6,14 @@ to tokenise a corpus, and a process that failed says so where the others wait. W
 than call what they are handed.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +23,7 @@ from jax._src import distributed  # the store has no public name yet; orbax and 
 from switchlora_jax.errors import UserError
 
 LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds; a process that died ends the others much sooner
+FAREWELL = 10.0  # seconds that process 0, through which all hear, waits for the others when it fails
 _turns = itertools.count()  # the same call is the same turn on every process
 
 
@@ -61,6 +67,28 @@ def everywhere(action: Callable[[], Any]):
     if sentence:
       raise UserError(f"process {process}: {sentence}")
   return result
+
+
+def leave(error: BaseException) -> None:
+  """End this process, which failed by `error`, as Python would; returns where it is the only one.
+
+  JAX's own end of a process waits for all others for a minute, and aborts where one does not come.
+  """
+  here = distributed.global_state
+  if here.num_processes == 1:
+    return
+  if not isinstance(error, SystemExit):
+    traceback.print_exception(error)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0, or one of the others, is not there any more
+    if here.process_id:
+      here.client.key_value_set(f"switchlora_jax/left/{here.process_id}", "")
+    deadline = time.monotonic() + FAREWELL
+    for process in range(1, 1 if here.process_id else here.num_processes):
+      left = max(1, int(1000 * (deadline - time.monotonic())))
+      here.client.blocking_key_value_get(f"switchlora_jax/left/{process}", left)
+  os._exit(error.code if isinstance(error, SystemExit) else 1)
 
 
 def on_first(action: Callable[[], Any]):

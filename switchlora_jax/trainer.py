@@ -123,6 +123,7 @@ class Run:
   def begin(self, source: warm_start.Source | None) -> int:
     """Take up the newest good checkpoint, or start, from the weights of `source` if there is one; returns `done`."""
     self._source = source
+    self._watchdog.begin()
     self._restore()
     self._go_on()
     return self.done
@@ -151,7 +152,7 @@ class Run:
     dataset.check_ahead(self._data, self._config, self._ahead)
     self.program = trained_by(self._programs, self.done)
     self.log = Log(self._workdir, self._config, self.done)
-    self._watchdog.begin()
+    self._watchdog.mark("start of training")
 
   def step(self):
     """One training step, in the program whose phase it belongs to."""

@@ -55,7 +55,7 @@ class Watchdog:
   def begin(self):
     """Set-up, which may take as long as it takes to tokenise a corpus, is over: a hang is counted from now on."""
     self._begun = True
-    self.mark("start of training")
+    self.mark("restoring the newest checkpoint")
 
   def mark(self, doing: str):
     """The main thread has come to what it is `doing` now; every process makes the same marks in the same order."""

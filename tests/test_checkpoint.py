@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from switchlora_jax import manifest
-from switchlora_jax.checkpoint import LEFT_OUT, Checkpoints
+from switchlora_jax.checkpoint import LEFT_OUT, REMOVED, Checkpoints
 from switchlora_jax.errors import UserError
 from switchlora_jax.sharding import make_mesh, replicated
 
@@ -192,6 +192,29 @@ def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monke
   with Checkpoints(directory, keep=3) as checkpoints:
     assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(5))
   assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_an_old_one_goes_when_the_names_of_the_newer_ones_are_on_the_disk(directory, monkeypatch):
+  done, sync, rmtree = [], manifest.sync, shutil.rmtree
+  monkeypatch.setattr(manifest, "sync", lambda path: (done.append(path), sync(path)))
+  monkeypatch.setattr(shutil, "rmtree", lambda path: (done.append(path), rmtree(path)))
+  with Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+    checkpoints.wait()
+  at = done.index(directory / f"2{REMOVED}")
+  assert done[at - 1] == directory and (directory / "5") not in done[at:]
+
+
+@pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_what_finds_no_room_is_not_damaged(directory, monkeypatch, error):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(manifest, "verify", fail)
+  with Checkpoints(directory, keep=3) as checkpoints:
+    with pytest.raises((MemoryError, jax.errors.JaxRuntimeError)):
+      checkpoints.restore(lambda _: abstract(some_state(0)))
+    assert checkpoints.steps() == [2, 3, 4]
 
 
 def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -29,7 +30,8 @@ class Store:
 
   def blocking_key_value_get(self, key, timeout_in_ms):
     with self._changed:
-      assert self._changed.wait_for(lambda: key in self._values, timeout=20), f"nobody set {key}"
+      if not self._changed.wait_for(lambda: key in self._values, min(20, timeout_in_ms / 1000)):
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: nobody set {key}")
       return self._values[key]
 
 
@@ -166,3 +168,39 @@ def test_one_process_needs_nobody(capsys):
 def test_only_the_first_speaks(capsys):
   processes(3, lambda process: hosts.say(f"from {process}"))
   assert capsys.readouterr().out == "from 0\n"
+
+
+def ends(monkeypatch, leavers, error, count=3):
+  """(process, exit code) of those of `count` that leave, in the order in which they end; and how long all took."""
+  ended = []
+
+  def leave(process):
+    monkeypatch.setattr(hosts.os, "_exit", lambda code: ended.append((hosts.distributed.global_state.process_id, code)))
+    if process in leavers:
+      hosts.leave(error)
+
+  began = time.monotonic()
+  processes(count, leave)
+  return ended, time.monotonic() - began
+
+
+def test_where_all_fail_the_first_ends_last_and_at_once(monkeypatch):
+  ended, seconds = ends(monkeypatch, {0, 1, 2}, SystemExit(2))
+  assert sorted(ended) == [(0, 2), (1, 2), (2, 2)] and ended[-1] == (0, 2) and seconds < hosts.FAREWELL / 2
+
+
+def test_the_first_waits_for_the_others_so_long_and_no_longer(monkeypatch):
+  monkeypatch.setattr(hosts, "FAREWELL", 0.5)
+  ended, seconds = ends(monkeypatch, {0, 1}, SystemExit(2))
+  assert ended == [(1, 2), (0, 2)] and 0.4 < seconds < 5
+
+
+def test_one_of_the_others_waits_for_nobody(monkeypatch, capsys):
+  ended, seconds = ends(monkeypatch, {2}, ValueError("why"))
+  assert ended == [(2, 1)] and seconds < hosts.FAREWELL / 2
+  assert capsys.readouterr().err.endswith("ValueError: why\n")
+
+
+def test_a_process_alone_ends_as_python_does(monkeypatch, capsys):
+  ended, _ = ends(monkeypatch, {0}, ValueError("why"), count=1)
+  assert not ended and not capsys.readouterr().err

@@ -1,6 +1,7 @@
 """One process at a time in a directory, also when the other is killed."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +54,16 @@ def test_it_may_be_taken_again_and_again_but_not_twice(tmp_path):
   with alone(tmp_path, wait=False), pytest.raises(Taken):
     take(tmp_path)
   assert take(tmp_path).count("\n") == 1 and (tmp_path / ".lock").read_bytes() == b""
+
+
+def test_on_a_full_disk_a_lock_holds_and_has_no_name(tmp_path):
+  room = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, room[1]))  # a write fails as it does where there is no room
+  try:
+    with alone(tmp_path, wait=False), pytest.raises(Taken, match="^a process that has not said which it is$"):
+      take(tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, room)
 
 
 def test_one_may_wait_for_it(tmp_path, holder):

@@ -99,6 +99,16 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
   log.close()
 
 
+def test_what_a_checkpoint_needs_is_on_the_disk_with_it(tmp_path, monkeypatch):
+  log, synced = metrics.Metrics(tmp_path, start=0), []
+  log.write([{"step": 1}])
+  monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number), log.path.read_text())))
+  log.settle()
+  ((file, contents),) = synced
+  assert os.path.samestat(file, log.path.stat()) and contents == '{"step": 1}\n'
+  log.close()
+
+
 @pytest.mark.parametrize("action", ["remove", "replace", "move"])
 def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
   (tmp_path / "run").mkdir()

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,11 @@ class Run(NamedTuple):
       return code
     finally:
       self.process.kill()
+
+  def kill(self):
+    """SIGKILL, which strikes it alive: one that had ended by itself has survived nothing."""
+    self.process.kill()
+    assert (code := self.end()) == -signal.SIGKILL, f"it had ended with {code} before: {self.said()}"
 
   def errors(self) -> list[str]:
     """The errors that it printed, each a line of its own, also where a progress bar was shown."""

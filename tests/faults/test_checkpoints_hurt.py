@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+from forks import forks
 from hurt_runs import assert_same_end, finish, last_step, saved_steps, small, start
 
 from switchlora_jax import manifest
@@ -214,7 +215,29 @@ def test_a_truncated_empty_or_missing_file_is_refused(three, hurt):
   assert restored(three) == 3
 
 
-def test_a_run_passes_over_what_is_damaged(whole, tmp_path, capsys):
+def test_every_file_of_a_real_checkpoint_is_looked_at(whole, tmp_path):
+  """Cases 8 and 9. Each is flipped at five places, cut, emptied and removed: the command that lists checkpoints, which
+  verifies as a restore does, names it; but what is never read."""
+  shutil.copytree(whole[1], tmp_path / "run")
+  places, newest = random.Random(0), tmp_path / "run" / "checkpoints" / "40"
+  flipped = lambda path: flip(path, places.randrange(path.stat().st_size), places.randrange(8))
+  files = [path for path in newest.rglob("*") if path.is_file()]
+  assert len(files) > 10
+  with forks(tmp_path) as command:
+    for path in files:
+      never_read = path.parent == newest and path.name != manifest.NAME
+      whole_file = path.read_bytes()
+      for hurt in [Path.unlink] + ([flipped] * 5 + [truncate, empty]) * bool(whole_file):
+        hurt(path)
+        found = command("checkpoints", f"--run={tmp_path / 'run'}")
+        assert found.code == (not never_read), (path, hurt, found)
+        assert never_read or path.relative_to(newest).as_posix() in found.stdout, (path, hurt, found)
+        path.write_bytes(whole_file)
+    assert command("checkpoints", f"--run={tmp_path / 'run'}").code == 0
+
+
+@pytest.mark.telling
+def test_a_run_passes_over_what_is_damaged(whole, tmp_path):
   """Cases 8 and 9. A bit flipped in the newest, a file of the one before cut off, and a bare directory beyond them."""
   folder, uninterrupted = whole
   workdir = tmp_path / "damaged"

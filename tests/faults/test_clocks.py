@@ -38,8 +38,7 @@ def test_clocks_that_jump(whole, tmp_path):
   folder, uninterrupted = whole
   run = start(small(folder), tmp_path / "run", fault="test_clocks:jump")
   run.until(23)
-  run.process.kill()
-  run.end()
+  run.kill()
   run = start(small(folder), tmp_path / "run", fault="test_clocks:jump")
   assert run.end() == 0, run.said()
   assert "Traceback" not in run.said()

@@ -1,16 +1,22 @@
 """Training rows that cannot be read any more, or are others."""
 
+import errno
 import os
 import threading
 
+import datasets
 import pytest
-from hurt_runs import assert_same_end, finish, small, start
+from hurt_runs import assert_same_end, finish, finish_pair, saved_steps, small, start, start_pair
+from tiny import sentences, write_lines
 
-from configs import base
+from switchlora_jax import packing
+from switchlora_jax.errors import HUNG
 from switchlora_jax.rows import Rows
+from switchlora_jax.stream import Stream
 
 
-def test_a_shard_that_is_cut_under_the_run(whole, tmp_path):
+@pytest.mark.parametrize("left", [0.5, 0], ids=["cut", "emptied"])
+def test_a_shard_that_is_cut_under_the_run(whole, tmp_path, left):
   """Case 15. One sentence names the file; with the rows as they were, the relaunch ends as the uninterrupted run.
 
   With others it does not begin. (A file that is removed stays open, and its run goes on: tests/test_rows.py.)
@@ -21,14 +27,15 @@ def test_a_shard_that_is_cut_under_the_run(whole, tmp_path):
   run.until(12)
   (shard,) = (tmp_path / "cache").glob("text-*/train-*.npy")
   rows = shard.read_bytes()
-  os.truncate(shard, len(rows) // 2)
+  os.truncate(shard, int(left * len(rows)))
   assert run.end() == 2
   assert_sentence(run, f"{shard} must have {len(rows):,} bytes; it was cut to")
 
-  shard.write_bytes(rows[:-1] + bytes([rows[-1] ^ 1]))
-  run = start(config, workdir)
-  assert run.end() == 2
-  assert_sentence(run, f"{shard} must have the SHA-256")
+  for others in (b"", rows[:-1] + bytes([rows[-1] ^ 1])):
+    shard.write_bytes(others)
+    run = start(config, workdir)
+    assert run.end() == 2
+    assert_sentence(run, f"{shard} must have the SHA-256")
 
   shard.write_bytes(rows)
   finish(config, workdir)
@@ -48,7 +55,66 @@ def block(step: str):
   Rows.__getitem__ = reading
 
 
-@pytest.mark.skipif("hang_seconds" not in base.get_config(), reason="nothing watches for hangs")
+def fail(step: str):
+  """The reader raises what a network drive does, once it is to read the batch of a step."""
+  read, batches = Rows.__getitem__, []
+
+  def reading(self, which):
+    batches.extend([which] if getattr(which, "shape", None) == (4,) else [])  # a process reads its half
+    if len(batches) > int(step):
+      raise OSError(errno.EIO, os.strerror(errno.EIO), "train-00000.npy")
+    return read(self, which)
+
+  Rows.__getitem__ = reading
+
+
+def test_a_reader_that_raises(whole_pair, tmp_path):
+  """Case 15. To one of two: both end, by a sentence; the relaunch ends as the uninterrupted run."""
+  folder, uninterrupted = whole_pair
+  pair = start_pair(small(folder), tmp_path / "run", faults=(None, "test_data_faults:fail=12"))
+  assert [run.end() for run in pair] == [HUNG, 2], [run.said() for run in pair]
+  assert_sentence(pair[0], "process 1 has failed (OSError: [Errno 5] Input/output error: 'train-00000.npy')")
+  assert_sentence(pair[1], "'train-00000.npy' could not be used: Input/output error")
+  finish_pair(small(folder), tmp_path / "run")
+  assert_same_end(tmp_path / "run", uninterrupted)
+
+
+def unreadable(step: str):
+  """The user's text cannot be read further from the batch of a step on."""
+  packing.GROUP, asked = 2000, [0]  # characters that are read ahead
+  batch, read = Stream.batch, datasets.IterableDataset.iter
+
+  def batch_of(self, now, size):
+    asked.append(now)
+    return batch(self, now, size)
+
+  def reading(self, **options):
+    for lines in read(self, **options):
+      if max(asked) >= int(step):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+      yield lines
+
+  Stream.batch, datasets.IterableDataset.iter = batch_of, reading
+
+
+TEXTS = {"train.jsonl": (0, 600), "valid.jsonl": (600, 700)}
+
+
+def test_text_that_cannot_be_read_further(whole, tmp_path):
+  """Case 15. Of a run that reads its text as it goes: a sentence names the file; the relaunch ends as without it."""
+  train, valid = (write_lines(tmp_path / name, sentences(*lines)) for name, lines in TEXTS.items())
+  config = small(tmp_path, data__source="stream", data__path=str(train), data__eval_path=str(valid))
+  config.data.tokenizer = str(whole[1] / "tokenizer.model")
+  finish(config, tmp_path / "whole")
+  run = start(config, tmp_path / "run", fault="test_data_faults:unreadable=8")
+  assert run.end() == 2
+  assert_sentence(run, f"{train} must be UTF-8 text")
+  assert "reading it failed with OSError: [Errno 5] Input/output error" in run.said()
+  assert saved_steps(tmp_path / "run"), "it ended before anything was saved"
+  finish(config, tmp_path / "run")
+  assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_reader_that_blocks(whole, tmp_path):
   """Case 15. The run ends by itself; the relaunch ends as the uninterrupted run."""
   folder, uninterrupted = whole

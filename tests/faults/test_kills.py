@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from hurt_runs import assert_same_end, finish, saved_arrays, small, start
+from hurt_runs import assert_same_end, finish, last_step, saved_arrays, small, start
 
 
 @pytest.mark.telling
@@ -15,23 +15,31 @@ def test_killed_at_random_moments(whole, tmp_path):
   for reach in sorted(moments.sample(range(2, 40), 3)):
     run = start(small(folder), workdir)
     run.until(reach)
-    run.process.kill()
-    run.end()
+    run.kill()
   finish(small(folder), workdir)
   assert_same_end(workdir, uninterrupted)
 
 
-def test_killed_at_any_time(whole, tmp_path):
-  """Case 1. Ten kills, of which each strikes at a random time after the start: set-up, compiling, a step, a save."""
-  folder, uninterrupted = whole
-  moments, workdir = random.Random(1), tmp_path / "killed"
-  for _ in range(10):
-    run = start(small(folder), workdir)
-    time.sleep(moments.uniform(1, 15))
-    run.process.kill()
-    run.end()
-  finish(small(folder), workdir)
-  assert_same_end(workdir, uninterrupted)
+def test_killed_at_any_time(tmp_path):
+  """Case 1. Ten kills: every other one in set-up, restore or compiling, the others in a step or a save.
+
+  When, is drawn in the pace of the uninterrupted run, so that on any machine all of them strike a living process.
+  """
+  config, workdir, moments = small(tmp_path, steps=100, data__epochs=10), tmp_path / "killed", random.Random(1)
+  began = time.monotonic()
+  run = start(config, tmp_path / "whole")
+  run.until(1)
+  begun = time.monotonic()
+  assert run.end() == 0, run.said()
+  to_begin, to_step = begun - began, (time.monotonic() - begun) / 100
+  for number in range(10):
+    done, run = last_step(workdir), start(config, workdir)
+    if number % 2:
+      run.until(done + 1)
+    time.sleep(moments.uniform(0, 8 * to_step if number % 2 else to_begin))
+    run.kill()
+  finish(config, workdir)
+  assert_same_end(workdir, tmp_path / "whole")
 
 
 def test_killed_while_vectors_are_frozen(tmp_path):
@@ -41,8 +49,7 @@ def test_killed_while_vectors_are_frozen(tmp_path):
   finish(config, tmp_path / "whole")
   run = start(config, workdir)
   run.until(18)
-  run.process.kill()
-  run.end()
+  run.kill()
   timers = [array for name, array in saved_arrays(workdir).items() if "timer" in name]
   left = {int(steps) for array in timers for steps in array.ravel()}
   assert left - {0}, f"no vector is frozen in the checkpoint: {left}"

@@ -6,7 +6,7 @@ import time
 
 from hurt_runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
 
-from switchlora_jax import batches
+from switchlora_jax import batches, checkpoint
 from switchlora_jax.errors import HUNG, STOPPED
 from switchlora_jax.watchdog import GRACE, Watchdog
 
@@ -35,8 +35,7 @@ def lost_one_after_the_other(number: signal.Signals, whole_pair, workdir):
     gone = "process 0 is lost: nothing answers at 127.0.0.1:"
     assert silent in said or (victim == 0 and number == signal.SIGKILL and gone in said)
     assert saved_steps(workdir)[-1] >= reach - 7  # the save of the last five may have been under way
-    pair[victim].process.kill()  # a stopped one still holds the directory
-    pair[victim].end()
+    pair[victim].kill()  # a stopped one still holds the directory
   finish_pair(small(folder), workdir)
   assert_same_end(workdir, uninterrupted)
 
@@ -86,12 +85,28 @@ def test_a_process_that_hangs(whole, tmp_path):
   assert "in <lambda>" in said, "no stack of the main thread"
 
 
+def never_restore():
+  """Of a checkpoint nothing comes back."""
+  checkpoint.Checkpoints.restore = lambda *_: time.sleep(3600)
+
+
+def test_a_restore_that_hangs(tmp_path):
+  """Case 6, too. It is bounded as a step is."""
+  run = start(
+    small(tmp_path), tmp_path / "hangs", f"--config.hang_seconds={HANG}", fault="test_lost_peers:never_restore"
+  )
+  run.wait_for(lambda: (tmp_path / "hangs" / "config.json").exists(), "training")
+  said = ended_by_the_watchdog(run, HANG + 30)
+  assert f"at: restoring the newest checkpoint; nothing went on for {HANG} s (--config.hang_seconds)" in said
+
+
 def test_other_devices_and_processes(whole, tmp_path):
-  """Case 14. Two processes of one device, then one of two, then one of one: the same run, up to the order of sums."""
+  """Case 14. One device, two processes, four devices, two, one: the same run, up to the order of sums."""
   folder, uninterrupted = whole
   workdir = tmp_path / "moves"
-  two = lambda: [start(small(folder), workdir, devices=2)]
-  for begin, reach in ((lambda: start_pair(small(folder), workdir), 6), (two, 22)):
+  alone = lambda devices: [start(small(folder), workdir, devices=devices)]
+  pair = lambda: start_pair(small(folder), workdir)
+  for begin, reach in ((lambda: alone(1), 6), (pair, 14), (lambda: alone(4), 22), (lambda: alone(2), 30)):
     runs = begin()
     runs[0].until(reach)
     runs[0].process.terminate()

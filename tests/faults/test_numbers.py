@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import poison
@@ -10,6 +11,7 @@ import pytest
 from hurt_runs import assert_same_end, last_step, lines, saved_steps, small, start, start_pair
 
 from switchlora_jax import batches, train_step
+from switchlora_jax.methods import galore
 
 STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 27
 
@@ -62,9 +64,34 @@ def test_nan_just_after_a_switch(tmp_path):
   assert parts(tmp_path / "whole", 8) != parts(tmp_path / "whole", 7)
   run = begin(config, tmp_path / "killed", what)
   run.until(8)
-  run.process.kill()
-  run.end()
+  run.kill()
   finish(config, tmp_path / "killed", what)
+  assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def lose_one_of(count: str):
+  """One in so many of GaLore's decompositions finds nothing; which, is a matter of what is decomposed."""
+
+  def failing(matrix, rank):
+    lost = jnp.sum(jax.lax.bitcast_convert_type(matrix, jnp.int32)) % int(count) == 0
+    return jnp.where(lost, jnp.nan, galore.leading_directions(matrix, rank))
+
+  galore.scale_by_galore.__kwdefaults__["directions"] = failing
+
+
+def test_decompositions_that_fail(tmp_path):
+  """Numbers, of GaLore: a kernel whose decomposition failed waits for the next step, the others go on; a run that is
+  killed on the way ends as one that was not."""
+  config = small(tmp_path, method="galore", galore__refresh_every=6)
+  fault = dict(fault="test_numbers:lose_one_of=3")
+  assert (run := start(config, tmp_path / "whole", **fault)).end() == 0, run.said()
+  failed = {step: row["svd_failed"] for step, row in numbers(tmp_path / "whole").items()}
+  assert failed[1] > failed[6] == 0 and failed[7] > 0, failed
+  assert all(row["loss"] is not None and not row["skipped"] for row in numbers(tmp_path / "whole").values())
+  run = start(config, tmp_path / "killed", **fault)
+  run.until(8)
+  run.kill()
+  assert (run := start(config, tmp_path / "killed", **fault)).end() == 0, run.said()
   assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -110,13 +137,11 @@ def test_a_run_goes_back_from_a_spike(tmp_path):
   killed = tmp_path / "killed"
   run = begin(config, killed, what)
   run.wait_for(lambda: "the run goes back" in run.said(), "a way back")
-  run.process.kill()
-  run.end()
+  run.kill()
   assert saved_steps(killed)[-1] <= 25, "what is saved is of the first course"
   run = begin(config, killed, what)
   run.wait_for(lambda: last_step(killed) > 31 and saved_steps(killed)[-1] >= 30, "a checkpoint of the second course")
-  run.process.kill()
-  run.end()
+  run.kill()
   finish(config, killed, what)
   assert_same_end(killed, tmp_path / "whole")
 
