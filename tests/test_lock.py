@@ -60,7 +60,7 @@ def test_on_a_full_disk_a_lock_holds_and_has_no_name(tmp_path):
   room = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (0, room[1]))  # a write fails as it does where there is no room
   try:
-    with alone(tmp_path, wait=False), pytest.raises(Taken, match="^a process that has not said which it is$"):
+    with alone(tmp_path, wait=False), pytest.raises(Taken, match=r"^a process that has not said which it is$"):
       take(tmp_path)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, room)

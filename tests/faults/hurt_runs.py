@@ -95,19 +95,31 @@ def start_pair(config, workdir: Path, *flags: str, faults=(None, None), devices:
   ]
 
 
-def finish(config, workdir: Path, *flags: str) -> Run:
-  """Run the command to its end, which must be a good one."""
-  run = start(config, workdir, *flags)
-  assert run.end() == 0, run.said()
+def finish(config, workdir: Path, *flags: str, **more) -> Run:
+  """Run the command to its end, which must be a good one; `more` as for `start`."""
+  hurt_at = last_step(workdir)
+  run = start(config, workdir, *flags, **more)
+  end_well([run], hurt_at)
   return run
 
 
 def finish_pair(config, workdir: Path, *flags: str, devices: int = 1) -> list[Run]:
   """The same by two processes."""
+  hurt_at = last_step(workdir)
   pair = start_pair(config, workdir, *flags, devices=devices)
-  for run in pair:
-    assert run.end() == 0, run.said()
+  end_well(pair, hurt_at)
   return pair
+
+
+def end_well(runs: list[Run], hurt_at: int):
+  """Wait for a good end of the processes of a run, and print how long it took to come further than before."""
+  began = time.monotonic()
+  while last_step(runs[0].workdir) <= hurt_at and runs[0].process.poll() is None:
+    time.sleep(0.01)
+  if hurt_at:
+    print(f"recovered in {time.monotonic() - began:.1f} s: further than step {hurt_at}, where it was hurt")
+  for run in runs:
+    assert run.end() == 0, run.said()
 
 
 def last_step(workdir: Path) -> int:

@@ -150,3 +150,30 @@ def test_any_key_may_be_set_to_any_text(run, key, value):
   ended = run("pretrain", "--dry_run", flag)
   assert ended.code == 0 or assert_a_sentence(ended, flag) is None
   assert "Traceback" not in ended.stderr, (flag, ended)
+
+
+HOSTS = (
+  "",
+  ":",
+  "localhost",
+  "localhost:x",
+  "localhost:0",
+  "localhost:99999",
+  "127.0.0.1:1",
+  "[::1]:1",
+  "[:1",
+  "a..b:1",
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+  coordinator=st.sampled_from(HOSTS) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+  processes=st.integers(-1, 3) | st.sampled_from(["", "x", HUGE]),
+  process=st.integers(-1, 3) | st.sampled_from(["", "x", HUGE]),
+)
+def test_processes_may_be_placed_anywhere(run, coordinator, processes, process):
+  """Nobody else comes: it is a sentence, or there is only one process."""
+  flags = f"--coordinator={coordinator}", f"--num_processes={processes}", f"--process_id={process}"
+  ended = run("pretrain", "--dry_run", "--coordinator_timeout=1", *flags)
+  assert (ended.code == 0 and (processes, process) == (1, 0)) or assert_a_sentence(ended, *flags) is None

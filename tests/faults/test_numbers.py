@@ -2,6 +2,7 @@
 
 import re
 
+import hurt_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +24,12 @@ def hurt(what: str):
   train_step.mean_loss = poison.loss
 
 
-def begin(config, workdir, what, **more):
-  return start(config, workdir, fault=f"test_numbers:hurt={what}", **more)
+def begin(config, workdir, what):
+  return start(config, workdir, fault=f"test_numbers:{what}")
 
 
 def finish(config, workdir, what, **more):
-  run = begin(config, workdir, what, **more)
-  assert run.end() == 0, run.said()
-  return run
+  return hurt_runs.finish(config, workdir, fault=f"test_numbers:{what}", **more)
 
 
 def parts(workdir, step: int) -> dict[str, bytes]:
@@ -53,7 +52,7 @@ def numbers(workdir) -> dict[int, dict]:
 def test_nan_just_after_a_switch(tmp_path):
   """Case 10. Only the updates of the hurt steps are skipped; a run killed behind the first ends as one that was not."""
   often = dict(switch__decay_point=0.9, checkpoint_every=1, keep_checkpoints=20)
-  config, what = small(tmp_path, steps=16, **often), "nan@7,12"
+  config, what = small(tmp_path, steps=16, **often), "hurt=nan@7,12"
   finish(config, tmp_path / "whole", what)
   rows = numbers(tmp_path / "whole")
   assert rows[6]["switched"] > 0 and rows[11]["switched"] > 0 and rows[8]["switched"] > 0
@@ -83,22 +82,21 @@ def test_decompositions_that_fail(tmp_path):
   """Numbers, of GaLore: a kernel whose decomposition failed waits for the next step, the others go on; a run that is
   killed on the way ends as one that was not."""
   config = small(tmp_path, method="galore", galore__refresh_every=6)
-  fault = dict(fault="test_numbers:lose_one_of=3")
-  assert (run := start(config, tmp_path / "whole", **fault)).end() == 0, run.said()
+  finish(config, tmp_path / "whole", "lose_one_of=3")
   failed = {step: row["svd_failed"] for step, row in numbers(tmp_path / "whole").items()}
   assert failed[1] > failed[6] == 0 and failed[7] > 0, failed
   assert all(row["loss"] is not None and not row["skipped"] for row in numbers(tmp_path / "whole").values())
-  run = start(config, tmp_path / "killed", **fault)
+  run = begin(config, tmp_path / "killed", "lose_one_of=3")
   run.until(8)
   run.kill()
-  assert (run := start(config, tmp_path / "killed", **fault)).end() == 0, run.said()
+  finish(config, tmp_path / "killed", "lose_one_of=3")
   assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_an_infinite_gradient_on_one_device_of_eight(tmp_path):
   """Case 11. The loss is finite, and the rows of seven devices are; no device makes the update."""
   config = small(tmp_path, steps=10, checkpoint_every=1, keep_checkpoints=20)
-  finish(config, tmp_path / "run", "gradient@7", devices=8)
+  finish(config, tmp_path / "run", "hurt=gradient@7", devices=8)
   rows = numbers(tmp_path / "run")
   assert [step for step, row in rows.items() if row["grad_norm"] is None] == [7]
   assert all(row["loss"] is not None for row in rows.values())
@@ -116,7 +114,7 @@ def test_a_spike_is_reported_or_skipped(tmp_path, action):
   """Case 12. Once, by a warning and in metrics.jsonl; where it is skipped, nothing else is."""
   config = spiking(tmp_path, action)
   config.update(steps=30, checkpoint_every=1)
-  run = finish(config, tmp_path / "run", f"spike@{STEP}")
+  run = finish(config, tmp_path / "run", f"hurt=spike@{STEP}")
   rows = numbers(tmp_path / "run")
   assert [step for step, row in rows.items() if row["spike"]] == [STEP] and rows[30]["skipped"] == 0
   assert re.findall(r"step (\d+): the loss \S+ is a spike", run.said()) == [str(STEP)]
@@ -127,7 +125,7 @@ def test_a_spike_is_reported_or_skipped(tmp_path, action):
 
 def test_a_run_goes_back_from_a_spike(tmp_path):
   """Case 12. To the last checkpoint, behind the batch of the spike; killed on the way, it does the same again."""
-  config, what = spiking(tmp_path, "rollback"), f"spike@{STEP}"
+  config, what = spiking(tmp_path, "rollback"), f"hurt=spike@{STEP}"
   run = finish(config, tmp_path / "whole", what)
   rows = numbers(tmp_path / "whole")
   assert "the run goes back" in run.said() and list(rows) == list(range(1, 41))
