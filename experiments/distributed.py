@@ -84,12 +84,12 @@ def from_slurm(environment: Mapping[str, str]) -> Place | None:
 
   The first node of the step listens, at a port that follows from the job's number.
   """
-  tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-  if tasks == 1:
+  tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+  if tasks == "1":
     return None
   try:
     nodes, job, task = (environment[f"SLURM_{name}"] for name in ("STEP_NODELIST", "JOB_ID", "PROCID"))
-    port, task = FIRST_PORT + int(job) % PORTS, int(task)
+    port, task, tasks = FIRST_PORT + int(job) % PORTS, int(task), int(tasks)
   except (KeyError, ValueError) as error:
     raise UserError(
       f"SLURM says that this is one of {tasks} tasks, and not which, or where ({error}); start them by srun, "

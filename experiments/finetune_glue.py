@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict
 
 from experiments import cli, glue_table, settings
 from experiments.paper import ITEMS
+from experiments.results import at_edge
 from switchlora_jax import classifier, examples, glue, pretrained, run_directory
 from switchlora_jax.errors import UserError
 from switchlora_jax.metrics import progress_bar
@@ -103,12 +104,14 @@ def compare(trial: Trial, rates: list[float]) -> dict:
   sweep = {rate: run(trial, rate, 0) for rate in rates}
   best = max(rates, key=lambda rate: -2 if sweep[rate]["score"] is None else sweep[rate]["score"])
   cells = [sweep[best], *(run(trial, best, seed) for seed in range(1, SEEDS.value))]
+  diverged = all(cell["score"] is None for cell in cells)
   return {
     "model": trial.model.name,
     "origin": trial.model.pretrained.origin,
     "task": trial.task.title,
     "metric": trial.task.metric,
     "learning_rate": best,
+    "at_edge_of_sweep": not diverged and at_edge(best, sweep),
     "sweep": {f"{rate:g}": cell["score"] for rate, cell in sweep.items()},
     "best_epoch": spread([cell["score"] for cell in cells]),
     "last_epoch": spread([cell["scores"][-1] if cell["scores"] else None for cell in cells]),
@@ -215,7 +218,9 @@ def main():
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
       run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
       run_directory.replace_text(workdir / "table.md", glue_table.tables(rows))
-  print(f"\n{glue_table.tables(rows)}\nwritten to {workdir}: table.md, results.json; a folder for each model and task")
+  print(
+    f"\n{(workdir / 'table.md').read_text()}\nwritten to {workdir}: table.md, results.json; a folder for each model and task"
+  )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What `experiments.finetune_glue` has found, as Markdown beside Tables 6 and 7 of the paper."""
 
 from experiments.paper import ITEMS
-from experiments.results import EDGE, at_edge, markdown
+from experiments.results import EDGE, markdown
 
 
 def tables(rows: list[dict]) -> str:
@@ -10,7 +10,7 @@ def tables(rows: list[dict]) -> str:
   text = "Mean ± standard deviation over seeds, in per cent, of the dev rows at the best epoch:\n\n"
   text += markdown(lines(rows, titles, "best_epoch"))
   text += "\nAfter the last epoch:\n\n" + markdown(lines(rows, titles, "last_epoch"))
-  text += EDGE * any(map(found_at_edge, rows))
+  text += EDGE * any(row["at_edge_of_sweep"] for row in rows)
   papers = [
     {"": f"{row['']}, {size}"} | {title: row[title] for title in titles}
     for size, item in (("350M", "table6"), ("1.3B", "table7"))
@@ -22,16 +22,10 @@ def tables(rows: list[dict]) -> str:
 def lines(rows: list[dict], titles: list[str], when: str) -> list[dict]:
   """A row of Markdown for each model, and one for answers that are always the same."""
   names = list(dict.fromkeys(row["model"] for row in rows))
-  cells = {(row["model"], row["task"]): percent(row[when]) + "†" * found_at_edge(row) for row in rows}
+  cells = {(row["model"], row["task"]): percent(row[when]) + "†" * row["at_edge_of_sweep"] for row in rows}
   shown = [{"": name} | {title: cells.get((name, title), "") for title in titles} for name in names]
   constant = {row["task"]: f"{100 * row['constant']:.2f}" for row in rows}
   return [*shown, {"": "the same answer to all"} | constant]
-
-
-def found_at_edge(row: dict) -> bool:
-  """Whether the best learning rate is the least or the greatest of those tried."""
-  tried = [float(rate) for rate in row["sweep"]]
-  return row["best_epoch"]["mean"] is not None and at_edge(float(f"{row['learning_rate']:g}"), tried)
 
 
 def percent(found: dict) -> str:

@@ -217,5 +217,7 @@ def _say_news(raised):
 
 def _reason(error: Exception) -> str:
   """One line, without the name of a class where it is a sentence of ours."""
+  if "tree structures do not match" in str(error):  # which orbax follows by all of both
+    return "its arrays are not those of this code's state; code of another version has saved it"
   name = "" if isinstance(error, (manifest.Damaged, UserError)) else f"{type(error).__name__}: "
   return f"{name}{error}".strip().splitlines()[0][:200]

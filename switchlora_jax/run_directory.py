@@ -14,7 +14,6 @@ import jax
 from switchlora_jax import lock
 from switchlora_jax.config import differences
 from switchlora_jax.errors import UserError
-from switchlora_jax.lock import Taken, alone
 from switchlora_jax.rows import write_bytes
 
 log = logging.getLogger(__name__)
@@ -62,11 +61,11 @@ def held(workdir: Path) -> Iterator[None]:
   here = jax.process_index()
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(alone(workdir, wait=False, name=f"{lock.NAME}.{here}" if here else lock.NAME))
+      stack.enter_context(lock.alone(workdir, wait=False, name=f"{lock.NAME}.{here}" if here else lock.NAME))
       for other in [] if here else workdir.glob(f"{lock.NAME}.*"):  # of a run with any number of processes
-        with alone(workdir, wait=False, name=other.name):
+        with lock.alone(workdir, wait=False, name=other.name):
           pass
-    except Taken as holder:
+    except lock.Taken as holder:
       raise UserError(
         f"another run trains in --workdir={workdir} ({holder}); wait until it ends, end it, or choose a new --workdir"
       ) from None

@@ -117,6 +117,13 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
   assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
 
+def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
+  like = abstract(some_state(0))
+  like["params"]["b"] = {"new": like["params"]["b"]}
+  with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match="step 4: .*another version has saved it;"):
+    checkpoints.restore(lambda _: like)
+
+
 def test_an_unfinished_save_is_not_a_checkpoint(directory):
   (directory / "5.orbax-checkpoint-tmp").mkdir()
   (directory / "5.orbax-checkpoint-tmp" / "state").mkdir()

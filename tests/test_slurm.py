@@ -11,11 +11,12 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "experiments" / "slurm" / "pretrain.sbatch"
 
 
-def submit(folder: Path, srun: str) -> subprocess.Popen:
+def submit(folder: Path, srun: str, state: str = "RUNNING") -> subprocess.Popen:
   """The script, started in a folder with a virtual environment, with `srun` being these lines of shell."""
   (folder / ".venv" / "bin").mkdir(parents=True)
   (folder / ".venv" / "bin" / "activate").touch()
-  for name, lines in {"srun": srun, "scontrol": 'echo "scontrol $@"'}.items():
+  stand_ins = {"srun": srun, "scontrol": 'echo "scontrol $@"', "squeue": f'[ "$3" = --jobs=17 ] && echo {state}'}
+  for name, lines in stand_ins.items():
     (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
     (folder / name).chmod(0o755)
   environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
@@ -29,6 +30,12 @@ def test_a_run_that_saved_when_it_was_told_to_stop_is_requeued_and_no_other(tmp_
   said, _ = process.communicate(timeout=30)
   assert process.returncode == code
   assert said == ("scontrol requeue 17\n" if code == 75 else "")
+
+
+def test_a_job_that_was_cancelled_stays_so(tmp_path):
+  process = submit(tmp_path, "exit 75", state="COMPLETING")
+  said, _ = process.communicate(timeout=30)
+  assert process.returncode == 75 and said == ""
 
 
 def test_the_command_gets_the_arguments_as_they_were_given(tmp_path):
