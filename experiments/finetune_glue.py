@@ -218,9 +218,8 @@ def main():
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
       run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
       run_directory.replace_text(workdir / "table.md", glue_table.tables(rows))
-  print(
-    f"\n{(workdir / 'table.md').read_text()}\nwritten to {workdir}: table.md, results.json; a folder for each model and task"
-  )
+  table = (workdir / "table.md").read_text()
+  print(f"\n{table}\nwritten to {workdir}: table.md, results.json; a folder for each model and task")
 
 
 if __name__ == "__main__":

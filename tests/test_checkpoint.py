@@ -120,7 +120,10 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
 def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
   like = abstract(some_state(0))
   like["params"]["b"] = {"new": like["params"]["b"]}
-  with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match="step 4: .*another version has saved it;"):
+  with (
+    Checkpoints(directory) as checkpoints,
+    pytest.raises(UserError, match=r"step 4: .*another version has saved it;"),
+  ):
     checkpoints.restore(lambda _: like)
 
 

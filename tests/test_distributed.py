@@ -93,10 +93,12 @@ def test_the_first_node_of_a_slurm_step_listens(nodes, first):
   assert from_slurm(slurm(nodes, tasks=6, task=4, job=4096 * 3 + 9)) == Place(f"{first}:{FIRST_PORT + 9}", 6, 4)
 
 
-@pytest.mark.parametrize(("name", "value"), [("PROCID", None), ("JOB_ID", "x"), ("STEP_NODELIST", None)])
+@pytest.mark.parametrize(
+  ("name", "value"), [("PROCID", None), ("JOB_ID", "x"), ("STEP_NUM_TASKS", "2x"), ("STEP_NODELIST", None)]
+)
 def test_half_a_place_of_slurm_is_a_sentence(name, value):
   said = slurm() | {f"SLURM_{name}": value}
-  with pytest.raises(UserError, match=r"one of 2 tasks, and not which, or where .*; start them by srun, or pass"):
+  with pytest.raises(UserError, match=r"one of \S+ tasks, and not which, or where .*; start them by srun, or pass"):
     from_slurm({key: text for key, text in said.items() if text is not None})
 
 
