@@ -168,5 +168,6 @@ def _guarded(main, continues: bool = False):
 
 
 def _fail(sentence: str):
-  tqdm.write(f"error: {' '.join(sentence.split())}", file=sys.stderr)  # on a line of its own, whatever bar is shown
+  with contextlib.suppress(OSError):  # the disk of a log is full
+    tqdm.write(f"error: {' '.join(sentence.split())}", file=sys.stderr)  # on a line of its own, whatever bar is shown
   sys.exit(2)

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 TEMPORARY = ".orbax-checkpoint-tmp"  # what orbax adds to the name of a step while it is written
 REMOVED = ".removed"  # what is added while it is removed
 
+OTHER_VERSION = "its arrays are not those of this code's state; code of another version has saved it"
+
 LEFT_OUT = ocp.PLACEHOLDER  # in place of an array that is not to be read
 
 
@@ -160,6 +162,7 @@ class Checkpoints:
   def _none_is_good(self, damaged: dict[int, str]) -> UserError:
     reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
     remedy = "start over in a new --workdir" if self._keep else "choose another"
+    remedy += ", or use the code that saved them" * (OTHER_VERSION in damaged.values())
     return UserError(f"none of the checkpoints in {self._directory} can be read back ({reasons}); {remedy}")
 
   def _sweep(self):
@@ -218,6 +221,6 @@ def _say_news(raised):
 def _reason(error: Exception) -> str:
   """One line, without the name of a class where it is a sentence of ours."""
   if "tree structures do not match" in str(error):  # which orbax follows by all of both
-    return "its arrays are not those of this code's state; code of another version has saved it"
+    return OTHER_VERSION
   name = "" if isinstance(error, (manifest.Damaged, UserError)) else f"{type(error).__name__}: "
   return f"{name}{error}".strip().splitlines()[0][:200]

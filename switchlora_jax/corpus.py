@@ -4,6 +4,7 @@ A corpus is read in parts, which are files or the hub's shards. Each is an itera
 iterated again and again, so that a reader that was stopped goes on in the part where it was.
 """
 
+import errno
 import glob
 import json
 import os
@@ -126,6 +127,8 @@ def _rows(path: str, what: str, reader: str, **options: Any) -> Iterator[Any]:
     for batch in rows.iter(batch_size=AHEAD):
       yield from batch[FIELD]
   except Exception as error:  # every way of compressing has errors of its own
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+      raise UserError(f"{path} could not be read ({error.strerror}); see the disk or the network drive") from error
     unpacker = UNPACKERS.get(os.path.splitext(path.lower())[1])
     install = f"pip install {unpacker} if it is missing, or " if unpacker else ""
     raise UserError(

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from jax._src import distributed  # the store has no public name yet; orbax and 
 from switchlora_jax.errors import UserError
 
 LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds; a process that died ends the others much sooner
-FAREWELL = 10.0  # seconds that process 0, through which all hear, waits for the others when it fails
+FAREWELL = 10.0  # seconds
 _turns = itertools.count()  # the same call is the same turn on every process
 
 
@@ -72,15 +73,21 @@ def everywhere(action: Callable[[], Any]):
 def leave(error: BaseException) -> None:
   """End this process, which failed by `error`, as Python would; returns where it is the only one.
 
-  JAX's own end of a process waits for all others for a minute, and aborts where one does not come.
+  JAX's own end of a process waits for all others for a minute, and aborts where one does not come. Process 0, through
+  which all hear, is the last, but waits no longer than FAREWELL.
   """
   here = distributed.global_state
   if here.num_processes == 1:
     return
-  if not isinstance(error, SystemExit):
-    traceback.print_exception(error)
-  sys.stdout.flush()
-  sys.stderr.flush()
+  code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+  last = threading.Timer(FAREWELL + 1, os._exit, [code])  # where process 0 is stopped, it takes no farewell
+  last.daemon = True
+  last.start()
+  with contextlib.suppress(OSError, ValueError):  # the disk of a log is full
+    if not isinstance(error, SystemExit):
+      traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0, or one of the others, is not there any more
     if here.process_id:
       here.client.key_value_set(f"switchlora_jax/left/{here.process_id}", "")
@@ -88,7 +95,7 @@ def leave(error: BaseException) -> None:
     for process in range(1, 1 if here.process_id else here.num_processes):
       left = max(1, int(1000 * (deadline - time.monotonic())))
       here.client.blocking_key_value_get(f"switchlora_jax/left/{process}", left)
-  os._exit(error.code if isinstance(error, SystemExit) else 1)
+  os._exit(code)
 
 
 def on_first(action: Callable[[], Any]):

@@ -13,16 +13,19 @@ import signal
 import socket
 import threading
 import time
+import traceback
 
 import jax
 from jax._src import distributed  # as in hosts.py
 
-from switchlora_jax.errors import HUNG, Stopped, to_stderr
+from switchlora_jax.errors import HUNG, Stopped, UserError, to_stderr
 from switchlora_jax.peers import Peers
 
 TICK = 0.5  # seconds
 GRACE = 5.0  # seconds in which every process can hear, say or do the same by itself
 REMEDY = "the same command on all processes continues from the last checkpoint"
+HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)  # of a signal, in C
+_handlers = []  # which must live as long as the process
 ELSEWHERE = re.compile("gloo|nccl|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", re.IGNORECASE)
 
 
@@ -44,7 +47,7 @@ class Watchdog:
 
   def __enter__(self):
     if self._peers.count > 1:
-      _speak_when_aborted(self._peers.here)
+      self._speak_when_aborted()
     self._thread.start()
     return self
 
@@ -72,9 +75,12 @@ class Watchdog:
       raise
     except BaseException as error:  # Ctrl-C during set-up, too
       reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-      if self._peers.count > 1 and _comes_from_elsewhere(error) and not self._failure:
-        to_stderr(f"{reason}\nso it looks when another process ends; waiting to hear which")
-        time.sleep(self._peer_seconds + GRACE)
+      if self._peers.count > 1 and not self._failure:
+        if _comes_from_elsewhere(error):
+          to_stderr(f"{reason}\nso it looks when another process ends; waiting to hear which")
+          time.sleep(self._peer_seconds + GRACE)
+        elif self._begun:  # now, since it first waits for a save in flight, and the others do not wait for it
+          to_stderr(f"{_in_full(error)}\nthis process ends when a save in flight is done, the others in {GRACE:g} s")
       self._failure = self._failure or reason
       self._peers.say_now(failed=reason)
       raise
@@ -135,12 +141,37 @@ class Watchdog:
       f"(--config.hang_seconds){others}; above is what each thread was doing; {REMEDY}"
     )
 
-  def _end(self, sentence: str):
+  def _lament_last(self, sentence: str):
     failed = f"{self._failure}; and before it could end, " if self._failure else ""  # while it waited for a save
     to_stderr(f"error: {failed}{sentence}")
+
+  def _end(self, sentence: str):
+    self._lament_last(sentence)
     if self._peers.here == 0 and self._peers.count > 1:  # the others hear through this process
       time.sleep(GRACE)
     os._exit(HUNG)
+
+  def _speak_when_aborted(self):
+    """JAX aborts without any handler of Python's; one of C's that is written in Python can still say why."""
+    if self._peers.here != 0:
+      _handlers.append(HANDLER(self._aborted))
+      ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])
+
+  def _aborted(self, _):
+    """In place of the end by SIGABRT that JAX has for a process whose connection to process 0 breaks."""
+    address = distributed.global_state.coordinator_address
+    host, _, port = address.rpartition(":")
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE).close()
+    except OSError:
+      self._lament_last(f"process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
+      os._exit(HUNG)
+
+
+def _in_full(error: BaseException) -> str:
+  """Its sentence, or the traceback where it is none of those that have one."""
+  is_sentence = isinstance(error, UserError | OSError | KeyboardInterrupt)
+  return f"{type(error).__name__}: {error}" if is_sentence else "".join(traceback.format_exception(error))
 
 
 def _comes_from_elsewhere(error: BaseException | None) -> bool:
@@ -162,21 +193,3 @@ class _Still:
     """So many seconds later, the value is this."""
     self.seconds = self.seconds + seconds if value == self._value else 0.0
     self._value = value
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _aborted(_):
-  """In place of the end by SIGABRT that JAX has for a process whose connection to process 0 breaks."""
-  address = distributed.global_state.coordinator_address
-  host, _, port = address.rpartition(":")
-  try:
-    socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE).close()
-  except OSError:
-    to_stderr(f"error: process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
-    os._exit(HUNG)
-
-
-def _speak_when_aborted(here: int):
-  """JAX aborts without any handler of Python's; one of C's that is written in Python can still say why."""
-  if here != 0:
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)

@@ -122,7 +122,7 @@ def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
   like["params"]["b"] = {"new": like["params"]["b"]}
   with (
     Checkpoints(directory) as checkpoints,
-    pytest.raises(UserError, match=r"step 4: .*another version has saved it;"),
+    pytest.raises(UserError, match=r"step 4: .*another version has saved it.*, or use the code that saved them"),
   ):
     checkpoints.restore(lambda _: like)
 

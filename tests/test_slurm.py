@@ -35,7 +35,13 @@ def test_a_run_that_saved_when_it_was_told_to_stop_is_requeued_and_no_other(tmp_
 def test_a_job_that_was_cancelled_stays_so(tmp_path):
   process = submit(tmp_path, "exit 75", state="COMPLETING")
   said, _ = process.communicate(timeout=30)
-  assert process.returncode == 75 and said == ""
+  assert process.returncode == 75 and said == "stopped, and not put back into the queue: the job is COMPLETING\n"
+
+
+def test_where_the_state_of_the_job_is_not_known_it_is_requeued(tmp_path):
+  process = submit(tmp_path, "exit 75", state="; false")
+  said, _ = process.communicate(timeout=30)
+  assert process.returncode == 75 and said.strip() == "scontrol requeue 17"
 
 
 def test_the_command_gets_the_arguments_as_they_were_given(tmp_path):

@@ -6,6 +6,8 @@ python tests/faults/guards.py 7 12       # those of some cases of docs/faults.md
 A test that passes where its guard is broken finds nothing: it is named, and the exit code is 1.
 """
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILED = 1  # what pytest exits with where tests ran, and some failed
+PATIENCE = "120"  # seconds after which a run that a broken guard lets hang has failed
 
 
 class Guard(NamedTuple):
@@ -52,16 +54,19 @@ def copy(folder: Path):
       shutil.copy2(ROOT / name, folder / name)
 
 
-def is_seen(guard: Guard, folder: Path) -> bool:
-  """Whether the test fails in a copy in which the guard is broken."""
+def seen(guard: Guard, folder: Path) -> str | None:
+  """How the test fails in a copy in which the guard is broken, in a line; None where it does not."""
   path = folder / guard.file
   whole = path.read_text()
   path.write_text(broken(guard, whole))
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--faults", guard.test]
+  patience = os.environ | {"FAULTS_PATIENCE": PATIENCE}
   try:
-    return subprocess.run(command, cwd=folder, capture_output=True).returncode == FAILED
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=patience).stdout
   finally:
     path.write_text(whole)
+  failed = re.search(r"^FAILED \S+ - (.*)$", said, re.M)  # not ERROR: a fixture that fails has seen nothing
+  return failed and failed[1]
 
 
 def main(cases: set[int]) -> int:
@@ -72,14 +77,10 @@ def main(cases: set[int]) -> int:
     for guard in guards():
       if not cases or guard.case in cases:
         began = time.monotonic()
-        seen = is_seen(guard, Path(folder))
-        missed += not seen
-        what = "seen by" if seen else "NOT SEEN BY"
-        line = " ".join(guard.line.split())
-        print(
-          f"case {guard.case}, {guard.file}: {line}\n  {what} {guard.test}, {time.monotonic() - began:.0f} s",
-          flush=True,
-        )
+        how = seen(guard, Path(folder))
+        missed += how is None
+        print(f"case {guard.case}: {guard.file}: {' '.join(guard.line.split())}")
+        print(f"  {f'seen: {how}' if how else 'NOT SEEN'}; {guard.test}, {time.monotonic() - began:.0f} s", flush=True)
   return missed
 
 

@@ -19,7 +19,7 @@ from tiny import ONE_DEVICE, flags_of, tiny_config
 from switchlora_jax import metrics
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 600  # seconds that a tiny run may take on a busy machine
+PATIENCE = int(os.environ.get("FAULTS_PATIENCE", 600))  # seconds that a tiny run may take on a busy machine
 
 
 class Run(NamedTuple):
@@ -114,9 +114,10 @@ def finish_pair(config, workdir: Path, *flags: str, devices: int = 1) -> list[Ru
 def end_well(runs: list[Run], hurt_at: int):
   """Wait for a good end of the processes of a run, and print how long it took to come further than before."""
   began = time.monotonic()
-  while last_step(runs[0].workdir) <= hurt_at and runs[0].process.poll() is None:
+  further = lambda: last_step(runs[0].workdir) > hurt_at
+  while not further() and runs[0].process.poll() is None and time.monotonic() < began + PATIENCE:
     time.sleep(0.01)
-  if hurt_at:
+  if hurt_at and further():
     print(f"recovered in {time.monotonic() - began:.1f} s: further than step {hurt_at}, where it was hurt")
   for run in runs:
     assert run.end() == 0, run.said()

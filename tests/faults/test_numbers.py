@@ -84,7 +84,7 @@ def test_decompositions_that_fail(tmp_path):
   config = small(tmp_path, method="galore", galore__refresh_every=6)
   finish(config, tmp_path / "whole", "lose_one_of=3")
   failed = {step: row["svd_failed"] for step, row in numbers(tmp_path / "whole").items()}
-  assert failed[1] > failed[6] == 0 and failed[7] > 0, failed
+  assert failed[1] > min(failed[step] for step in range(2, 7)) == 0 and failed[7] > 0, failed
   assert all(row["loss"] is not None and not row["skipped"] for row in numbers(tmp_path / "whole").values())
   run = begin(config, tmp_path / "killed", "lose_one_of=3")
   run.until(8)
