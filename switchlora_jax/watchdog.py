@@ -141,12 +141,12 @@ class Watchdog:
       f"(--config.hang_seconds){others}; above is what each thread was doing; {REMEDY}"
     )
 
-  def _lament_last(self, sentence: str):
+  def _last_words(self, sentence: str):
     failed = f"{self._failure}; and before it could end, " if self._failure else ""  # while it waited for a save
     to_stderr(f"error: {failed}{sentence}")
 
   def _end(self, sentence: str):
-    self._lament_last(sentence)
+    self._last_words(sentence)
     if self._peers.here == 0 and self._peers.count > 1:  # the others hear through this process
       time.sleep(GRACE)
     os._exit(HUNG)
@@ -164,7 +164,7 @@ class Watchdog:
     try:
       socket.create_connection((host.strip("[]"), int(port)), timeout=GRACE).close()
     except OSError:
-      self._lament_last(f"process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
+      self._last_words(f"process 0 is lost: nothing answers at {address}; see what it says, and {REMEDY}")
       os._exit(HUNG)
 
 

@@ -52,7 +52,8 @@ def test_a_disk_that_stays_full(whole, tmp_path):
   assert run.end() == 2
   assert "metrics.jsonl could not be written until this checkpoint was due (No space left" in run.said()
   assert "Traceback" not in run.said() and saved_steps(tmp_path / "run")[-1] == 10
-  assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 12)), "no half of a line"
+  assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 12))
+  assert (tmp_path / "run" / "metrics.jsonl").read_text().endswith("}\n"), "half of a line is left"
   finish(small(folder), tmp_path / "run")
   assert_same_end(tmp_path / "run", uninterrupted)
 
