@@ -60,9 +60,9 @@ def seen(guard: Guard, folder: Path) -> str | None:
   whole = path.read_text()
   path.write_text(broken(guard, whole))
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--faults", guard.test]
-  patience = os.environ | {"FAULTS_PATIENCE": PATIENCE}
+  environment = os.environ | {"FAULTS_PATIENCE": PATIENCE, "COLUMNS": "200"}
   try:
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=patience).stdout
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment).stdout
   finally:
     path.write_text(whole)
   failed = re.search(r"^FAILED \S+ - (.*)$", said, re.M)  # not ERROR: a fixture that fails has seen nothing
