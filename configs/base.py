@@ -35,9 +35,7 @@ def get_config() -> ConfigDict:
   config.keep_checkpoints = 3  # the newest that are kept
   config.log_every = 10  # steps between writes of metrics.jsonl, which has a line for each step
   config.max_skipped = 20  # updates skipped in a row (loss or gradient not finite) before the run stops
-  config.hang_seconds = (
-    1800.0  # without a restore, step, evaluation or save that ends, after which the run does; 0: never
-  )
+  config.hang_seconds = 1800.0  # for which one restore, step, evaluation or save may take; 0: for ever
 
   config.spike = ConfigDict()  # a loss above mean + threshold · standard deviation of those before it
   config.spike.window = 128  # losses that mean and deviation are taken of; before there are as many, nothing is a spike

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -209,6 +210,7 @@ def main():
   workdir, rows = Path(WORKDIR.value).expanduser(), []
   cli.make_folder(workdir)
   for model in models:
+    print(f"{model.name}: {model.pretrained.origin}", file=sys.stderr, flush=True)
     processor = load_tokenizer(model.pretrained.tokenizer)
     encode = partial(examples.encode, processor=processor, seq_len=SEQ_LEN.value, prefix=model.pretrained.prefix)
     for name, task, splits in tasks:

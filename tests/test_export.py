@@ -184,6 +184,14 @@ def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
   assert said.endswith(f"saved in: {tmp_path / 'out'} ({', '.join(sorted(export.FILES))})\n")
 
 
+def test_the_command_exports_no_foreign_directory(run, tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  for source in (tmp_path, tmp_path / "nowhere"):
+    with imported("export", f"--run={source}", f"--out={tmp_path / 'out'}") as command, pytest.raises(UserError):
+      command.main()
+  assert not (tmp_path / "out").exists()
+
+
 def test_the_command_wants_both_folders(run):
   for given, missing in (([], "run"), (["--run=somewhere"], "out")):
     with imported("export", *given) as command, pytest.raises(UserError, match=f"--{missing} is missing"):

@@ -1,6 +1,7 @@
 """The command on made-up GLUE files, and on a run that has not learnt anything yet."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,38 @@ def test_the_same_command_trains_nothing_again(folder, results, monkeypatch):
   with finetune(folder, *SHORT, task="rte,stsb") as command:
     command.main()
   assert json.loads((folder / "out" / "results.json").read_text()) == results
+
+
+def test_a_hugging_face_folder_is_fine_tuned_as_its_run_is(folder, results, tmp_path, capfd):
+  export.export(folder / "run", tmp_path / "exported")
+  flags = ["--epochs=4", "--rows=240", "--seq_len=64", "--seeds=1", "--learning_rates=1e-2", f"--workdir={tmp_path}"]
+  with imported(
+    "finetune_glue", f"--model={tmp_path / 'exported'}", "--task=rte", f"--data={folder / 'glue'}", *flags
+  ) as m:
+    m.main()
+  (row,) = json.loads((tmp_path / "results.json").read_text())
+  assert row["best_epoch"]["scores"] == pytest.approx(results[0]["best_epoch"]["scores"][:1])
+  shown = capfd.readouterr().err
+  assert f"exported: {tmp_path / 'exported'}" in shown and "exported, RTE, lr 0.01, seed 0: 100%" in shown
+
+
+def test_by_default_it_is_as_the_paper_has_it(folder):
+  with finetune(folder) as command:
+    assert (command.EPOCHS.default, command.SEQ_LEN.default, command.SEEDS.default) == (30, 512, 5)
+  assert classifier.Plan(1e-5, 30, 0).batch_size == 16
+
+
+def test_what_was_stopped_goes_on_with_what_is_missing(folder, results, tmp_path, monkeypatch):
+  """Of three fine-tunings on RTE, the one whose result is not there; it finds what it found before."""
+  shutil.copytree(folder / "out", tmp_path / "out")
+  (tmp_path / "out" / "run" / "rte" / "lr=0.01_seed=1" / "result.json").unlink()
+  fit, fitted = classifier.fit, []
+  monkeypatch.setattr(classifier, "fit", lambda *args: (fitted.append(args[5].seed), fit(*args))[1])
+  with finetune(folder, *SHORT, f"--workdir={tmp_path / 'out'}") as command:
+    command.main()
+  assert fitted == [1]
+  (row,), scores = json.loads((tmp_path / "out" / "results.json").read_text()), results[0]["best_epoch"]["scores"]
+  assert row["best_epoch"]["scores"] == pytest.approx(scores)
 
 
 def test_another_fine_tuning_is_not_taken_for_this_one(folder, results):

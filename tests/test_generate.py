@@ -9,7 +9,7 @@ import small_model
 from grids import command, imported
 from tiny import resolved
 
-from switchlora_jax import pretrained, program, trainer
+from switchlora_jax import export, pretrained, program, trainer
 from switchlora_jax.errors import UserError
 
 ROW = 48  # tokens
@@ -55,6 +55,28 @@ def test_a_trained_run_says_with_a_cache_what_it_says_without(run, capsys):
   text = said(capsys, f"--run={run}", "--prompt=the model", "--temperature=0")
   assert text == without_cache(run, "the model") + "\n"
   assert text.startswith("the model") and len(set(text.split())) > 5
+
+
+def test_an_exported_run_says_the_same(run, tmp_path, capsys):
+  export.export(run, tmp_path / "exported")
+  capsys.readouterr()
+  prompt = ("--prompt=the model", "--temperature=0")
+  assert said(capsys, f"--model={tmp_path / 'exported'}", *prompt) == said(capsys, f"--run={run}", *prompt)
+
+
+def test_the_text_is_shown_as_it_comes(run, capsys, monkeypatch):
+  """When a token is drawn, what came before it has been written."""
+  with imported("generate", f"--run={run}", "--prompt=the model", "--max_new_tokens=8") as module:
+    generate, shown = module.generate, []
+
+    def watched(*args, **how):
+      for token in generate(*args, **how):
+        shown.append(capsys.readouterr().out)
+        yield token
+
+    monkeypatch.setattr(module, "generate", watched)
+    module.main()
+  assert "".join(shown[:2]).startswith("the model") and sum(map(bool, shown[1:])) > 3
 
 
 def test_what_stands_before_every_text_is_read_by_the_model_and_not_shown(run, capsys, monkeypatch):

@@ -65,6 +65,18 @@ def test_wrong_files_are_sentences(tmp_path, train, message):
     rte(tmp_path, train, 2)
 
 
+@pytest.mark.parametrize(
+  "line", [b"sentence\tlabel\n", b"gj04\t1\t\tA sentence.\tanother\n", b"gj04\tyes\t\tA sentence.\n"]
+)
+def test_wrong_lines_of_a_file_without_a_header_are_sentences(tmp_path, line):
+  """CoLA's has four columns: source, label, author's mark, sentence."""
+  glue_files.write_task(tmp_path, "cola", SMALL["cola"])
+  (tmp_path / "CoLA" / "train.tsv.gz").unlink()
+  (tmp_path / "CoLA" / "train.tsv").write_bytes(line + b"gj04\t1\t\tA sentence.\n" * 5)
+  with pytest.raises(UserError, match=r"CoLA.*line 1"):
+    glue.read(SMALL["cola"], str(tmp_path))
+
+
 def test_files_that_are_not_there_or_cut_off_are_sentences(tmp_path):
   with pytest.raises(UserError, match=r"--data=.* must hold RTE/train\.tsv or \.tsv\.gz; found neither; or use"):
     glue.read(TASKS["rte"], str(tmp_path))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from recorded import GOLDEN
+from sentencepiece import SentencePieceTrainer
 from tiny import saved_run
 
 from switchlora_jax import pretrained
@@ -77,6 +78,15 @@ def test_the_tokenizer_of_a_folder_fits_its_model(run, tmp_path):
   folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # of 64 ids
   shutil.copy(run() / "tokenizer.model", folder)
   refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; put the one there")
+
+
+def test_the_tokenizer_of_a_folder_ends_documents(run, tmp_path):
+  folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")
+  options = dict(vocab_size=64, hard_vocab_limit=False, eos_id=-1, minloglevel=2)
+  text = (run() / "text.txt").read_text().splitlines()
+  SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), **options)
+  with pytest.raises(UserError, match="must have an end-of-sentence piece"):
+    pretrained.load(folder)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

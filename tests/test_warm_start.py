@@ -348,7 +348,7 @@ def hugging_face(folder, runs):
   return there
 
 
-@pytest.mark.parametrize("method", ["switchlora", "galore"])
+@pytest.mark.parametrize("method", slowly(LOW_RANK, quick=("switchlora", "galore")))
 def test_the_function_is_that_of_the_hugging_face_folder(folder, runs, hugging_face, method):
   config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(hugging_face))
   ours = program.build(config, small_model.mesh(1))
