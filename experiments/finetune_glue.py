@@ -105,16 +105,16 @@ def compare(trial: Trial, rates: list[float]) -> dict:
   sweep = {rate: run(trial, rate, 0) for rate in rates}
   best = max(rates, key=lambda rate: -2 if sweep[rate]["score"] is None else sweep[rate]["score"])
   cells = [sweep[best], *(run(trial, best, seed) for seed in range(1, SEEDS.value))]
-  diverged = all(cell["score"] is None for cell in cells)
+  best_epoch = spread([cell["score"] for cell in cells])
   return {
     "model": trial.model.name,
     "origin": trial.model.pretrained.origin,
     "task": trial.task.title,
     "metric": trial.task.metric,
     "learning_rate": best,
-    "at_edge_of_sweep": not diverged and at_edge(best, sweep),
+    "at_edge_of_sweep": best_epoch["mean"] is not None and at_edge(best, sweep),
     "sweep": {f"{rate:g}": cell["score"] for rate, cell in sweep.items()},
-    "best_epoch": spread([cell["score"] for cell in cells]),
+    "best_epoch": best_epoch,
     "last_epoch": spread([cell["scores"][-1] if cell["scores"] else None for cell in cells]),
     "constant": glue.best_constant(trial.task, trial.dev.labels),
     "cells": cells,
@@ -219,8 +219,8 @@ def main():
       warn_of_length(trial)
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
       run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
-      run_directory.replace_text(workdir / "table.md", glue_table.tables(rows))
-  table = (workdir / "table.md").read_text()
+      table = glue_table.tables(rows)
+      run_directory.replace_text(workdir / "table.md", table)
   print(f"\n{table}\nwritten to {workdir}: table.md, results.json; a folder for each model and task")
 
 

@@ -116,6 +116,7 @@ def test_a_hugging_face_folder_is_fine_tuned_as_its_run_is(folder, results, tmp_
     m.main()
   (row,) = json.loads((tmp_path / "results.json").read_text())
   assert row["best_epoch"]["scores"] == pytest.approx(results[0]["best_epoch"]["scores"][:1])
+  assert not row["at_edge_of_sweep"] and "†" not in (tmp_path / "table.md").read_text(), "of one rate there is no edge"
   shown = capfd.readouterr().err
   assert f"exported: {tmp_path / 'exported'}" in shown and "exported, RTE, lr 0.01, seed 0: 100%" in shown
 
@@ -164,7 +165,7 @@ def test_what_diverges_is_said_and_others_go_on(folder, tmp_path, capsys):
   (row,) = json.loads((tmp_path / "results.json").read_text())
   assert row["sweep"]["1e+38"] is None and row["learning_rate"] == 1e-3 and row["best_epoch"]["mean"] > 0
   assert "lr 1e+38, seed 0: outputs are not finite after epoch 1; lower --learning_rates" in capsys.readouterr().out
-  with finetune(folder, *flags[:3], "--learning_rates=1e38", f"--workdir={tmp_path}") as command:
+  with finetune(folder, *flags[:3], "--learning_rates=1e38,2e38", f"--workdir={tmp_path}") as command:
     command.main()
   assert "| run | diverged (0 of 1 seeds) |" in (tmp_path / "table.md").read_text()
   assert not (tmp_path / "run" / "rte" / "lr=1e+38_seed=0" / "predictions.tsv").exists()

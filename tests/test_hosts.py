@@ -173,14 +173,9 @@ def test_only_the_first_speaks(capsys):
 def ends(monkeypatch, leavers, error, count=3):
   """(process, exit code) of those of `count` that leave, in the order in which they end; and how long all took."""
   ended = []
-
-  def leave(process):
-    monkeypatch.setattr(hosts.os, "_exit", lambda code: ended.append((hosts.distributed.global_state.process_id, code)))
-    if process in leavers:
-      hosts.leave(error)
-
+  monkeypatch.setattr(hosts.os, "_exit", lambda code: ended.append((hosts.distributed.global_state.process_id, code)))
   began = time.monotonic()
-  processes(count, leave)
+  processes(count, lambda process: hosts.leave(error) if process in leavers else None)
   return ended, time.monotonic() - began
 
 

@@ -88,24 +88,6 @@ def test_a_reader_that_raises(whole_pair, tmp_path, victim):
   assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def unreadable(step: str):
-  """The user's text cannot be read further from the batch of a step on."""
-  packing.GROUP, asked = 2000, [0]  # characters that are read ahead
-  batch, read = Stream.batch, datasets.IterableDataset.iter
-
-  def batch_of(self, now, size):
-    asked.append(now)
-    return batch(self, now, size)
-
-  def reading(self, **options):
-    for lines in read(self, **options):
-      if max(asked) >= int(step):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-      yield lines
-
-  Stream.batch, datasets.IterableDataset.iter = batch_of, reading
-
-
 def fail_while_saving(step: str):
   """The same, and the save in flight takes longer than the others wait."""
   fail(step)
@@ -123,6 +105,24 @@ def test_a_reader_that_raises_while_a_save_is_in_flight(whole, tmp_path):
 
 
 TEXTS = {"train.jsonl": (0, 600), "valid.jsonl": (600, 700)}
+
+
+def unreadable(step: str):
+  """The user's text cannot be read further from the batch of a step on."""
+  packing.GROUP, asked = 2000, [0]  # characters that are read ahead
+  batch, read = Stream.batch, datasets.IterableDataset.iter
+
+  def batch_of(self, now, size):
+    asked.append(now)
+    return batch(self, now, size)
+
+  def reading(self, **options):
+    for lines in read(self, **options):
+      if max(asked) >= int(step):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+      yield lines
+
+  Stream.batch, datasets.IterableDataset.iter = batch_of, reading
 
 
 def test_text_that_cannot_be_read_further(whole, tmp_path):
