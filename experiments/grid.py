@@ -106,11 +106,11 @@ def run_grid(base: Base, arms, *, seeds: int, workdir: Path, processes: int, rea
     print("".join(f"{arm}: {warning}\n" for warning in warnings(config)), end="", flush=True)
   folder = workdir / "cells"
   cli.make_folder(folder)
-  prepare_data(cells)
-  ran = run_cells(base, cells, folder, processes, "sweep" if len(cells) > len(arms) else "runs")
+  texts = prepare_data(cells)
+  ran = run_cells(base, cells, texts, folder, processes, "sweep" if len(cells) > len(arms) else "runs")
   best = [(arm, best_of(arm, ran, read_at)) for arm in arms]
   more = [make_cell(base, arm, rate, n) for n in range(1, seeds) for arm, rate in best if rate is not None]
-  return ran + (run_cells(base, more, folder, processes, "seeds") if more else [])
+  return ran + (run_cells(base, more, texts, folder, processes, "seeds") if more else [])
 
 
 def warnings(config) -> list[str]:
@@ -118,23 +118,31 @@ def warnings(config) -> list[str]:
   return [line for line in METHODS[config.method].describe(config) if line.startswith("WARNING")]
 
 
-def prepare_data(cells: list[Cell]):
-  """Tokenise each cell's text once, before many processes want it."""
-  wanted = {
-    (c.config.data, c.config.seq_len, c.config.model.vocab_size, c.config.steps * c.config.batch_size): c for c in cells
-  }
-  for cell in wanted.values():
-    dataset.prepare(cell.config)
+def prepare_data(cells: list[Cell]) -> dict[str, str]:
+  """{label of an arm: fingerprint of its data}; each text is tokenised once, before many processes want it."""
+  made = {}
+
+  def fingerprint(config) -> str:
+    wanted = config.data, config.seq_len, config.model.vocab_size, config.steps * config.batch_size
+    if wanted not in made:
+      made[wanted] = dataset.prepare(config).fingerprint
+    return made[wanted]
+
+  return {cell.arm.label: fingerprint(cell.config) for cell in cells}
 
 
-def run_cells(base: Base, cells: list[Cell], folder: Path, processes: int, what: str) -> list[Ran]:
+def run_cells(
+  base: Base, cells: list[Cell], texts: dict[str, str], folder: Path, processes: int, what: str
+) -> list[Ran]:
   """Run the cells that are not finished yet, so many at a time; one that fails does not stop the others.
 
+  Args:
+    texts: as from `prepare_data`.
   Raises:
-    UserError: before any of them is run, where a directory holds another run.
+    UserError: before any of them is run, where a directory holds another run, or one on another text.
   """
   for cell in cells:
-    check_same_run(folder / cell.name, cell.config)
+    check_same_run(folder / cell.name, cell.config, texts[cell.arm.label])
   shares, children = SimpleQueue(), Children()
   for share in range(processes):
     shares.put(share)
@@ -184,11 +192,12 @@ def finished(workdir: Path, config) -> bool:
   return any(row["step"] == config.steps for row in evaluations(workdir))
 
 
-def check_same_run(workdir: Path, config):
-  """Raise `UserError` where a run of another config lies there: neither to be taken for this one nor extended."""
+def check_same_run(workdir: Path, config, fingerprint: str):
+  """Raise `UserError` where a run of another config or other data lies: neither to be taken for this nor extended."""
   saved = run_directory.read(workdir)
   if saved and (changed := differences(saved["config"], config.to_dict())):
     raise run_directory.another_run(workdir, changed)
+  run_directory.check_same_data(workdir, saved, fingerprint)
 
 
 def evaluations(workdir: Path) -> list[dict]:

@@ -16,6 +16,7 @@ import jax
 from absl import flags
 
 from experiments import cli, grid, paper, results, settings, spectra, studies
+from switchlora_jax import saved_run
 from switchlora_jax.errors import UserError
 
 ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
@@ -104,7 +105,7 @@ def main():
   ran = grid.run_grid(base, arms, **options)
   results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
   if item.spectra:
-    spectra.conclude([r.workdir for r in ran], options["workdir"])
+    spectra.conclude([saved_run.open_run(r.workdir) for r in ran], options["workdir"])
 
 
 if __name__ == "__main__":

@@ -129,16 +129,21 @@ def record(workdir: Path, config, dataset) -> None:
     UserError: the run was started on other data.
   """
   saved = read(workdir)
-  if saved and saved["data_fingerprint"] != dataset.fingerprint:
-    raise UserError(
-      f"the data are not those that the run in {workdir} was started on (fingerprint {dataset.fingerprint}, then "
-      f"{saved['data_fingerprint']}); restore the files, the packages and the code of then (git revision "
-      f"{saved['git_revision']}), or choose a new --workdir"
-    )
+  check_same_data(workdir, saved, dataset.fingerprint)
   if not saved:
     write_bytes(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
     now = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
     _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | now)
+
+
+def check_same_data(workdir: Path, saved: dict | None, fingerprint: str) -> None:
+  """Raise `UserError` where the run that lies in `workdir`, if any does, was started on other data than these."""
+  if saved and saved["data_fingerprint"] != fingerprint:
+    raise UserError(
+      f"the data are not those that the run in {workdir} was started on (fingerprint {fingerprint}, then "
+      f"{saved['data_fingerprint']}); restore the files, the packages and the code of then (git revision "
+      f"{saved['git_revision']}), or choose a new --workdir"
+    )
 
 
 def check_shared(workdir: Path) -> None:

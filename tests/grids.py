@@ -34,12 +34,12 @@ def as_flags(base: settings.Base) -> list[str]:
   return [f"--config.{key}={value}" for key, value in base.overrides.items()]
 
 
-def write_run(workdir: Path, config, losses: dict[int, float]) -> None:
+def write_run(workdir: Path, config, losses: dict[int, float], fingerprint="abc") -> None:
   """A run as the product leaves it, {step: validation loss}, but for what is trained."""
   tokenizer = workdir.parent / "some.model"
   run_directory.prepare(workdir, config)
   tokenizer.write_bytes(b"pieces")
-  run_directory.record(workdir, config, SimpleNamespace(fingerprint="abc", tokenizer_path=str(tokenizer)))
+  run_directory.record(workdir, config, SimpleNamespace(fingerprint=fingerprint, tokenizer_path=str(tokenizer)))
   log = metrics.Metrics(workdir, 0)
   with np.errstate(over="ignore"):
     log.write([{"step": step, "val_loss": loss, "val_ppl": float(np.exp(loss))} for step, loss in losses.items()])
@@ -59,10 +59,11 @@ class Runs:
     started: names of the cells whose process was started, in order.
     losses: {name of a cell, or the beginning of it: last validation loss}; 3.0 where there is none.
     broken: names of cells whose process fails.
+    text: the fingerprint of the data that they are trained on.
   """
 
   def __init__(self):
-    self.started, self.losses, self.broken = [], {}, set()
+    self.started, self.losses, self.broken, self.text = [], {}, set(), "abc"
 
   def open(self, command, stdout, **_):
     cell, workdir = command
@@ -71,7 +72,8 @@ class Runs:
       stdout.write("some words\nerror: what went wrong\n")
       return SimpleNamespace(pid=0, wait=lambda: 2)
     fitting = [name for name in self.losses if cell.name.startswith(name)]
-    write_run(workdir, cell.config, curve(cell.config, self.losses[max(fitting, key=len)] if fitting else 3.0))
+    last = self.losses[max(fitting, key=len)] if fitting else 3.0
+    write_run(workdir, cell.config, curve(cell.config, last), self.text)
     return SimpleNamespace(pid=0, wait=lambda: 0)
 
 
@@ -81,7 +83,7 @@ def fake_runs(monkeypatch) -> Runs:
   monkeypatch.setattr(grid, "command", lambda base, cell, workdir: (cell, workdir))
   monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=made.open))
   monkeypatch.setattr(children, "share_cores", lambda pid, *share: None)
-  monkeypatch.setattr(grid, "prepare_data", lambda cells: None)
+  monkeypatch.setattr(grid, "prepare_data", lambda cells: dict.fromkeys((c.arm.label for c in cells), made.text))
   return made
 
 

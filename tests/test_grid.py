@@ -104,6 +104,16 @@ def test_a_changed_config_is_neither_taken_for_finished_nor_run_over_the_old(tmp
   assert runs.started == []
 
 
+def test_finished_cells_of_another_text_are_not_taken_for_these(tmp_path, runs):
+  """The files behind a glob may have changed; beside such cells, new ones would be trained on other text."""
+  run(tiny_base(tmp_path), (FULL,), tmp_path)
+  runs.started.clear()
+  runs.text = "def"
+  with pytest.raises(UserError, match=r"cells/full_lr=0\.001_seed=0 was started on \(fingerprint def, then abc\)"):
+    run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
+  assert runs.started == []
+
+
 def test_what_changes_no_number_may_change(tmp_path, runs):
   run(tiny_base(tmp_path), (FULL,), tmp_path)
   runs.started.clear()
@@ -246,7 +256,8 @@ def test_the_command_line_of_a_cell(tmp_path):
 
 def test_text_is_tokenised_once_before_the_runs(tmp_path):
   cells = grid.sweep_cells(tiny_base(tmp_path), (FULL, LORA, Arm("short", {"seq_len": 8})))
-  grid.prepare_data(cells)
+  texts = grid.prepare_data(cells)
   assert len(list((tmp_path / "cache").iterdir())) == 2
+  assert texts["full"] == texts["lora, rank 4"] != texts["short"]
   with pytest.raises(UserError, match="no file"):
     grid.prepare_data(grid.sweep_cells(tiny_base(tmp_path, data__path=str(tmp_path / "*.gz")), (FULL,)))
