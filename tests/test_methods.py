@@ -146,15 +146,17 @@ def test_it_warns_of_kernels_that_drift():
     assert "WARNING" not in told(**safe)
 
 
-def test_an_interval_of_0_is_lora_to_the_bit():
+@pytest.mark.parametrize("kernels", [{}, dict(frozen_dtype="bfloat16")], ids=["float32", "bfloat16"])
+def test_an_interval_of_0_is_lora_to_the_bit(kernels):
   """At equal learning rate; the candidates are there, and stay where they are."""
-  (never, told_never), (lora, told_lora) = train(4, "switchlora", switch__interval=0), train(4, "lora")
+  never, told_never = train(4, "switchlora", switch__interval=0, **kernels)
+  lora, told_lora = train(4, "lora", **kernels)
   for ours, theirs in zip(never, lora, strict=True):
     assert same_bits(ours._replace(candidates={}), theirs)
     assert ours.candidates and same_bits(ours.candidates, never[0].candidates)
   assert same_bits(told_never, told_lora)
   assert not same_bits(never[-1].params, never[0].params)
-  assert not same_bits(train(4, "switchlora")[0][-1].params, lora[-1].params)
+  assert not same_bits(train(4, "switchlora", **kernels)[0][-1].params, lora[-1].params)
 
 
 def layers_alone(**changes):

@@ -75,9 +75,11 @@ def describe(config) -> list[str]:
 
 
 def build(config) -> Method:
-  """`SwitchLoRADense` layers; between gradients and optimizer, the switch."""
-  method = lora.build(config, partial(SwitchLoRADense, candidates_dtype=jnp.dtype(config.candidates_dtype)))
-  if config.switch.interval == 0:
+  """`SwitchLoRADense` layers; between gradients and optimizer, the switch, without which kernels have no tails."""
+  switches = config.switch.interval > 0
+  kinds = dict(candidates_dtype=jnp.dtype(config.candidates_dtype), kernel_tail=switches)
+  method = lora.build(config, partial(SwitchLoRADense, **kinds))
+  if not switches:
     return method
   plan = schedule(config)
 
