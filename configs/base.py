@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
   config.min_lr_ratio = placeholder(float)  # of the peak: a floor under the cosine; relora and galore end it there
   config.warm_start_steps = 0  # full-rank steps before the low-rank method takes over, part of `steps`
   config.warm_start_learning_rate = placeholder(float)  # peak of those steps; None: the full method's own
+  config.warm_start_warmup_steps = placeholder(int)  # warm-up of those steps; None: warmup_steps
   config.warm_start_from = ""  # a run directory, or a Hugging Face LLaMA folder, whose weights the run starts from
   config.clip_norm = 1.0  # largest global norm of the gradients
   config.accumulation = 1  # micro-batches a step on each device

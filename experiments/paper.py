@@ -147,11 +147,12 @@ def with_rank(size: str, *numbers: tuple[str, int | None, float | None]) -> tupl
   return tuple(Line(size, method, rank, paper) for method, rank, paper in numbers)
 
 
-WARM = dict(  # Appendix C.1
-  steps=Scaled(20_000, 600), warmup_steps=Scaled(1000, 30), min_lr_ratio=0.1, warm_start_learning_rate=5e-4
-)
+WARM = dict(  # Appendix C.1; what starts with `warm_start_` makes the full-rank steps of all lines the same
+  steps=Scaled(20_000, 600), warmup_steps=Scaled(1000, 30), min_lr_ratio=0.1,
+  warm_start_learning_rate=5e-4, warm_start_warmup_steps=Scaled(1000, 30),
+)  # fmt: skip
 RELORA = WARM | {
-  "warmup_steps": Scaled(500, 15),  # in the authors' code
+  "warmup_steps": Scaled(500, 15),  # at the hand-over, in the authors' code
   "relora.alpha": Scaled(32.0, 4.0),  # the same scale α / r
   "relora.restart_every": Scaled(5000, 150),
   "relora.restart_warmup_steps": Scaled(100, 15),
@@ -250,7 +251,8 @@ ITEMS = {
     line._replace(paper=None)
     for line in (TABLE_2["250M"][0], *HIGHER["250M"], TABLE_2["350M"][0], *HIGHER["350M"], *TABLE_3)
   )),
-  "figure4": Item("ReLoRA and SwitchLoRA after a full-rank warm start", (
+  "figure4": Item("ReLoRA and SwitchLoRA after a full-rank warm start: ours within one run, whose clocks go on; "
+                  "the authors' from a stopped full-rank run, all clocks anew (warm_start_from)", (
     warm("relora", 5000, 150), warm("relora", 1000, 30), warm("switchlora", 1000, 30), warm("switchlora", 200, 6),
   )),
   "figure6": Item("interval and ratio, one at a time", study="interval,ratio"),

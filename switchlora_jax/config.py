@@ -68,6 +68,8 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
     config.learning_rate = method.LEARNING_RATE
   if config.warm_start_learning_rate is None:
     config.warm_start_learning_rate = METHODS["full"].LEARNING_RATE
+  if config.warm_start_warmup_steps is None:
+    config.warm_start_warmup_steps = config.warmup_steps
   if config.min_lr_ratio is None:
     config.min_lr_ratio = method.MIN_LR_RATIO
   if config.dtype is None:
@@ -140,11 +142,12 @@ def _check_training(config, devices: int):
     )
   if config.seq_len < 2:
     raise UserError(f"seq_len (={config.seq_len}) must be at least 2, to have a next token; set --config.seq_len")
-  if config.warmup_steps < 0 or config.warmup_steps >= config.steps:
-    raise UserError(
-      f"warmup_steps (={config.warmup_steps}) must be at least 0 and less than steps (={config.steps}); "
-      f"set --config.warmup_steps or --config.steps"
-    )
+  for key in ("warmup_steps", "warm_start_warmup_steps"):  # the latter, too, under a cosine to the end of the run
+    if config[key] is not None and not 0 <= config[key] < config.steps:
+      raise UserError(
+        f"{key} (={config[key]}) must be at least 0 and less than steps (={config.steps}); "
+        f"set --config.{key} or --config.steps"
+      )
   for key in ("learning_rate", "warm_start_learning_rate"):
     if config[key] is not None and not config[key] > 0:
       raise UserError(f"{key} (={config[key]}) must be greater than 0; set --config.{key}")

@@ -61,6 +61,7 @@ def full_rank(config) -> FrozenConfigDict:
   plain = config.to_dict() | {
     "method": "full",
     "learning_rate": config.warm_start_learning_rate,
+    "warmup_steps": config.warm_start_warmup_steps,
     "min_lr_ratio": full.MIN_LR_RATIO,
     "warm_start_steps": 0,
   }

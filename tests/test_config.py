@@ -29,6 +29,11 @@ MISTAKES = {
   "hang": (dict(hang_seconds=-1.0), "hang_seconds (=-1.0) must be greater than 0, or 0 for never"),
   "steps": (dict(steps=0), "steps (=0) must be greater than 0"),
   "warm-up": (dict(warmup_steps=12), "warmup_steps (=12) must be at least 0 and less than steps (=12)"),
+  "warm start's warm-up": (
+    dict(warm_start_warmup_steps=12),
+    "warm_start_warmup_steps (=12) must be at least 0 and less than steps (=12); set --config.warm_start_warmup_steps",
+  ),
+  "negative warm-up": (dict(warm_start_warmup_steps=-1), "warm_start_warmup_steps (=-1) must be at least 0"),
   "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),
   "dtype": (dict(dtype="float8"), "dtype (='float8') must be one of float32, bfloat16, float64"),
   "remat": (dict(remat="half"), "remat (='half') must be one of none, linear, full; set --config.remat"),
@@ -114,6 +119,7 @@ def test_mistakes_have_their_sentence(tmp_path, name):
     dict(switch__interval=10, switch__freeze_steps=5),
     dict(switch__order="random", switch__reset=False),
     dict(warm_start_steps=12),
+    dict(warm_start_steps=2, warm_start_warmup_steps=11),
     dict(method="galore", warm_start_steps=5),
     dict(method="full", warm_start_from="runs/full"),
     dict(min_lr_ratio=0.0),
@@ -139,6 +145,11 @@ def test_learning_rate_and_its_end_default_to_the_papers(tmp_path, method, rate,
   assert (config.learning_rate, config.min_lr_ratio) == (rate, ratio)
   config = resolve(tiny_config(tmp_path, method=method, learning_rate=0.5, min_lr_ratio=0.25), 8)
   assert (config.learning_rate, config.min_lr_ratio) == (0.5, 0.25)
+
+
+def test_a_warm_start_warms_up_like_what_follows_unless_told_otherwise(tmp_path):
+  found = [resolve(tiny_config(tmp_path, warm_start_warmup_steps=n), 8).warm_start_warmup_steps for n in (None, 0, 5)]
+  assert found == [2, 0, 5]
 
 
 def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(tmp_path):

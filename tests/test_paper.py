@@ -5,6 +5,7 @@ from grids import imported
 
 from experiments import grid, paper
 from experiments.paper import ITEMS, SCALES
+from switchlora_jax.program import full_rank
 
 TABLE_1 = [  # hidden, heads, layers, batch, batch per GPU, length
   ("130M", 768, 12, 12, 600, 150, 256),
@@ -181,13 +182,26 @@ def test_figure_4_has_the_settings_of_appendix_c_1():
   for config in lines.values():
     assert (config.model.hidden_size, config.model.num_layers, config.rank) == (768, 24, 128)
     assert (config.batch_size, config.seq_len) == (1152, 512)
-    assert config.warm_start_learning_rate == 5e-4
     assert (config.steps, config.min_lr_ratio) == (20_000, 0.1)  # the text calls 20,000 a batch size
     if config.method == "relora":
       assert config.learning_rate == 1e-3 and config.warmup_steps == 500  # the authors' code; the text has 1,000
       assert (config.relora.restart_every, config.relora.restart_warmup_steps) == (5000, 100)
     else:
       assert (config.learning_rate, config.switch.interval, config.warmup_steps) == (1e-2, 40, 1000)
+
+
+@pytest.mark.parametrize(("scale", "steps", "warmup"), [("paper", 20_000, 1000), ("mini", 600, 30)])
+def test_all_lines_of_figure_4_share_their_full_rank_steps(scale, steps, warmup):
+  phases = [full_rank(config) for config in configs("figure4", scale).values()]
+  assert {(phase.learning_rate, phase.warmup_steps, phase.min_lr_ratio, phase.steps) for phase in phases} == {
+    (5e-4, warmup, 0, steps)
+  }
+  read = {*phases[0]} - {"rank", "relora", "switch", "warm_start_from"}  # the rest is for low-rank methods
+  assert all(phase[key] == phases[0][key] for phase in phases for key in read)
+
+
+def test_figure_4_says_where_its_warm_start_is_not_the_authors():
+  assert "clocks go on" in ITEMS["figure4"].title and "warm_start_from" in ITEMS["figure4"].title
 
 
 def test_figure_4_keeps_its_proportions_at_our_scale():

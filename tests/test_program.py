@@ -49,7 +49,7 @@ def test_a_warm_start_is_a_phase_of_its_own(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
 def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(method, tmp_path):
-  """… over the same horizon; in all else that full rank reads, the run is the same."""
+  """… and a warm-up of its own, over the same horizon; in all else that full rank reads, the run is the same."""
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
   config = resolved(tmp_path, **shape)
   assert full_rank(config).to_dict() == resolved(tmp_path, method="full").to_dict()
@@ -58,6 +58,9 @@ def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(meth
   slow = dict(warm_start_learning_rate=0.25)
   full = resolved(tmp_path, method="full", learning_rate=0.25, **slow)
   assert full_rank(resolved(tmp_path, **shape, **slow)).to_dict() == full.to_dict()
+  for steps in (0, 4):
+    full = resolved(tmp_path, method="full", warmup_steps=steps)
+    assert full_rank(resolved(tmp_path, **shape, warm_start_warmup_steps=steps)).to_dict() == full.to_dict()
 
 
 def test_each_device_is_handed_its_own_rows_and_they_are_all(tmp_path):

@@ -179,6 +179,14 @@ def test_the_learning_rate_climbs_again(runs, method):
   assert max(rates[K:]) > 2 * max(rates[:K]) or method == "relora", "the method's own, at this point of the horizon"
 
 
+def test_runs_that_warm_up_otherwise_share_their_full_rank_phase(folder, runs):
+  """A method's own warm-up, here none, is that of the hand-over alone."""
+  run = train(folder, "at-once", method="lora", warmup_steps=0, warm_start_warmup_steps=2, checkpoint_every=K, **PHASE)
+  assert lines(run)[:K] == lines(runs("full"))[:K] and same_bits(run.saved[K], runs("full").saved[K])
+  rates = [line["learning_rate"] for line in lines(run)]
+  assert rates[0] == 0 and rates[K] == max(rates[K:]) > rates[2] == max(rates[:K])
+
+
 def adam_direction(state):
   """What the learning rate multiplies, of the parameters without vectors and projections; from the new moments."""
   adam = state.opt_state
