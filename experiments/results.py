@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -152,6 +153,7 @@ def write(results: dict, workdir: Path, title: str):
   """Leave results.json, table.md, curves.png and parameters.png in `workdir`."""
   replace_text(workdir / "results.json", json.dumps(results, indent=1) + "\n")
   replace_text(workdir / "table.md", table(results))
+  title = textwrap.fill(title, 84)  # characters above a picture
   plot_curves(results, workdir / "curves.png", title)
   plot_parameters(results, workdir / "parameters.png", title)
 

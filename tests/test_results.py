@@ -239,6 +239,16 @@ def test_seeds_evaluated_at_other_steps_are_drawn_where_all_were(tmp_path, found
   np.testing.assert_array_equal(line.get_xydata(), [[4, 3.0], [12, np.nan]])
 
 
+def test_a_long_title_does_not_leave_the_picture(tmp_path, found, drawn):
+  title = " ".join(["every word"] * 30)
+  results.write(found, tmp_path, title)
+  for figure, axes in drawn.values():
+    box = axes.title.get_window_extent(figure.canvas.get_renderer())
+    assert figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1
+    assert axes.get_title().split() == title.split()
+  assert len(drawn) == 2
+
+
 def test_pictures_of_nothing_but_failures_are_empty_and_no_error(tmp_path, found):
   results.write(found | {"arms": found["arms"][2:], "cells": []}, tmp_path, "nothing")
   assert is_a_picture(tmp_path / "curves.png") and is_a_picture(tmp_path / "parameters.png")
