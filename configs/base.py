@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
   config.seq_len = 512  # tokens a row
   config.learning_rate = placeholder(float)  # peak; None: the method's own
   config.warmup_steps = 100  # linear warm-up; then a cosine to 0 at `steps`
-  config.min_lr_ratio = placeholder(float)  # of the peak: a floor under the cosine; relora and galore end it there
+  config.min_lr_ratio = placeholder(float)  # of the peak, a floor; relora and galore end there; none in a warm start
   config.warm_start_steps = 0  # full-rank steps before the low-rank method takes over, part of `steps`
   config.warm_start_learning_rate = placeholder(float)  # peak of those steps; None: the full method's own
   config.warm_start_warmup_steps = placeholder(int)  # warm-up of those steps; None: warmup_steps

@@ -57,7 +57,11 @@ def trained_by(programs: list[Program], step: int) -> Program:
 
 
 def full_rank(config) -> FrozenConfigDict:
-  """The config of the full-rank phase, over the same horizon as the run."""
+  """The config of the full-rank phase, over the same horizon as the run.
+
+  Learning rate and warm-up are those of `warm_start_learning_rate` and `warm_start_warmup_steps`; the end of the
+  cosine is full's own whatever `min_lr_ratio` says, which is of what comes after (GaLore's 0.1 by default).
+  """
   plain = config.to_dict() | {
     "method": "full",
     "learning_rate": config.warm_start_learning_rate,
