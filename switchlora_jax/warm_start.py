@@ -5,9 +5,11 @@ run (the authors' way) or a Hugging Face LLaMA whose weights a new run starts fr
 embedding, norms and head as they are, adapters split off the kernels. Moments and counts start afresh.
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import FrozenConfigDict
 
 from switchlora_jax import huggingface, run_directory, weights
@@ -43,7 +45,8 @@ class Source:
   """The run or the Hugging Face LLaMA folder that `warm_start_from` names.
 
   Raises:
-    UserError: when it is made, where there is no such thing or its model has other sizes; names them.
+    UserError: when it is made, where there is no such thing or its model has other sizes; names the first array of
+      another shape and the keys.
   """
 
   def __init__(self, config, program: Program, mesh):
@@ -53,7 +56,8 @@ class Source:
     wrong = {name: there for name, there in self._other.sizes.items() if there != config.model[name]}
     if wrong:
       raise UserError(
-        f"the model of --config.warm_start_from={config.warm_start_from} has other sizes than this one; "
+        f"the model of --config.warm_start_from={config.warm_start_from} has other sizes than this one"
+        f"{_first_difference(self._other.weights(), _plain(program))}; "
         f"set {' '.join(f'--config.model.{name}={there}' for name, there in wrong.items())}"
       )
 
@@ -71,6 +75,21 @@ class Source:
     return _convert(*self._other.read(), self._program)
 
 
+def _plain(program: Program) -> dict:
+  """The plain weights of a program, as ShapeDtypeStructs."""
+  state = program.abstract
+  return jax.eval_shape(partial(weights.merged, scale=program.scale), state.params, state.frozen)
+
+
+def _first_difference(there: dict, here: dict) -> str:
+  """`: blocks/down/kernel is [2, 24, 16] there and [2, 32, 16] here`; empty where the number of heads alone differs."""
+  there, here = (flatten_dict(plain, sep="/") for plain in (there, here))
+  for name in sorted(here):
+    if there[name].shape != here[name].shape:
+      return f": {name} is {list(there[name].shape)} there and {list(here[name].shape)} here"
+  return ""
+
+
 class _Folder:
   """A Hugging Face LLaMA: where it lies, and its sizes."""
 
@@ -82,6 +101,10 @@ class _Folder:
         f"token ids; put it there, or name one with the same ids by --config.data.tokenizer"
       )
     self.directory, self.sizes = directory, self._folder.sizes
+
+  def weights(self) -> dict:
+    """Its plain weights, as ShapeDtypeStructs."""
+    return huggingface.shapes(self.sizes)
 
   def read(self):
     """(params, frozen, scale of adapters)."""
@@ -105,6 +128,10 @@ class _Run:
     layout = {key: here[key] for key in ("sharding", "remat", "accumulation", "batch_size")}
     self.sizes = saved["config"]["model"]
     self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
+
+  def weights(self) -> dict:
+    """Its plain weights, as ShapeDtypeStructs."""
+    return _plain(self._programs[-1])
 
   def read(self):
     """(params, frozen, scale of adapters) of the newest checkpoint."""

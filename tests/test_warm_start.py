@@ -431,13 +431,16 @@ def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["full", "lora", "hugging_face"])
-def test_other_sizes_are_refused_with_the_flags_that_set_them(folder, runs, hugging_face, source):
+def test_other_sizes_are_refused_with_an_array_and_the_flags_that_set_them(folder, runs, hugging_face, source):
   """The number of heads, too, which changes the function and no array."""
   where = hugging_face if source == "hugging_face" else runs(source).workdir
-  sentence = f"the model of --config.warm_start_from={where} has other sizes than this one; set "
-  wanted = "--config.model.intermediate_size=24 --config.model.num_layers=2"
-  refused(folder, where, sentence + wanted, model__intermediate_size=32, model__num_layers=3)
-  refused(folder, where, sentence + "--config.model.num_heads=2", model__num_heads=4, method="lora")
+  sentence = f"the model of --config.warm_start_from={where} has other sizes than this one"
+  layers = ": blocks/attention_norm/scale is [2, 16] there and [3, 16] here"
+  wanted = "; set --config.model.intermediate_size=24 --config.model.num_layers=2"
+  refused(folder, where, sentence + layers + wanted, model__intermediate_size=32, model__num_layers=3)
+  width = ": blocks/down/kernel is [2, 24, 16] there and [2, 32, 16] here; set --config.model.intermediate_size=24"
+  refused(folder, where, sentence + width, model__intermediate_size=32, method="switchlora")
+  refused(folder, where, sentence + "; set --config.model.num_heads=2", model__num_heads=4, method="lora")
 
 
 def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp_path):
