@@ -6,6 +6,7 @@ Values follow from the config's own, which is always among them, so a study fits
 from typing import Any, NamedTuple
 
 from experiments.grid import Arm
+from switchlora_jax.errors import UserError
 
 
 class Study(NamedTuple):
@@ -85,6 +86,14 @@ STUDIES = {s.__name__: s for s in (interval, ratio, grid, freeze, init, rank, re
 
 
 def arms(name: str, config, learning_rates=()) -> list[Arm]:
-  """The lines of a study of SwitchLoRA on a config."""
+  """The lines of a study of SwitchLoRA on a config.
+
+  Raises:
+    UserError: the config never switches, which leaves nothing to study.
+  """
+  if config.switch.interval == 0:
+    raise UserError(
+      "switch.interval (=0) never switches, and every study is of switching; set --config.switch.interval, say to 40"
+    )
   lines = STUDIES[name](config).lines
   return [Arm(label, {"method": "switchlora"} | changed, tuple(learning_rates)) for label, changed in lines.items()]

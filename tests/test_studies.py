@@ -64,6 +64,14 @@ def test_values_that_the_config_cannot_have_are_left_out():
   assert [arm.overrides["rank"] for arm in studies.arms("rank", config)] == [24, 48, 96]  # hidden 128
 
 
+@pytest.mark.parametrize("study", NAMES)
+def test_a_config_that_never_switches_has_nothing_to_study(study):
+  config = load("llama_130m")
+  config.switch.interval = 0
+  with pytest.raises(UserError, match=r"every study is of switching; set --config\.switch\.interval"):
+    studies.arms(study, config)
+
+
 def test_reset_has_its_four_combinations():
   pairs = zip(changed("reset", "switch.reset"), changed("reset", "switch.freeze_steps"), strict=True)
   assert list(pairs) == [(True, 5), (True, 0), (False, 5), (False, 0)]
