@@ -112,9 +112,10 @@ def exchanged_bytes(candidates, schedule) -> int:
 
 
 def coverage(candidates):
-  """The share of all candidates, of all layers, that have been in a slot so far, [] in [0, 1]; taken in order.
+  """The share of all candidates, of all layers, that have been in a slot so far, [] in [0, 1].
 
-  The first r of a layer are there from the start, and every load up to the (c - r)-th brings a new one.
+  Only where they are taken in order: the first r of a layer are there from the start, and every load up to the
+  (c - r)-th brings a new one. Of random draws no state remembers which rows have come.
   """
   flat, seen, there_are = flatten_dict(candidates), 0, 0
   for path in switchable(candidates):

@@ -93,7 +93,8 @@ def build(config) -> Method:
     )  # fmt: skip
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
     masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.reset else {})
-    return Adjusted(state, masks, telemetry(moved) | ({} if random else {"coverage": coverage(moved.candidates)}))
+    covered = {} if random else {"coverage": coverage(moved.candidates)}  # which only the order tells
+    return Adjusted(state, masks, telemetry(moved) | covered)
 
   return method._replace(adjust=adjust)
 
