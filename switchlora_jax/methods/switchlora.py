@@ -63,9 +63,9 @@ def cycles(config) -> float:
 
 def describe(config) -> list[str]:
   """How often the candidates are cycled, which decides whether switching can matter, and a known danger."""
-  lines = []
-  if config.switch.interval:
-    lines.append(f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times")
+  if not config.switch.interval:
+    return []
+  lines = [f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times"]
   if config.param_dtype == config.frozen_dtype == "bfloat16":
     lines.append(
       "WARNING: switching rounds bfloat16 base kernels at every step, and they drift; they do not with "
