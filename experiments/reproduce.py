@@ -1,22 +1,22 @@
 """Run a table or a figure of the paper and print its numbers beside ours.
 
 python -m experiments.reproduce --item=table2 --workdir=runs/table2             # minutes on a laptop
-python -m experiments.reproduce --item=table2 --scale=paper --dry_run           # the commands, for a cluster
 python -m experiments.reproduce --item=table2 --scale=paper --workdir=runs/table2_paper \
     --set=data.path='c4/en/c4-train.*.json.gz' --set=data.eval_path='c4/en/c4-validation.*.json.gz' \
-    --set=data.tokenizer=t5.model
+    --set=data.tokenizer=t5.model                                               # --dry_run: the commands, for a cluster
 
 What an item trains, and the paper's numbers, stand in experiments/paper.py.
 """
 
 import shlex
+import sys
 from pathlib import Path
 
 import jax
 from absl import flags
 
 from experiments import cli, grid, paper, results, settings, spectra, studies
-from switchlora_jax import saved_run
+from switchlora_jax import glue, saved_run
 from switchlora_jax.errors import UserError
 
 ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
@@ -66,12 +66,37 @@ def distinct(config, arms: list[grid.Arm]) -> list[grid.Arm]:
   return list(kept.values())
 
 
-def commands(base: settings.Base, arms: list[grid.Arm]) -> list[str]:
-  """The command of every run, into the directory in which this command then finds it."""
-  cells = grid.sweep_cells(base, arms)
-  cells += [grid.make_cell(base, arm, None, n) for n in range(1, flags.FLAGS.seeds) for arm in arms]
-  folder = Path(flags.FLAGS.workdir or f"runs/{ITEM.value}") / "cells"
-  return [shlex.join(grid.command(base, cell, folder / cell.name)) for cell in cells]
+def dry_run(item: paper.Item, base: settings.Base, arms: list[grid.Arm]):
+  """Print the command of every run, into the directory in which this command then finds it, and what is to follow."""
+  first = grid.sweep_cells(base, arms)
+  more = [grid.make_cell(base, arm, None, n) for n in range(1, flags.FLAGS.seeds) for arm in arms]
+  workdir = Path(flags.FLAGS.workdir or f"runs/{ITEM.value}")
+  for cell in first + more:
+    print(shlex.join(grid.command(base, cell, workdir / "cells" / cell.name)))
+  if item.glue:
+    print(fine_tuning(first, workdir))
+
+
+def fine_tuning(cells: list[grid.Cell], workdir: Path) -> str:
+  """The command that fine-tunes on GLUE what the cells have trained, on rows no longer than theirs."""
+  models = [f"--model={workdir / 'cells' / cell.name}" for cell in cells]
+  shared = {
+    "task": ",".join(glue.TASKS),
+    "data": glue.HUB,
+    "seq_len": min(512, *(cell.config.seq_len for cell in cells)),  # the paper's, at most
+    "workdir": workdir / "glue",
+  }
+  words = [f"--{flag}={value}" for flag, value in (shared | paper.FINE_TUNING[SCALE.value]).items()]
+  return shlex.join([sys.executable, "-m", "experiments.finetune_glue", *models, *words])
+
+
+def tell_glue(item: paper.Item, ran: list[grid.Ran], workdir: Path):
+  """Print what the paper found on GLUE, and the command that fine-tunes the best run of each line."""
+  best = {}
+  for one in sorted(ran, key=lambda one: grid.read_loss(one, item.read_at)):
+    best.setdefault(one.cell.arm.label, one.cell)
+  print(f"\nthe paper's, after fine-tuning:\n\n{results.markdown(item.paper)}")
+  print(f"to fine-tune ours:\n\n{fine_tuning([best[line.label] for line in item.lines], workdir)}")
 
 
 def tell(item: paper.Item):
@@ -80,8 +105,8 @@ def tell(item: paper.Item):
     print(f"ours, from the configs:\n\n{results.markdown(item.facts())}")
   if item.paper:
     print(f"the paper's:\n\n{results.markdown(item.paper)}")
-  if item.missing:
-    print(f"nothing of ours: {item.missing}")
+  if item.used:
+    print(f"ours are the same: {item.used}")
 
 
 def main():
@@ -99,11 +124,13 @@ def main():
   base = paper.base(SCALE.value, keys)
   arms = arms_of(item, base, keys)
   if DRY_RUN.value:
-    print("\n".join(commands(base, arms)))
+    dry_run(item, base, arms)
     return
   options = settings.options() | {"read_at": item.read_at}
   ran = grid.run_grid(base, arms, **options)
   results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
+  if item.glue:
+    tell_glue(item, ran, options["workdir"])
   if item.spectra:
     spectra.conclude([saved_run.open_run(r.workdir) for r in ran], options["workdir"])
 

@@ -49,8 +49,8 @@ GLUE = {
     SwitchLoRA 1e-05 1e-05 1e-05 2e-06 5e-06""",
 }
 TRAINED = (
-  "table2", "table3", "table5", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8", "figure9",
-  "figure10", "figure11",
+  "table2", "table3", "table5", "table6", "table7", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8",
+  "figure9", "figure10", "figure11",
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_every_table_and_figure_is_there():
   tables, figures = range(1, 10), (2, 3, 4, 6, 7, 8, 9, 10, 11)
   assert list(ITEMS) == [*(f"table{n}" for n in tables), *(f"figure{n}" for n in figures)]
   for name, item in ITEMS.items():
-    ways = [bool(item.lines), bool(item.study), item.facts is not None, bool(item.missing)]
+    ways = [bool(item.lines), bool(item.study), item.facts is not None, bool(item.used)]
     assert sum(ways) == 1, name
     assert item.title and (name in TRAINED) == bool(item.lines or item.study)
 
@@ -84,6 +84,11 @@ def test_every_table_and_figure_is_there():
 def test_the_papers_numbers_of_what_is_trained():
   assert numbers("table2") == TABLE_2
   assert numbers("table3") == TABLE_3
+  galore, same = {("350M", "galore", 256): 21.61}, TABLE_2 | TABLE_3
+  switched = {"table6": ("350M", "switchlora", 256), "table7": ("1.3B", "switchlora", 512)}
+  for name, last in switched.items():
+    full = (last[0], "full", None)
+    assert numbers(name) == {full: same[full], last: same[last]} | (galore if name == "table6" else {})
   assert {line.paper for name in TRAINED if "figure" in name for line in ITEMS[name].lines} == {None}
   assert {line.paper for line in ITEMS["table5"].lines} == {number for pair in TABLE_5.values() for number in pair}
 
@@ -106,7 +111,7 @@ def test_the_papers_glue(name):
   rows = [line.split() for line in GLUE[name].strip().splitlines()]
   assert [[str(cell) for cell in row.values()] for row in ITEMS[name].paper] == rows
   assert {tuple(row) for row in ITEMS[name].paper} == {("", "CoLA", "STS-B", "MRPC", "RTE", "SST2")}
-  assert ITEMS[name].missing
+  assert ITEMS[name].glue == (name in ("table6", "table7")) != bool(ITEMS[name].used)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -143,22 +148,26 @@ def test_mini_is_an_eighth_of_the_width_and_a_quarter_of_the_depth():
     assert paper.MINI_SHAPES[size][0] / paper.MINI_SHAPES[size][3] % 2 == 0
 
 
-@pytest.mark.parametrize("name", ["table2", "table3"])
+PERPLEXITIES = ["table2", "table3", "table6", "table7"]
+
+
+@pytest.mark.parametrize("name", PERPLEXITIES)
 def test_perplexity_is_read_at_step_38_000_of_40_000(name):
   for config in configs(name, "paper").values():
     assert config.steps == 40_000 and grid.read_step(config, ITEMS[name].read_at) == 38_000
-  assert {ITEMS[other].read_at for other in TRAINED if other not in ("table2", "table3")} == {1.0}
+  assert {ITEMS[other].read_at for other in TRAINED if other not in PERPLEXITIES} == {1.0}
 
 
-@pytest.mark.parametrize("name", ["table2", "table3", "figure2", "figure3"])
+@pytest.mark.parametrize("name", [*PERPLEXITIES, "figure2", "figure3"])
 def test_section_4_1(name):
   lines = configs(name, "paper")
   batches = {row[0]: (row[4], row[6]) for row in TABLE_1}
   for line in ITEMS[name].lines:
     config = lines[line.label]
     assert (config.batch_size, config.seq_len) == batches[line.size]
-    assert config.learning_rate == {"full": 1e-3, "lora": 1e-2, "switchlora": 2e-2}[line.method]
-    assert (config.warmup_steps, config.min_lr_ratio, config.eval_every, config.eval_tokens) == (100, 0, 1000, 10**7)
+    assert config.learning_rate == {"full": 1e-3, "lora": 1e-2, "switchlora": 2e-2, "galore": 1e-2}[line.method]
+    assert config.min_lr_ratio == (0.1 if line.method == "galore" else 0) and config.galore.refresh_every == 200
+    assert (config.warmup_steps, config.eval_every, config.eval_tokens) == (100, 1000, 10**7)
     assert (config.switch.interval, config.switch.freeze_steps, config.switch.decay_point) == (40, 5, 0.1)
     assert config.switch.decay_to == 1 / 3 and config.warm_start_steps == 0
 

@@ -5,7 +5,7 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-from grids import command, imported
+from grids import command, fake_runs, imported
 from tiny import saved_run
 
 from experiments import children, grid, paper
@@ -52,11 +52,56 @@ def test_facts_are_printed_beside_the_papers(capsys, item, row):
   assert row in ours and ours == papers
 
 
-@pytest.mark.parametrize(("item", "row"), [("table6", "| GaLore | 40.23±2 |"), ("table9", "| full-rank | 8e-06 |")])
-def test_what_is_missing_says_so(capsys, item, row):
+@pytest.mark.parametrize(("item", "row"), [("table8", "| GaLore | 2e-06 |"), ("table9", "| SwitchLoRA | 1e-05 |")])
+def test_what_is_used_as_the_paper_has_it_says_by_what(capsys, item, row):
   text = said(capsys, f"--item={item}")
   assert row in text and "the paper's" in text
-  assert f"nothing of ours: {paper.ITEMS[item].missing}\n" in text
+  assert "\nours are the same: experiments.finetune_glue takes them by default for models nearer to " in text
+
+
+def fine_tuning(line: str) -> SimpleNamespace:
+  """What experiments.finetune_glue reads of a printed command."""
+  words = shlex.split(line)
+  assert words[1:3] == ["-m", "experiments.finetune_glue"]
+  with imported("finetune_glue", *words[3:]) as read:
+    names = ("MODEL", "TASK", "DATA", "SEEDS", "WORKDIR", "RATES", "EPOCHS", "SEQ_LEN", "ROWS")
+    return SimpleNamespace(**{name.lower(): getattr(read, name).value for name in names})
+
+
+@pytest.mark.parametrize("scale", paper.SCALES)
+def test_the_models_of_glue_are_trained_and_then_fine_tuned(capsys, scale):
+  """With several seeds, a dry run cannot know yet which is the best: it names the first of each line."""
+  text = said(capsys, "--item=table7", f"--scale={scale}", "--seeds=2", "--workdir=a b", "--dry_run")
+  *trained, last = text.splitlines()[1:]
+  workdirs = [shlex.split(line)[-1].removeprefix("--workdir=") for line in trained]
+  found = fine_tuning(last)
+  assert len(trained) == 4 and found.model == workdirs[:2] and "a b/cells/1.3B-full_lr=0.001_seed=0" in found.model
+  assert (found.task, found.data, found.workdir) == (["cola", "stsb", "mrpc", "rte", "sst2"], "hub", "a b/glue")
+  if scale == "paper":
+    assert (found.rates, found.epochs, found.seq_len, found.rows, found.seeds) == ([], 30, 512, None, 5)
+  else:
+    assert [float(rate) for rate in found.rates] == [1e-4, 3e-4, 1e-3]
+    assert (found.epochs, found.seq_len, found.rows, found.seeds) == (5, 128, 1000, 3)
+
+
+@pytest.mark.parametrize(("seq_len", "wanted"), [(64, 64), (1024, 512)])
+def test_no_row_is_longer_than_in_pre_training_or_in_the_paper(capsys, seq_len, wanted):
+  text = said(capsys, "--item=table6", f"--set=seq_len={seq_len}", "--dry_run")
+  assert fine_tuning(text.splitlines()[-1]).seq_len == wanted
+
+
+def test_the_best_run_of_each_line_is_fine_tuned(capsys, monkeypatch, tmp_path):
+  runs = fake_runs(monkeypatch)
+  names = [f"350M-{name}" for name in ("full_lr=0.001", "switchlora-rank-256_lr=0.02", "galore-rank-256_lr=0.01")]
+  best = [f"{name}_seed={seed}" for name, seed in zip(names, (1, 0, 1), strict=True)]
+  runs.losses.update({name: 2.0 for name in best} | {best[1]: 2.5})
+  text = said(capsys, "--item=table6", "--seeds=2", "--processes=1", f"--workdir={tmp_path}")
+  assert len(runs.started) == 6
+  ours, papers, last = re.fullmatch(
+    r"table6: .*?\n(\|.*)\n\nthe paper's, after fine-tuning:\n\n(.*)\nto fine-tune ours:\n\n(.*)\n", text, re.S
+  ).groups()
+  assert re.search(r"\| 350M, galore, rank 256 \| .* \| 21\.61 \|", ours) and "| GaLore | 40.23±2 |" in papers
+  assert fine_tuning(last).model == [str(tmp_path / "cells" / name) for name in best]
 
 
 @pytest.mark.parametrize("scale", paper.SCALES)
