@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import cli, grid, paper, results, settings, spectra, studies
 from switchlora_jax import glue, saved_run
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import UserError, to_stderr
 
 ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", paper.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
@@ -66,6 +66,16 @@ def distinct(config, arms: list[grid.Arm]) -> list[grid.Arm]:
   return list(kept.values())
 
 
+def missing_data(config) -> str | None:
+  """What to add to the command where its runs want a text and none is named; else None."""
+  if config.data.source == "docs" or config.data.path:
+    return None
+  return (
+    f"data.path is empty, and data.source (={config.data.source}) wants a text; add --set=data.path='c4/*.json.gz', or "
+    "--set=data.source=prepared --set=data.path=FOLDER, of experiments.prepare_data, if all lines have its seq_len"
+  )
+
+
 def dry_run(item: paper.Item, base: settings.Base, arms: list[grid.Arm]):
   """Print the command of every run, into the directory in which this command then finds it, and what is to follow."""
   first = grid.sweep_cells(base, arms)
@@ -75,6 +85,8 @@ def dry_run(item: paper.Item, base: settings.Base, arms: list[grid.Arm]):
     print(shlex.join(grid.command(base, cell, workdir / "cells" / cell.name)))
   if item.glue:
     print(fine_tuning(first, workdir))
+  if missing := missing_data(base.config):
+    to_stderr(f"these commands cannot run: {missing}")
 
 
 def fine_tuning(cells: list[grid.Cell], workdir: Path) -> str:
@@ -126,6 +138,8 @@ def main():
   if DRY_RUN.value:
     dry_run(item, base, arms)
     return
+  if missing := missing_data(base.config):
+    raise UserError(missing)
   options = settings.options() | {"read_at": item.read_at}
   ran = grid.run_grid(base, arms, **options)
   results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")

@@ -104,6 +104,27 @@ def test_the_best_run_of_each_line_is_fine_tuned(capsys, monkeypatch, tmp_path):
   assert fine_tuning(last).model == [str(tmp_path / "cells" / name) for name in best]
 
 
+@pytest.mark.parametrize("flags", [["--scale=paper"], ["--set=data.source=stream"], ["--set=data.source=prepared"]])
+def test_where_no_text_is_named_it_says_what_to_add(capsys, tmp_path, flags):
+  """A dry run prints its commands nevertheless; else it ends before anything is run."""
+  flags = ["--item=table3", f"--workdir={tmp_path / 'grid'}", *flags]
+  with imported("reproduce", *flags, "--dry_run") as reproduce:
+    reproduce.main()
+  printed, sentence = capsys.readouterr()
+  assert printed.count("experiments.pretrain") == 3
+  assert re.search(r"data\.path is empty.* add --set=data\.path=.* --set=data\.source=prepared --set=data", sentence)
+  with imported("reproduce", *flags) as reproduce, pytest.raises(UserError, match=r"data\.path is empty") as caught:
+    reproduce.main()
+  assert str(caught.value) in sentence and not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--scale=paper", "--set=data.path=c4/*"]])
+def test_where_there_is_a_text_a_dry_run_asks_for_none(capsys, flags):
+  with imported("reproduce", "--item=table3", *flags, "--dry_run") as reproduce:
+    reproduce.main()
+  assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("scale", paper.SCALES)
 def test_a_dry_run_prints_a_command_for_every_cell_and_runs_nothing(capsys, monkeypatch, tmp_path, scale):
   monkeypatch.setattr(grid, "run_grid", None)
@@ -181,7 +202,8 @@ def test_mistakes_are_sentences_before_anything_is_run(tmp_path, flags, sentence
 
 def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
   found = {}
-  flags = ["--item=table3", "--seeds=2", "--processes=1", f"--workdir={tmp_path}", "--set=data.source=text"]
+  flags = ["--item=table3", "--seeds=2", "--processes=1", f"--workdir={tmp_path}"]
+  flags += ["--set=data.source=text", "--set=data.path=books/*"]
   with imported("reproduce", *flags) as reproduce:
     monkeypatch.setattr(
       reproduce.grid, "run_grid", lambda base, arms, **options: found.update(base=base, arms=arms) or []
