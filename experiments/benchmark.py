@@ -1,5 +1,8 @@
 """Time whole training steps of each method against full rank, in one run, in turns; medians and ratios.
 
+Beside the times stand the optimizer's bytes and the peak of memory, both relative to full rank. The peak is what the
+compiler of the timed device says: a GPU's is to be had without one by --memory, which cannot time anything.
+
 python -m experiments.benchmark                      # the 350M shape cut to 2 layers, vocabulary 2,048
 python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
 python -m experiments.benchmark --config=configs/llama_tiny.py --methods=full,switchlora
@@ -111,13 +114,19 @@ def time_in_turns(calls: dict, what: str) -> dict:
   return seconds
 
 
-def stepper(program, rows):
-  """A call that runs one more training step; its state starts from step 0, where switching is busiest."""
+def compiled(program: Program, mesh):
+  """The training step of a program, compiled for a mesh, real or not."""
+  rows = jax.ShapeDtypeStruct((batch_size(), CONFIG.value.seq_len), jnp.int32, sharding=by_rows(mesh))
+  return program.step.lower(program.abstract, rows).compile()
+
+
+def stepper(program: Program, step, rows):
+  """A call that runs one more of a program's compiled steps; its state starts from 0, where switching is busiest."""
   state = program.create()
 
   def call():
     nonlocal state
-    state, numbers = program.step(state, program.place(rows))
+    state, numbers = step(state, program.place(rows))
     return numbers
 
   return call
@@ -142,19 +151,23 @@ def switcher(case: Case, step: int):
 
 
 def benchmark(vocabulary: int) -> list[dict]:
-  """One row a program: seconds of its step (median), ratios to full rank of time and of operations. One device."""
+  """One row a program: seconds of its step (median), and all else as a ratio to full rank. One device."""
   mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
   cases = cases_of(vocabulary, mesh)
   shape = (batch_size(), CONFIG.value.seq_len)
   rows = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
   with jax.set_mesh(mesh):
-    calls = {name: stepper(case.program, rows) for name, case in cases.items()}
+    steps = {name: compiled(case.program, mesh) for name, case in cases.items()}
+    calls = {name: stepper(case.program, steps[name], rows) for name, case in cases.items()}
     for (name, rank), case in cases.items():
       if name == "switchlora":
         calls["switching alone, first steps", rank] = switcher(case, 0)
         calls["switching alone, last steps", rank] = switcher(case, case.config.steps)
     seconds = time_in_turns(calls, f"vocabulary {vocabulary}")
     work = {name: cost.operations(case.program.step, case.program.abstract, rows) for name, case in cases.items()}
+  optimizer = {name: bytes_of(case.program.abstract.opt_state) for name, case in cases.items()}
+  peak = {name: cost.memory(step)["peak"] for name, step in steps.items()}
+  relative = {"operations_ratio": work, "optimizer_ratio": optimizer, "peak_ratio": peak}
   return [
     {
       "vocabulary": vocabulary,
@@ -163,24 +176,22 @@ def benchmark(vocabulary: int) -> list[dict]:
       "dtype": cases[name].config.dtype if name in cases else None,
       "seconds": statistics.median(times),
       "time_ratio": statistics.median(a / b for a, b in zip(times, seconds[full], strict=True)),
-      "operations_ratio": work[name] / work[full] if name in work else None,
     }
+    | {key: found[name] / found[full] if name in found else None for key, found in relative.items()}
     for name, times in seconds.items()
   ]
 
 
 def memory(vocabulary: int) -> list[dict]:
-  """One row a program: bytes of its compiled step, and of its optimizer's state within the arguments."""
+  """One row a program: bytes of its compiled step and, within its arguments, of its optimizer; ratios to full rank."""
   topology.without_gpus()
   mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(jax.devices()[:1]), "XLA for this machine's CPU")
-  shape = (batch_size(), CONFIG.value.seq_len)
-  tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_rows(mesh))
   results = []
   for (name, rank), case in cases_of(vocabulary, mesh).items():
-    program = case.program
-    compiled = program.step.lower(program.abstract, tokens).compile()
     row = {"vocabulary": vocabulary, "program": name, "rank": rank, "dtype": case.config.dtype, "compiler": compiler}
-    results.append(row | {"optimizer": bytes_of(program.abstract.opt_state)} | cost.memory(compiled))
+    row |= {"optimizer": bytes_of(case.program.abstract.opt_state)} | cost.memory(compiled(case.program, mesh))
+    full = results[0] if results else row
+    results.append(row | {f"{key}_ratio": row[key] / full[key] for key in ("optimizer", "peak")})
   return results
 
 

@@ -38,7 +38,12 @@ def test_times_and_operations_of_each_program(tmp_path):
   operations = {name: row["operations_ratio"] for name, row in rows.items()}
   assert 0 < operations["two products"] < operations["switchlora"] < 1
   assert operations["galore refreshing"] == operations["galore"] > 1  # a decomposition is no matrix product
-  assert operations[alone[0]] is operations[alone[1]] is None
+  optimizer = {name: row["optimizer_ratio"] for name, row in rows.items()}
+  assert optimizer["two products"] == optimizer["switchlora"] < optimizer["full"] == 1
+  peak = {name: row["peak_ratio"] for name, row in rows.items()}
+  assert peak["switchlora"] > peak["two products"] > 0 and peak["full"] == 1
+  for ratios in (operations, optimizer, peak):
+    assert ratios[alone[0]] is ratios[alone[1]] is None
   assert printed.startswith("layers: 1, tokens a step: 2 × 16, one ")
   assert {row["dtype"] for name, row in rows.items() if name not in alone} == {"float32"}
   assert "time_ratio" in printed and "galore refreshing" in printed
@@ -49,6 +54,8 @@ def test_memory_with_and_without_switching(tmp_path):
   assert list(rows) == ["full", "lora", "switchlora"]
   assert rows["switchlora"]["arguments"] > rows["lora"]["arguments"] > 0
   assert rows["switchlora"]["optimizer"] == rows["lora"]["optimizer"] < rows["full"]["optimizer"]
+  for key in ("optimizer", "peak"):
+    assert all(row[f"{key}_ratio"] == row[key] / rows["full"][key] for row in rows.values())
   assert "compiled only" in printed and " MiB" in printed
 
 
