@@ -57,7 +57,7 @@ class Source:
     if wrong:
       raise UserError(
         f"the model of --config.warm_start_from={config.warm_start_from} has other sizes than this one"
-        f"{_first_difference(self._other.weights(), _plain(program))}; "
+        f"{_first_difference(self._other.shapes(), _shapes(program))}; "
         f"set {' '.join(f'--config.model.{name}={there}' for name, there in wrong.items())}"
       )
 
@@ -75,7 +75,7 @@ class Source:
     return _convert(*self._other.read(), self._program)
 
 
-def _plain(program: Program) -> dict:
+def _shapes(program: Program) -> dict:
   """The plain weights of a program, as ShapeDtypeStructs."""
   state = program.abstract
   return jax.eval_shape(partial(weights.merged, scale=program.scale), state.params, state.frozen)
@@ -102,7 +102,7 @@ class _Folder:
       )
     self.directory, self.sizes = directory, self._folder.sizes
 
-  def weights(self) -> dict:
+  def shapes(self) -> dict:
     """Its plain weights, as ShapeDtypeStructs."""
     return huggingface.shapes(self.sizes)
 
@@ -129,9 +129,9 @@ class _Run:
     self.sizes = saved["config"]["model"]
     self._programs = phases(FrozenConfigDict(here | saved["config"] | layout), mesh)
 
-  def weights(self) -> dict:
+  def shapes(self) -> dict:
     """Its plain weights, as ShapeDtypeStructs."""
-    return _plain(self._programs[-1])
+    return _shapes(self._programs[-1])
 
   def read(self):
     """(params, frozen, scale of adapters) of the newest checkpoint."""
