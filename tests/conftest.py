@@ -3,9 +3,9 @@
 import gc
 import os
 
-# Compiling takes most of the time of tests; without fusion emitters a quarter less. As they are not there to keep a
-# sum's products rounded alike in every program, AVX does, which has no fused multiply-add. JAX reads both when it
-# starts, as do the processes that tests start.
+# Compiling takes most of the time of tests; without fusion emitters a quarter less. But then a product and a sum are
+# rounded as one in some programs and not in others, which AVX rules out: it has no such instruction. JAX reads both
+# when it starts, as do the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
 
