@@ -9,7 +9,8 @@ The outputs are those of experiments.compare: table.md, results.json, curves.png
 import jax
 from absl import flags
 
-from experiments import cli, grid, results, settings, studies
+from experiments.common import cli, grid, results, settings
+from experiments.paper import studies
 from switchlora_jax.errors import UserError
 
 CONFIG = cli.define_config()

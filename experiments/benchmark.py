@@ -7,7 +7,7 @@ python -m experiments.benchmark                      # the 350M shape cut to 2 l
 python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
 python -m experiments.benchmark --config=configs/llama_tiny.py --methods=full,switchlora
 python -m experiments.benchmark --memory --config.model.num_layers=24
-                                 # compile only; on the GPU compiler if it is installed, see switchlora_jax/topology.py
+                                 # compile only; on the GPU compiler if it is installed, see planning/topology.py
 """
 
 import json
@@ -22,17 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import cli
-from switchlora_jax import cost, topology
+from experiments.common import cli
 from switchlora_jax.config import resolve
-from switchlora_jax.dense import LoRADense
 from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import LoRADense
 from switchlora_jax.methods import METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
-from switchlora_jax.metrics import progress_bar
-from switchlora_jax.program import Program, assemble
-from switchlora_jax.report import bytes_of
-from switchlora_jax.sharding import by_rows, make_mesh
+from switchlora_jax.parallel.sharding import by_rows, make_mesh
+from switchlora_jax.planning import cost, topology
+from switchlora_jax.training.metrics import progress_bar
+from switchlora_jax.training.phases import Phase, assemble_phase
+from switchlora_jax.training.report import bytes_of
 
 TWO_PRODUCTS, REFRESH = "two products", "galore refreshing"
 PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
@@ -65,7 +65,7 @@ class Case(NamedTuple):
 
   config: Any
   method: Method
-  program: Program
+  phase: Phase
 
 
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
@@ -81,7 +81,7 @@ def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:
     method = method._replace(dense=lora.layer(config, TwoProductDense))
-  return Case(config, method, assemble(config, method, mesh))
+  return Case(config, method, assemble_phase(config, method, mesh))
 
 
 def batch_size() -> int:
@@ -114,19 +114,19 @@ def time_in_turns(calls: dict, what: str) -> dict:
   return seconds
 
 
-def compiled(program: Program, mesh):
+def compiled(phase: Phase, mesh):
   """The training step of a program, compiled for a mesh, real or not."""
   rows = jax.ShapeDtypeStruct((batch_size(), CONFIG.value.seq_len), jnp.int32, sharding=by_rows(mesh))
-  return program.step.lower(program.abstract, rows).compile()
+  return phase.step.lower(phase.abstract, rows).compile()
 
 
-def stepper(program: Program, step, rows):
+def stepper(phase: Phase, step, rows):
   """A call that runs one more of a program's compiled steps; its state starts from 0, where switching is busiest."""
-  state = program.create()
+  state = phase.create()
 
   def call():
     nonlocal state
-    state, numbers = step(state, program.place(rows))
+    state, numbers = step(state, phase.shard_batch(rows))
     return numbers
 
   return call
@@ -136,10 +136,10 @@ def switcher(case: Case, step: int):
   """A call that runs the switching of one step by itself, from `step` of the schedule on."""
 
   def adjust(state):
-    adjusted = case.method.adjust(state, False)
+    adjusted = case.method.before_update(state, False)
     return adjusted.state._replace(step=state.step + 1), adjusted.masks
 
-  state = case.program.create()._replace(step=jnp.int32(step))
+  state = case.phase.create()._replace(step=jnp.int32(step))
   jitted = jax.jit(adjust, donate_argnums=0)
 
   def call():
@@ -157,15 +157,15 @@ def benchmark(vocabulary: int) -> list[dict]:
   shape = (batch_size(), CONFIG.value.seq_len)
   rows = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
   with jax.set_mesh(mesh):
-    steps = {name: compiled(case.program, mesh) for name, case in cases.items()}
-    calls = {name: stepper(case.program, steps[name], rows) for name, case in cases.items()}
+    steps = {name: compiled(case.phase, mesh) for name, case in cases.items()}
+    calls = {name: stepper(case.phase, steps[name], rows) for name, case in cases.items()}
     for (name, rank), case in cases.items():
       if name == "switchlora":
         calls["switching alone, first steps", rank] = switcher(case, 0)
         calls["switching alone, last steps", rank] = switcher(case, case.config.steps)
     seconds = time_in_turns(calls, f"vocabulary {vocabulary}")
-    work = {name: cost.operations(case.program.step, case.program.abstract, rows) for name, case in cases.items()}
-  optimizer = {name: bytes_of(case.program.abstract.opt_state) for name, case in cases.items()}
+    work = {name: cost.operations(case.phase.step, case.phase.abstract, rows) for name, case in cases.items()}
+  optimizer = {name: bytes_of(case.phase.abstract.opt_state) for name, case in cases.items()}
   peak = {name: cost.memory(step)["peak"] for name, step in steps.items()}
   relative = {"operations_ratio": work, "optimizer_ratio": optimizer, "peak_ratio": peak}
   return [
@@ -189,7 +189,7 @@ def memory(vocabulary: int) -> list[dict]:
   results = []
   for (name, rank), case in cases_of(vocabulary, mesh).items():
     row = {"vocabulary": vocabulary, "program": name, "rank": rank, "dtype": case.config.dtype, "compiler": compiler}
-    row |= {"optimizer": bytes_of(case.program.abstract.opt_state)} | cost.memory(compiled(case.program, mesh))
+    row |= {"optimizer": bytes_of(case.phase.abstract.opt_state)} | cost.memory(compiled(case.phase, mesh))
     full = results[0] if results else row
     results.append(row | {f"{key}_ratio": row[key] / full[key] for key in ("optimizer", "peak")})
   return results

@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
-from switchlora_jax import batches, corpus, packing, preparation, rows, tokenizer
+from experiments.common import cli
+from switchlora_jax.data import batches, corpus, packing, preparation, shards, tokenizer
 from switchlora_jax.errors import UserError
 
 PATH = flags.DEFINE_string("path", "", "glob of plain text, JSON lines or Parquet files, each also compressed")
@@ -55,24 +55,24 @@ def time_tokenizer(model, texts: list[str]):
     show(f"SentencePiece, {'one thread' if threads == 1 else 'all cores'}", tokens, watch)
 
 
-def time_preparation(folder: Path, parts: packing.Parts, seq_len: int) -> rows.Rows:
+def time_preparation(folder: Path, parts: packing.Parts, seq_len: int) -> shards.Rows:
   """All of it, from compressed files to rows with checksums; the rows."""
   request = preparation.Request([], TOKENIZER.value, seq_len)
   watch = Stopwatch()
   manifest = preparation.prepare(folder, request, lambda: corpus.Corpus(parts, None), wait=False, progress=False)
   show(f"preparation, rows of {seq_len}", manifest["train"]["tokens"], watch)
-  return rows.open_rows(folder, manifest["train"])
+  return shards.open_rows(folder, manifest["train"])
 
 
-def in_shards(found: rows.Rows, folder: Path) -> rows.Rows:
+def in_shards(found: shards.Rows, folder: Path) -> shards.Rows:
   """The same rows in as many files as a large corpus has."""
   each = max(1, len(found) // SHARDS.value)
   parts = [np.asarray(found[start : start + each]) for start in range(0, len(found), each)]
-  shards = [rows.write_shard(folder / f"shard-{number}.npy", part) for number, part in enumerate(parts)]
-  return rows.open_rows(folder, {"shards": shards, "rows": len(found)})
+  written = [shards.write_shard(folder / f"shard-{number}.npy", part) for number, part in enumerate(parts)]
+  return shards.open_rows(folder, {"shards": written, "rows": len(found)})
 
 
-def time_batches(found: rows.Rows, batch_size: int):
+def time_batches(found: shards.Rows, batch_size: int):
   """Batches of steps one after another, as the trainer draws them."""
   steps = max(3, DRAWN // (batch_size * found.shape[1]))
   draw = lambda step: batches.batch(found, seed=0, step=step, batch_size=batch_size)[:]

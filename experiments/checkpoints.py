@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import cli, save_cost
-from switchlora_jax import manifest, run_directory
+from experiments.common import cli, save_cost
 from switchlora_jax.errors import UserError
+from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs import manifest
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
 COST = flags.DEFINE_bool("cost", False, "save the newest good state again, and print which share the checksums take")

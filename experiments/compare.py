@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, grid, results, settings
+from experiments.common import cli, grid, results, settings
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, keys_for
 
@@ -87,9 +87,9 @@ def step_times(base: settings.Base, workdir: Path) -> dict[str, float]:
     sys.stderr.write(f"no step times: the benchmark ended with exit code {code}, see above; all else is written\n")
     return {}
   ratios = {(row["program"], row["rank"]): row["time_ratio"] for row in json.loads(out.read_text())}
-  for (program, rank), ratio in ratios.items():
-    if program == "galore":
-      ratios[program, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
+  for (phase, rank), ratio in ratios.items():
+    if phase == "galore":
+      ratios[phase, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
   return {name if name == "full" else f"{name}, rank {rank}": ratio for (name, rank), ratio in ratios.items()}
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from absl import flags
 from matplotlib import pyplot as plt
 
-from experiments import cli
-from switchlora_jax.drift import Setting, drifts
+from experiments.common import cli
+from switchlora_jax.analysis.drift import Setting, drifts
 from switchlora_jax.errors import UserError
-from switchlora_jax.switching import SwitchSchedule
+from switchlora_jax.lowrank.switching import SwitchSchedule
 
 SWITCHES = flags.DEFINE_integer("switches", 4000, "steps with one switch each; a run has 10 times as many steps")
 SIZE = flags.DEFINE_integer("size", 256, "inputs and outputs of the layer", lower_bound=8, upper_bound=2**14)

@@ -13,15 +13,16 @@ import jax
 from absl import flags
 
 from configs.base import get_config
-from experiments import cli
-from switchlora_jax import corpus, dataset, preparation, saved_run
-from switchlora_jax import rows as packed
-from switchlora_jax.config import flatten
+from experiments.common import cli
+from switchlora_jax.data import corpus, dataset, preparation
+from switchlora_jax.data import shards as packed
 from switchlora_jax.errors import UserError
-from switchlora_jax.evaluation import first, validate
-from switchlora_jax.run_directory import replace_text
-from switchlora_jax.saved_run import SavedRun
-from switchlora_jax.sharding import make_mesh
+from switchlora_jax.interop import saved_run
+from switchlora_jax.interop.saved_run import SavedRun
+from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.runs.directory import flatten
+from switchlora_jax.runs.files import replace_text
+from switchlora_jax.training.evaluation import first, validate
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of a checkpoint; the newest that is not damaged by default")
@@ -127,11 +128,11 @@ def measure(run: SavedRun, text: Text) -> dict:
   """Everything that is said of a checkpoint and a text, as plain values."""
   config, devices = run.config, jax.device_count()
   mesh = make_mesh(fsdp=math.gcd(config.sharding.fsdp, devices))
-  program, state = saved_run.restore(run, CHECKPOINT.value, mesh)
+  phase, state = saved_run.restore(run, CHECKPOINT.value, mesh)
   # Each device takes as many rows at once as in training: the numbers are the same, to the bit, on any number of them.
   share = max(1, config.batch_size // (config.accumulation * run.devices))
   with jax.set_mesh(mesh):
-    numbers = validate(program, state, text.rows, share * devices, text.bytes_per_token)
+    numbers = validate(phase, state, text.rows, share * devices, text.bytes_per_token)
   rows, seq_len = text.rows.shape
   sizes = {"rows": rows, "tokens": rows * seq_len, "bytes": round(rows * seq_len * text.bytes_per_token)}
   names = {"run": str(run.directory), "method": config.method, "step": int(state.step)}

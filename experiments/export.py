@@ -11,9 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
-from switchlora_jax import export
+from experiments.common import cli
 from switchlora_jax.errors import UserError
+from switchlora_jax.interop import export
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
 OUT = flags.DEFINE_string("out", None, "folder to write; it must be new, empty or an earlier export")

@@ -21,14 +21,17 @@ from typing import NamedTuple
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import cli, glue_table, settings
-from experiments.paper import ITEMS
-from experiments.results import at_edge
-from switchlora_jax import classifier, examples, glue, pretrained, run_directory
+from experiments.common import cli, glue_table, settings
+from experiments.common.results import at_edge
+from experiments.paper.items import ITEMS
+from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
-from switchlora_jax.metrics import progress_bar
-from switchlora_jax.report import parameter_count
-from switchlora_jax.tokenizer import load_tokenizer
+from switchlora_jax.glue import classifier, examples
+from switchlora_jax.glue import tasks as glue
+from switchlora_jax.interop import pretrained
+from switchlora_jax.runs.files import replace_text
+from switchlora_jax.training.metrics import progress_bar
+from switchlora_jax.training.report import parameter_count
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +152,7 @@ def run(trial: Trial, rate: float, seed: int) -> dict:
   folder.mkdir(parents=True, exist_ok=True)
   start = time.perf_counter()
   result = wanted | fit(trial, folder, rate, seed) | {"seconds": time.perf_counter() - start}
-  run_directory.replace_text(path, json.dumps(result, indent=1) + "\n")
+  replace_text(path, json.dumps(result, indent=1) + "\n")
   return result
 
 
@@ -180,7 +183,7 @@ def write_answers(path: Path, task: glue.Task, answered, labels):
   """A line for each dev row, in their order: its number, the answer, the label."""
   show = (lambda x: task.classes[x]) if task.classes else (lambda x: f"{x:.3f}")
   lines = [f"{i}\t{show(a)}\t{show(b)}" for i, (a, b) in enumerate(zip(answered, labels, strict=True))]
-  run_directory.replace_text(path, "\n".join(["index\tprediction\tlabel", *lines]) + "\n")
+  replace_text(path, "\n".join(["index\tprediction\tlabel", *lines]) + "\n")
 
 
 # All of them.
@@ -218,9 +221,9 @@ def main():
       trial = Trial(model, task, train, dev, workdir / model.name / name)
       warn_of_length(trial)
       rows.append(compare(trial, rates or [paper_rate(model, task)]))
-      run_directory.replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
+      replace_text(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
       table = glue_table.tables(rows)
-      run_directory.replace_text(workdir / "table.md", table)
+      replace_text(workdir / "table.md", table)
   print(f"\n{table}\nwritten to {workdir}: table.md, results.json; a folder for each model and task")
 
 

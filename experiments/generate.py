@@ -7,19 +7,17 @@ python -m experiments.generate --model=exports/tiny --prompt="This function retu
 import contextlib
 import itertools
 import sys
-from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 from absl import flags
 
-from experiments import cli
-from switchlora_jax import pretrained
+from experiments.common import cli
+from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
-from switchlora_jax.generation import Sampling, generate, text_as_it_comes
-from switchlora_jax.llama import LLaMA
-from switchlora_jax.tokenizer import load_tokenizer
+from switchlora_jax.interop import pretrained
+from switchlora_jax.models import make_model
+from switchlora_jax.models.generation import Sampling, generate, text_as_it_comes
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir; its newest checkpoint is read")
 MODEL = flags.DEFINE_string("model", None, "in place of --run, a Hugging Face LLaMA folder")
@@ -90,7 +88,7 @@ def main():
   tokenizer = load_tokenizer(model.tokenizer)
   prompt = [*model.prefix, *encode(tokenizer, PROMPT.value)]
   new_tokens = room(prompt, model.seq_len)
-  llama = LLaMA(**model.sizes, dense=partial(nn.Dense, use_bias=False))
+  llama = make_model(model.sizes)
   variables = {"params": jax.device_put(model.weights)}
   draws = dict(pieces=tokenizer.get_piece_size(), sampling=sampling, seed=SEED.value)
   new = generate(llama, variables, prompt, new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)

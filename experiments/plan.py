@@ -16,15 +16,15 @@ import jax
 from absl import flags
 from ml_collections import FrozenConfigDict
 
-from experiments import cli
-from switchlora_jax import planner, topology
-from switchlora_jax.collectives import KINDS
+from experiments.common import cli
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, keys_for
-from switchlora_jax.planner import Estimate, Plan
-from switchlora_jax.program import phases
-from switchlora_jax.sharding import make_mesh
+from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.planning import planner, topology
+from switchlora_jax.planning.collectives import KINDS
+from switchlora_jax.planning.planner import Estimate, Plan
+from switchlora_jax.training.phases import build_phases
 
 CONFIG = cli.define_config("llama_350m")
 flags.declare_key_flag("config")
@@ -120,8 +120,8 @@ def compiled(name: str, where: Machine, config, phase: int) -> Plan:
   """The plan of one phase of a config; says how long it took."""
   rows = config.batch_size // (where.mesh.size * config.accumulation)
   print(f"compiling {name}, micro-batch {rows} × {config.seq_len} …", file=sys.stderr, flush=True)
-  program, on_cpus = (phases(config, mesh)[phase] for mesh in (where.mesh, where.cpus))
-  plan = planner.plan(program, config, where.mesh, planner.host_bytes(on_cpus.abstract))
+  phase, on_cpus = (build_phases(config, mesh)[phase] for mesh in (where.mesh, where.cpus))
+  plan = planner.plan(phase, config, where.mesh, planner.host_bytes(on_cpus.abstract))
   print(f"  {plan.seconds:.1f} s, peak {mib(plan.peak)}", file=sys.stderr, flush=True)
   return plan
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli
-from switchlora_jax import corpus, dataset, preparation, report, tokenizer
+from experiments.common import cli
+from switchlora_jax.data import corpus, dataset, preparation, tokenizer
 from switchlora_jax.errors import UserError
+from switchlora_jax.training import report
 
 SOURCE = flags.DEFINE_string("source", "text", "text (--path), c4, or hub:NAME[:SUBSET] (a dataset of the hub)")
 PATH = flags.DEFINE_string(

@@ -12,12 +12,15 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, distributed
-from switchlora_jax import hosts, report, run_directory, trainer
-from switchlora_jax.config import flatten, resolve
+from experiments.common import cli, distributed
+from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-from switchlora_jax.program import phases
-from switchlora_jax.sharding import make_mesh
+from switchlora_jax.parallel import processes
+from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs.directory import flatten
+from switchlora_jax.training import report, trainer
+from switchlora_jax.training.phases import build_phases
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")  # shown by --help
@@ -30,17 +33,17 @@ flags.adopt_module_key_flags(distributed)
 def main():
   """Check, then describe or train and conclude."""
   distributed.join()
-  config, workdir = hosts.everywhere(check)
-  hosts.check_same(what_must_agree(config, workdir))
+  config, workdir = processes.on_all_processes(check)
+  processes.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
   if DRY_RUN.value:
-    hosts.say(
-      report.describe(config, *(program.abstract for program in phases(config, make_mesh(fsdp=config.sharding.fsdp))))
+    processes.print_once(
+      report.describe(config, *(phase.abstract for phase in build_phases(config, make_mesh(fsdp=config.sharding.fsdp))))
     )
     return
   outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout)
-  hosts.say(report.conclude(config, workdir, outcome))
-  hosts.say(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
+  processes.print_once(report.conclude(config, workdir, outcome))
+  processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 
 
 def check():

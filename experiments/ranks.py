@@ -7,9 +7,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, spectra
-from switchlora_jax import saved_run
+from experiments.common import cli, spectra
 from switchlora_jax.errors import UserError
+from switchlora_jax.interop import saved_run
 
 RUN = flags.DEFINE_multi_string("run", [], "directory of a run: its --workdir; repeat for several")
 OUT = flags.DEFINE_string("out", "runs/ranks", "directory for ranks.json, weights.png and learnt.png; created")

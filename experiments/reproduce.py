@@ -5,7 +5,7 @@ python -m experiments.reproduce --item=table2 --scale=paper --workdir=runs/table
     --set=data.path='c4/en/c4-train.*.json.gz' --set=data.eval_path='c4/en/c4-validation.*.json.gz' \
     --set=data.tokenizer=t5.model                                               # --dry_run: the commands, for a cluster
 
-What an item trains, and the paper's numbers, stand in experiments/paper.py.
+What an item trains, and the paper's numbers, stand in experiments/paper/items.py.
 """
 
 import shlex
@@ -15,12 +15,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import cli, grid, paper, results, settings, spectra, studies
-from switchlora_jax import glue, saved_run
+from experiments.common import cli, grid, results, settings, spectra
+from experiments.paper import items, studies
 from switchlora_jax.errors import UserError, to_stderr
+from switchlora_jax.glue import tasks as glue
+from switchlora_jax.interop import saved_run
 
-ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(paper.ITEMS)}")
-SCALE = flags.DEFINE_enum("scale", "mini", paper.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
+ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(items.ITEMS)}")
+SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: change a key of the config for every run; repeat for several")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of every run, and run nothing")
 settings.define_flags(seeds=1)
@@ -28,28 +30,28 @@ settings.define_flags(seeds=1)
 
 def changed_keys() -> dict:
   """What --set says, with the types that the config has; it may not make a line another than it is called."""
-  config, keys = paper.base(SCALE.value).config, {}
+  config, keys = items.base(SCALE.value).config, {}
   for text in SET.value:
     key, equals, value = text.partition("=")
     if not equals:
       raise UserError(f"--set={text} must be KEY=VALUE, say --set=data.path='c4/*.json.gz'")
     keys[key] = settings.parse_value(config, key, value)
-  if fixed := sorted(keys.keys() & {"method", "rank", *paper.SHAPE}):
+  if fixed := sorted(keys.keys() & {"method", "rank", *items.SHAPE}):
     raise UserError(f"--set={fixed[0]} would change what the lines are; for that use experiments.compare or .ablate")
   return keys
 
 
-def arms_of(item: paper.Item, base: settings.Base, keys: dict) -> list[grid.Arm]:
+def arms_of(item: items.Item, base: settings.Base, keys: dict) -> list[grid.Arm]:
   """What is trained for an item; `keys`, from --set, go before what its lines set."""
   if not item.study:
-    lines = [paper.arm(line, SCALE.value) for line in item.lines]
+    lines = [items.arm(line, SCALE.value) for line in item.lines]
     arms = [arm._replace(overrides=arm.overrides | keys) for arm in lines]
     if len({frozenset(arm.overrides.items()) for arm in arms}) < len(arms):
       raise UserError(f"--set={','.join(keys)} makes two lines the same run; leave out what tells them apart")
     return arms
   batch = {"batch_size": 128} if SCALE.value == "paper" else {}  # Appendix B
   rank = 128 if SCALE.value == "paper" else 16
-  shared = paper.size_keys("130M", SCALE.value) | batch | {"rank": rank} | keys
+  shared = items.size_keys("130M", SCALE.value) | batch | {"rank": rank} | keys
   config = base.config.copy_and_resolve_references()
   settings.update(config, shared)
   found = [arm for name in item.study.split(",") for arm in studies.arms(name, config)]
@@ -76,7 +78,7 @@ def missing_data(config) -> str | None:
   )
 
 
-def dry_run(item: paper.Item, base: settings.Base, arms: list[grid.Arm]):
+def dry_run(item: items.Item, base: settings.Base, arms: list[grid.Arm]):
   """Print the command of every run, into the directory in which this command then finds it, and what is to follow."""
   first = grid.sweep_cells(base, arms)
   more = [grid.make_cell(base, arm, None, n) for n in range(1, flags.FLAGS.seeds) for arm in arms]
@@ -98,11 +100,11 @@ def fine_tuning(cells: list[grid.Cell], workdir: Path) -> str:
     "seq_len": min(512, *(cell.config.seq_len for cell in cells)),  # the paper's, at most
     "workdir": workdir / "glue",
   }
-  words = [f"--{flag}={value}" for flag, value in (shared | paper.FINE_TUNING[SCALE.value]).items()]
+  words = [f"--{flag}={value}" for flag, value in (shared | items.FINE_TUNING[SCALE.value]).items()]
   return shlex.join([sys.executable, "-m", "experiments.finetune_glue", *models, *words])
 
 
-def tell_glue(item: paper.Item, ran: list[grid.Ran], workdir: Path):
+def tell_glue(item: items.Item, ran: list[grid.Ran], workdir: Path):
   """Print what the paper found on GLUE, and the command that fine-tunes the best run of each line."""
   best = {}
   for one in sorted(ran, key=lambda one: grid.read_loss(one, item.read_at)):
@@ -111,7 +113,7 @@ def tell_glue(item: paper.Item, ran: list[grid.Ran], workdir: Path):
   print(f"to fine-tune ours:\n\n{fine_tuning([best[line.label] for line in item.lines], workdir)}")
 
 
-def tell(item: paper.Item):
+def tell(item: items.Item):
   """Print an item that no training stands behind."""
   if item.facts:
     print(f"ours, from the configs:\n\n{results.markdown(item.facts())}")
@@ -124,16 +126,16 @@ def tell(item: paper.Item):
 def main():
   """Check, then print facts, or run and write."""
   jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
-  if ITEM.value not in paper.ITEMS:
+  if ITEM.value not in items.ITEMS:
     found = "missing" if ITEM.value is None else f"{ITEM.value!r}, which there is not"
-    raise UserError(f"--item is {found}; it must be one of {', '.join(paper.ITEMS)}")
-  item = paper.ITEMS[ITEM.value]
+    raise UserError(f"--item is {found}; it must be one of {', '.join(items.ITEMS)}")
+  item = items.ITEMS[ITEM.value]
   print(f"{ITEM.value}: {item.title}")
   if not item.lines and not item.study:
     tell(item)
     return
   keys = changed_keys()
-  base = paper.base(SCALE.value, keys)
+  base = items.base(SCALE.value, keys)
   arms = arms_of(item, base, keys)
   if DRY_RUN.value:
     dry_run(item, base, arms)

@@ -57,10 +57,10 @@
 To use the layer, the switch and the optimizer in a model of your own, see `dense.SwitchLoRADense`.
 """
 
-from switchlora_jax.candidates import draw_uniforms
-from switchlora_jax.dense import LoRADense, SwitchLoRADense, lora_vectors, merge
-from switchlora_jax.optimizer import vector_adam
-from switchlora_jax.switching import SwitchSchedule, switch
+from switchlora_jax.lowrank.layers import LoRADense, SwitchLoRADense, lora_vectors, merge
+from switchlora_jax.lowrank.optimizer import vector_adam
+from switchlora_jax.lowrank.spares import draw_uniforms
+from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 __all__ = [
   "LoRADense",

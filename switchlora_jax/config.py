@@ -4,10 +4,11 @@ import math
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from switchlora_jax import spikes
 from switchlora_jax.errors import UserError
-from switchlora_jax.llama import REMAT
 from switchlora_jax.methods import METHODS
+from switchlora_jax.models.llama import REMAT
+from switchlora_jax.runs.directory import FREE, flatten
+from switchlora_jax.training import anomalies
 
 POSITIVE = (
   "steps",
@@ -26,19 +27,6 @@ POSITIVE = (
 DTYPES = ("float32", "bfloat16", "float64")
 STORED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # dtypes that frozen kernels and the rest may mix
 
-# What may differ when a run is continued: none of it changes what the run computes, but the layout the order of sums.
-FREE = (
-  "eval_every",
-  "checkpoint_every",
-  "keep_checkpoints",
-  "log_every",
-  "max_skipped",
-  "spike.max_rollbacks",
-  "hang_seconds",
-  "data.cache_dir",
-  "data.epochs",
-  *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
-)
 SPLIT = ("sharded", "replicated")
 LARGEST = 2**31 - 1  # of the integers that reach a device or make a shape: there they have 32 bits
 
@@ -57,7 +45,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   _check_training(config, devices)
   _check_sharding(config, devices)
   _check_precision(config)
-  spikes.check(config.spike)
+  anomalies.check_spike_config(config.spike)
   if config.method not in METHODS:
     raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
   method = METHODS[config.method]
@@ -194,19 +182,3 @@ def _check_warm_start(config):
       f"warm_start_steps (={steps}) and warm_start_from (={config.warm_start_from!r}) exclude each other: full rank "
       f"within this run, or the weights of another; set one of them"
     )
-
-
-def flatten(config) -> dict:
-  """{"model.hidden_size": 128, …}"""
-  flat = {}
-  for key, value in config.items():
-    nested = isinstance(value, (dict, ConfigDict, FrozenConfigDict))
-    flat |= {f"{key}.{k}": v for k, v in flatten(value).items()} if nested else {key: value}
-  return flat
-
-
-def differences(old: dict, new: dict) -> list[str]:
-  """Keys whose change makes another run, as `key: old → new`; both are plain dicts of resolved configs."""
-  old, new = flatten(old), flatten(new)
-  keys = sorted((old.keys() | new.keys()) - set(FREE))
-  return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

@@ -14,12 +14,18 @@ import pytest
 import shared_programs
 from recorded import load
 
-from switchlora_jax import analysis, program
+from switchlora_jax.analysis import ranks
+from switchlora_jax.training import phases
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-program.build, analysis.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank  # for all to import
+phases.build_phase, ranks.make_learnt_rank = (
+  shared_programs.build,
+  shared_programs.make_learnt_rank,
+)  # for all to import
 gc.freeze()  # what is imported stays: the collector need not walk it again and again
+
+collect_ignore = ["helpers"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,8 +3,9 @@
 import pytest
 from tiny import tiny_config
 
-from switchlora_jax.config import differences, resolve
+from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
+from switchlora_jax.runs.directory import differences
 
 MISTAKES = {
   "late warm start": (

@@ -3,11 +3,32 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from switchlora_jax.optimizer import cosine_schedule, warm_up_again
-from switchlora_jax.train_state import TrainState
+from switchlora_jax.lowrank.optimizer import cosine_schedule, warm_up_again
+
+
+class TrainState(NamedTuple):
+  """The state before step `step`.
+
+  Attributes:
+    step: [] int32, updates done or skipped so far; schedules and random draws follow from it alone.
+    params: what is trained. frozen: base kernels. candidates: spares, cursors and freeze timers ({} without).
+    opt_state: of the optimizer over `params`.
+    skipped: [] int32, updates skipped because a number was not finite; skipped_in_a_row: [] int32, the last of them.
+    spikes: state of the loss-spike detector, `training.anomalies.SpikeState`.
+  """
+
+  step: jax.Array
+  params: Any
+  frozen: Any
+  candidates: Any
+  opt_state: Any
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+  spikes: Any
 
 
 class Adjusted(NamedTuple):
@@ -38,19 +59,19 @@ class Method(NamedTuple):
     optimizer: an optax transformation from gradients to what the learning rate is multiplied with.
     schedule: from a step to its learning rate; the step is the train state's, the only clock there is.
     scale: s = α/r where the layers have adapters, else None.
-    prepare: state -> state before the gradients of a step, traced inside the train step; keeps the function.
-    adjust: (state, skip) -> Adjusted, likewise, between gradients and optimizer; where `skip` is true nothing
+    before_gradients: state -> state before the gradients of a step, traced inside the train step; keeps the function.
+    before_update: (state, skip) -> Adjusted, likewise, between gradients and optimizer; where `skip` is true nothing
       may change.
-    observe: the optimizer's state after an update -> name to [] array, logged with the step.
+    optimizer_metrics: the optimizer's state after an update -> name to [] array, logged with the step.
   """
 
   dense: Callable[..., Any]
   optimizer: optax.GradientTransformationExtraArgs
   schedule: optax.Schedule
   scale: float | None = None
-  prepare: Callable[[TrainState], TrainState] = lambda state: state
-  adjust: Callable[..., Adjusted] = nothing
-  observe: Callable[[Any], dict[str, Any]] = lambda opt_state: {}
+  before_gradients: Callable[[TrainState], TrainState] = lambda state: state
+  before_update: Callable[..., Adjusted] = nothing
+  optimizer_metrics: Callable[[Any], dict[str, Any]] = lambda opt_state: {}
 
 
 def dtypes(config) -> dict[str, Any]:

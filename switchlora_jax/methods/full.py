@@ -4,10 +4,10 @@ from functools import partial
 
 import flax.linen as nn
 
-from switchlora_jax.dense import KERNEL_INIT
 from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import KERNEL_INIT
+from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
 from switchlora_jax.methods.base import Method, cosine, dtypes
-from switchlora_jax.optimizer import scale_by_vector_adam
 
 LEARNING_RATE = 1e-3  # section 4.1
 MIN_LR_RATIO = 0.0

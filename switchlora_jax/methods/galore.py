@@ -16,7 +16,7 @@ from flax.traverse_util import path_aware_map
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full
 from switchlora_jax.methods.base import Method, cosine
-from switchlora_jax.weights import in_block
+from switchlora_jax.models.weights import in_block
 
 LEARNING_RATE = 1e-2  # of GaLore's authors, as is the ratio
 MIN_LR_RATIO = 0.1
@@ -191,5 +191,5 @@ def build(config) -> Method:
   schedule = cosine(config, end=config.min_lr_ratio)
   projected = lambda params: path_aware_map(lambda path, _: in_block(path), params)
   galore = scale_by_galore(config.rank, config.galore.refresh_every, config.galore.scale, projected=projected)
-  observe = lambda opt_state: {"svd_failed": failures(opt_state)}
-  return full.build(config)._replace(optimizer=galore, schedule=schedule, observe=observe)
+  optimizer_metrics = lambda opt_state: {"svd_failed": failures(opt_state)}
+  return full.build(config)._replace(optimizer=galore, schedule=schedule, optimizer_metrics=optimizer_metrics)

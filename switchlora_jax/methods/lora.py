@@ -5,10 +5,10 @@ The paper's baseline: SwitchLoRA's layer and initialisation (section 4.1), witho
 
 from functools import partial
 
-from switchlora_jax.dense import INITS, LoRADense, adapter_scale, lora_vectors
 from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import INITS, LoRADense, adapter_scale, lora_vectors
+from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
 from switchlora_jax.methods.base import Method, adapter_dtypes, cosine
-from switchlora_jax.optimizer import scale_by_vector_adam
 
 LEARNING_RATE = 1e-2  # section 4.1
 MIN_LR_RATIO = 0.0

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from switchlora_jax.dense import LoRADense, adapter_scale, lora_vectors, merge
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods.base import Method, adapter_dtypes, cosine
-from switchlora_jax.optimizer import magnitude_mask, prune_moments, scale_by_vector_adam, warm_up_again
-from switchlora_jax.split_float import bases, read, write
-from switchlora_jax.train_state import TrainState
+from switchlora_jax.lowrank.kernel_storage import bases, read, write
+from switchlora_jax.lowrank.layers import LoRADense, adapter_scale, lora_vectors, merge
+from switchlora_jax.lowrank.optimizer import magnitude_mask, prune_moments, scale_by_vector_adam, warm_up_again
+from switchlora_jax.methods.base import Method, TrainState, adapter_dtypes, cosine
 
 LEARNING_RATE = 1e-3  # appendix C.1
 MIN_LR_RATIO = 0.1
@@ -144,7 +143,7 @@ def build(config) -> Method:
     params, frozen = merge_adapters(params, frozen, partial(draw_a, for_a, dtype), scale)
     return params, frozen, prune_moments(opt_state, lora_vectors(params), partial(survivors, for_moments, relora))
 
-  def prepare(state: TrainState) -> TrainState:
+  def before_gradients(state: TrainState) -> TrainState:
     last = state.step - 1
     due = (last % relora.restart_every == 0) & (last >= first_restart(config))
     carry = (state.params, state.frozen, state.opt_state)
@@ -152,4 +151,4 @@ def build(config) -> Method:
     params, frozen, opt_state = jax.lax.fori_loop(state.step, state.step + due, restart, carry)
     return state._replace(params=params, frozen=frozen, opt_state=opt_state)
 
-  return Method(dense, scale_by_vector_adam(), schedule, scale, prepare)
+  return Method(dense, scale_by_vector_adam(), schedule, scale, before_gradients)

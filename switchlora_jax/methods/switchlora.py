@@ -5,13 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from switchlora_jax.candidates import coverage, draw_picks, draw_uniforms
-from switchlora_jax.dense import SwitchLoRADense
 from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import SwitchLoRADense
+from switchlora_jax.lowrank.spares import coverage, draw_picks, draw_uniforms
+from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_cycles, switch
 from switchlora_jax.methods import lora
-from switchlora_jax.methods.base import Adjusted, Method
-from switchlora_jax.switching import Switched, SwitchSchedule, expected_cycles, switch
-from switchlora_jax.train_state import TrainState
+from switchlora_jax.methods.base import Adjusted, Method, TrainState
 
 LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
@@ -83,7 +82,7 @@ def build(config) -> Method:
     return method
   plan = schedule(config)
 
-  def adjust(state: TrainState, skip) -> Adjusted:
+  def before_update(state: TrainState, skip) -> Adjusted:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     random = config.switch.order == "random"
     moved = switch(
@@ -96,7 +95,7 @@ def build(config) -> Method:
     covered = {} if random else {"coverage": coverage(moved.candidates)}  # which only the order tells
     return Adjusted(state, masks, telemetry(moved) | covered)
 
-  return method._replace(adjust=adjust)
+  return method._replace(before_update=before_update)
 
 
 def telemetry(moved: Switched) -> dict[str, jax.Array]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("cli", "distributed", "grid", "results", "settings", "studies", "paper", "spectra", "rendezvous")
 PATIENCE = 180  # seconds that one command may take
 
 
@@ -49,11 +48,9 @@ def forks(folder: Path) -> Iterator[Callable[..., Ended]]:
 
 def serve():
   """Import what all commands share, then fork for each line of stdin."""
-  for package in ("switchlora_jax", "switchlora_jax.methods"):
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+  for package in ("switchlora_jax", "experiments.common", "experiments.paper"):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
       importlib.import_module(module.name)
-  for name in SHARED:
-    importlib.import_module(f"experiments.{name}")
   for line in sys.stdin:
     print(json.dumps(fork(json.loads(line))), flush=True)
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from paths import ROOT
 from tiny import ONE_DEVICE, flags_of, tiny_config
 
-from switchlora_jax import metrics
+from switchlora_jax.training import metrics
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = int(os.environ.get("FAULTS_PATIENCE", 600))  # seconds that a tiny run may take on a busy machine
 
 

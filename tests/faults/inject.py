@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 def main(fault: str):
   """Prepare the fault, then become the command."""
-  sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
+  sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "helpers"), str(HERE)]
   name, _, argument = fault.partition("=")
   module, _, function = name.partition(":")
   getattr(importlib.import_module(module), function)(*([argument] if argument else []))

@@ -19,10 +19,10 @@ import small_model
 from forks import forks
 from hurt_runs import assert_same_end, finish, last_step, saved_steps, small, start
 
-from switchlora_jax import manifest
-from switchlora_jax.checkpoint import REMOVED, TEMPORARY, Checkpoints
 from switchlora_jax.errors import UserError
-from switchlora_jax.sharding import replicated
+from switchlora_jax.parallel.sharding import replicated
+from switchlora_jax.runs import manifest
+from switchlora_jax.runs.checkpoint import REMOVED, TEMPORARY, Checkpoints
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # audit events
 

@@ -10,13 +10,13 @@ import pytest
 from hurt_runs import assert_same_end, finish, finish_pair, saved_steps, small, start, start_pair
 from tiny import sentences, write_lines
 
-from switchlora_jax import packing
-from switchlora_jax.checkpoint import Checkpoints
+from switchlora_jax.data import packing
+from switchlora_jax.data.shards import Rows
+from switchlora_jax.data.stream import Stream
 from switchlora_jax.errors import HUNG
-from switchlora_jax.hosts import FAREWELL
-from switchlora_jax.rows import Rows
-from switchlora_jax.stream import Stream
-from switchlora_jax.watchdog import GRACE
+from switchlora_jax.parallel.processes import FAREWELL
+from switchlora_jax.parallel.watchdog import GRACE
+from switchlora_jax.runs.checkpoint import Checkpoints
 
 
 @pytest.mark.parametrize("left", [0.5, 0], ids=["cut", "emptied"])

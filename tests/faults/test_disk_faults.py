@@ -8,7 +8,7 @@ import shutil
 from hurt_runs import assert_same_end, finish, lines, saved_steps, small, start
 from tensorboardX import record_writer
 
-from switchlora_jax import metrics
+from switchlora_jax.training import metrics
 
 
 class Full(io.FileIO):

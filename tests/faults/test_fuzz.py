@@ -3,12 +3,13 @@
 import re
 
 import pytest
-from forks import ROOT, forks
+from forks import forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
 from configs import base
-from switchlora_jax.config import flatten
+from switchlora_jax.runs.directory import flatten
 
 KEYS = flatten(base.get_config())
 NUMBERS = [key for key, value in KEYS.items() if not isinstance(value, str) and "dtype" not in key]

@@ -6,9 +6,10 @@ import time
 
 from hurt_runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
 
-from switchlora_jax import batches, checkpoint
+from switchlora_jax.data import batches
 from switchlora_jax.errors import HUNG, STOPPED
-from switchlora_jax.watchdog import GRACE, Watchdog
+from switchlora_jax.parallel.watchdog import GRACE, Watchdog
+from switchlora_jax.runs import checkpoint
 
 PATIENCE = 8  # seconds of --peer_timeout
 HANG = 10  # seconds of --config.hang_seconds

@@ -11,8 +11,9 @@ import poison
 import pytest
 from hurt_runs import assert_same_end, last_step, lines, saved_steps, small, start, start_pair
 
-from switchlora_jax import batches, train_step
+from switchlora_jax.data import batches
 from switchlora_jax.methods import galore
+from switchlora_jax.training import step as train_step
 
 STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 27
 

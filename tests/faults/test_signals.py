@@ -6,7 +6,7 @@ import time
 import pytest
 from hurt_runs import assert_same_end, finish, finish_pair, last_step, saved_steps, small, start, start_pair
 
-from switchlora_jax import dataset
+from switchlora_jax.data import dataset
 from switchlora_jax.errors import STOPPED
 
 

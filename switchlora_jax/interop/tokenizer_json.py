@@ -1,0 +1,151 @@
+"""A SentencePiece model as the `tokenizer.json` that `transformers` loads, with the same ids for the same text.
+
+Written by hand from SentencePiece's own file, because the tokenizer classes of `transformers` for LLaMA and T5 each
+build a normalizer of their own, which adds a space that ours does not, or drops spaces that ours keeps.
+"""
+
+import base64
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from switchlora_jax.data.tokenizer import load_tokenizer
+from switchlora_jax.interop.tensor_files import read_json
+
+Piece, Trainer = proto.ModelProto.SentencePiece, proto.TrainerSpec
+TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a folder
+SPACE = "▁"  # SentencePiece's
+ALMOST = (
+  "tokenizer.json only approximates a tokenizer of this kind: in transformers the literal text of a special piece, say "
+  "</s>, is read as that piece, and rare text, say a letter with two accents or a "
+  "long run of one letter, may get other ids than in training"
+)
+
+
+def special_ids(path: Path) -> dict[str, int | None]:
+  """{pad_token_id, bos_token_id, eos_token_id} of a SentencePiece model; None where it has no such piece."""
+  model = load_tokenizer(path)
+  ids = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": model.pad_id()}
+  return {name: number if number >= 0 else None for name, number in ids.items()}
+
+
+def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
+  """({file: its contents} of tokenizer.json and tokenizer_config.json, remarks): a sentence where ids may differ.
+
+  A byte-pair model as `tokenizer.train_tokenizer` makes it gives the same ids for any text. A kind of model that
+  cannot be written so gives no files, and the remark says it.
+  """
+  model = proto.ModelProto.FromString(path.read_bytes())
+  if reason := _inconvertible(model):
+    return {}, [f"{path.name} is written, tokenizer.json is not, since it {reason}: load it with sentencepiece"]
+  contents = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": {"type": "Sequence", "normalizers": _normalizers(model.normalizer_spec)},
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": {"type": "Sequence", "decoders": _decoders(model)},
+    "model": _byte_pair(model) if _is_byte_pair(model) else _unigram(model),
+  }
+  exact = _is_byte_pair(model) and not model.normalizer_spec.precompiled_charsmap
+  files = {"tokenizer.json": contents, CONFIG: _config(path, model, seq_len)}
+  return files, [] if exact else [ALMOST]
+
+
+def prefix(folder: Path) -> tuple[int, ...]:
+  """The ids that `transformers` puts before a text: BOS if tokenizer_config.json asks for it, or LLaMA's class, which
+  does so unless it is told not to.
+  """
+  if not (folder / CONFIG).exists() or not (folder / TOKENIZER).exists():
+    return ()
+  said, bos = read_json(folder / CONFIG), load_tokenizer(folder / TOKENIZER).bos_id()
+  asked = said.get("add_bos_token", said.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"))
+  return (bos,) if asked and bos >= 0 else ()
+
+
+def _is_byte_pair(model) -> bool:
+  return model.trainer_spec.model_type == Trainer.BPE
+
+
+def _inconvertible(model) -> str | None:
+  """What keeps a model from being a tokenizer.json."""
+  trainer, kinds = model.trainer_spec, {piece.type for piece in model.pieces}
+  if trainer.model_type not in (Trainer.BPE, Trainer.UNIGRAM):
+    return f"is a model of {Trainer.ModelType.Name(trainer.model_type).lower()}s"
+  if trainer.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces:
+    return "does not write a space before a word"
+  if _is_byte_pair(model) and kinds & {Piece.USER_DEFINED, Piece.UNUSED}:
+    return "has pieces that its user defined"
+  return None
+
+
+def _config(path: Path, model, seq_len: int) -> dict:
+  """tokenizer_config.json; LLaMA's own class would ignore the normalizer."""
+  special = special_ids(path)
+  names = {name.removesuffix("_id"): model.pieces[i].piece for name, i in special.items() if i is not None}
+  return {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    **names,
+    "unk_token": model.pieces[model.trainer_spec.unk_id].piece,
+    "split_special_tokens": True,  # the text </s> is five characters, as SentencePiece has it
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": seq_len,
+  }
+
+
+def _replace(pattern: dict, content: str) -> dict:
+  return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _normalizers(spec) -> list[dict]:
+  """In SentencePiece's order; only U+0020 counts as a space there."""
+  found = []
+  if spec.precompiled_charsmap:
+    charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+    found.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+  if spec.remove_extra_whitespaces:
+    found += [_replace({"Regex": "^ +"}, ""), _replace({"Regex": " {2,}"}, " ")]
+  found.append(_replace({"String": " "}, SPACE))
+  if spec.remove_extra_whitespaces:
+    found.append(_replace({"Regex": f"{SPACE}+$"}, ""))
+  if spec.add_dummy_prefix:
+    found.append({"type": "Prepend", "prepend": SPACE})
+  return found
+
+
+def _decoders(model) -> list[dict]:
+  bytes_too = [{"type": "ByteFallback"}] if model.trainer_spec.byte_fallback else []
+  prefix = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+  strip = [prefix] if model.normalizer_spec.add_dummy_prefix else []
+  return [_replace({"String": SPACE}, " "), *bytes_too, {"type": "Fuse"}, *strip]
+
+
+def _byte_pair(model) -> dict:
+  """Two neighbours merge where both and what they make are ordinary pieces; the best score first."""
+  ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+  scores = {piece.piece: piece.score for piece in model.pieces if piece.type == Piece.NORMAL}
+  cuts = ((piece, piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece)))
+  merges = [(-scores[piece], ids[a], ids[b], a, b) for piece, a, b in cuts if a in scores and b in scores]
+  return {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": model.pieces[model.trainer_spec.unk_id].piece,
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": True,
+    "byte_fallback": model.trainer_spec.byte_fallback,
+    "ignore_merges": False,
+    "vocab": ids,
+    "merges": [[a, b] for *_, a, b in sorted(merges)],
+  }
+
+
+def _unigram(model) -> dict:
+  return {
+    "type": "Unigram",
+    "unk_id": model.trainer_spec.unk_id,
+    "vocab": [[piece.piece, piece.score] for piece in model.pieces],
+    "byte_fallback": model.trainer_spec.byte_fallback,
+  }

@@ -1,0 +1,130 @@
+"""What is printed before and after a run."""
+
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import sentencepiece
+
+from switchlora_jax.lowrank.kernel_storage import TAIL
+from switchlora_jax.methods import METHODS
+from switchlora_jax.models.generation import Sampling, generate
+from switchlora_jax.parallel import processes
+from switchlora_jax.runs.directory import flatten
+from switchlora_jax.training import metrics
+
+
+def parameter_count(tree) -> int:
+  """Numbers in a tree of arrays, abstract or real; head and tail of a kernel are one."""
+  leaves = jax.tree.leaves_with_path(tree)
+  return sum(math.prod(leaf.shape) for path, leaf in leaves if TAIL not in jax.tree_util.keystr(path[-1:]))
+
+
+def bytes_of(tree) -> int:
+  """Bytes of a tree of arrays, abstract or real."""
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def parameters_line(name: str, tree) -> str:
+  """`trainable parameters: 609.7M (609,720,320)`, which scripts read."""
+  count = parameter_count(tree)
+  return f"{name} parameters: {count / 1e6:.1f}M ({count:,})"
+
+
+def size_line(name: str, tree) -> str:
+  """`optimizer: 4,652.5 MiB (4,878,450,712 bytes)`"""
+  size = bytes_of(tree)
+  return f"{name}: {size / 2**20:,.1f} MiB ({size:,} bytes)"
+
+
+def describe(config, *states) -> str:
+  """The resolved config and the sizes of its states, abstract or real: of the warm start, if any, and of the method."""
+  *before, state = states
+  lines = [f"{key}: {value}" for key, value in flatten(config).items()]
+  lines += [
+    "",
+    parameters_line("trainable", state.params),
+    parameters_line("frozen", state.frozen),
+    size_line("trainable", state.params),
+    size_line("frozen", state.frozen),
+    size_line("candidates", state.candidates),
+    size_line("optimizer", state.opt_state),
+    *(size_line("optimizer in the full-rank warm start", start.opt_state) for start in before),
+    f"tokens per step: {config.batch_size * config.seq_len:,}",
+    f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
+  ]
+  return "\n".join(lines + METHODS[config.method].describe(config))
+
+
+def describe_data(summary: dict) -> str:
+  """The size of training and validation text, and the fingerprint of the rows."""
+  lines = [f"data: {summary['source']}, fingerprint {summary['fingerprint']}"]
+  for part in ("train", "valid"):
+    sizes = [f"{value:,} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in summary[part].items()]
+    lines.append(f"  {part}: {', '.join(sizes)}")
+  if "overlap" in summary:
+    lines.append(f"  8-word sequences of validation that occur in training: {summary['overlap']:.2%}")
+  return "\n".join(lines)
+
+
+def conclude(config, workdir: Path, outcome) -> str:
+  """Draw loss.png, sample a text, and say how the run went and where it lies; called by every process."""
+  rows = outcome.rows
+  title = f"{workdir.name}: {config.method}, {config.steps:,} steps"
+  processes.on_first_process(lambda: metrics.plot_loss(rows, workdir / "loss.png", title))
+  lines = [
+    "",
+    *_numbers(rows),
+    f"updates skipped as not finite: {int(outcome.state.skipped)}",
+    f"sample: {_sample_text(config, outcome)}",
+    f"loss curve: {workdir / 'loss.png'}",
+    f"saved in: {workdir} (config.json, metrics.jsonl, checkpoints/, tensorboard/, tokenizer.model)",
+  ]
+  return "\n".join(lines)
+
+
+def _numbers(rows: list[dict]) -> list[str]:
+  """Validation perplexity, speed and loss spikes, as far as metrics.jsonl has them."""
+  lines = []
+  if evaluations := [row for row in rows if "val_ppl" in row]:
+    last = evaluations[-1]
+    loss, perplexity = (_shown(last[key], digits) for key, digits in (("val_loss", 4), ("val_ppl", 2)))
+    lines.append(f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})")
+  if speeds := sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row):
+    lines.append(f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)")
+  if steps := [row for row in rows if "spike" in row]:  # those that were gone back from have left no line
+    lines.append(f"loss spikes: {sum(row['spike'] for row in steps) + steps[-1].get('rollbacks', 0)}")
+  return lines
+
+
+def _shown(number: float | None, digits: int) -> str:
+  return "not finite" if number is None else f"{number:.{digits}f}"
+
+
+def continue_command(steps: int) -> str:
+  """The command line this process was started with, with another number of steps."""
+  module = sys.modules["__main__"].__spec__
+  program = f"-m {module.name}" if module else sys.argv[0]
+  python = Path(sys.executable)
+  python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+  return f"{python} {program} {shlex.join([*_without_steps(sys.argv[1:]), f'--config.steps={steps}'])}"
+
+
+def _without_steps(arguments: list[str]) -> list[str]:
+  """The arguments but for --config.steps=N, also written as two words."""
+  starts = [i for i, word in enumerate(arguments) if word.split("=")[0] in ("--config.steps", "-config.steps")]
+  dropped = {*starts, *(i + 1 for i in starts if "=" not in arguments[i])}
+  return [word for i, word in enumerate(arguments) if i not in dropped]
+
+
+def _sample_text(config, outcome) -> str:
+  tokenizer = sentencepiece.SentencePieceProcessor(model_file=outcome.data.tokenizer_path)
+  prompt = [int(token) for token in outcome.data.valid[0][:16]]
+  state, new_tokens = outcome.state, min(64, config.seq_len - len(prompt))
+  variables = {"params": state.params, "frozen": state.frozen}
+  draws = dict(pieces=tokenizer.get_piece_size(), sampling=Sampling(temperature=0.7), seed=config.seed)
+  options = dict(new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)
+  tokens = list(generate(outcome.phase.model, variables, prompt, **options))
+  return f"{tokenizer.decode(prompt)!r} → {tokenizer.decode(tokens)!r}"

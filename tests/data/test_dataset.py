@@ -1,0 +1,370 @@
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import packing_in, rows_of, sentences, tiny_config, write_lines
+
+from switchlora_jax.data import batches, dataset, documentation, preparation, shards, tokenizer
+from switchlora_jax.errors import UserError
+
+TRAIN, VALID = sentences(0, 100), sentences(100, 120)
+
+
+@pytest.fixture
+def config(tmp_path):
+  """Of 100 documents to train on and 20 to validate on; 4 steps of 4 rows."""
+  path, valid = write_lines(tmp_path / "train" / "a.jsonl", TRAIN), write_lines(tmp_path / "valid" / "a.jsonl", VALID)
+  return tiny_config(tmp_path, steps=4, batch_size=4, data__path=str(path), data__eval_path=str(valid))
+
+
+@pytest.fixture
+def unbuildable(monkeypatch):
+  """From here on, nothing expensive may begin."""
+
+  def refuse(*args, **kwargs):
+    raise AssertionError("expensive work began")
+
+  for module, name in ((preparation._Preparation, "run"), (documentation, "documentation"), (shards, "verify")):
+    monkeypatch.setattr(module, name, refuse)
+
+
+def prepare(config):
+  return dataset.prepare(config, progress=False)
+
+
+def prepared(config, folder):
+  """A config that reads the rows of `config` from a folder, as experiments.prepare_data leaves them."""
+  made = prepare(config)
+  Path(made.tokenizer_path).parent.rename(folder)
+  config.data.update(source="prepared", path=str(folder), eval_path="", tokenizer="")
+  return made
+
+
+# Rows.
+
+
+def test_rows_are_the_documents_one_after_another(config):
+  made = prepare(config)
+  model = tokenizer.load_tokenizer(made.tokenizer_path)
+  for found, documents, name in ((made.train, TRAIN, "train"), (made.valid, VALID, "valid")):
+    np.testing.assert_array_equal(found, rows_of(model, documents, 16))
+    tokens, size = sum(len(model.encode(text)) + 1 for text in documents), sum(map(len, documents))
+    counts = {"documents": len(documents), "characters": size, "bytes": size, "tokens": tokens, "rows": len(found)}
+    assert made.summary[name] == counts
+  assert made.bytes_per_token == size / tokens
+  assert made.summary["fingerprint"] == made.fingerprint and made.summary["source"] == "text"
+
+
+def test_the_documentation_of_packages(config, monkeypatch):
+  monkeypatch.setattr(documentation, "PACKAGES", ("flax",))
+  config.data.update(source="docs", path="", eval_path="")
+  config.model.vocab_size = 1024
+  made, text = prepare(config), documentation.documentation()
+  assert made.summary["train"]["documents"] == len(text.train) > 50
+  assert prepare(config).fingerprint == made.fingerprint, "found again"
+  assert made.summary["overlap"] == documentation.overlap(*text) < 0.05
+  model = tokenizer.load_tokenizer(made.tokenizer_path)
+  assert text.valid[0].startswith(model.decode(made.valid[0].tolist())[:30])
+
+
+def test_without_validation_files_the_last_rows_are_held_out(config, tmp_path):
+  config.data.path = str(write_lines(tmp_path / "more" / "a.jsonl", sentences(0, 200)))
+  both = prepare(config)
+  config.data.eval_path = ""
+  made = prepare(config)
+  held = len(both.train) // 100
+  assert held >= 2 and len(made.valid) == made.summary["valid"]["rows"] == held
+  np.testing.assert_array_equal(np.concatenate([made.train, made.valid]), both.train)
+  assert made.bytes_per_token == both.summary["train"]["bytes"] / both.summary["train"]["tokens"]
+  config.seq_len, config.batch_size = 256, 2
+  few = prepare(config)
+  assert len(few.valid) == 1 and len(few.train) < 99 and few.summary["train"]["rows"] == len(few.train)
+
+
+def test_a_tokenizer_that_is_given_is_used_and_kept(config, tmp_path, monkeypatch):
+  given = tmp_path / "given.model"
+  tokenizer.train_tokenizer(sentences(500, 600), 300, given)
+  own = prepare(config)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  config.data.tokenizer = "~/given.model"
+  made = prepare(config)
+  kept = given.read_bytes()
+  given.unlink()
+  assert Path(made.tokenizer_path).read_bytes() == kept != Path(own.tokenizer_path).read_bytes()
+  assert made.fingerprint != own.fingerprint
+  np.testing.assert_array_equal(made.train, rows_of(tokenizer.load_tokenizer(made.tokenizer_path), TRAIN, 16))
+
+
+# The cache.
+
+
+def test_a_second_run_takes_the_first_ones_rows(config, monkeypatch):
+  first = prepare(config)
+  monkeypatch.setattr(preparation._Preparation, "run", lambda *_: pytest.fail("made again"))
+  second = prepare(config)
+  np.testing.assert_array_equal(first.train, second.train)
+  np.testing.assert_array_equal(first.valid, second.valid)
+  assert first[2:] == second[2:]
+
+
+def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch):
+  folders = []
+  monkeypatch.setattr(preparation, "prepare", lambda folder, *_, **__: folders.append(folder.name))
+  fill = lambda: dataset._fill_cache(config, False)
+  fill()
+  config.seq_len = 8
+  fill()
+  config.model.vocab_size = 400
+  fill()
+  write_lines(tmp_path / "train" / "a.jsonl", sentences(0, 101))
+  fill()
+  config.data.eval_path = ""
+  fill()
+  config.data.tokenizer = __file__
+  fill()
+  monkeypatch.setattr(tokenizer, "__file__", __file__)
+  fill()
+  assert len(set(folders)) == len(folders) == 7
+  config.update(steps=5, batch_size=3, seed=7)
+  config.data.epochs = 2
+  fill()
+  assert folders[-1] == folders[-2]
+
+
+def test_the_fingerprint_is_of_the_text_and_not_of_the_place(config, tmp_path):
+  here = prepare(config)
+  config.data.path = str(write_lines(tmp_path / "moved" / "b.jsonl", TRAIN))
+  there = prepare(config)
+  assert here.fingerprint == there.fingerprint and here.tokenizer_path != there.tokenizer_path
+  config.data.path = str(
+    write_lines(tmp_path / "changed" / "a.jsonl", [*TRAIN[:-1], TRAIN[-1].replace("rock", "sand")])
+  )
+  assert prepare(config).fingerprint != here.fingerprint
+  config.data.path, config.seq_len = str(tmp_path / "train" / "a.jsonl"), 8
+  assert prepare(config).fingerprint != here.fingerprint
+
+
+def test_a_run_that_was_interrupted_is_continued(config, monkeypatch):
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  with packing_in(200, 512):
+    with monkeypatch.context() as patch:
+      patch.setattr(preparation, "_sizes", interrupt)  # all shards are there
+      with pytest.raises(KeyboardInterrupt):
+        prepare(config)
+    (left,) = Path(config.data.cache_dir).iterdir()
+    assert not (left / shards.MANIFEST).exists() and len(list(left.glob("train-*.npy"))) > 2
+    monkeypatch.setattr(shards, "write_shard", lambda *_: pytest.fail("written again"))
+    made = prepare(config)
+  np.testing.assert_array_equal(made.train, rows_of(tokenizer.load_tokenizer(made.tokenizer_path), TRAIN, 16))
+
+
+# Prepared rows.
+
+
+def test_prepared_rows_are_read_where_they_are(config, tmp_path):
+  made = prepared(config, tmp_path / "rows")
+  config.data.cache_dir = str(tmp_path / "none")
+  found = prepare(config)
+  np.testing.assert_array_equal(found.train, made.train)
+  np.testing.assert_array_equal(found.valid, made.valid)
+  assert found.fingerprint == made.fingerprint and found.bytes_per_token == made.bytes_per_token
+  assert found.tokenizer_path == str(tmp_path / "rows" / "tokenizer.model") and not (tmp_path / "none").exists()
+  config.data.tokenizer = found.tokenizer_path
+  assert prepare(config).fingerprint == made.fingerprint
+
+
+def other_tokenizer(config, folder):
+  tokenizer.train_tokenizer(VALID, 300, folder / "other.model")
+  config.data.tokenizer = str(folder / "other.model")
+
+
+def unfinished(config, folder):
+  (folder / "rows" / "manifest.json").rename(folder / "rows" / "progress.json")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (
+      lambda config, folder: config.update(seq_len=32),
+      r"seq_len \(=32\) must be that .*\(=16\); set --config\.seq_len=16",
+    ),
+    (
+      other_tokenizer,
+      r"tokenizer \(='\S+other\.model'\) is not the tokenizer that \S+rows was prepared with; leave it out",
+    ),
+    (lambda config, folder: config.data.update(tokenizer="none.model"), "there is no such file"),
+    (lambda config, folder: config.model.update(vocab_size=300), r"vocabulary \(=300\); it has \d+ pieces"),
+    (
+      lambda config, folder: config.data.update(path="none"),
+      r"\(='none'\) must be a folder .* it has no manifest\.json",
+    ),
+    (unfinished, "it is not finished: run that command again"),
+    (lambda config, folder: config.data.update(eval_path="x"), r"eval_path \(='x'\) is not read when .* is prepared"),
+    (lambda config, folder: config.update(steps=1000), r"repeat it: --config\.data\.epochs=\d+"),
+    (lambda config, folder: (folder / "rows" / "manifest.json").write_text("{}"), "is not the JSON that was written"),
+    (lambda config, folder: (folder / "rows" / "tokenizer.model").unlink(), "there is no such file"),
+  ],
+)
+def test_prepared_rows_that_do_not_fit_are_sentences(config, tmp_path, request, change, message):
+  prepared(config, tmp_path / "rows")
+  change(config, tmp_path)
+  request.getfixturevalue("unbuildable")
+  with pytest.raises(UserError, match=message):
+    dataset.check(config)
+  with pytest.raises(UserError, match=message):
+    prepare(config)
+
+
+@pytest.mark.parametrize("name", ["train-00000.npy", "valid-00000.npy", "tokenizer.model"])
+def test_a_file_that_was_changed_since_is_named(config, tmp_path, name):
+  prepared(config, tmp_path / "rows")
+  path = tmp_path / "rows" / name
+  contents = bytearray(path.read_bytes())
+  contents[-1 if name.endswith("npy") else contents.index(b"tide")] ^= 1
+  path.write_bytes(contents)
+  with pytest.raises(UserError, match=rf"{re.escape(str(path))} must have the SHA-256"):
+    prepare(config)
+
+
+# A stream.
+
+
+@pytest.fixture
+def streamed(config, tmp_path):
+  """The same text as a stream; and its rows, prepared."""
+  tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
+  config.data.tokenizer = str(tmp_path / "own.model")
+  made = prepare(config)
+  config.data.source = "stream"
+  return config, made
+
+
+def test_a_stream_gives_the_rows_in_their_order(streamed):
+  config, made = streamed
+  data = prepare(config)
+  batch_of = batches.by_step(data.train, config)
+  for step in (0, 1, 5, 2):
+    batch = batch_of(step)
+    assert batch.shape == (4, 16)
+    np.testing.assert_array_equal(batch[:], made.train[4 * step : 4 * step + 4])
+    np.testing.assert_array_equal(batch[1:3], made.train[4 * step + 1 : 4 * step + 3])
+  np.testing.assert_array_equal(data.valid, made.valid)
+  assert data.bytes_per_token == made.bytes_per_token
+  assert data.summary["train"] == {"read from": config.data.path} and data.summary["valid"] == made.summary["valid"]
+
+
+def test_the_fingerprint_of_a_stream_is_of_its_files(streamed):
+  config, made = streamed
+  first, again = prepare(config).fingerprint, prepare(config).fingerprint
+  os.utime(config.data.path, ns=(1, 1))
+  assert first == again != made.fingerprint and prepare(config).fingerprint != first
+
+
+def test_only_the_text_that_validates_is_packed_for_a_stream(streamed):
+  config, _ = streamed
+  config.data.cache_dir += "2"
+  prepare(config)
+  (folder,) = Path(config.data.cache_dir).iterdir()
+  assert (
+    shards.read_manifest(folder)["train"]["documents"] == len(VALID) and shards.read_manifest(folder)["valid"] is None
+  )
+
+
+@pytest.mark.parametrize(
+  ("key", "message"),
+  [
+    ("tokenizer", r"stream needs a SentencePiece model; set --config\.data\.tokenizer"),
+    ("eval_path", r"stream needs text to validate on; set --config\.data\.eval_path"),
+  ],
+)
+def test_what_a_stream_needs_is_a_sentence(streamed, unbuildable, key, message):
+  config, _ = streamed
+  config.data[key] = ""
+  with pytest.raises(UserError, match=message):
+    dataset.check(config)
+
+
+def test_validation_text_of_a_stream_shorter_than_a_row_is_a_sentence(streamed, tmp_path):
+  config, _ = streamed
+  config.data.eval_path = str(write_lines(tmp_path / "short" / "a.jsonl", ["A wave."]))
+  with pytest.raises(UserError, match="must hold at least one row of 16 tokens"):
+    prepare(config)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"source": "c4"}, r"--config\.data\.source \(='c4'\) must be one of docs .* text .* prepared .* stream"),
+    ({"epochs": 0}, r"data\.epochs \(=0\) must be at least 1"),
+    ({"path": ""}, r"--config\.data\.path='c4/\*\.json\.gz'"),
+    ({"path": "none/*"}, "matches no file"),
+    ({"eval_path": "none/*"}, r"--config\.data\.eval_path .*matches no file"),
+    ({"tokenizer": "none.model"}, "there is no such file"),
+    ({"tokenizer": __file__}, "must be a SentencePiece model"),
+    ({"source": "docs", "path": "", "eval_path": "", "tokenizer": "none.model"}, "there is no such file"),
+    ({"source": "docs"}, r"is not read when --config\.data\.source is docs; leave it out, or add"),
+  ],
+)
+def test_mistakes_are_sentences_before_anything_expensive(config, unbuildable, changes, message):
+  config.data.update(changes)
+  with pytest.raises(UserError, match=message):
+    dataset.check(config)
+  with pytest.raises(UserError, match=message):
+    prepare(config)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_a_sentence(config, tmp_path):
+  tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "model")
+  config.data.tokenizer = str(tmp_path / "model")
+  dataset.check(config)
+  config.model.vocab_size = 300
+  with pytest.raises(UserError, match=r"vocabulary \(=300\); it has \d+ pieces"):
+    dataset.check(config)
+
+
+def test_a_run_that_wants_more_rows_than_there_are_is_a_sentence(config):
+  count = len(prepare(config).train)
+  config.batch_size = 1
+  for epochs in (1, 2):
+    config.data.epochs, config.steps = epochs, epochs * count
+    prepare(config)
+    config.steps += 1
+    message = (
+      rf"takes {config.steps} rows \({config.steps} steps of 1\) and the text has {count} rows of 16 tokens, "
+      rf"enough for {epochs * count} steps in data\.epochs \(={epochs}\); .*--config\.data\.epochs={epochs + 1}$"
+    )
+    with pytest.raises(UserError, match=message):
+      prepare(config)
+
+
+@pytest.mark.parametrize("side", ["train", "valid"])
+def test_text_shorter_than_a_row_is_a_sentence(config, tmp_path, side):
+  path = write_lines(tmp_path / "short" / "a.jsonl", ["A wave."])
+  config.data.update({"path" if side == "train" else "eval_path": str(path)})
+  config.data.tokenizer, config.seq_len = str(tmp_path / "own.model"), 60
+  tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
+  with pytest.raises(UserError, match=rf"{side} must hold at least one row of 60 tokens; it has \d+, of 1 documents"):
+    prepare(config)
+  assert not list(Path(config.data.cache_dir).glob("*/manifest.json"))
+
+
+def test_text_of_one_row_has_none_to_train_on(config, tmp_path):
+  config.data.update(path=str(write_lines(tmp_path / "short" / "a.jsonl", TRAIN[:1] * 2)), eval_path="")
+  config.seq_len = 40
+  with pytest.raises(UserError, match=r"at least one row of 40 tokens besides validation; it has \d+ tokens; add text"):
+    prepare(config)
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(config, tmp_path):
+  (tmp_path / "file").touch()
+  config.data.cache_dir = str(tmp_path / "file" / "cache")
+  with pytest.raises(UserError, match=r"file/cache/text-\w+ must be a directory that can be written"):
+    prepare(config)

@@ -1,0 +1,207 @@
+import itertools
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny import packing_in, rows_of, sentences
+
+from switchlora_jax.data import packing, tokenizer
+from switchlora_jax.data.packing import START, Position, Split
+from switchlora_jax.errors import UserError
+
+TEXTS = st.text(st.sampled_from("ab\né😀"), max_size=40)
+PARTS = st.lists(st.lists(TEXTS, max_size=5), max_size=4)
+GROUPS = st.integers(1, 50)
+
+
+class Bytes:
+  """A tokenizer whose tokens are the bytes of the text, and which therefore may be cut anywhere."""
+
+  def eos_id(self):
+    return 1
+
+  def encode(self, texts):
+    one = lambda text: [byte + 2 for byte in text.encode()]
+    return one(texts) if isinstance(texts, str) else [one(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "own.model"
+  tokenizer.train_tokenizer(sentences(0, 100), 320, path)
+  return tokenizer.load_tokenizer(path)
+
+
+def documents_of(parts):
+  return [text for part in parts for text in part]
+
+
+# Pieces.
+
+
+@given(parts=PARTS, group=GROUPS)
+def test_pieces_are_the_documents(parts, group):
+  with packing_in(group):
+    pieces = list(packing.pieces(parts))
+  assert all(0 < len(piece.text) <= group for piece in pieces)
+  assert sum(piece.ends for piece in pieces) == len([text for text in documents_of(parts) if text])
+  joined = "".join(piece.text + "§" * piece.ends for piece in pieces)
+  assert joined == "".join(text + "§" for text in documents_of(parts) if text)
+
+
+@given(parts=PARTS, group=GROUPS)
+def test_pieces_go_on_from_behind_every_piece(parts, group):
+  with packing_in(group):
+    pieces = list(packing.pieces(parts))
+    for count, piece in enumerate(pieces, 1):
+      assert list(packing.pieces(parts, piece.after)) == pieces[count:]
+
+
+def test_long_documents_are_cut_after_a_newline(monkeypatch):
+  monkeypatch.setattr(packing, "GROUP", 10)
+  pieces = [piece.text for piece in packing.pieces([["one two\nthree four\nfive", "0123456789", "0123456789ab"]])]
+  assert pieces == ["one two\n", "three four", "\nfive", "0123456789", "0123456789", "ab"]
+
+
+def test_parts_before_the_position_are_not_read():
+  def unread():
+    raise AssertionError("was read")
+    yield
+
+  class Unread:
+    def __iter__(self):
+      return unread()
+
+  (piece,) = packing.pieces([Unread(), ["one", "two"]], Position(1, 1))
+  assert piece == ("two", True, Position(1, 2))
+
+
+@given(parts=PARTS, group=GROUPS, take=st.integers(-1, 8))
+def test_the_first_documents(parts, group, take):
+  with packing_in(group):
+    joined = "".join(p.text + "§" * p.ends for p in packing.first(packing.pieces(parts), take))
+  assert joined == "".join(text + "§" for text in [text for text in documents_of(parts) if text][: max(0, take)])
+
+
+# Tokens.
+
+
+def test_every_document_ends_with_eos_and_empty_ones_are_left_out(model):
+  documents = ["", *sentences(0, 5), "", "\n"]
+  (group,) = packing.encode(model, packing.pieces([documents]))
+  expected = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
+  assert group.tokens.tolist() == expected and group.tokens.dtype == np.int32
+  assert group[1:] == (6, sum(map(len, documents)), len("".join(documents).encode()), Position(0, 8))
+  assert not list(packing.encode(model, packing.pieces([["", ""], []])))
+
+
+@pytest.mark.parametrize("limit", [30, 60, 200])
+def test_long_documents_are_encoded_in_pieces_and_nothing_is_lost(model, monkeypatch, limit):
+  documents = ["The tide rises.\nThe waves break on the rocks.\n\n" * 5, "x" * 100, "\n" * 50, "é"]
+  monkeypatch.setattr(packing, "GROUP", limit)
+  groups = list(packing.encode(model, packing.pieces([documents])))
+  tokens = np.concatenate([group.tokens for group in groups])
+  assert model.decode(tokens[tokens != 1].tolist()) == "".join(documents) and (tokens == 1).sum() == 4
+  assert sum(group.bytes for group in groups) == len("".join(documents).encode())
+  assert sum(group.documents for group in groups) == 4 and max(group.characters for group in groups) < 2 * limit
+
+
+def test_documents_are_read_as_they_are_wanted(model, monkeypatch):
+  monkeypatch.setattr(packing, "GROUP", 20)
+  documents = iter(["The tide rises."] * 100)
+  next(packing.encode(model, packing.pieces([documents])))
+  assert len(list(documents)) >= 95
+
+
+def test_a_mistake_in_the_text_comes_through():
+  def text():
+    yield "a" * packing.GROUP
+    raise UserError("no text")
+
+  groups = packing.encode(Bytes(), packing.pieces([text()]))
+  assert len(next(groups).tokens) == packing.GROUP + 1
+  with pytest.raises(UserError, match="no text"):
+    next(groups)
+
+
+# Rows.
+
+
+class Killed(Exception):
+  pass
+
+
+def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None):
+  """Pack what is left to do by the last of `saved`, JSON; killed when it would save for the `kill`th time."""
+  split = Split(**json.loads(saved[-1])) if saved else Split()
+  split.position = Position(*split.position)
+  count = itertools.count()
+
+  def save():
+    if next(count) == kill:
+      raise Killed  # after the shard, before the progress
+    saved.append(json.dumps(asdict(split)))
+
+  encoded = packing.encode(Bytes(), packing.pieces(parts, split.position))
+  packing.pack(split, encoded, folder, "train", seq_len=seq_len, dtype=dtype, save=save)
+  return split
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+  parts=PARTS, group=GROUPS, shard=st.integers(1, 60), seq_len=st.integers(1, 20), kills=st.lists(st.integers(0, 3))
+)
+@example(parts=[["a" * 39, "b\n" * 20]], group=7, shard=8, seq_len=4, kills=[0, 1, 1])
+def test_rows_are_the_documents_one_after_another_whenever_it_was_killed(parts, group, shard, seq_len, kills):
+  expected = rows_of(Bytes(), documents_of(parts), seq_len)
+  with packing_in(group, shard), tempfile.TemporaryDirectory() as once, tempfile.TemporaryDirectory() as again:
+    if not len(expected):
+      with pytest.raises(UserError, match=f"at least one row of {seq_len} tokens"):
+        fill(Path(once), parts, [], seq_len)
+      return
+    whole, saved = fill(Path(once), parts, [], seq_len), []
+    for kill in kills:
+      try:
+        fill(Path(again), parts, saved, seq_len, kill=kill)
+        break
+      except Killed:
+        pass
+    if not (saved and json.loads(saved[-1])["complete"]):
+      fill(Path(again), parts, saved, seq_len)
+    rows = [np.load(Path(once) / shard.file) for shard in whole.shards]
+    assert contents(Path(once)) == contents(Path(again))
+    assert json.loads(saved[-1]) == json.loads(json.dumps(asdict(whole)))
+  np.testing.assert_array_equal(np.concatenate(rows), expected)
+  each = max(1, shard // seq_len)
+  assert [len(rows) for rows in rows[:-1]] == [each] * (len(rows) - 1) and 0 < len(rows[-1]) <= each
+  text = "".join(documents_of(parts))
+  assert (whole.rows, whole.characters, whole.bytes) == (len(expected), len(text), len(text.encode()))
+  assert whole.tokens == whole.bytes + whole.documents
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_shards_are_as_small_as_is_asked_for(tmp_path, dtype):
+  fill(tmp_path, [["é" * 20]], [], 4, dtype)
+  assert np.load(tmp_path / "train-00000.npy").dtype == dtype
+
+
+def test_text_without_a_row_is_a_sentence_and_nothing_is_saved(tmp_path):
+  for parts in ([], [["", ""]], [["abc"]]):
+    saved = []
+    with pytest.raises(UserError, match=r"train must hold at least one row of 5 tokens; it has \d, of \d documents"):
+      fill(tmp_path, parts, saved, 5)
+    assert not saved and not contents(tmp_path)
+  assert fill(tmp_path, [["abcd"]], [], 5).rows == 1
+
+
+def test_the_start_is_the_first_character():
+  assert START == (0, 0, 0) and Split().position == START

@@ -1,0 +1,124 @@
+import io
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+from paths import SHARED
+
+from switchlora_jax.data import tokenizer
+from switchlora_jax.errors import UserError
+
+T5 = SHARED / "t5_tokenizer" / "t5_32100.model"
+DOCUMENTS = ["The tide rises.\n\n  The tide falls, and the waves\tbreak.\n", "A wave, a tide; 12 rocks.", ""] * 5
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "own.model"
+  tokenizer.train_tokenizer(DOCUMENTS, 320, path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def own(path):
+  return tokenizer.load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def t5():
+  if not T5.exists():
+    pytest.skip("T5's SentencePiece model is not there; the sibling tests train their own")
+  return tokenizer.load_tokenizer(T5)
+
+
+def save(path, **options):
+  """A SentencePiece model made without this package."""
+  model = io.BytesIO()
+  settings = {"vocab_size": 40, "hard_vocab_limit": False, "model_type": "bpe", "minloglevel": 2} | options
+  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DOCUMENTS), model_writer=model, **settings)
+  path.write_bytes(model.getvalue())
+  return path
+
+
+# Training.
+
+
+def test_special_pieces_are_t5s(own):
+  assert (own.pad_id(), own.eos_id(), own.unk_id(), own.bos_id()) == (0, 1, 2, -1)
+
+
+def test_special_pieces_of_t5(t5):
+  assert (t5.pad_id(), t5.eos_id(), t5.unk_id(), t5.bos_id()) == (0, 1, 2, -1)
+  assert t5.get_piece_size() == 32_100
+
+
+@given(st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
+def test_nothing_is_lost(own, text):
+  assert own.decode(own.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", [" a  b ", "\n\n\ta\r\n", "é漢😀", "</s><unk><0x41>", ""])
+def test_nothing_is_lost_of(own, text):
+  assert own.decode(own.encode(text)) == text
+  assert own.unk_id() not in own.encode(text) and own.eos_id() not in own.encode(text)
+
+
+def test_it_learns_from_the_text(own):
+  assert len(own.encode("the tide")) < len(own.encode("eht edit"))
+  assert 300 < own.get_piece_size() <= 320
+
+
+def test_the_same_text_gives_the_same_file(path, tmp_path):
+  tokenizer.train_tokenizer(iter(DOCUMENTS), 320, tmp_path / "again")
+  tokenizer.train_tokenizer(DOCUMENTS + ["Rocks, rocks, rocks."] * 9, 320, tmp_path / "other")
+  assert path.read_bytes() == (tmp_path / "again").read_bytes() != (tmp_path / "other").read_bytes()
+  assert sorted(file.name for file in tmp_path.iterdir()) == ["again", "other"]
+
+
+def test_long_lines_are_learnt_from(tmp_path):
+  tokenizer.train_tokenizer(["zebra " * 5000], 300, tmp_path / "model")
+  assert len(tokenizer.load_tokenizer(tmp_path / "model").encode(" zebra")) == 1
+
+
+def test_training_reads_no_more_than_its_sample(monkeypatch, tmp_path):
+  monkeypatch.setattr(tokenizer, "SAMPLE", 100)
+  documents = iter(["The tide rises. " * 4] * 3)
+  tokenizer.train_tokenizer(documents, 300, tmp_path / "model")
+  assert len(list(documents)) == 1
+
+
+@pytest.mark.parametrize(("documents", "vocab_size"), [(DOCUMENTS, 256), ([], 320), (["", "\n"], 320)])
+def test_what_cannot_be_trained_is_a_sentence(tmp_path, documents, vocab_size):
+  message = rf"could not train a tokenizer of {vocab_size} pieces .*: use more text, a larger vocabulary"
+  with pytest.raises(UserError, match=message):
+    tokenizer.train_tokenizer(documents, vocab_size, tmp_path / "model")
+  assert not list(tmp_path.iterdir())
+
+
+# Loading.
+
+
+def test_a_file_that_is_no_model_is_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r"the tokenizer '.*none' must be .* there is no such file; name one"):
+    tokenizer.load_tokenizer(tmp_path / "none")
+  with pytest.raises(UserError, match="there is no such file"):
+    tokenizer.load_tokenizer("a" * 300)  # the system refuses to look
+  (tmp_path / "text").write_text("The tide rises.")
+  (tmp_path / "empty").touch()
+  for name in ("text", "empty"):
+    with pytest.raises(UserError, match="must be a SentencePiece model; it is not"):
+      tokenizer.load_tokenizer(tmp_path / name)
+
+
+def test_a_model_without_eos_is_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r"must have an end-of-sentence piece, which ends documents; train it"):
+    tokenizer.load_tokenizer(save(tmp_path / "model", eos_id=-1))
+  assert tokenizer.load_tokenizer(save(tmp_path / "model")).eos_id() == 2
+
+
+def test_a_model_larger_than_the_vocabulary_is_a_sentence(path, own):
+  pieces = own.get_piece_size()
+  tokenizer.check_vocabulary(path, pieces)
+  with pytest.raises(UserError, match=rf"vocabulary \(={pieces - 1}\); it has {pieces} pieces; pass --config\.model"):
+    tokenizer.check_vocabulary(path, pieces - 1)

@@ -1,0 +1,277 @@
+"""Methods side by side: one small comparison, killed in its middle and gone on with, then one with a run that fails."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from grids import as_flags, command, curve, imported, tiny_base, write_run
+from paths import ROOT
+from tiny import ONE_DEVICE
+
+from experiments.common import grid, settings
+from experiments.common.grid import Arm
+from switchlora_jax.errors import UserError
+from switchlora_jax.runs import directory as run_directory
+
+CELLS = [
+  *(f"full_lr=0.001_seed={seed}" for seed in (0, 1)),
+  *(f"lora-rank-4_lr={rate}_seed=0" for rate in ("0.01", "0.02")),
+]
+BROKEN = "lora-rank-4_lr=0.05_seed=0"
+
+
+def finished(workdir) -> set[str]:
+  """The cells that have been evaluated after their last step."""
+  runs = (path.parent for path in workdir.glob("cells/*/metrics.jsonl"))
+  return {run.name for run in runs if any(row["step"] == 6 for row in grid.evaluations(run))}
+
+
+def ages(workdir, cells) -> dict[str, tuple[int, ...]]:
+  files = {cell: (f"{cell}.log", f"{cell}/metrics.jsonl", f"{cell}/config.json") for cell in cells}
+  return {cell: tuple((workdir / "cells" / name).stat().st_mtime_ns for name in files[cell]) for cell in cells}
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+  """The same command killed with its runs, started again, and with one more learning rate whose directory is a file."""
+  folder = tmp_path_factory.mktemp("compare")
+  workdir = folder / "grid"
+  base = tiny_base(folder, steps=6, eval_every=3, checkpoint_every=3)
+  flags = ["--methods=full,lora", "--ranks=4", "--seeds=2", "--processes=2", "--time=false", f"--workdir={workdir}"]
+  flags += as_flags(base)
+  words = [sys.executable, "-m", "experiments.compare", *flags, "--learning_rates=lora:1e-2,2e-2"]
+  options = dict(cwd=ROOT, env=os.environ | ONE_DEVICE, start_new_session=True, stderr=subprocess.DEVNULL)
+  with subprocess.Popen(words, **options) as process:
+    deadline = time.monotonic() + 900
+    while process.poll() is None and not finished(workdir) and time.monotonic() < deadline:
+      time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+  time.sleep(0.5)  # the runs go, too
+  before = ages(workdir, finished(workdir))
+  again = command("compare", *flags, "--learning_rates=lora:1e-2,2e-2")
+  after = ages(workdir, before)
+  first_table, all_ages = (workdir / "table.md").read_text(), ages(workdir, finished(workdir))
+  first_results = json.loads((workdir / "results.json").read_text())
+  (workdir / "cells" / BROKEN).write_text("in the way")
+  failing = command("compare", *flags, "--learning_rates=lora:1e-2,2e-2,5e-2")
+  return SimpleNamespace(**locals())
+
+
+def test_a_comparison_that_was_killed_goes_on(story):
+  assert story.process.returncode == -signal.SIGKILL
+  assert 0 < len(story.before) < 5  # it was killed in its middle
+  assert story.again.returncode == 0, story.again.stderr
+  assert story.after == story.before  # what was finished was not run again
+  assert {*CELLS} < finished(story.workdir) and len(finished(story.workdir)) == 5
+
+
+def test_it_leaves_a_table_and_results(story):
+  full, lora = story.first_results["arms"]
+  assert [arm["label"] for arm in (full, lora)] == ["full", "lora, rank 4"]
+  assert len(full["perplexities"]) == len(lora["perplexities"]) == 2
+  assert lora["learning_rate"] == min((1e-2, 2e-2), key=lambda rate: lora["sweep"][f"{rate:g}"])
+  assert lora["at_edge_of_sweep"] and not full["at_edge_of_sweep"]
+  assert story.first_results["read_at"] == 1.0 and len(story.first_results["cells"]) == 5
+  for cell in story.first_results["cells"]:
+    assert cell["failure"] is None and [step for step, _ in cell["curve"]] == [3, 6]
+    assert 0 < cell["val_loss"] < 2 * math.log(320)
+  assert story.first_table.count(" (2 seeds) |") == 2 and "step time" not in story.first_table
+  assert story.first_table in story.again.stdout and f"written to {story.workdir}" in story.again.stdout
+  for name in ("curves.png", "parameters.png"):
+    assert (story.workdir / name).stat().st_size > 10_000
+
+
+def test_methods_saw_the_same_data_and_budget(story):
+  configs = [json.loads((story.workdir / "cells" / name / "config.json").read_text()) for name in CELLS]
+  assert len({config["data_fingerprint"] for config in configs}) == 1
+  shared = ("steps", "batch_size", "seq_len", "eval_tokens", "warmup_steps", "data", "model")
+  assert all(config["config"][key] == configs[0]["config"][key] for config in configs for key in shared)
+  assert [config["config"]["seed"] for config in configs] == [0, 1, 0, 0]
+
+
+def test_a_run_that_fails_is_named_after_everything_was_written(story):
+  done = story.failing
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert f"error: 1 of 6 runs failed: {BROKEN}; the same command tries them again" in done.stderr
+  blocked = story.workdir / "cells" / BROKEN
+  assert f"{BROKEN}: failed with exit code 2: error: --workdir={blocked} cannot be written" in done.stdout
+  assert ages(story.workdir, story.all_ages) == story.all_ages
+  found = json.loads((story.workdir / "results.json").read_text())
+  assert found["arms"][1]["sweep"] == story.first_results["arms"][1]["sweep"] | {"0.05": None}
+  assert found["arms"][1]["mean"] == story.first_results["arms"][1]["mean"]
+  assert (story.workdir / "table.md").read_text() in done.stdout
+
+
+@pytest.fixture
+def lora(story):
+  """A cell of the story, as a grid sees it."""
+  cell = grid.make_cell(story.base, Arm("lora, rank 4", {"method": "lora", "rank": 4}), 1e-2, 0)
+  return grid.Ran(cell, story.workdir / "cells" / cell.name, None)
+
+
+def test_a_process_trains_what_the_cell_says(lora):
+  assert run_directory.read(lora.workdir)["config"] == lora.cell.config.to_dict()
+  assert [row["step"] for row in grid.evaluations(lora.workdir)] == [3, 6]
+  assert re.fullmatch(r"validation perplexity \d+\.\d\d", grid.summary(lora))
+
+
+def test_a_process_that_finished_is_not_started_again(story, lora):
+  assert grid.run_cell(story.base, lora.cell, lora.workdir.parent, (0, 2), None) == lora
+
+
+def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_finished(lora, tmp_path):
+  shutil.copytree(lora.workdir, tmp_path / "run")
+  assert grid.finished(tmp_path / "run", lora.cell.config)
+  path = tmp_path / "run" / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  assert "val_loss" in lines[-1] and json.loads(lines[-1])["step"] == 6
+  path.write_text("".join(lines[:-1]))
+  assert not grid.finished(tmp_path / "run", lora.cell.config)
+  assert not grid.finished(tmp_path / "none", lora.cell.config)
+
+
+def test_a_run_made_for_a_test_looks_like_a_real_one(lora, tmp_path):
+  """Other tests stand on `write_run`."""
+  write_run(tmp_path / "run", lora.cell.config, curve(lora.cell.config, 3.0))
+  made, found = (run_directory.read(folder) for folder in (tmp_path / "run", lora.workdir))
+  assert made.keys() == found.keys() and made["config"] == found["config"]
+  made, found = (grid.evaluations(folder) for folder in (tmp_path / "run", lora.workdir))
+  assert [row["step"] for row in made] == [row["step"] for row in found]
+  assert made[0].keys() <= found[0].keys()
+
+
+def test_no_workdir_and_an_unknown_method_are_sentences():
+  done = command("compare", "--methods=full,loar", "--workdir=nowhere")
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert "error: --methods has loar; they must be of full, lora, switchlora, relora, galore" in done.stderr
+  assert not (ROOT / "nowhere").exists()
+  with imported("compare") as compare, pytest.raises(UserError, match=r"--workdir is missing.*--workdir=runs/grid"):
+    compare.main()
+
+
+MISTAKES = {
+  "no methods": (["--methods="], "--methods has none; they must be of full"),
+  "unknown method of rates": (
+    ["--learning_rates=loar:1e-3"],
+    r"--learning_rates=loar:1e-3 names loar; expected of full",
+  ),
+  "no number": (["--learning_rates=full:fast"], "--learning_rates must be a list of numbers .*fast"),
+  "no colon": (["--learning_rates=full,lora"], "--learning_rates must be a list of numbers .*full"),
+  "nothing after the colon": (["--learning_rates=full:"], "--learning_rates must be a list of numbers"),
+  "no rank": (["--ranks=8,x", "--methods=full"], "--ranks must be a list of numbers .*x"),
+  "twice": (["--methods=full,full"], "cells twice .full_lr=0.001_seed=0"),
+  "rank too large": (["--methods=switchlora", "--ranks=8,512"], r"rank \(=512\) leaves no spare vectors"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_sentences_before_anything_is_run(tmp_path, name):
+  flags, sentence = MISTAKES[name]
+  with (
+    imported("compare", *flags, f"--workdir={tmp_path / 'grid'}") as compare,
+    pytest.raises(UserError, match=sentence),
+  ):
+    compare.main()
+  assert not (tmp_path / "grid").exists()
+
+
+def test_the_flags_of_a_grid(tmp_path):
+  with imported("compare", "--workdir=~/grid", "--seeds=5", "--processes=3"):
+    options = settings.options()
+  assert options == {"workdir": grid.Path.home() / "grid", "seeds": 5, "processes": 3, "read_at": 1.0}
+
+
+def test_a_line_for_each_method_and_rank():
+  flags = [
+    "--methods=full,lora,galore",
+    "--ranks=8,4",
+    "--learning_rates=1e-4,1e-3",
+    "--learning_rates=lora,relora:0.5",
+  ]
+  with imported("compare", *flags) as compare:
+    assert compare.arms(compare.CONFIG.value) == [
+      Arm("full", {"method": "full"}, (1e-4, 1e-3)),
+      Arm("lora, rank 8", {"method": "lora", "rank": 8}, (0.5,)),
+      Arm("lora, rank 4", {"method": "lora", "rank": 4}, (0.5,)),
+      Arm("galore, rank 8", {"method": "galore", "rank": 8}, (1e-4, 1e-3)),
+      Arm("galore, rank 4", {"method": "galore", "rank": 4}, (1e-4, 1e-3)),
+    ]
+
+
+def test_a_method_is_not_asked_for_what_it_has_no_use_for():
+  flags = ["--config.frozen_dtype=bfloat16", "--config.warm_start_steps=200", "--ranks=4"]
+  with imported("compare", *flags) as compare:
+    arms = {arm.overrides["method"]: arm.overrides for arm in compare.arms(compare.CONFIG.value)}
+    base = settings.base_from_flags()
+    cells = {name: grid.make_cell(base, Arm(name, keys), None, 0).config for name, keys in arms.items()}
+  assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in cells.items()} == {
+    "full": ("float32", 0),
+    "galore": ("float32", 200),
+    **dict.fromkeys(("lora", "switchlora", "relora"), ("bfloat16", 200)),
+  }
+
+
+def test_by_default_all_methods_at_the_configs_rank_and_their_own_rates():
+  with imported("compare", "--config.rank=16") as compare:
+    found = compare.arms(compare.CONFIG.value)
+  assert [arm.label for arm in found] == [
+    "full",
+    *(f"{m}, rank 16" for m in ("lora", "switchlora", "relora", "galore")),
+  ]
+  assert {arm.learning_rates for arm in found} == {()}
+
+
+ROWS = [
+  {"program": "full", "rank": 0, "time_ratio": 1.0},
+  {"program": "lora", "rank": 4, "time_ratio": 0.5},
+  {"program": "lora", "rank": 8, "time_ratio": 0.75},
+]
+
+
+def test_step_times_have_the_labels_of_the_table(tmp_path, monkeypatch):
+  base, commands = tiny_base(tmp_path), []
+
+  def benchmark(words, **_):
+    commands.append(words)
+    (out,) = (word.removeprefix("--json=") for word in words if word.startswith("--json="))
+    grid.Path(out).write_text(json.dumps(ROWS))
+    return SimpleNamespace(returncode=0)
+
+  with imported("compare", "--methods=lora,full", "--ranks=4,8") as compare:
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=benchmark, DEVNULL=None))
+    times = compare.step_times(base, tmp_path)
+    assert {*times} == {arm.label for arm in compare.arms(base.config)}
+  assert times == {"full": 1.0, "lora, rank 4": 0.5, "lora, rank 8": 0.75}
+  assert commands[0][:4] == [sys.executable, "-m", "experiments.benchmark", f"--config={base.file}"]
+  assert {"--config.model.hidden_size=16", "--rank=4", "--rank=8", "--methods=full,lora"} < {*commands[0]}
+
+
+def test_the_step_of_galore_has_its_share_of_a_refresh(tmp_path, monkeypatch):
+  measured = {"full": 1.0, "galore": 1.25, "galore refreshing": 5.25}
+  rows = [{"program": name, "rank": 0 if name == "full" else 4, "time_ratio": r} for name, r in measured.items()]
+
+  def benchmark(words, **_):
+    assert "--methods=full,galore,galore refreshing" in words
+    (tmp_path / "step_time.json").write_text(json.dumps(rows))
+    return SimpleNamespace(returncode=0)
+
+  with imported("compare", "--methods=galore", "--ranks=4") as compare:
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=benchmark, DEVNULL=None))
+    times = compare.step_times(tiny_base(tmp_path, galore__refresh_every=200), tmp_path)
+  assert times["galore, rank 4"] == 1.25 + 4 / 200
+
+
+def test_a_benchmark_that_fails_does_not_lose_the_runs(tmp_path, monkeypatch, capsys):
+  with imported("compare", "--methods=full") as compare:
+    failed = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=137), DEVNULL=None)
+    monkeypatch.setattr(compare, "subprocess", failed)
+    assert compare.step_times(tiny_base(tmp_path), tmp_path) == {}
+  assert "no step times: the benchmark ended with exit code 137" in capsys.readouterr().err

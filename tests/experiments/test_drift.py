@@ -1,0 +1,72 @@
+"""The study of drift, small: what drifts does, what shall not does not, and the command leaves its files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grids import command, imported
+
+from switchlora_jax.analysis import drift
+from switchlora_jax.lowrank.switching import SwitchSchedule
+
+SMALL = drift.Setting(48, 8, SwitchSchedule(8, freeze_steps=0, total_steps=1200, decay_to=1.0), steps=1200)
+PLAIN, TAIL = "bfloat16", "bfloat16 + int8 tail"
+
+
+@pytest.fixture(scope="module")
+def found():
+  return drift.drifts(SMALL, 4)
+
+
+def test_a_vector_a_side_is_switched_in_every_step(found):
+  assert found["switched"] == [300, 600, 900, 1200]
+
+
+def test_plain_bfloat16_drifts_and_with_a_tail_it_does_not(found):
+  """A tail has 8 bits more: 256 times less is lost at every switch."""
+  plain, tail = np.array(found[PLAIN]), np.array(found[TAIL])
+  assert plain[-1] > 0.05 and np.all(tail <= 0.01 * plain)
+  assert np.all(np.diff(plain) > 0), "it adds up"
+
+
+def test_rounding_at_random_is_no_remedy(found):
+  assert found[drift.AT_RANDOM][-1] > 0.05
+
+
+def test_rounding_at_random_has_the_right_mean_and_keeps_what_is_rounded():
+  value = np.float32(1 + 2**-7 / 3)
+  many = np.asarray(drift.rounded_at_random(jax.random.key(0), jnp.full(30_000, value)))
+  assert set(many) == {1, 1 + 2**-7} and abs(many.mean() - value) < 5 * 2**-7 * (2 / 9 / 30_000) ** 0.5
+  assert np.array_equal(drift.rounded_at_random(jax.random.key(1), many), many)
+
+
+def test_all_storages_see_the_same_vectors(monkeypatch):
+  """Without kernels that can be told apart, nothing drifts."""
+  monkeypatch.setitem(drift.STORED, PLAIN, {})
+  found = drift.drifts(SMALL._replace(steps=40), 2)
+  assert found[PLAIN] == [0, 0] and found[TAIL][1] > 0
+
+
+def test_the_command_leaves_numbers_and_a_picture(tmp_path):
+  done = command("drift", "--switches=8", "--size=16", "--rank=4", f"--workdir={tmp_path / 'new'}")
+  assert done.returncode == 0, done.stderr
+  results = json.loads((tmp_path / "new" / "drift.json").read_text())
+  assert [len(found["switched"]) for found in results.values()] == [8, 8]
+  assert all(title in done.stdout for title in results) and TAIL in done.stdout
+  assert (tmp_path / "new" / "drift.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+  ("flags", "sentence"),
+  [
+    ([], "--workdir is missing"),
+    (["--workdir=x", "--switches=7"], r"--switches \(=7\) must be at least 8"),
+    (["--workdir=/dev/null/x"], "the folder /dev/null/x cannot be made"),
+    (["--workdir=x", "--size=32"], r"--size \(=32\) more than --rank \(=32\)"),
+  ],
+)
+def test_mistakes_are_sentences(flags, sentence):
+  with imported("drift", *flags) as module, pytest.raises(module.UserError, match=sentence):
+    module.main()

@@ -1,0 +1,86 @@
+"""The command itself, as a user meets it: real processes."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+from tiny import ONE_DEVICE, write_text
+
+TINY = [f"--config.model.{key}" for key in ("hidden_size=16", "num_heads=2", "num_layers=2", "intermediate_size=24")]
+
+
+def pretrain(*flags, config="configs/llama_tiny.py"):
+  command = [sys.executable, "-m", "experiments.pretrain", f"--config={config}", *flags]
+  return subprocess.run(command, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
+
+
+def test_dry_run_prints_what_scripts_read_and_writes_nothing(tmp_path):
+  workdir = tmp_path / "run"
+  done = pretrain("--config.rank=512", "--dry_run", f"--workdir={workdir}", config="configs/llama_1b.py")
+  assert done.returncode == 0, done.stderr
+  assert "\ntrainable parameters: 609.7M (609,720,320)\n" in done.stdout
+  assert "\nfrozen parameters: 1207.9M (1,207,910,400)\n" in done.stdout
+  assert "\nlearning_rate: 0.02\n" in done.stdout
+  assert "\ntokens per step: 786,432\n" in done.stdout
+  # Per layer kind, spares (c - r)·(in + out), cursor and timers; per parameter two moments, per vector a count.
+  spares = 24 * (4 * 1536 * 4096 + 3 * 1536 * 7509) * 4 + 24 * 7 * (1 + 2 * 512) * 4
+  assert f"\ncandidates: {spares / 2**20:,.1f} MiB ({spares:,} bytes)\n" in done.stdout
+  counts = 24 * 7 * 2 * 512 + 5  # embedding, two norms a block (stacked), last norm, head
+  optimizer = 2 * 609_720_320 * 4 + counts * 4
+  assert f"\noptimizer: {optimizer / 2**20:,.1f} MiB ({optimizer:,} bytes)\n" in done.stdout
+  assert not workdir.exists()
+
+
+def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
+  flags = [*TINY, "--config.rank=4", "--config.seq_len=16", "--config.batch_size=8", "--config.model.vocab_size=320"]
+  flags += ["--config.steps=4", "--config.warmup_steps=1", "--config.data.source=text"]
+  flags += [f"--config.data.path={write_text(tmp_path)}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+  workdir = tmp_path / "run"
+  done = pretrain(*flags, f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
+  for pattern in (
+    r"data: text, fingerprint [0-9a-f]{16}",
+    r"validation perplexity: \d+\.\d\d",
+    r"tokens per second: [\d,]+",
+    r"sample: '.*' → '",
+    rf"loss curve: {workdir}/loss.png",
+    rf"saved in: {workdir}",
+    r"continue for twice as long: \S*python\S* -m experiments.pretrain .*--config.steps=8",
+  ):
+    assert re.search(pattern, done.stdout), pattern
+  assert "step 4: validation perplexity" in done.stdout
+  assert {"loss.png", "checkpoints", "config.json", "metrics.jsonl"} <= {path.name for path in workdir.iterdir()}
+
+
+MISTAKES = {
+  "unknown key": (["--config.rnk=4"], r"error: .*rnk.*rank"),
+  "unknown nested key": (["--config.switch.intervl=4"], r"error: .*intervl.*interval"),
+  "wrong type": (["--config.rank=four"], r"error: .*four"),
+  "unknown flag": (["--worckdir=x"], r"error: .*worckdir.*workdir"),
+  "unknown method": (["--config.method=loar"], r"error: method \(='loar'\) must be one of"),
+  "no workdir": ([], r"error: --workdir is missing"),
+  "no such tokenizer": (["--workdir={tmp}/run", "--config.data.tokenizer=nowhere.model"], r"error: .*nowhere\.model"),
+  "path not read": (["--workdir={tmp}/run", "--config.data.path={tmp}/*"], r"error: .*add --config.data.source=text"),
+  "empty glob": (
+    ["--workdir={tmp}/run", "--config.data.source=text", "--config.data.path={tmp}/*.gz"],
+    r"error: .*no file",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(tmp_path, name):
+  flags, pattern = MISTAKES[name]
+  done = pretrain(*(flag.format(tmp=tmp_path) for flag in flags))
+  assert done.returncode == 2
+  assert re.search(pattern, done.stderr), done.stderr
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_config_file_that_is_not_there_is_one_sentence():
+  done = pretrain("--dry_run", config="configs/llama_3m.py")
+  assert done.returncode == 2 and "llama_3m" in done.stderr and "Traceback" not in done.stderr

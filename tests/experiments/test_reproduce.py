@@ -1,0 +1,232 @@
+"""Reproducing an item: what is said, what would be run, and what is handed to the grid."""
+
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+from grids import command, fake_runs, imported
+from tiny import saved_run
+
+from experiments.common import children, grid
+from experiments.paper import items
+from switchlora_jax.errors import UserError
+
+
+def said(capsys, *flags) -> str:
+  """What the command prints."""
+  with imported("reproduce", *flags) as reproduce:
+    reproduce.main()
+  return capsys.readouterr().out
+
+
+def planned(capsys, *flags) -> list[dict[str, str]]:
+  """{flag: value} of each command that --dry_run prints."""
+  heading, *commands = said(capsys, *flags, "--dry_run").splitlines()
+  words = [shlex.split(line) for line in commands]
+  assert heading.startswith("table") or heading.startswith("figure")
+  assert all(line[1:3] == ["-m", "experiments.pretrain"] for line in words)
+  return [dict(word.split("=", 1) for word in line[3:]) for line in words]
+
+
+@pytest.mark.parametrize(("flags", "found"), [([], "missing"), (["--item=table12"], "'table12', which there is not")])
+def test_an_unknown_item_says_which_there_are(flags, found):
+  with imported("reproduce", *flags) as reproduce, pytest.raises(UserError) as caught:
+    reproduce.main()
+  assert str(caught.value) == f"--item is {found}; it must be one of {', '.join(items.ITEMS)}"
+
+
+def test_a_mistake_ends_the_command_with_a_sentence():
+  done = command("reproduce", "--item=table2", "--set=rank")
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert "error: --set=rank must be KEY=VALUE, say --set=data.path=" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("item", "row"), [("table1", "| 130M | 768 | 12 |"), ("table4", "| 1.3B, rank 512 | 609.7M |")]
+)
+def test_facts_are_printed_beside_the_papers(capsys, item, row):
+  text = said(capsys, f"--item={item}")
+  ours, papers = re.fullmatch(
+    rf"{item}: .*\nours, from the configs:\n\n(.*)\nthe paper's:\n\n(.*)\n", text, re.S
+  ).groups()
+  assert row in ours and ours == papers
+
+
+@pytest.mark.parametrize(("item", "row"), [("table8", "| GaLore | 2e-06 |"), ("table9", "| SwitchLoRA | 1e-05 |")])
+def test_what_is_used_as_the_paper_has_it_says_by_what(capsys, item, row):
+  text = said(capsys, f"--item={item}")
+  assert row in text and "the paper's" in text
+  assert "\nours are the same: experiments.finetune_glue takes them by default for models nearer to " in text
+
+
+def fine_tuning(line: str) -> SimpleNamespace:
+  """What experiments.finetune_glue reads of a printed command."""
+  words = shlex.split(line)
+  assert words[1:3] == ["-m", "experiments.finetune_glue"]
+  with imported("finetune_glue", *words[3:]) as read:
+    names = ("MODEL", "TASK", "DATA", "SEEDS", "WORKDIR", "RATES", "EPOCHS", "SEQ_LEN", "ROWS")
+    return SimpleNamespace(**{name.lower(): getattr(read, name).value for name in names})
+
+
+@pytest.mark.parametrize("scale", items.SCALES)
+def test_the_models_of_glue_are_trained_and_then_fine_tuned(capsys, scale):
+  """With several seeds, a dry run cannot know yet which is the best: it names the first of each line."""
+  text = said(capsys, "--item=table7", f"--scale={scale}", "--seeds=2", "--workdir=a b", "--dry_run")
+  *trained, last = text.splitlines()[1:]
+  workdirs = [shlex.split(line)[-1].removeprefix("--workdir=") for line in trained]
+  found = fine_tuning(last)
+  assert len(trained) == 4 and found.model == workdirs[:2] and "a b/cells/1.3B-full_lr=0.001_seed=0" in found.model
+  assert (found.task, found.data, found.workdir) == (["cola", "stsb", "mrpc", "rte", "sst2"], "hub", "a b/glue")
+  if scale == "paper":
+    assert (found.rates, found.epochs, found.seq_len, found.rows, found.seeds) == ([], 30, 512, None, 5)
+  else:
+    assert [float(rate) for rate in found.rates] == [1e-4, 3e-4, 1e-3]
+    assert (found.epochs, found.seq_len, found.rows, found.seeds) == (5, 128, 1000, 3)
+
+
+@pytest.mark.parametrize(("seq_len", "wanted"), [(64, 64), (1024, 512)])
+def test_no_row_is_longer_than_in_pre_training_or_in_the_paper(capsys, seq_len, wanted):
+  text = said(capsys, "--item=table6", f"--set=seq_len={seq_len}", "--dry_run")
+  assert fine_tuning(text.splitlines()[-1]).seq_len == wanted
+
+
+def test_the_best_run_of_each_line_is_fine_tuned(capsys, monkeypatch, tmp_path):
+  runs = fake_runs(monkeypatch)
+  names = [f"350M-{name}" for name in ("full_lr=0.001", "switchlora-rank-256_lr=0.02", "galore-rank-256_lr=0.01")]
+  best = [f"{name}_seed={seed}" for name, seed in zip(names, (1, 0, 1), strict=True)]
+  runs.losses.update({name: 2.0 for name in best} | {best[1]: 2.5})
+  text = said(capsys, "--item=table6", "--seeds=2", "--processes=1", f"--workdir={tmp_path}")
+  assert len(runs.started) == 6
+  ours, papers, last = re.fullmatch(
+    r"table6: .*?\n(\|.*)\n\nthe paper's, after fine-tuning:\n\n(.*)\nto fine-tune ours:\n\n(.*)\n", text, re.S
+  ).groups()
+  assert re.search(r"\| 350M, galore, rank 256 \| .* \| 21\.61 \|", ours) and "| GaLore | 40.23±2 |" in papers
+  assert fine_tuning(last).model == [str(tmp_path / "cells" / name) for name in best]
+
+
+@pytest.mark.parametrize("flags", [["--scale=paper"], ["--set=data.source=stream"], ["--set=data.source=prepared"]])
+def test_where_no_text_is_named_it_says_what_to_add(capsys, tmp_path, flags):
+  """A dry run prints its commands nevertheless; else it ends before anything is run."""
+  flags = ["--item=table3", f"--workdir={tmp_path / 'grid'}", *flags]
+  with imported("reproduce", *flags, "--dry_run") as reproduce:
+    reproduce.main()
+  printed, sentence = capsys.readouterr()
+  assert printed.count("experiments.pretrain") == 3
+  assert re.search(r"data\.path is empty.* add --set=data\.path=.* --set=data\.source=prepared --set=data", sentence)
+  with imported("reproduce", *flags) as reproduce, pytest.raises(UserError, match=r"data\.path is empty") as caught:
+    reproduce.main()
+  assert str(caught.value) in sentence and not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--scale=paper", "--set=data.path=c4/*"]])
+def test_where_there_is_a_text_a_dry_run_asks_for_none(capsys, flags):
+  with imported("reproduce", "--item=table3", *flags, "--dry_run") as reproduce:
+    reproduce.main()
+  assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("scale", items.SCALES)
+def test_a_dry_run_prints_a_command_for_every_cell_and_runs_nothing(capsys, monkeypatch, tmp_path, scale):
+  monkeypatch.setattr(grid, "run_grid", None)
+  monkeypatch.setattr(children, "subprocess", None)
+  monkeypatch.chdir(tmp_path)
+  cells = planned(capsys, "--item=table2", f"--scale={scale}")
+  assert len({cell["--workdir"] for cell in cells}) == len(cells) == len(items.ITEMS["table2"].lines)
+  first = cells[0]
+  assert first["--config"].endswith("/configs/llama_tiny.py" if scale == "mini" else "/configs/llama_350m.py")
+  assert (first["--config.method"], first["--config.seed"]) == ("full", "0")
+  assert first["--workdir"] == "runs/table2/cells/130M-full_lr=0.001_seed=0"
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands_fill_the_directory_in_which_the_results_are_looked_for(capsys, tmp_path):
+  """Run them anywhere, then give the same --workdir without --dry_run."""
+  flags = ["--item=figure9", "--seeds=2", f"--workdir={tmp_path}"]
+  cells = planned(capsys, *flags)
+  assert sorted(cell["--config.seed"] for cell in cells) == ["0", "0", "1", "1"]
+  with imported("reproduce", *flags) as reproduce:
+    base = items.base("mini")
+    arms = reproduce.arms_of(items.ITEMS["figure9"], base, {})
+  wanted = [grid.make_cell(base, arm, None, seed) for seed in (0, 1) for arm in arms]
+  assert [cell["--workdir"] for cell in cells] == [str(tmp_path / "cells" / cell.name) for cell in wanted]
+
+
+def test_set_changes_every_line(capsys):
+  flags = [
+    "--set=steps=300",
+    "--set=warmup_steps=30",
+    "--set=data.path=a b/*",
+    "--set=data.source=text",
+    "--set=switch.reset=false",
+  ]
+  for item in ("table2", "table5", "figure6"):  # of which Table 5 sets the steps itself
+    cells = planned(capsys, f"--item={item}", *flags)
+    for cell in cells:
+      found = [cell[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "switch.reset")]
+      assert found == ["300", "30", "a b/*", "text", "False"]
+  cells = planned(capsys, "--item=table2", "--scale=paper", "--set=accumulation=3", "--set=batch_size=24")
+  assert {(cell["--config.accumulation"], cell["--config.batch_size"]) for cell in cells} == {("3", "24")}
+
+
+def test_set_moves_the_middle_of_an_ablation(capsys):
+  cells = planned(capsys, "--item=figure7", "--set=switch.interval=12", "--set=batch_size=16")
+  assert {cell["--config.switch.interval"] for cell in cells} == {"12", "24", "48"}
+  assert {cell["--config.batch_size"] for cell in cells} == {"16"}
+  cells = planned(capsys, "--item=figure9", "--scale=paper")
+  assert {cell["--config.batch_size"] for cell in cells} == {"128"}
+  cells = planned(capsys, "--item=figure9", "--scale=paper", "--set=batch_size=64")
+  assert {cell["--config.batch_size"] for cell in cells} == {"64"}
+
+
+@pytest.mark.parametrize(
+  ("flags", "sentence"),
+  [
+    (["--set=steps"], r"--set=steps must be KEY=VALUE, say --set=data\.path='c4/\*\.json\.gz'"),
+    (["--set=stepz=3"], r"unknown config key 'stepz'; every key stands in configs/base\.py"),
+    (["--set=steps=1e3"], "steps must be of type int; found '1e3'"),
+    (["--set=switch=3"], "switch must be of type ConfigDict; found '3'"),
+    (["--set=steps=-3"], r"steps \(=-3\) must be greater than 0"),
+    (["--set=eval_every=7"], r"the validation loss is read at step 570 .*--config\.eval_every to a divisor of 570"),
+    (["--set=rank=8"], r"--set=rank would change what the lines are"),
+    (["--set=model.num_layers=1"], r"--set=model\.num_layers would change what the lines are"),
+    (["--item=table5", "--set=seq_len=64"], r"--set=seq_len makes two lines the same run"),
+    ([], "--workdir is missing"),
+  ],
+)
+def test_mistakes_are_sentences_before_anything_is_run(tmp_path, flags, sentence):
+  workdir = [f"--workdir={tmp_path / 'grid'}"] if flags else []
+  with imported("reproduce", "--item=table2", *workdir, *flags) as reproduce, pytest.raises(UserError, match=sentence):
+    reproduce.main()
+  assert not (tmp_path / "grid").exists()
+
+
+def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
+  found = {}
+  flags = ["--item=table3", "--seeds=2", "--processes=1", f"--workdir={tmp_path}"]
+  flags += ["--set=data.source=text", "--set=data.path=books/*"]
+  with imported("reproduce", *flags) as reproduce:
+    monkeypatch.setattr(
+      reproduce.grid, "run_grid", lambda base, arms, **options: found.update(base=base, arms=arms) or []
+    )
+    monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: found.update(concluded=arguments))
+    reproduce.main()
+  assert [(arm.label, arm.paper) for arm in found["arms"]] == [
+    ("1.3B, full", 15.23),
+    ("1.3B, switchlora, rank 256", 15.89),
+    ("1.3B, switchlora, rank 512", 15.01),
+  ]
+  assert found["base"].overrides["data.source"] == found["base"].config.data.source == "text"
+  _, _, options, title = found["concluded"]
+  assert options == {"workdir": tmp_path, "seeds": 2, "processes": 1, "read_at": 0.95}
+  assert title == "table3, mini scale: perplexity of 1.3B at 38,000 of 40,000 steps"
+
+
+@pytest.mark.parametrize(("item", "shown"), [("figure10", True), ("figure2", False)])
+def test_singular_values_are_shown_where_the_figure_shows_them(tmp_path, monkeypatch, item, shown):
+  run = SimpleNamespace(workdir=saved_run(tmp_path / "run", method="lora"))
+  with imported("reproduce", f"--item={item}", f"--workdir={tmp_path}") as reproduce:
+    monkeypatch.setattr(reproduce.grid, "run_grid", lambda base, arms, **options: [run])
+    monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: None)
+    reproduce.main()
+  assert [(tmp_path / name).exists() for name in ("ranks.json", "weights.png")] == [shown, shown]

@@ -1,0 +1,265 @@
+"""What a grid leaves behind says what was measured."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from grids import fake_runs, tiny_base, write_run
+from matplotlib import pyplot as plt
+
+from experiments.common import grid, results
+from experiments.common.grid import Arm
+from switchlora_jax.errors import UserError
+
+FULL = Arm("full", {"method": "full"}, paper=27.71)
+SWITCH = Arm("switchlora, rank 4", {"method": "switchlora"}, (1e-2, 2e-2, 5e-2))
+LORA = Arm("lora, rank 4", {"method": "lora"})
+ARMS = (FULL, SWITCH, LORA)
+OPTIONS = {"seeds": 3, "processes": 2, "read_at": 1.0}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+  return fake_runs(monkeypatch)
+
+
+def perplexities(*values):
+  return [math.log(value) for value in values]
+
+
+@pytest.fixture
+def ran(tmp_path, runs):
+  """Three arms and three seeds: full rank, SwitchLoRA with a sweep that is best in its middle, LoRA that fails."""
+  full, switched = perplexities(10, 12, 17), perplexities(20, 24, 22)
+  runs.losses = {f"full_lr=0.001_seed={seed}": loss for seed, loss in enumerate(full)}
+  runs.losses |= {f"switchlora-rank-4_lr=0.02_seed={seed}": loss for seed, loss in enumerate(switched)}
+  runs.losses |= {"switchlora-rank-4_lr=0.01": math.log(21), "switchlora-rank-4_lr=0.05": float("nan")}
+  runs.broken = {"lora-rank-4_lr=0.01_seed=0"}
+  return grid.run_grid(tiny_base(tmp_path), ARMS, workdir=tmp_path, **OPTIONS)
+
+
+@pytest.fixture
+def found(ran):
+  return results.collect(ARMS, ran, 1.0, {"full": 1.0, "switchlora, rank 4": 0.8125})
+
+
+def test_rows_against_numbers_by_hand(found):
+  full, switched, lora = found["arms"]
+  assert full["perplexities"] == pytest.approx([10, 12, 17])
+  assert full["mean"] == pytest.approx(13) and full["std"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+  assert switched["perplexities"] == pytest.approx([20, 24, 22]) and switched["std"] == pytest.approx(2)
+  assert switched["learning_rate"] == 2e-2  # though the mean of its seeds, 22, is above 21
+  assert switched["sweep"] == {"0.01": pytest.approx(21), "0.02": pytest.approx(20), "0.05": None}
+  assert (full["paper"], switched["paper"], full["step_time"], switched["step_time"]) == (27.71, None, 1.0, 0.8125)
+  assert lora["mean"] is lora["std"] is lora["learning_rate"] is None and lora["perplexities"] == []
+
+
+def test_sizes_against_numbers_by_hand(found):
+  """Two blocks of width 16 and 24, vocabulary 320, rank 4; per parameter two moments, per vector or leaf a count."""
+  full, switched, lora = found["arms"]
+  others = 2 * 320 * 16 + 5 * 16  # embedding, head, two norms a block and the last
+  vectors = 2 * 4 * (4 * (16 + 16) + 3 * (16 + 24))
+  assert full["trainable_parameters"] == others + 2 * (4 * 16 * 16 + 3 * 16 * 24)
+  assert switched["trainable_parameters"] == lora["trainable_parameters"] == others + vectors
+  assert 0 < switched["optimizer_bytes"] - 8 * (others + vectors) < 4 * (2 * 7 * 2 * 4 + 10)
+  assert full["candidates_cycled"] is lora["candidates_cycled"] is None
+  # r / (c - r) · p·T / (interval · ln(1/d))
+  assert switched["candidates_cycled"] == pytest.approx(4 / 12 * 0.1 * 12 / (2 * math.log(3)))
+
+
+def test_the_table(found):
+  text = results.table(found)
+  header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+  assert header == [
+    "",
+    "validation perplexity",
+    "learning rate",
+    "trainable parameters",
+    "optimizer, MiB",
+    "all state, MiB",
+    "step time / full rank",
+    "candidates cycled",
+    "paper",
+  ]
+  assert rows[0][:4] == ["full", "13.00 ± 3.61 (3 seeds)", "0.001", "14,672"]
+  assert rows[0][6:] == ["1.00", "", "27.71"]
+  assert rows[1][:3] == ["switchlora, rank 4", "22.00 ± 2.00 (3 seeds)", "0.02"] and rows[1][6] == "0.81"
+  assert rows[2][:3] == ["lora, rank 4", "failed", ""]
+  assert "†" not in text
+
+
+def test_warnings_of_a_method_stand_under_the_table(tmp_path, runs):
+  arm = Arm("relora, rank 4", {"method": "relora", "relora.restart_every": 100})
+  ran = grid.run_grid(tiny_base(tmp_path), (arm,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
+  text = results.table(results.collect((arm,), ran, 1.0))
+  assert "\nrelora, rank 4: WARNING: without a restart this is LoRA;" in text
+
+
+def test_empty_columns_are_left_out(ran):
+  arms = [FULL._replace(paper=None), LORA]
+  same = [r._replace(cell=r.cell._replace(arm=arms[0])) for r in ran if r.cell.arm is FULL]
+  text = results.table(results.collect(arms, same + [r for r in ran if r.cell.arm is LORA], 1.0))
+  header = text.splitlines()[0]
+  assert (
+    header == "|  | validation perplexity | learning rate | trainable parameters | optimizer, MiB | all state, MiB |"
+  )
+
+
+@pytest.mark.parametrize(("best", "dagger"), [("0.01", True), ("0.02", False), ("0.05", True)])
+def test_a_dagger_at_the_edge_of_a_sweep(tmp_path, runs, best, dagger):
+  runs.losses = {f"switchlora-rank-4_lr={best}": 2.0}
+  options = OPTIONS | {"seeds": 1}
+  text = results.table(
+    results.collect((SWITCH,), grid.run_grid(tiny_base(tmp_path), (SWITCH,), workdir=tmp_path, **options), 1.0)
+  )
+  assert (f"| 7.39 | {best}† |" in text) == dagger and (f"| 7.39 | {best} |" in text) != dagger
+  assert ("† the best learning rate lies at the edge of the sweep" in text) == dagger
+
+
+def test_one_learning_rate_is_no_sweep_and_one_seed_has_no_spread(tmp_path, runs):
+  arm = SWITCH._replace(learning_rates=(1e-2,))
+  ran = grid.run_grid(tiny_base(tmp_path), (arm,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
+  row = results.collect((arm,), ran, 1.0)["arms"][0]
+  assert row["std"] is None and not row["at_edge_of_sweep"] and results.perplexity(row) == "20.09"
+
+
+@pytest.mark.parametrize(
+  ("losses", "shown"),
+  [
+    ((2.0, 2.0, float("nan")), "7.39 ± 0.00 (2 of 3 seeds)"),
+    ((2.0, 800.0, float("nan")), "7.39 (1 of 3 seeds)"),
+    ((float("nan"), 2.0, 2.0), "failed"),  # its first seed: nothing was chosen, and no other seed run
+  ],
+)
+def test_seeds_that_diverged_are_not_hidden(tmp_path, runs, losses, shown):
+  runs.losses = {f"lora-rank-4_lr=0.01_seed={seed}": loss for seed, loss in enumerate(losses)}
+  ran = grid.run_grid(tiny_base(tmp_path), (LORA,), workdir=tmp_path, **OPTIONS)
+  assert results.perplexity(results.collect((LORA,), ran, 1.0)["arms"][0]) == shown
+
+
+def test_everything_is_written_and_then_failures_are_a_sentence(tmp_path, ran, capsys):
+  with pytest.raises(UserError) as caught:
+    results.conclude(ARMS, ran, OPTIONS | {"workdir": tmp_path}, "three methods")
+  assert str(caught.value) == "1 of 9 runs failed: lora-rank-4_lr=0.01_seed=0; the same command tries them again"
+  written = {path.name for path in tmp_path.iterdir()}
+  assert {"results.json", "table.md", "curves.png", "parameters.png"} <= written
+  assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+  results.conclude((FULL,), [r for r in ran if r.cell.arm is FULL], OPTIONS | {"workdir": tmp_path}, "full rank")
+
+
+def test_results_json_is_strict_and_holds_every_cell(tmp_path, found):
+  def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+  results.write(found, tmp_path, "three methods")
+  loaded = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+  assert loaded == json.loads(json.dumps(found))
+  cells = {cell["name"]: cell for cell in loaded["cells"]}
+  assert len(cells) == len(loaded["cells"]) == 9
+  diverged, failed = cells["switchlora-rank-4_lr=0.05_seed=0"], cells["lora-rank-4_lr=0.01_seed=0"]
+  assert diverged["val_loss"] is None and diverged["curve"] == [[4, None], [8, None], [12, None]]
+  assert failed["val_loss"] is None and failed["curve"] == [] and "error: what went wrong" in failed["failure"]
+  good = cells["full_lr=0.001_seed=2"]
+  assert (good["seed"], good["learning_rate"], good["label"], good["failure"]) == (2, 1e-3, "full", None)
+  assert good["val_loss"] == pytest.approx(math.log(17))
+  assert [step for step, _ in good["curve"]] == [4, 8, 12] and good["curve"][-1][1] == good["val_loss"]
+
+
+def test_learnt_ranks_are_kept(tmp_path, runs):
+  base = tiny_base(tmp_path)
+  cell = grid.make_cell(base, FULL, None, 0)
+  workdir = tmp_path / "run"
+  write_run(workdir, cell.config, {12: 3.0})
+  path = workdir / "metrics.jsonl"
+  path.write_text(json.dumps({"step": 12, "val_loss": 3.0, "val_ppl": 20.1, "learnt_rank": 5.5}) + "\n")
+  found = results.collect((FULL,), [grid.Ran(cell, workdir, None)], 1.0)
+  assert found["cells"][0]["learnt_rank"] == [[12, 5.5]]
+
+
+def is_a_picture(path) -> bool:
+  pixels = plt.imread(path)
+  return (
+    path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and pixels.shape[:2] == (720, 1080) and float(pixels.std()) > 0.01
+  )
+
+
+def test_the_pictures_can_be_drawn_again_from_results_json(tmp_path, found):
+  results.write(found, tmp_path, "three methods")
+  loaded = json.loads((tmp_path / "results.json").read_text())
+  for name, plot in (("curves", results.plot_curves), ("parameters", results.plot_parameters)):
+    plot(loaded, tmp_path / "again.png", "three methods")
+    assert is_a_picture(tmp_path / f"{name}.png")
+    np.testing.assert_array_equal(plt.imread(tmp_path / f"{name}.png"), plt.imread(tmp_path / "again.png"))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """{name of the file: (figure, axes)} of the pictures, instead of files."""
+  figures = {}
+  monkeypatch.setattr(results, "finish", lambda figure, axes, path: figures.update({path.name: (figure, axes)}))
+  yield figures
+  plt.close("all")
+
+
+def test_curves_are_means_with_the_band_of_all_seeds(tmp_path, found, drawn):
+  results.plot_curves(found, tmp_path / "curves.png", "three methods")
+  _, axes = drawn["curves.png"]
+  assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "validation loss (nats per token)")
+  assert axes.get_title() == "three methods"
+  assert axes.get_legend_handles_labels()[1] == ["full, lr 0.001", "switchlora, rank 4, lr 0.02"]
+  full, switched = axes.get_lines()
+  last = np.mean(perplexities(10, 12, 17))
+  np.testing.assert_array_equal(full.get_xdata(), [4, 8, 12])
+  np.testing.assert_allclose(full.get_ydata(), [last + 0.2, last + 0.1, last])
+  np.testing.assert_allclose(switched.get_ydata()[-1], np.mean(perplexities(20, 24, 22)))
+  bands = [collection.get_paths()[0].vertices for collection in axes.collections]
+  assert len(bands) == 2
+  assert bands[0][:, 1].min() == pytest.approx(math.log(10))
+  assert bands[0][:, 1].max() == pytest.approx(math.log(17) + 0.2)
+
+
+def test_parameters_are_drawn_against_perplexity(tmp_path, found, drawn):
+  results.plot_parameters(found, tmp_path / "parameters.png", "three methods")
+  _, axes = drawn["parameters.png"]
+  assert (axes.get_xlabel(), axes.get_ylabel()) == ("trainable parameters", "validation perplexity")
+  bars = {bar.get_label(): bar for bar in axes.containers}
+  assert list(bars) == ["full", "switchlora, rank 4"]
+  np.testing.assert_allclose(bars["full"].lines[0].get_xydata(), [[14_672, 13]])
+  ((low, high),) = bars["switchlora, rank 4"].lines[2][0].get_segments()
+  np.testing.assert_allclose([low[1], high[1]], [20, 24])
+
+
+def test_seeds_evaluated_at_other_steps_are_drawn_where_all_were(tmp_path, found, drawn):
+  curves = [[[4, 2.0], [8, 1.0], [12, None]], [[2, 9.0], [4, 4.0], [12, 1.0]]]
+  cells = [found["cells"][0] | {"curve": curve, "seed": seed} for seed, curve in enumerate(curves)]
+  results.plot_curves(found | {"arms": found["arms"][:1], "cells": cells}, tmp_path / "curves.png", "")
+  (line,) = drawn["curves.png"][1].get_lines()
+  np.testing.assert_array_equal(line.get_xydata(), [[4, 3.0], [12, np.nan]])
+
+
+def test_a_long_title_does_not_leave_the_picture(tmp_path, found, drawn):
+  title = " ".join(["every word"] * 30)
+  results.write(found, tmp_path, title)
+  for figure, axes in drawn.values():
+    box = axes.title.get_window_extent(figure.canvas.get_renderer())
+    assert figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1
+    assert axes.get_title().split() == title.split()
+  assert len(drawn) == 2
+
+
+def test_pictures_of_nothing_but_failures_are_empty_and_no_error(tmp_path, found):
+  results.write(found | {"arms": found["arms"][2:], "cells": []}, tmp_path, "nothing")
+  assert is_a_picture(tmp_path / "curves.png") and is_a_picture(tmp_path / "parameters.png")
+
+
+def test_markdown():
+  rows = [{"": "a", "ours": 1}, {"": "b", "ours": "±2"}]
+  assert results.markdown(rows) == "|  | ours |\n|---|---|\n| a | 1 |\n| b | ±2 |\n"
+
+
+def test_nothing_is_allocated_for_the_sizes(ran):
+  before = len(jax.live_arrays())
+  results.collect(ARMS, ran, 1.0)
+  assert len(jax.live_arrays()) <= before

@@ -1,0 +1,195 @@
+from pathlib import Path
+
+import glue_files
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paths import SHARED
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.glue import tasks as glue
+from switchlora_jax.glue.tasks import TASKS, answers, best_constant, score
+
+REAL = SHARED / "glue"
+SMALL = {name: task._replace(rows={"train": 6, "dev": 3}) for name, task in TASKS.items()}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_of_files(tmp_path, name):
+  glue_files.write_task(tmp_path, name, SMALL[name])
+  found = glue.read(SMALL[name], str(tmp_path))
+  for split, seed in (("train", 0), ("dev", 1)):
+    rows = glue_files.made_up(name, SMALL[name].rows[split], seed)
+    assert found[split].texts == [tuple(row[column] for column in TASKS[name].sentences) for row in rows]
+    labels = [row[TASKS[name].label] for row in rows]
+    kind = np.int32 if TASKS[name].classes else np.float32
+    expected = [TASKS[name].classes.index(label) if TASKS[name].classes else float(label) for label in labels]
+    assert found[split].labels.dtype == kind and found[split].labels.tolist() == expected
+
+
+def rte(folder: Path, train: bytes, rows: int):
+  """RTE of a train file as given, and a good dev file."""
+  task = TASKS["rte"]._replace(rows={"train": rows, "dev": 3})
+  glue_files.write_task(folder, "rte", task)
+  (folder / "RTE" / "train.tsv.gz").unlink()
+  (folder / "RTE" / "train.tsv").write_bytes(train)
+  return glue.read(task, str(folder))["train"]
+
+
+HEADER = b"index\tsentence1\tsentence2\tlabel\n"
+GOOD = b"0\tone\ttwo\tentailment\n"
+
+
+def test_nothing_is_quoted_and_only_newlines_end_rows(tmp_path):
+  text = '"Open quote\u2028, \x85 and\r\x0b\tno "" end \tentailment\r\n'.encode()
+  rows = rte(tmp_path, b"\xef\xbb\xbf" + HEADER + b"0\t" + text + b"1\t'\t\"\tnot_entailment\n", 2)
+  assert rows.texts == [('"Open quote\u2028, \x85 and', 'no "" end'), ("'", '"')] and rows.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+  ("train", "message"),
+  [
+    (HEADER + GOOD * 3, r"RTE, train, must have 2 rows; found 3 in .*; restore the file"),
+    (HEADER + GOOD, r"must have 2 rows; found 1"),
+    (HEADER + GOOD + b"1\tone\tentailment\n", r"train\.tsv, line 3, must have 4 columns \(index, .*\); found 3"),
+    (HEADER + GOOD + b"1\ta\tb\tc\tentailment\n", r"line 3, must have 4 columns .*; found 5"),
+    (HEADER + GOOD + b"\n", r"line 3, must have 4 columns"),
+    (GOOD * 2, r"columns sentence1, sentence2, label; its first line lacks sentence1, .* is it RTE's\?"),
+    (b"", r"its first line lacks .* and has nothing"),
+    (HEADER + GOOD + b"1\tone\ttwo\t1\n", r"line 3: the label must be one of entailment, not_entailment; found '1'"),
+    (HEADER + b"0\tcaf\xe9\ttwo\tentailment\n", r"train\.tsv must be UTF-8 text.*UnicodeDecodeError"),
+  ],
+)
+def test_wrong_files_are_sentences(tmp_path, train, message):
+  with pytest.raises(UserError, match=message):
+    rte(tmp_path, train, 2)
+
+
+@pytest.mark.parametrize(
+  "line", [b"sentence\tlabel\n", b"gj04\t1\t\tA sentence.\tanother\n", b"gj04\tyes\t\tA sentence.\n"]
+)
+def test_wrong_lines_of_a_file_without_a_header_are_sentences(tmp_path, line):
+  """CoLA's has four columns: source, label, author's mark, sentence."""
+  glue_files.write_task(tmp_path, "cola", SMALL["cola"])
+  (tmp_path / "CoLA" / "train.tsv.gz").unlink()
+  (tmp_path / "CoLA" / "train.tsv").write_bytes(line + b"gj04\t1\t\tA sentence.\n" * 5)
+  with pytest.raises(UserError, match=r"CoLA.*line 1"):
+    glue.read(SMALL["cola"], str(tmp_path))
+
+
+def test_files_that_are_not_there_or_cut_off_are_sentences(tmp_path):
+  with pytest.raises(UserError, match=r"--data=.* must hold RTE/train\.tsv or \.tsv\.gz; found neither; or use"):
+    glue.read(TASKS["rte"], str(tmp_path))
+  glue_files.write_task(tmp_path, "rte", SMALL["rte"])
+  path = tmp_path / "RTE" / "train.tsv.gz"
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(UserError, match=r"train\.tsv\.gz must be .* EOFError"):
+    glue.read(SMALL["rte"], str(tmp_path))
+  path.write_bytes(HEADER)
+  with pytest.raises(UserError, match=r"gzipped if it ends in \.gz.*BadGzipFile"):
+    glue.read(SMALL["rte"], str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["5.1", "-1", "nan", "high", ""])
+def test_a_score_is_a_number_from_0_to_5(tmp_path, value):
+  rows = glue_files.made_up("stsb", 6, 0)
+  rows[4]["score"] = value
+  glue_files.write_task(tmp_path, "stsb", SMALL["stsb"])
+  glue_files.write(tmp_path / "STS-B" / "train.tsv.gz", "stsb", rows)
+  with pytest.raises(UserError, match=rf"line 6: the score must be a number between 0 and 5; found '{value}'"):
+    glue.read(SMALL["stsb"], str(tmp_path))
+
+
+def test_an_unknown_task_is_told_which_there_are():
+  assert glue.task_named("cola") is TASKS["cola"]
+  with pytest.raises(UserError, match=r"the task \(='qnli'\) must be one of cola, stsb, mrpc, rte, sst2"):
+    glue.task_named("qnli")
+
+
+@pytest.mark.parametrize("name", ["rte", "stsb", "cola"])
+def test_the_hubs_copy(monkeypatch, name):
+  import datasets
+
+  def load_dataset(path, subset, *, split):
+    assert (path, subset) == ("nyu-mll/glue", name)
+    count = SMALL[name].rows[{"train": "train", "validation": "dev"}[split]]
+    texts = {column: ["some words "] * count for column in (("sentence",) if name == "cola" else glue.BOTH)}
+    labels = [4.5, 0.0, 1.0] * 2 if name == "stsb" else [0, 1, 1] * 2
+    return datasets.Dataset.from_dict(texts | {"label": labels[:count], "idx": list(range(count))})
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+  rows = glue.read(SMALL[name], "hub")["dev"]
+  assert rows.texts == [("some words",) * len(TASKS[name].sentences)] * 3
+  assert rows.labels.tolist() == ([4.5, 0, 1] if name == "stsb" else [0, 1, 1])
+  with pytest.raises(UserError, match=r"must have 2,?490 rows|must have 5,749 rows|must have 8,551 rows"):
+    glue.read(TASKS[name], "hub")
+
+
+def test_no_network_is_a_sentence(monkeypatch):
+  import datasets
+
+  def load_dataset(*_, **__):
+    raise ConnectionError("no route\nto host")
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+  with pytest.raises(UserError, match=r"nyu-mll/glue, rte, could not be read .*ConnectionError: no route to host; it"):
+    glue.read(TASKS["rte"], "hub")
+
+
+def test_a_part_is_the_same_random_rows():
+  rows = glue.Rows([(str(i),) for i in range(100)], np.arange(100))
+  part = glue.part_of(rows, 10)
+  assert len(set(part.texts)) == 10 and [int(text) for (text,) in part.texts] == part.labels.tolist()
+  assert part.labels.tolist() != list(range(10)) and part.labels.tolist() == glue.part_of(rows, 10).labels.tolist()
+  assert glue.part_of(rows, 100) is rows and glue.part_of(rows, None) is rows
+
+
+# Metrics.
+
+
+def test_metrics_by_hand():
+  # True and false positives and negatives: 3, 1, 2, 4.
+  answered, labels = np.array([1] * 4 + [0] * 6), np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
+  matthews = (3 * 4 - 1 * 2) / np.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
+  assert score(TASKS["cola"], answered, labels) == pytest.approx(matthews)
+  assert score(TASKS["rte"], answered, labels) == 0.7
+  # Deviations from the means: (-1, 0, 1) and (-2, 1, 1), so 3 / √(2·6).
+  assert score(TASKS["stsb"], np.array([1.0, 2, 3]), np.array([0.0, 3, 3])) == pytest.approx(3 / np.sqrt(12))
+  assert score(TASKS["stsb"], np.array([3.0, 2, 1]), np.array([0.0, 3, 3])) == pytest.approx(-3 / np.sqrt(12))
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=50))
+def test_matthews_is_that_of_the_confusion_matrix(pairs):
+  answered, labels = np.array(pairs).T
+  tp, fp, fn, tn = (int(np.sum((answered == a) & (labels == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
+  below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+  expected = (tp * tn - fp * fn) / np.sqrt(below) if below else 0
+  assert score(TASKS["cola"], answered, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_answers_of_outputs():
+  outputs = np.array([[0.1, 0.2], [3.0, -1.0]], np.float32)
+  assert answers(TASKS["rte"], outputs).tolist() == [1, 0]
+  assert answers(TASKS["stsb"], outputs[:, :1]).tolist() == outputs[:, 0].tolist()
+
+
+def test_the_same_answer_to_all():
+  labels = np.array([1, 1, 0, 1], np.int32)
+  assert best_constant(TASKS["rte"], labels) == 0.75 and best_constant(TASKS["cola"], labels) == 0
+  assert best_constant(TASKS["stsb"], np.array([1.0, 2.0])) == 0
+
+
+# The real files.
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the GLUE files are not here")
+@pytest.mark.parametrize("name", TASKS)
+def test_the_real_files(name):
+  found = glue.read(TASKS[name], str(REAL))  # which checks columns, labels and numbers of rows
+  labels = found["dev"].labels
+  assert all(text for row in found["train"].texts for text in row)
+  assert {len(row) for row in found["train"].texts} == {len(TASKS[name].sentences)}
+  expected = {"cola": 0.6913, "mrpc": 0.6838, "rte": 0.5271, "sst2": 0.5092}  # of the most frequent class
+  if name in expected:
+    assert np.bincount(labels).max() / len(labels) == pytest.approx(expected[name], abs=1e-4)

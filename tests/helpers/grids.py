@@ -1,0 +1,112 @@
+"""Grids without training, and the commands as a user meets them."""
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from absl import flags
+from paths import ROOT
+from tiny import ONE_DEVICE, tiny_config
+
+from experiments.common import children, grid, settings
+from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs.directory import flatten
+from switchlora_jax.training import metrics
+
+
+def tiny_base(folder: Path, **changes) -> settings.Base:
+  """`tiny_config` over llama_tiny.py, as a command line would say it."""
+  shared = settings.base_from_file("llama_tiny", {}).config
+  config = tiny_config(folder, **changes)
+  default, keys = flatten(shared), flatten(config)
+  overrides = {key: value for key, value in keys.items() if value != default[key]}
+  return settings.Base(str(ROOT / "configs" / "llama_tiny.py"), overrides, config)
+
+
+def as_flags(base: settings.Base) -> list[str]:
+  """The command line of a base, but for its config file."""
+  return [f"--config.{key}={value}" for key, value in base.overrides.items()]
+
+
+def write_run(workdir: Path, config, losses: dict[int, float], fingerprint="abc") -> None:
+  """A run as the product leaves it, {step: validation loss}, but for what is trained."""
+  tokenizer = workdir.parent / "some.model"
+  run_directory.prepare(workdir, config)
+  tokenizer.write_bytes(b"pieces")
+  run_directory.record(workdir, config, SimpleNamespace(fingerprint=fingerprint, tokenizer_path=str(tokenizer)))
+  log = metrics.Metrics(workdir, 0)
+  with np.errstate(over="ignore"):
+    log.write([{"step": step, "val_loss": loss, "val_ppl": float(np.exp(loss))} for step, loss in losses.items()])
+  log.close()
+
+
+def curve(config, last: float) -> dict[int, float]:
+  """{step: validation loss} that falls by 0.1 an evaluation to `last`."""
+  steps = sorted({*range(config.eval_every, config.steps + 1, config.eval_every), config.steps})
+  return {step: last + 0.1 * (len(steps) - 1 - i) for i, step in enumerate(steps)}
+
+
+class Runs:
+  """Stands in for the processes of cells.
+
+  Attributes:
+    started: names of the cells whose process was started, in order.
+    losses: {name of a cell, or the beginning of it: last validation loss}; 3.0 where there is none.
+    broken: names of cells whose process fails.
+    text: the fingerprint of the data that they are trained on.
+  """
+
+  def __init__(self):
+    self.started, self.losses, self.broken, self.text = [], {}, set(), "abc"
+
+  def open(self, command, stdout, **_):
+    cell, workdir = command
+    self.started.append(cell.name)
+    if cell.name in self.broken:
+      stdout.write("some words\nerror: what went wrong\n")
+      return SimpleNamespace(pid=0, wait=lambda: 2)
+    fitting = [name for name in self.losses if cell.name.startswith(name)]
+    last = self.losses[max(fitting, key=len)] if fitting else 3.0
+    write_run(workdir, cell.config, curve(cell.config, last), self.text)
+    return SimpleNamespace(pid=0, wait=lambda: 0)
+
+
+def fake_runs(monkeypatch) -> Runs:
+  """`Runs` in place of processes; no text is tokenised."""
+  made = Runs()
+  monkeypatch.setattr(grid, "command", lambda base, cell, workdir: (cell, workdir))
+  monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=made.open))
+  monkeypatch.setattr(children, "share_cores", lambda pid, *share: None)
+  monkeypatch.setattr(grid, "prepare_data", lambda cells: dict.fromkeys((c.arm.label for c in cells), made.text))
+  return made
+
+
+def command(name: str, *arguments) -> subprocess.CompletedProcess:
+  """Run `python -m experiments.NAME` to its end."""
+  words = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
+  return subprocess.run(words, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def imported(name: str, *arguments):
+  """The module of a command with its flags parsed; they are taken away again, since commands share names of flags."""
+  before, argv = set(flags.FLAGS), sys.argv
+  sys.argv = [name, *map(str, arguments)]  # where the keys of --config are looked up
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)  # of how ml_collections loads a config file
+      module = importlib.import_module(f"experiments.{name}")
+      flags.FLAGS(sys.argv)
+    yield module
+  finally:
+    sys.argv = argv
+    for flag in set(flags.FLAGS) - before:
+      delattr(flags.FLAGS, flag)
+    flags.FLAGS.unparse_flags()
+    del sys.modules[f"experiments.{name}"]

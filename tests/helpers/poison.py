@@ -1,0 +1,51 @@
+"""Rows that hurt: a loss that breaks on the device that has one, and batches with one among their rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from switchlora_jax.data import batches
+from switchlora_jax.models.loss import mean_loss
+
+
+@jax.custom_vjp
+def exploding(loss, hurt):
+  """The loss, whose gradient is not finite where it hurts."""
+  del hurt
+  return loss
+
+
+exploding.defvjp(lambda loss, hurt: (loss, hurt), lambda hurt, g: (jnp.where(hurt, jnp.inf, 1) * g, None))
+
+KINDS = {
+  "nan": lambda loss, hurt: jnp.where(hurt, jnp.nan, 1) * loss,
+  "gradient": exploding,
+  "spike": lambda loss, hurt: jnp.where(hurt, 20, 1) * loss,
+}
+MARKS = {kind: 7 + number for number, kind in enumerate(KINDS)}  # a row of this token alone
+
+
+def loss(model, params, frozen, rows):
+  """In place of `loss.mean_loss`: where one of a device's rows is marked, that device's loss is broken by KINDS."""
+  found = mean_loss(model, params, frozen, rows)
+  for kind, broken in KINDS.items():
+    found = broken(found, jnp.any(jnp.all(rows == MARKS[kind], axis=-1)))
+  return found
+
+
+def mark(rows, kind: str, row: int = 3) -> np.ndarray:
+  """A copy of a batch [rows, length] with one row marked."""
+  marked = np.array(rows)
+  marked[row] = MARKS[kind]
+  return marked
+
+
+def by_step(kind: str, numbers):
+  """In place of `batches.by_step`: the batches of these numbers are marked."""
+  original, numbers = batches.by_step, list(numbers)
+
+  def marked(train, config):
+    batch_of = original(train, config)
+    return lambda number: mark(batch_of(number)[:], kind) if number in numbers else batch_of(number)
+
+  return marked

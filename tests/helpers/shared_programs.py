@@ -1,0 +1,51 @@
+"""Programs that the tests of a file share: compiling takes most of their time, and a program holds no state.
+
+conftest.py puts `build` and `make_learnt_rank` in place of the package's. `program.build.__wrapped__` makes a new one.
+"""
+
+import functools
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from configs.base import get_config
+from switchlora_jax.analysis import ranks
+from switchlora_jax.runs.directory import FREE, flatten
+from switchlora_jax.training import phases
+from switchlora_jax.training import step as train_step
+
+# What, with `data`, no program reads: one that did would see the values of configs/base.py, and a test would fail.
+NOT_COMPILED = ("eval_tokens", "warm_start_from", *(key for key in FREE if not key.startswith("sharding.")))
+
+
+@functools.cache
+def _build(config, mesh, *_):
+  return _new(config, mesh)
+
+
+_new = phases.build_phase
+
+
+@functools.wraps(_new)
+def build(config, mesh):
+  """`program.build`, once for configs that differ in what is not compiled; again under what a test has patched."""
+  base, plain = flatten(get_config()), ConfigDict(config.to_dict())
+  unread = [key for key in base if key in NOT_COMPILED or key.startswith("data.")]
+  plain.update_from_flattened_dict({key: base[key] for key in unread})
+  patched = (jax.config.jax_enable_x64, train_step.mean_loss, phases.make_train_step)
+  return _build(FrozenConfigDict(plain), mesh, *patched)
+
+
+_new_rank, _ranks = ranks.make_learnt_rank, {}
+
+
+@functools.wraps(_new_rank)
+def make_learnt_rank(first):
+  """`analysis.make_learnt_rank`, once for each program."""
+  return _ranks.setdefault(first.create, _new_rank(first))
+
+
+def forget():
+  """Let go of all of them: they are large."""
+  _build.cache_clear()
+  _ranks.clear()

@@ -1,0 +1,198 @@
+"""Runs in mid-training as Hugging Face folders: the function is the run's, or it is not called an export."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from grids import imported
+from safetensors import SafetensorError
+from tiny import saved_run
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.interop import export, huggingface, pretrained
+from switchlora_jax.models.weights import flatten_dict
+
+KINDS = {"q", "k", "v", "o", "gate", "up", "down"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """From a method to the directory of a run that has trained a few steps."""
+  folder = tmp_path_factory.mktemp("runs")
+  return functools.cache(lambda method: saved_run(folder / method, steps=4, method=method))
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora", "full"])
+def test_an_export_is_the_run(run, tmp_path, method):
+  """The same function as the run's own model; another than the bare base's, by the norms that are reported."""
+  done = export.export(run(method), tmp_path / "out")
+  assert done.difference <= 1e-5 and done.remarks == []
+  assert done.origin == f"{run(method)}, {method}, step 4 of 12"
+  assert not (tmp_path / "out.unverified").exists()
+  assert set(contents(tmp_path / "out")) == export.FILES
+  record = json.loads((tmp_path / "out" / "export.json").read_text())
+  assert record["origin"] == done.origin and record["largest_difference_of_logits"] == done.difference
+  if method == "full":
+    assert done.adapters == {}
+    return
+  state = pretrained.open_run(run(method)).state
+  merged, base = flatten_dict(pretrained.load(tmp_path / "out").weights), flatten_dict(state.frozen)
+  assert set(done.adapters) == KINDS
+  for path, kernel in base.items():
+    expected = np.linalg.norm(merged[path] - kernel) / np.linalg.norm(kernel)
+    assert done.adapters[path[1]] == pytest.approx(expected, rel=1e-4) and expected > 0.05
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora"])
+def test_transformers_computes_what_the_run_does(run, tmp_path, method):
+  torch = pytest.importorskip("torch", reason="needs requirements-torch.txt; a recorded model is compared in its place")
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+
+  export.export(run(method), tmp_path / "out")
+  model, opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), pretrained.open_run(run(method))
+  tokens = np.random.default_rng(1).integers(0, 320, (2, 16))
+  with torch.no_grad():
+    theirs = model(torch.tensor(tokens)).logits.numpy()
+  variables = {"params": opened.state.params, "frozen": opened.state.frozen}
+  ours = np.asarray(opened.phase.model.apply(variables, tokens))
+  assert np.abs(ours).max() > 0.1
+  np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+  text = "12: the model learns\n  a low rank\tupdate é"
+  sentencepiece = huggingface.tokenizer_json.load_tokenizer(tmp_path / "out" / "tokenizer.model")
+  assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == sentencepiece.encode(text)
+
+
+def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
+  export.export(run("switchlora"), tmp_path / "out")
+  model = pretrained.load(tmp_path / "out")
+  (tmp_path / "again").mkdir()
+  huggingface.write(tmp_path / "again", model.sizes, model.weights, model.seq_len, model.tokenizer)
+  first = contents(tmp_path / "out")
+  del first["export.json"]
+  assert contents(tmp_path / "again") == first
+
+
+# --- nothing wrong is called an export ----------------------------------------------------------------------------
+
+
+def bare_base(model, opened):
+  """The base alone in place of the merged weights."""
+  blocks = {name: opened.state.frozen["blocks"].get(name, layer) for name, layer in model.weights["blocks"].items()}
+  return model._replace(weights=model.weights | {"blocks": jax.tree.map(np.asarray, blocks)})
+
+
+def heads_swapped(model, opened):
+  blocks = model.weights["blocks"]
+  return model._replace(weights=model.weights | {"blocks": blocks | {"q": blocks["k"], "k": blocks["q"]}})
+
+
+def not_a_number(model, opened):
+  return model._replace(weights=jax.tree.map(lambda x: x * np.nan, model.weights))
+
+
+@pytest.mark.parametrize("wrong", [bare_base, heads_swapped, not_a_number])
+def test_wrong_weights_are_refused(run, tmp_path, monkeypatch, wrong):
+  """They stay under the other name, and the next export takes its place."""
+  merge = pretrained.merge
+  monkeypatch.setattr(pretrained, "merge", lambda opened: wrong(merge(opened), opened))
+  with pytest.raises(UserError, match=r"its logits differ from the run's by .*, more than 1e-04.*must not be used"):
+    export.export(run("switchlora"), tmp_path / "out")
+  assert [path.name for path in tmp_path.iterdir()] == ["out.unverified"]
+  monkeypatch.undo()
+  export.export(run("switchlora"), tmp_path / "out")
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_an_earlier_export_is_replaced(run, tmp_path):
+  out = tmp_path / "out"
+  export.export(run("lora"), out)
+  lora = contents(out)
+  export.export(run("switchlora"), out)
+  assert contents(out)["model.safetensors"] != lora["model.safetensors"]
+
+  def refused(what, sentence):
+    before = contents(out)
+    with pytest.raises(UserError, match=sentence):
+      export.export(run("lora"), what)
+    assert contents(out) == before
+
+  (out / "notes.txt").write_text("mine")
+  refused(out, "must be new, empty or an earlier export; it holds notes.txt; choose another --out")
+  refused(out / "notes.txt", "must be a folder to write to; it is a file")
+  (out / "notes.txt").unlink()
+  (out / "export.json").unlink()
+  refused(out, "must be new, empty or an earlier export; it holds config.json, generation_config.json, model.safetens")
+  refused(run("lora"), "must be new, empty or an earlier export; it holds checkpoints")
+  shutil.copytree(run("lora"), tmp_path / "new.unverified")
+  refused(tmp_path / "new", "new.unverified must be new, empty")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"--out=.*/file/out cannot be written \(Not a directory\)"):
+    export.export(run("lora"), tmp_path / "file" / "out")
+
+
+def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
+  """And the earlier export is still there."""
+  export.export(run("lora"), tmp_path / "out")
+  before = contents(tmp_path / "out")
+
+  def fail(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+  monkeypatch.setattr(huggingface, "save_file", fail)
+  with pytest.raises(UserError, match=r"--out=.*/out cannot be written \(.*No space left on device"):
+    export.export(run("lora"), tmp_path / "out")
+  assert contents(tmp_path / "out") == before
+
+
+def test_a_link_is_followed(run, tmp_path):
+  """To a folder on a larger disk, say."""
+  (tmp_path / "far").mkdir()
+  (tmp_path / "out").symlink_to(tmp_path / "far")
+  export.export(run("lora"), tmp_path / "out")
+  assert (tmp_path / "out").is_symlink() and set(contents(tmp_path / "far")) == export.FILES
+
+
+def test_the_root_is_refused(run):
+  with pytest.raises(UserError, match="/ must be new, empty or an earlier export"):
+    export.export(run("lora"), Path("/"))
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["switchlora", "full"])
+def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
+  with imported("export", f"--run={run(method)}", f"--out={tmp_path / 'out'}") as command:
+    command.main()
+  said = capsys.readouterr().out
+  assert f"exported: {run(method)}, {method}, step 4 of 12\nlargest difference of logits" in said
+  if method == "full":
+    assert "there are no adapters: merged is the base" in said
+  else:
+    assert "merged is not the base" in said and all(f"\n  {kind:<5} " in said for kind in KINDS)
+  assert said.endswith(f"saved in: {tmp_path / 'out'} ({', '.join(sorted(export.FILES))})\n")
+
+
+def test_the_command_exports_no_foreign_directory(run, tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  for source in (tmp_path, tmp_path / "nowhere"):
+    with imported("export", f"--run={source}", f"--out={tmp_path / 'out'}") as command, pytest.raises(UserError):
+      command.main()
+  assert not (tmp_path / "out").exists()
+
+
+def test_the_command_wants_both_folders(run):
+  for given, missing in (([], "run"), (["--run=somewhere"], "out")):
+    with imported("export", *given) as command, pytest.raises(UserError, match=f"--{missing} is missing"):
+      command.main()

@@ -1,0 +1,242 @@
+"""Hugging Face LLaMA folders: what `transformers` wrote computes the same here, and ours is as it would write it.
+
+The folder in tests/golden and its logits are from `transformers`; where it is installed, it is asked itself.
+"""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paths import GOLDEN
+from safetensors.numpy import load_file, save_file
+from small_model import same_bits
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.interop import huggingface, pretrained
+from switchlora_jax.models import make_model
+
+THEIRS = GOLDEN / "huggingface"
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+HEAD, EMBED, Q1 = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A copy of the folder of `transformers`, to be changed."""
+  return shutil.copytree(THEIRS, tmp_path / "theirs")
+
+
+def say(folder, **changes):
+  """Change keys of config.json; None takes one away."""
+  path = folder / "config.json"
+  said = json.loads(path.read_text()) | changes
+  path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+
+
+def store(folder, change):
+  """Write the tensors of a folder anew, changed in place by a function of {name: array}."""
+  tensors = load_file(folder / "model.safetensors")
+  change(tensors)
+  save_file(tensors, folder / "model.safetensors")
+
+
+def read(folder):
+  return huggingface.read(huggingface.inspect(folder))
+
+
+def logits(weights, tokens):
+  model = make_model(SIZES)
+  return np.asarray(jax.jit(model.apply)({"params": weights}, jnp.asarray(tokens)))
+
+
+def random_weights(sizes, seed=0):
+  generator = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: generator.standard_normal(x.shape, np.float32), huggingface.shapes(sizes))
+
+
+# --- what transformers computes -----------------------------------------------------------------------------------
+
+
+def test_the_logits_are_theirs(golden):
+  """Float32 sums in another order: each is 1.3·10⁻⁵ from what float64 gives."""
+  recorded, _ = golden("huggingface")
+  weights = read(THEIRS)
+  assert np.abs(recorded["logits"]).max() > 4
+  np.testing.assert_allclose(logits(weights, recorded["tokens"]), recorded["logits"], rtol=0, atol=1e-4)
+  blocks = weights["blocks"]
+  for one, other in (("q", "k"), ("gate", "up"), ("attention_norm", "mlp_norm")):
+    swapped = weights | {"blocks": blocks | {one: blocks[other], other: blocks[one]}}
+    assert np.abs(logits(swapped, recorded["tokens"]) - recorded["logits"]).max() > 0.1, (one, other)
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+  torch = pytest.importorskip("torch", reason="needs requirements-torch.txt; its recorded numbers are compared anyway")
+  from transformers import LlamaForCausalLM
+
+  weights = jax.tree.map(lambda x: 0.3 * x, random_weights(SIZES))
+  huggingface.write(tmp_path, SIZES, weights, 32, THEIRS / "bpe.model")
+  model = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto")
+  assert model.dtype == torch.float32 and model.config.bos_token_id is None and model.config.eos_token_id == 1
+  assert model.generation_config.eos_token_id == 1 and model.config.max_position_embeddings == 32
+  tokens = np.random.default_rng(1).integers(0, 64, (2, 32))
+  with torch.no_grad():
+    expected = model(torch.tensor(tokens)).logits.numpy()
+  assert np.abs(expected).max() > 1
+  np.testing.assert_allclose(logits(weights, tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_what_we_write_is_what_they_write(tmp_path):
+  """The same tensors to the bit, and a config.json that agrees with theirs on all that it says."""
+  huggingface.write(tmp_path, SIZES, read(THEIRS), 32, THEIRS / "bpe.model")
+  assert same_bits(load_file(tmp_path / "model.safetensors"), load_file(THEIRS / "model.safetensors"))
+  ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, THEIRS))
+  assert theirs["rope_parameters"] == {"rope_type": "default", "rope_theta": ours.pop("rope_theta")}
+  assert theirs["dtype"] == ours.pop("torch_dtype")
+  assert ours == {key: theirs[key] for key in ours}
+  assert len(ours) == 18
+
+
+# --- there and back -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+  st.fixed_dictionaries({"vocab_size": st.integers(1, 9), "intermediate_size": st.integers(1, 9)}),
+  st.sampled_from([1, 2, 11]),
+  st.sampled_from([(2, 1), (8, 2), (4, 2)]),
+)
+def test_writing_reading_and_writing_again_gives_the_same(tmp_path_factory, sizes, layers, heads):
+  sizes = sizes | {"hidden_size": heads[0], "num_heads": heads[1], "num_layers": layers}
+  weights, folders = random_weights(sizes), [tmp_path_factory.mktemp("there") for _ in range(2)]
+  huggingface.write(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
+  back = pretrained.load_folder(folders[0])
+  assert same_bits(back.weights, weights) and (back.sizes, back.seq_len) == (sizes, 7)
+  assert back.tokenizer == folders[0] / "tokenizer.model"
+  huggingface.write(folders[1], back.sizes, back.weights, back.seq_len, back.tokenizer)
+  assert sorted(p.name for p in folders[0].iterdir()) == sorted(p.name for p in folders[1].iterdir())
+  assert all(path.read_bytes() == (folders[1] / path.name).read_bytes() for path in folders[0].iterdir())
+
+
+def test_float64_weights_are_written_in_float32():
+  written = huggingface.tensors(jax.tree.map(lambda x: x.astype(np.float64), random_weights(SIZES)))
+  assert {str(x.dtype) for x in written.values()} == {"float32"}
+
+
+def test_weights_in_several_files(folder):
+  whole = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  parts = {f"model-{i}.safetensors": sorted(whole)[i::3] for i in range(3)}
+  for file, names in parts.items():
+    save_file({name: whole[name] for name in names}, folder / file)
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {name: file for file, names in parts.items() for name in names}}))
+  assert same_bits(read(folder), read(THEIRS))
+
+  (folder / "model-1.safetensors").unlink()
+  refused(folder, "must hold all files that its model.safetensors.index.json names; download model-1.safetensors again")
+  index.write_text("{}")
+  refused(folder, "must have a weight_map")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_weights_in_16_bits_are_widened(folder, dtype):
+  store(folder, lambda tensors: tensors.update({name: x.astype(dtype) for name, x in tensors.items()}))
+  expected = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), read(THEIRS))
+  assert same_bits(read(folder), expected)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["stored once", "stored twice"])
+def test_a_tied_head_is_a_copy_of_the_embedding(folder, twice):
+  say(folder, tie_word_embeddings=True)
+  if not twice:
+    store(folder, lambda tensors: tensors.pop(HEAD))
+  weights, whole = read(folder), read(THEIRS)
+  np.testing.assert_array_equal(weights["head"]["kernel"], whole["embed"]["embedding"].T)
+  assert not np.array_equal(whole["head"]["kernel"], whole["embed"]["embedding"].T)
+
+
+def test_what_old_folders_say_and_keep(folder):
+  """The older rotary key, keys left at their default, and a tensor that is computed anyway."""
+  say(folder, rope_parameters=None, rope_theta=10000.0, num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
+  extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+  store(folder, lambda tensors: tensors.update(extra))
+  assert same_bits(read(folder), read(THEIRS))
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def refused(folder, sentence):
+  with pytest.raises(UserError) as caught:
+    huggingface.inspect(folder)
+  assert sentence in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "sentence"),
+  [
+    ("num_key_value_heads", 1, "num_key_value_heads is 1 there, 2 here"),
+    ("head_dim", 16, "head_dim is 16 there, 8 here"),
+    ("attention_bias", True, "attention_bias is True there, False here"),
+    ("mlp_bias", True, "mlp_bias is True there, False here"),
+    ("hidden_act", "gelu", "hidden_act is 'gelu' there, 'silu' here"),
+    ("rms_norm_eps", 1e-5, "rms_norm_eps is 1e-05 there, 1e-06 here"),
+    ("rope_theta", 500000.0, "rope_theta is 500000.0 there, 10000.0 here"),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type is 'linear' there, 'default' here"),
+    (
+      "rope_parameters",
+      {"rope_theta": 5e5, "rope_type": "llama3"},
+      "rope_theta is 500000.0 there, 10000.0 here; rope_",
+    ),
+    ("model_type", "mistral", "must hold a LLaMA (model_type 'llama'); its config.json says 'mistral'"),
+    ("hidden_size", None, "must say hidden_size as positive whole numbers"),
+  ],
+)
+def test_another_kind_of_model_is_refused(folder, key, value, sentence):
+  if key in ("rope_theta", "rope_scaling"):
+    say(folder, rope_parameters=None)
+  say(folder, **{key: value})
+  refused(folder, sentence)
+
+
+def test_other_tensors_are_refused_by_name(folder):
+  def change(tensors):
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(16, np.float32)
+    tensors[HEAD] = tensors[HEAD].T.copy()
+    del tensors[Q1]
+
+  store(folder, change)
+  refused(
+    folder, f"missing: {Q1}; not of such a model: model.layers.0.self_attn.q_proj.bias; of another shape: {HEAD} "
+  )
+
+
+def test_another_number_of_layers_is_refused(folder):
+  say(folder, num_hidden_layers=3)
+  refused(folder, "missing: model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, ")
+  refused(folder, "model.layers.2.self_attn.q_proj.weight and 1 more")
+  say(folder, num_hidden_layers=1)
+  refused(folder, "not of such a model: model.layers.1.")
+
+
+def test_damaged_files_are_refused(folder):
+  weights = folder / "model.safetensors"
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[: len(whole) // 2])
+  refused(folder, "must be a safetensors file; it cannot be read")
+  weights.unlink()
+  refused(folder, "must hold model.safetensors or model.safetensors.index.json, and neither is there")
+  for text, sentence in (("{", "must be a JSON file"), ("[]", "must hold a JSON object")):
+    (folder / "config.json").write_text(text)
+    refused(folder, sentence)
+
+
+def test_quantized_weights_are_refused(folder):
+  store(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD].astype(np.int8)}))
+  refused(folder, f"{HEAD} in {folder / 'model.safetensors'} must be stored as F32, F16, BF16; it is I8")

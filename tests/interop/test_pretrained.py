@@ -1,0 +1,128 @@
+"""Plain weights of what was trained before, wherever it lies, with the function that was trained."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from paths import GOLDEN
+from sentencepiece import SentencePieceTrainer
+from tiny import saved_run
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.interop import pretrained
+from switchlora_jax.models import make_model
+
+SIZES = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """The directory of a SwitchLoRA run."""
+  folder = tmp_path_factory.mktemp("runs")
+  return functools.cache(lambda: saved_run(folder / "run"))
+
+
+def largest_difference(model, opened):
+  """Of logits, between plain weights and the run's own model."""
+  tokens = np.arange(48).reshape(3, 16) * 7 % 320
+  variables = {"params": opened.state.params, "frozen": opened.state.frozen}
+  ours = np.asarray(opened.phase.model.apply(variables, tokens))
+  plain = make_model(model.sizes, dtype=ours.dtype, param_dtype=ours.dtype)
+  assert np.abs(ours).max() > 0.1
+  return np.abs(np.asarray(plain.apply({"params": model.weights}, tokens)) - ours).max()
+
+
+def test_a_run_is_read_with_its_function(run):
+  model = pretrained.load(run())
+  assert (model.sizes, model.seq_len) == (SIZES, 16)
+  assert model.tokenizer == run() / "tokenizer.model"
+  assert model.origin == f"{run()}, switchlora, step 0 of 12"
+  assert {type(x) for x in jax.tree.leaves(model.weights)} == {np.ndarray}
+  assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float32"}
+  opened = pretrained.open_run(run())
+  assert largest_difference(model, opened) < 1e-5
+  base = model._replace(weights=model.weights | {"blocks": model.weights["blocks"] | opened.state.frozen["blocks"]})
+  assert largest_difference(base, opened) > 0.01
+
+
+@pytest.mark.parametrize("stored", [{"frozen_dtype": "bfloat16"}, {"param_dtype": "bfloat16"}], ids=str)
+def test_weights_stored_in_16_bits_are_merged_in_32(tmp_path, stored):
+  """As the forward pass does, which reads kernels without their tails."""
+  workdir = saved_run(tmp_path / "run", **stored)
+  model, opened = pretrained.load(workdir), pretrained.open_run(workdir)
+  assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float32"}
+  assert largest_difference(model, opened) < 1e-5
+
+
+def test_a_run_in_float64_is_read_in_float64(tmp_path):
+  with jax.enable_x64(True):
+    workdir = saved_run(tmp_path / "run", dtype="float64", param_dtype="float64", method="lora")
+  model, opened = pretrained.load(workdir), pretrained.open_run(workdir)
+  assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float64"}
+  with pretrained.exactly("float64"):
+    assert largest_difference(model, opened) < 1e-13
+
+
+def test_a_folder_of_hugging_face_is_read():
+  folder = GOLDEN / "huggingface"
+  model = pretrained.load_folder(folder)
+  assert (model.sizes["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))
+  with pytest.raises(UserError, match=r"must hold tokenizer\.model, the SentencePiece file"):
+    pretrained.load(folder)
+
+
+def test_the_tokenizer_of_a_folder_fits_its_model(run, tmp_path):
+  """The ids of a larger one would be read beside the embeddings, as NaN, of which text can be drawn."""
+  folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # of 64 ids
+  shutil.copy(run() / "tokenizer.model", folder)
+  refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; put the one there")
+
+
+def test_the_tokenizer_of_a_folder_ends_documents(run, tmp_path):
+  folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")
+  options = dict(vocab_size=64, hard_vocab_limit=False, eos_id=-1, minloglevel=2)
+  text = (run() / "text.txt").read_text().splitlines()
+  SentencePieceTrainer.train(sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), **options)
+  with pytest.raises(UserError, match="must have an end-of-sentence piece"):
+    pretrained.load(folder)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def refused(path, sentence):
+  before = sorted(path.rglob("*"))
+  with pytest.raises(UserError) as caught:
+    pretrained.load(path)
+  assert sentence in str(caught.value) and str(path) in str(caught.value)
+  assert sorted(path.rglob("*")) == before, "what is not ours is left as it was"
+
+
+def test_what_is_neither_is_refused(run, tmp_path):
+  refused(tmp_path / "nowhere", "must be the directory of a run that has saved a checkpoint")
+  refused(tmp_path, "or a Hugging Face LLaMA folder (config.json, model.safetensors); it is neither")
+  shutil.copy(run() / "config.json", tmp_path)
+  refused(tmp_path, "with its config.json and tokenizer.model; they are not there")
+  shutil.copy(run() / "tokenizer.model", tmp_path)
+  refused(tmp_path, "has saved no checkpoint yet")
+  (tmp_path / "config.json").write_text("[1]")
+  refused(tmp_path, "must hold a JSON object")
+
+
+def test_a_run_that_has_saved_nothing_is_refused(run, tmp_path):
+  workdir = shutil.copytree(run(), tmp_path / "run")
+  shutil.rmtree(workdir / "checkpoints" / "0")
+  refused(workdir, "has saved no checkpoint yet; let it train longer")
+
+
+@pytest.mark.parametrize("key", ["param_dtype", "sharding", "relora"])
+def test_a_run_of_other_code_is_refused(run, tmp_path, key):
+  other = shutil.copytree(run(), tmp_path / "other")
+  saved = json.loads((other / "config.json").read_text())
+  del saved["config"][key]
+  saved["config"]["method"] = "relora"
+  (other / "config.json").write_text(json.dumps(saved))
+  refused(other, "was made by other code: a key of its config is missing")

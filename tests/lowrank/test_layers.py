@@ -1,0 +1,292 @@
+"""Linear layers with adapters: initialisation, the merged forward, its hand-written backward."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import equations
+
+from switchlora_jax.lowrank.kernel_storage import read
+from switchlora_jax.lowrank.layers import (
+  KERNEL_INIT,
+  LoRADense,
+  SwitchLoRADense,
+  adapter_std,
+  lora_vectors,
+  merge,
+  merged_dense,
+)
+
+RECORDED_LAYERS = [
+  "switchlora_m24_n16_r4",
+  "switchlora_m16_n24_r4",
+  "switchlora_m10_n24_r3",
+  "switchlora_m24_n16_r1",
+  "origin_lora_m24_n16_r4",
+]
+
+
+def naive_dense(x, kernel, lora_a, lora_b, scale):
+  """The usual two-matmul LoRA: x·W + s·(x·Aᵀ)·B."""
+  return x @ kernel + scale * (x @ lora_a.T) @ lora_b
+
+
+def draw(dtype=jnp.float64, lead=(5, 7), n=12, m=20, r=4):
+  """x, kernel, lora_a, lora_b and a cotangent, standard normal."""
+  shapes = ((*lead, n), (n, m), (r, n), (r, m), (*lead, m))
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def vjp(dense, cotangent, *primals):
+  """The output at scale 0.25, and the cotangents of x, kernel, lora_a, lora_b."""
+  y, pull = jax.vjp(lambda *primals: dense(*primals, 0.25), *primals)
+  return y, pull(cotangent)
+
+
+def test_deviations_are_the_recorded_ones(golden):
+  table = golden("init")[0]["table"]
+  assert len(table) == 24
+  for init, m, n, r, bound_a, bound_b, std_a, std_b, _ in table:
+    ours = adapter_std(int(n), int(m), int(r), "lora" if init else "switchlora")
+    np.testing.assert_allclose(ours, (std_a, std_b), rtol=1e-12)
+    np.testing.assert_allclose(3**0.5 * np.array(ours), (bound_a, bound_b), rtol=1e-12)
+
+
+def test_scale_is_the_recorded_one(golden):
+  for _, m, _, r, *_, scale in golden("init")[0]["table"]:
+    assert LoRADense(features=int(m), rank=int(r)).scale == scale
+
+
+def test_deviations_balance_the_product():
+  """Eq. 14: std(A)·std(B) = gain·√(r/n)."""
+  std_a, std_b = adapter_std(768, 2048, 128)
+  np.testing.assert_allclose(std_a * std_b, 3**-0.5 * (128 / 768) ** 0.5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", RECORDED_LAYERS)
+def test_kernel_after_the_adapter_is_taken_out(name, golden, x64):
+  arrays = golden("init")[0]
+  plain, kernel, lora_a, lora_b = (jnp.asarray(arrays[f"{name}_{key}"].T) for key in ("W0", "W", "A", "B"))
+  ours = merge(plain, lora_a.T, lora_b, -1.0 / lora_b.shape[0])
+  np.testing.assert_allclose(ours, kernel, rtol=0, atol=1e-12)
+  assert name.startswith("origin") or np.abs(kernel - plain).max() > 1e-2
+
+
+def test_vectors_and_spares_are_uniform_within_the_bound():
+  layer = SwitchLoRADense(features=192, rank=64)
+  variables = layer.init(jax.random.key(3), jnp.zeros((1, 128)))
+  params, candidates = variables["params"], variables["candidates"]
+  std_a, std_b = adapter_std(128, 192, 64)
+  arrays = [(params["lora_a"], std_a), (candidates["spare_a"], std_a)]
+  arrays += [(params["lora_b"], std_b), (candidates["spare_b"], std_b)]
+  for values, std in arrays:
+    assert 0.99 * 3**0.5 * std < np.abs(values).max() <= 3**0.5 * std
+    np.testing.assert_allclose(np.std(values), std, rtol=0.02)  # 8,192 or more numbers: 5 deviations are 0.02
+    np.testing.assert_allclose(np.mean(values), 0, atol=0.06 * std)
+  rows = np.concatenate([values.reshape(-1)[:64][None] for values, _ in arrays])
+  assert len(np.unique(rows / np.abs(rows).max(1, keepdims=True), axis=0)) == 4, "each array has draws of its own"
+
+
+def test_lora_init_has_zero_b_and_zero_spares_of_b():
+  layer = SwitchLoRADense(features=24, rank=4, adapter_init="lora")
+  variables = layer.init(jax.random.key(0), jnp.zeros((1, 16)))
+  assert not np.any(variables["params"]["lora_b"]) and not np.any(variables["candidates"]["spare_b"])
+  for values in (variables["params"]["lora_a"], variables["candidates"]["spare_a"]):
+    assert 0.9 / 16**0.5 < np.abs(values).max() <= 1 / 16**0.5
+  plain = nn.Dense(24, use_bias=False, kernel_init=KERNEL_INIT).init(jax.random.key(0), jnp.zeros((1, 16)))
+  np.testing.assert_array_equal(variables["frozen"]["kernel"], plain["params"]["kernel"])
+
+
+def test_forward_and_gradients_are_those_of_the_usual_two_products(x64):
+  *primals, cotangent = draw()
+  ours, (d_x, _, d_a, d_b) = vjp(merged_dense, cotangent, *primals)
+  usual, (e_x, _, e_a, e_b) = vjp(naive_dense, cotangent, *primals)
+  for left, right in ((ours, usual), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-12 * np.abs(right).max())
+
+
+def test_the_adapter_changes_the_output(x64):
+  x, kernel, lora_a, lora_b, _ = draw()
+  with_adapter = merged_dense(x, kernel, lora_a, lora_b, 0.25)
+  assert np.abs(with_adapter - merged_dense(x, kernel, lora_a, 0 * lora_b, 0.25)).max() > 0.1
+  assert np.abs(with_adapter - merged_dense(x, kernel, lora_a, lora_b, 0.5)).max() > 0.1
+
+
+def test_the_kernel_gets_no_gradient(x64):
+  *primals, cotangent = draw()
+  _, (_, d_kernel, _, _) = vjp(merged_dense, cotangent, *primals)
+  assert not np.any(d_kernel)
+  _, (_, usual, _, _) = vjp(naive_dense, cotangent, *primals)
+  assert np.any(usual)
+
+
+def test_gradients_are_of_the_lora_vectors_alone():
+  layer, x = SwitchLoRADense(features=24, rank=4), jnp.ones((3, 16))
+  variables = layer.init(jax.random.key(0), x)
+  loss = lambda params: layer.apply({"params": params, "frozen": variables["frozen"]}, x).sum()
+  grads = jax.grad(loss)(variables["params"])
+  assert set(grads) == {"lora_a", "lora_b"}
+  assert all(np.any(g) for g in grads.values())
+
+
+def test_lora_vectors_are_the_adapters_leaves():
+  params = {"blocks": {"q": {"lora_a": 0, "lora_b": 0}}, "head": {"kernel": 0}}
+  assert lora_vectors(params) == {"blocks": {"q": {"lora_a": True, "lora_b": True}}, "head": {"kernel": False}}
+
+
+def test_at_one_seed_all_layers_start_from_one_function(x64):
+  x, key, kinds = draw()[0], jax.random.key(5), dict(dtype=jnp.float64, param_dtype=jnp.float64)
+  plain = nn.Dense(20, use_bias=False, kernel_init=KERNEL_INIT, **kinds)
+  y = plain.apply(plain.init(key, x), x)
+  for layer in (LoRADense(20, 4, **kinds), SwitchLoRADense(20, 4, **kinds), LoRADense(20, 4, 2.0, "lora", **kinds)):
+    variables = layer.init(key, x)
+    np.testing.assert_allclose(layer.apply(variables, x), y, rtol=0, atol=1e-12 * np.abs(y).max())
+    without_base = variables | {"frozen": jax.tree.map(jnp.zeros_like, variables["frozen"])}
+    assert layer.adapter_init == "lora" or np.abs(layer.apply(without_base, x)).max() > 0.1, "no adapter to cancel"
+
+
+def test_lora_and_switchlora_start_from_the_same_bits():
+  lora, switchlora = (kind(24, 4).init(jax.random.key(1), jnp.ones((2, 16))) for kind in (LoRADense, SwitchLoRADense))
+  for collection in ("params", "frozen"):
+    assert jax.tree.all(jax.tree.map(np.array_equal, lora[collection], switchlora[collection]))
+  assert set(switchlora) - set(lora) == {"candidates"}
+
+
+def test_candidates_are_not_needed_to_apply():
+  layer, x = SwitchLoRADense(features=24, rank=4), jnp.ones((2, 16))
+  variables = layer.init(jax.random.key(0), x)
+  without = {name: variables[name] for name in ("params", "frozen")}
+  np.testing.assert_array_equal(layer.apply(without, x), layer.apply(variables, x))
+
+
+@pytest.mark.parametrize("rank", [16, 17])
+def test_without_spares_there_is_no_candidates_collection(rank):
+  variables = SwitchLoRADense(features=24, rank=rank).init(jax.random.key(0), jnp.ones((2, 16)))
+  assert set(variables) == {"params", "frozen"}
+  assert variables["params"]["lora_a"].shape == (rank, 16)
+
+
+def test_spares_timers_and_cursor_have_their_shapes():
+  variables = SwitchLoRADense(features=24, rank=4).init(jax.random.key(0), jnp.ones((2, 16)))
+  shapes = jax.tree.map(jnp.shape, variables["candidates"])
+  assert shapes == {"spare_a": (12, 16), "spare_b": (12, 24), "timer_a": (4,), "timer_b": (4,), "cursor": ()}
+
+
+def test_bfloat16_computes_narrow_and_keeps_float32_gradients():
+  x, kernel, lora_a, lora_b, cotangent = draw(jnp.float32, lead=(32,))
+  narrow = jnp.bfloat16
+  ours, (d_x, _, d_a, d_b) = vjp(merged_dense, cotangent.astype(narrow), x.astype(narrow), kernel, lora_a, lora_b)
+  exact, (e_x, _, e_a, e_b) = vjp(merged_dense, cotangent, x, kernel, lora_a, lora_b)
+  assert (ours.dtype, d_x.dtype, d_a.dtype, d_b.dtype) == (narrow, narrow, jnp.float32, jnp.float32)
+  for left, right in ((ours, exact), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
+    # Three or four roundings to 8 bits on the way, each of relative size 2⁻⁹ at most.
+    error = np.linalg.norm(left.astype(jnp.float32) - right) / np.linalg.norm(right)
+    assert 2**-12 < error < 2**-6
+
+
+def test_a_layer_in_bfloat16_stores_float32():
+  layer, x = SwitchLoRADense(features=24, rank=4, dtype=jnp.bfloat16), jnp.ones((2, 16))
+  variables = layer.init(jax.random.key(0), x)
+  assert layer.apply(variables, x).dtype == jnp.bfloat16
+  stored = jax.tree.leaves({name: variables[name] for name in ("params", "frozen")})
+  assert {leaf.dtype for leaf in stored} == {jnp.dtype("float32")}
+
+
+# --- the kernel in 16 bits ----------------------------------------------------------------------------------------
+
+NARROW = dict(features=24, rank=4, frozen_dtype=jnp.bfloat16)
+NARROW_LAYER = SwitchLoRADense(**NARROW)
+
+
+@pytest.mark.parametrize(
+  ("layer", "tail"),
+  [
+    (LoRADense(**NARROW), False),
+    (LoRADense(**NARROW, kernel_tail=True), True),
+    (SwitchLoRADense(**NARROW), True),
+    (SwitchLoRADense(**NARROW, kernel_tail=False), False),
+    (SwitchLoRADense(**NARROW, param_dtype=jnp.bfloat16), False),  # nothing is stored more exactly
+  ],
+)
+def test_a_kernel_in_16_bits_has_a_tail_where_it_will_be_changed(layer, tail):
+  frozen = layer.init(jax.random.key(1), jnp.ones((2, 16)))["frozen"]
+  kinds = {name: str(values.dtype) for name, values in frozen.items()}
+  assert kinds == {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
+
+
+def test_only_the_kernel_is_narrower_and_head_and_tail_are_the_wide_one():
+  wide, narrow = (kind.init(jax.random.key(1), jnp.ones((2, 16))) for kind in (SwitchLoRADense(24, 4), NARROW_LAYER))
+  (kernel,) = wide.pop("frozen").values()
+  base = narrow.pop("frozen")
+  assert jax.tree.all(jax.tree.map(np.array_equal, wide, narrow))
+  np.testing.assert_allclose(read(base), kernel, rtol=2**-16)
+  assert 2**-10 < np.abs(base["kernel"].astype(np.float32) / kernel - 1).max() < 2**-7
+
+
+def test_the_function_is_that_of_the_head():
+  x = draw(jnp.float32, n=16)[0]
+  variables = NARROW_LAYER.init(jax.random.key(1), x)
+  y = NARROW_LAYER.apply(variables, x)
+  lora_a, lora_b = (variables["params"][name] for name in ("lora_a", "lora_b"))
+  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), read(variables["frozen"])
+  np.testing.assert_array_equal(y, merged_dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
+  assert np.abs(y - merged_dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale)).max() > 1e-5
+  other = variables["frozen"] | {"kernel_tail": ~variables["frozen"]["kernel_tail"]}
+  np.testing.assert_array_equal(NARROW_LAYER.apply(variables | {"frozen": other}, x), y)
+
+
+def shapes_in(jaxpr) -> set:
+  """(dtype, shape) of everything computed in a jaxpr."""
+  return {(str(out.aval.dtype), out.aval.shape) for equation in equations(jaxpr) for out in equation.outvars}
+
+
+@pytest.mark.parametrize(("frozen_dtype", "widens"), [(jnp.bfloat16, False), (jnp.float32, True)])
+def test_a_computation_in_bfloat16_makes_no_float32_weight_of_a_bfloat16_kernel(frozen_dtype, widens):
+  layer = SwitchLoRADense(24, 4, dtype=jnp.bfloat16, frozen_dtype=frozen_dtype)
+  x = jnp.ones((2, 16), jnp.bfloat16)
+  variables = layer.init(jax.random.key(0), x)
+  loss = lambda params, x: layer.apply({"params": params, "frozen": variables["frozen"]}, x).astype(jnp.float32).sum()
+  jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables["params"], x).jaxpr
+  assert ("bfloat16", (16, 24)) in shapes_in(jaxpr)
+  assert (("float32", (16, 24)) in shapes_in(jaxpr)) == widens
+
+
+def test_plain_weights_of_a_narrow_kernel_are_summed_in_the_adapters_dtype():
+  _, kernel, lora_a, lora_b, _ = draw(jnp.float32)
+  narrow = merge(kernel.astype(jnp.bfloat16), lora_a, lora_b, 0.25)
+  assert narrow.dtype == jnp.float32
+  np.testing.assert_array_equal(narrow, merge(kernel.astype(jnp.bfloat16).astype(jnp.float32), lora_a, lora_b, 0.25))
+
+
+def scan_outputs(jaxpr) -> set[tuple[int, ...]]:
+  """Shapes of everything that any scan in a jaxpr hands out."""
+  return {out.aval.shape for e in equations(jaxpr) if e.primitive.name == "scan" for out in e.outvars}
+
+
+def usual_backward(x, kernel, lora_a, lora_b, scale):
+  """The merged forward without the hand-written backward: what is saved is the merged weight."""
+  return x @ merge(kernel, lora_a, lora_b, scale)
+
+
+@pytest.mark.parametrize("dense, stacked", [(merged_dense, False), (usual_backward, True)])
+def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked):
+  """Between forward and backward a scan hands out what it saves: never [layers, in, out]."""
+  layers, size, rank = 3, 16, 4
+
+  def loss(params, frozen, x):
+    body = lambda x, layer: (jnp.tanh(dense(x, *layer, 0.25)), None)
+    return jax.lax.scan(body, x, (frozen, *params))[0].sum()
+
+  params = (jnp.ones((layers, rank, size)), jnp.ones((layers, rank, size)))
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((layers, size, size)), jnp.ones((5, size))).jaxpr
+  shapes = scan_outputs(jaxpr)
+  assert (layers, rank, size) in shapes, "the gradients of the vectors are there"
+  assert ((layers, size, size) in shapes) == stacked
+
+
+@pytest.mark.parametrize("wrong", [dict(rank=0), dict(rank=4, adapter_init="kaiming")])
+def test_a_wrong_rank_or_initialisation_is_a_sentence(wrong):
+  with pytest.raises(ValueError, match="must be at least 1 and init"):
+    SwitchLoRADense(6, **wrong).init(jax.random.key(0), jnp.ones((1, 8)))

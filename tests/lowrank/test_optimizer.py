@@ -1,0 +1,322 @@
+"""Adam with counts per vector, its masks, the schedule and the clipping."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_model import same_bits
+
+from switchlora_jax.lowrank import switching
+from switchlora_jax.lowrank.layers import lora_vectors
+from switchlora_jax.lowrank.optimizer import (
+  VectorAdamState,
+  clip_by_global_norm,
+  cosine_schedule,
+  scale_by_vector_adam,
+  vector_adam,
+)
+from switchlora_jax.methods.galore import scale_by_galore
+
+OURS = {
+  "scale_by_vector_adam of no vectors": scale_by_vector_adam(),
+  "scale_by_vector_adam of vectors": scale_by_vector_adam(vectors=lora_vectors),
+  "scale_by_vector_adam per element": scale_by_vector_adam(vectors=lora_vectors, count_per_element=True),
+  "vector_adam": vector_adam(1e-2, vectors=lora_vectors),
+  "vector_adam with a schedule": vector_adam(cosine_schedule(1e-2, 2, 20), vectors=lora_vectors),
+  "galore": optax.chain(
+    scale_by_galore(2, 2, 1.0, projected=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
+    optax.scale_by_learning_rate(1e-2),
+  ),
+}
+
+
+def draw(seed, dtype=jnp.float32):
+  """A tree like the parameters of two stacked layers of rank 3 and a norm."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  normal = lambda key, *shape: jax.random.normal(key, shape, dtype)
+  adapter = {"lora_a": normal(keys[0], 2, 3, 5), "lora_b": normal(keys[1], 2, 3, 7)}
+  return {"blocks": {"q": adapter}, "norm": {"scale": normal(keys[2], 5)}}
+
+
+def masks(seed, rate=0.5):
+  """Random masks like the parameters: [2, 3, 1] for the vectors, False elsewhere."""
+  rng = np.random.default_rng(seed)
+  some = lambda: jnp.asarray(rng.random((2, 3, 1)) < rate)
+  return {"blocks": {"q": {"lora_a": some(), "lora_b": some()}}, "norm": {"scale": False}}
+
+
+def run(tx, steps, dtype=jnp.float32, mask=None):
+  """Parameters and state after so many updates with random gradients, from a jitted update."""
+  update = jax.jit(tx.update)
+  params = draw(0, dtype)
+  state = tx.init(params)
+  for t in range(steps):
+    extra = {"reset": mask(t), "freeze": mask(t + 1000)} if mask else {}
+    updates, state = update(draw(t + 1, dtype), state, params, **extra)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+# --- against the authors' code ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_with_resets_is_the_recorded_one(weight_decay, golden, x64):
+  arrays, meta = golden("adam")
+  told = {k.split("step64_")[1]: v for k, v in arrays.items() if k.startswith(f"wd{weight_decay}_")}
+  rows = {"lora_a": "A", "lora_b": "B", "plain": "P"}  # ours: theirs, with B's vectors in its columns
+  turned = lambda x, theirs: x.T if theirs == "B" else x
+  params = {ours: jnp.asarray(turned(arrays[f"{theirs}0"], theirs)) for ours, theirs in rows.items()}
+  learning_rate = lambda t: jnp.asarray(arrays["lr"])[t]
+  tx = optax.chain(
+    scale_by_vector_adam(*meta["betas"], meta["eps"], vectors=lora_vectors),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  state, update = tx.init(params), jax.jit(tx.update)
+  for t in range(20):
+    hit = {"A": np.zeros((3, 1), bool), "B": np.zeros((3, 1), bool)}
+    for step, side, vectors in meta["resets"]:
+      hit[side][vectors] |= step == t
+    reset = {"lora_a": hit["A"], "lora_b": hit["B"], "plain": False}
+    grads = {ours: jnp.asarray(turned(arrays[f"g{theirs}"][t], theirs)) for ours, theirs in rows.items()}
+    updates, state = update(grads, state, params, reset=reset)
+    params = optax.apply_updates(params, updates)
+    for ours, theirs in rows.items():
+      expected = {"": params, "m": state[0].mu, "v": state[0].nu}
+      for prefix, tree in expected.items():
+        np.testing.assert_allclose(tree[ours], turned(told[prefix + theirs][t], theirs), rtol=1e-12, atol=1e-14)
+      np.testing.assert_array_equal(state[0].count[ours].reshape(-1), told[f"step{theirs}"][t])
+
+
+@pytest.mark.parametrize("freeze_steps", [5, 2, 1, -1])
+def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
+  """A constant gradient and one switch of slot 0 of A and 2 of B at step 10; -1 resets without freezing, our 0."""
+  arrays, meta = golden("freeze")
+  prefix = f"N{freeze_steps}_step64_"
+  told = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
+  grads = {"lora_a": jnp.asarray(told["gA"]), "lora_b": jnp.asarray(told["gB"].T)}
+  tx = vector_adam(0.02, vectors=lora_vectors)
+  state, update = tx.init(grads), jax.jit(tx.update)
+  timers = {"lora_a": jnp.zeros(4, jnp.int32), "lora_b": jnp.zeros(4, jnp.int32)}
+  counterpart, rows, after = {"lora_a": 2, "lora_b": 0}, meta["rows"], {}
+  for t in range(40):
+    reset, freeze = {}, {}
+    for name, slot in counterpart.items():
+      hit = (np.arange(4) == slot) & (t == 10)
+      frozen, timers[name] = switching.freeze(timers[name], hit, max(freeze_steps, 0), False)
+      reset[name], freeze[name] = hit[:, None], frozen[:, None]
+    updates, state = update(grads, state, reset=reset, freeze=freeze)
+    adam = state[0]
+    for name, side in (("lora_a", "A"), ("lora_b", "B")):
+      after = {"d": updates[name], "m": adam.mu[name], "v": adam.nu[name]}
+      if t in rows:
+        for key, ours in after.items():
+          theirs = told[key + side][rows.index(t)]
+          np.testing.assert_allclose(ours, theirs if side == "A" else theirs.T, rtol=1e-12, atol=1e-15)
+      np.testing.assert_array_equal(adam.count[name][:, 0], told[f"step{side}"][t])
+      if freeze_steps > 0:
+        np.testing.assert_array_equal(timers[name], told[f"fixed{side}"][t])
+
+
+def test_the_first_live_update_is_a_warm_up(x64):
+  """0.522, 0.680, 0.776, 0.841 of the learning rate after N = 5 frozen steps, for a constant gradient."""
+  grads = {"lora_a": jnp.full((1, 3), 7.0)}
+  tx = vector_adam(0.02, vectors=lora_vectors)
+  state, update, sizes = tx.init(grads), jax.jit(tx.update), []
+  for t in range(30):
+    on = lambda true: {"lora_a": np.full((1, 1), true)}
+    updates, state = update(grads, state, reset=on(t == 20), freeze=on(20 <= t < 25))
+    sizes.append(float(-updates["lora_a"][0, 0] / 0.02))
+  assert sizes[20:25] == [0.0] * 5
+  np.testing.assert_allclose(sizes[25:29], [0.522, 0.680, 0.776, 0.841], atol=5e-4)
+  np.testing.assert_allclose(sizes[25], (0.1 / (1 - 0.9**6)) / (0.001 / (1 - 0.999**6)) ** 0.5, rtol=1e-8)
+  assert sizes[19] > 0.99
+
+
+@pytest.mark.parametrize(("name", "floor"), [("switchlora_cosine", 0.0), ("switchlora_cosine_with_min_lr", 0.1)])
+def test_cosine_schedule_is_the_recorded_one(name, floor, golden, x64):
+  recorded = golden("schedulers")[0][name]
+  counts = jnp.arange(101, dtype=jnp.int32)  # as an optimizer counts, in float64 too
+  schedule = cosine_schedule(1.0, 10, 100, floor=floor)
+  np.testing.assert_allclose(jax.vmap(schedule)(counts), recorded, rtol=0, atol=1e-12)
+
+
+def test_the_first_update_has_learning_rate_0_and_the_warm_up_ends_at_the_peak():
+  schedule = cosine_schedule(2e-2, 100, 1000)
+  assert (float(schedule(0)), float(schedule(100))) == (0.0, pytest.approx(2e-2))
+
+
+# --- Adam itself --------------------------------------------------------------------------------------------------
+
+
+def adam_of_each_vector(steps):
+  """What `run` would return of optax.adam, had every leaf, and every LoRA vector, an optimizer of its own."""
+  params, grads = draw(0), [draw(t + 1) for t in range(steps)]
+
+  def train(param, *grads):
+    init, update = optax.adam(1e-2)
+    for _ in range(param.ndim - 1):  # [layers, r] vectors
+      init, update = jax.vmap(init), jax.vmap(update)
+    state, update = init(param), jax.jit(update)
+    for grad in grads:
+      step, state = update(grad, state, param)
+      param = optax.apply_updates(param, step)
+    return param, state[0].mu, state[0].nu
+
+  both = jax.tree.map(train, params, *grads)
+  return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), both)
+
+
+@pytest.mark.parametrize("options", [{}, {"vectors": lora_vectors}, {"count_per_element": True}])
+def test_without_masks_it_is_optax_adam_to_the_bit(options):
+  """Leaf by leaf: where leaves share one count, XLA rounds optax's quotients in another order."""
+  params, state = run(vector_adam(1e-2, **options), 20)
+  assert same_bits((params, state[0].mu, state[0].nu), adam_of_each_vector(20))
+
+
+def test_with_masks_it_is_not_optax_adam():
+  params, _ = run(vector_adam(1e-2, vectors=lora_vectors), 20, mask=masks)
+  assert not same_bits(params, adam_of_each_vector(20)[0])
+
+
+def test_a_count_per_element_gives_the_same_bits():
+  tx = partial(vector_adam, 1e-2, vectors=lora_vectors)
+  few, state = run(tx(), 20, mask=masks)
+  many, full_state = run(tx(count_per_element=True), 20, mask=masks)
+  assert same_bits(few, many)
+  shapes = lambda state: jax.tree.map(jnp.shape, state[0].count)
+  adapter = lambda a, b: {"q": {"lora_a": a, "lora_b": b}}
+  assert shapes(state) == {"blocks": adapter((2, 3, 1), (2, 3, 1)), "norm": {"scale": ()}}
+  assert shapes(full_state) == {"blocks": adapter((2, 3, 5), (2, 3, 7)), "norm": {"scale": (5,)}}
+  counts = jax.tree.map(
+    lambda x, y: np.array_equal(np.broadcast_to(x, y.shape), y), state[0].count, full_state[0].count
+  )
+  assert jax.tree.all(counts) and len(np.unique(state[0].count["blocks"]["q"]["lora_a"])) > 1
+
+
+def test_reset_and_freeze_touch_the_masked_vectors_alone():
+  tx, params = scale_by_vector_adam(vectors=lora_vectors), draw(0)
+  _, state = run(tx, 3)
+  hit = masks(0)
+  _, usual = tx.update(draw(9), state, params)
+  updates, masked = tx.update(draw(9), state, params, reset=hit, freeze=hit)
+  for side in ("lora_a", "lora_b"):
+    chosen = hit["blocks"]["q"][side][..., 0]
+    assert np.any(chosen) and not np.all(chosen)
+    for name in ("mu", "nu"):
+      ours, other = (getattr(s, name)["blocks"]["q"][side] for s in (masked, usual))
+      np.testing.assert_array_equal(ours[~chosen], other[~chosen])
+      assert not np.any(ours[chosen])
+    assert not np.any(updates["blocks"]["q"][side][chosen]) and np.all(updates["blocks"]["q"][side][~chosen])
+    np.testing.assert_array_equal(masked.count["blocks"]["q"][side][..., 0], np.where(chosen, 1, 4))
+  assert same_bits(masked.mu["norm"], usual.mu["norm"])
+
+
+# --- the contract of every optimizer we own -----------------------------------------------------------------------
+
+
+def some_masks(name, seed):
+  """`reset` and `freeze` for an optimizer of `OURS`; only vectors have any."""
+  return {} if "no vectors" in name else {"reset": masks(seed), "freeze": masks(seed + 100)}
+
+
+def adam_state(state) -> VectorAdamState:
+  return state if isinstance(state, VectorAdamState) else state[0]
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtype_and_structure_are_kept(name, dtype):
+  tx, params = OURS[name], draw(0, dtype)
+  state = tx.init(params)
+  updates, new_state = tx.update(draw(1, dtype), state, params, **some_masks(name, 1), skip=jnp.array(False))
+  kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kind(updates) == kind(params)
+  assert kind(new_state) == kind(state)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_it_compiles_once(name):
+  tx, params = OURS[name], draw(0)
+  update = jax.jit(tx.update)
+  state = jax.jit(tx.init)(params)
+  for t in range(3):
+    _, state = update(draw(t), state, params, **some_masks(name, t), skip=jnp.array(t == 1))
+  assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_unknown_extra_arguments_are_ignored(name):
+  tx, params = OURS[name], draw(0)
+  state = tx.init(params)
+  assert same_bits(tx.update(draw(1), state, params), tx.update(draw(1), state, params, value=1.0, no_such=None))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_skip_leaves_the_state_as_it_was(name):
+  tx, params = OURS[name], draw(0)
+  _, state = run(tx, 3)
+  bad = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan).at[..., 1].set(jnp.inf), draw(4))
+  updates, new_state = jax.jit(tx.update)(bad, state, params, **some_masks(name, 1), skip=jnp.array(True))
+  assert same_bits(adam_state(new_state), adam_state(state))
+  assert same_bits(optax.apply_updates(params, updates), params)
+  _, live = jax.jit(tx.update)(draw(4), state, params, skip=jnp.array(False))
+  assert not same_bits(adam_state(live), adam_state(state))
+
+
+def test_a_schedule_goes_on_over_skipped_updates():
+  tx, params = OURS["vector_adam with a schedule"], draw(0)
+  _, state = tx.update(draw(1), tx.init(params), params, skip=jnp.array(True))
+  assert int(state[1].count) == 1
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_updates_lead_downhill(name):
+  tx, params = OURS[name], {"lora_a": jnp.full((2, 3), 0.5)}
+  if name.startswith("scale_by"):  # these leave size and sign to what follows
+    tx = optax.chain(tx, optax.scale_by_learning_rate(1e-2))
+  state, update = tx.init(params), jax.jit(tx.update)
+  for _ in range(20):
+    updates, state = update(params, state, params)  # the gradient of ½‖params‖²
+    params = optax.apply_updates(params, updates)
+  assert np.all(np.abs(params["lora_a"]) < 0.45)
+
+
+# --- clipping -----------------------------------------------------------------------------------------------------
+
+
+def test_clipping_is_that_of_the_authors(x64):
+  """PyTorch's clip_grad_norm_: g·min(1, c / (‖g‖ + 1e-6))."""
+  grads = draw(0, jnp.float64)
+  flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
+  norm = np.sqrt(np.sum(flat**2))
+  clipped, ours = clip_by_global_norm(grads, 0.3)
+  np.testing.assert_allclose(ours, norm, rtol=1e-14)
+  np.testing.assert_allclose(clipped["norm"]["scale"], grads["norm"]["scale"] * 0.3 / (norm + 1e-6), rtol=1e-14)
+  optax_clipped, _ = optax.clip_by_global_norm(0.3).update(grads, optax.EmptyState())
+  apart = np.abs(clipped["norm"]["scale"] / optax_clipped["norm"]["scale"] - 1).max()
+  assert 1e-8 < apart < 1e-6, "which optax's clipping lacks"
+
+
+def test_small_gradients_are_not_clipped():
+  grads = draw(0)
+  clipped, norm = clip_by_global_norm(grads, 1e3)
+  assert same_bits(clipped, grads) and norm < 1e3
+
+
+def test_clipping_keeps_dtypes():
+  grads = {"narrow": jnp.ones(4, jnp.bfloat16), "wide": jnp.ones(4)}
+  clipped, norm = clip_by_global_norm(grads, 0.3)
+  assert {name: g.dtype for name, g in clipped.items()} == {name: g.dtype for name, g in grads.items()}
+  np.testing.assert_allclose(norm, 8**0.5, rtol=1e-6)
+
+
+def test_forgetting_which_leaves_hold_vectors_is_a_sentence():
+  params = {"lora_a": jnp.ones((4, 3))}
+  tx = scale_by_vector_adam()
+  with pytest.raises(ValueError, match=r"pass vectors="):
+    tx.update(params, tx.init(params), params, reset={"lora_a": jnp.ones((4, 1), bool)})

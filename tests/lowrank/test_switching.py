@@ -1,0 +1,175 @@
+"""Switching: the recorded schedule, the rates. What always holds is in test_invariants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import same_bits
+
+from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.layers import SwitchLoRADense
+from switchlora_jax.lowrank.switching import (
+  Layer,
+  SwitchSchedule,
+  expected_cycles,
+  norm_squared,
+  switch,
+  switch_count,
+  switch_layers,
+)
+
+RECORDED = "r4 r8 r32 r128 hi_r8_i10_N5 hi_r8_i4_N2 hi_r16_i10_N5 hi_r16_i2_N1 hi_r5_i10_N5 hi_r3_i2_N1 hi_r1_i10_N5"
+
+
+# --- against the authors' code ------------------------------------------------------------------------------------
+
+
+def recorded_case(arrays, meta, name):
+  """The arrays of one recorded case without its prefix, and its shape and schedule."""
+  case = next(c for c in meta["cases"] if c.get("tag", f"r{c['r']}") == name)
+  interval, freeze_steps = case.get("interval", meta["base_interval"]), case.get("N", meta["N"])
+  point = meta["expect_switch_descend_step"] / meta["total_steps"]
+  schedule = SwitchSchedule(interval, freeze_steps, meta["total_steps"], point, decay_to=0.3)
+  prefix = name + "_"
+  return {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}, case, schedule
+
+
+def replay(case, schedule, uniforms, first_a, first_b):
+  """Switch vectors that hold the ids of their candidates; a history of every step, of each vector its first number."""
+  rank, spares = case["r"], case["c"] - case["r"]
+  vectors = lambda ids: jnp.tile(jnp.asarray(ids, jnp.float64)[:, None], case["c"])
+  zero = jnp.zeros(rank, jnp.int32)
+  layer = {
+    "params": {"lora_a": vectors(first_a), "lora_b": vectors(first_b)},
+    "frozen": {"kernel": jnp.zeros((case["c"], case["c"]))},
+    "candidates": {
+      "spare_a": vectors(range(spares)), "spare_b": vectors(range(spares)),
+      "timer_a": zero, "timer_b": zero, "cursor": jnp.zeros((), jnp.int32),
+    },
+  }  # fmt: skip
+
+  def one(layer, at):
+    step, uniform = at
+    out = switch(**layer, schedule=schedule, scale=0.5, step=step, uniforms=uniform)
+    layer = {"params": out.params, "frozen": out.frozen, "candidates": out.candidates}
+    masks = {"reset": out.reset, "freeze": out.freeze}
+    wide = jax.tree.map(lambda m, p: jnp.broadcast_to(m, (p.shape[0], 1)), masks, {k: out.params for k in masks})
+    seen = {"params": out.params, "candidates": {n: x for n, x in out.candidates.items() if "spare" not in n}}
+    return layer, (jax.tree.map(lambda x: x[..., :1] if x.ndim == 2 else x, seen), wide, out.count)
+
+  run = jax.jit(lambda layer: jax.lax.scan(one, layer, (jnp.arange(len(uniforms), dtype=jnp.int32), uniforms))[1])
+  return jax.tree.map(np.asarray, run(layer))
+
+
+@pytest.mark.parametrize("name", RECORDED.split())
+def test_schedule_is_the_recorded_one(name, golden, x64):
+  """Counts, slots, ids and timers of every step, from the recorded draws."""
+  arrays, meta = golden("schedule")
+  told, case, schedule = recorded_case(arrays, meta, name)
+  rank, steps, window = case["r"], len(told["u"]), schedule.window(case["r"], case["c"] - case["r"])
+  assert told["num"].max() <= window, "the window holds every recorded switch"
+  layers, masks, counts = replay(case, schedule, told["u"], told["selA"][0], told["selB"][0])
+  np.testing.assert_array_equal(counts, told["num"])
+  assert counts.sum() == case["total_switched"]
+
+  cursor = layers["candidates"]["cursor"]
+  np.testing.assert_array_equal(cursor, np.cumsum(told["num"]))
+  np.testing.assert_array_equal(cursor % rank, told["curA"][1:])
+  np.testing.assert_array_equal((cursor + rank // 2) % rank, told["curB"][1:])
+  for side, first, counterpart in (("a", told["selA"][0], "B"), ("b", told["selB"][0], "A")):
+    upper = side.upper()
+    held = np.concatenate([first[None], layers["params"][f"lora_{side}"][..., 0]])  # ids, before and after each step
+    for t in range(steps):
+      slots, loaded, evicted = (told[f"{key}{upper}"][t][: told["num"][t]] for key in ("slots", "loaded", "evicted"))
+      expected = held[t].copy()
+      expected[slots] = loaded
+      np.testing.assert_array_equal(held[t][slots], evicted)
+      np.testing.assert_array_equal(held[t + 1], expected)
+      hit = np.isin(np.arange(rank), slots)
+      np.testing.assert_array_equal(masks["reset"][f"lora_{counterpart.lower()}"][t][:, 0], hit)
+    np.testing.assert_array_equal(held[[0, 10, 100, -1]], told[f"sel{upper}"])
+    np.testing.assert_array_equal(layers["candidates"][f"timer_{side}"], told[f"fixed{upper}"][1:])
+    np.testing.assert_array_equal(masks["freeze"][f"lora_{side}"][..., 0], told[f"frozen{upper}"])
+
+
+@pytest.mark.parametrize("name", RECORDED.split())
+def test_counts_before_the_cap_are_the_recorded_ones(name, golden, x64):
+  arrays, meta = golden("schedule")
+  told, case, schedule = recorded_case(arrays, meta, name)
+  expected = case["r"] * schedule.rate(jnp.arange(len(told["u"]), dtype=jnp.int32)) / schedule.interval
+  np.testing.assert_array_equal(switch_count(told["u"], expected), told["raw_num"])
+
+
+def test_rate_is_the_recorded_one(golden, x64):
+  arrays, meta = golden("schedule")
+  schedule = recorded_case(arrays, meta, "r4")[2]
+  np.testing.assert_allclose(schedule.rate(jnp.arange(1000, dtype=jnp.int32)), arrays["r4_rate"], rtol=1e-12)
+
+
+def test_rate_falls_to_its_share_at_the_decay_point_and_stays_positive(x64):
+  schedule = SwitchSchedule(total_steps=1000)
+  np.testing.assert_allclose(schedule.rate(99), 1 / 3, rtol=1e-12)
+  assert schedule.rate(10**6) == 1e-8
+
+
+def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
+  """r128: 256 vectors loaded through 32 spare rows, eight rounds; the formula, a mean over draws, says 8.3."""
+  arrays, meta = golden("schedule")
+  told, case, schedule = recorded_case(arrays, meta, "r128")
+  cycles = expected_cycles(schedule, case["r"], case["c"])
+  np.testing.assert_allclose(cycles, 128 / 32 * 0.1 * 1000 / (40 * np.log(1 / 0.3)), rtol=1e-12)
+  np.testing.assert_allclose(cycles, told["num"].sum() / (case["c"] - case["r"]), rtol=0.1)
+
+
+def test_switch_count_rounds_up_as_often_as_the_fraction_says():
+  uniforms = jnp.linspace(0, 1, 1000, endpoint=False)
+  np.testing.assert_allclose(switch_count(uniforms, 2.3).mean(), 2.3, rtol=1e-3)
+  assert set(np.unique(switch_count(uniforms, 2.3))) == {2, 3}
+  assert set(np.unique(switch_count(uniforms, 2.0))) == {2}
+
+
+# --- telemetry ----------------------------------------------------------------------------------------------------
+
+
+def test_norm_squared_is_that_of_the_products(x64):
+  rng = np.random.default_rng(0)
+  left, right = rng.standard_normal((3, 5, 8)), rng.standard_normal((3, 5, 6))
+  expected = np.sum(np.einsum("lkn,lkm->lnm", left, right) ** 2)
+  np.testing.assert_allclose(norm_squared(jnp.asarray(left), jnp.asarray(right)), expected, rtol=1e-12)
+  assert norm_squared(jnp.asarray(left), jnp.zeros((3, 5, 6))) == 0
+
+
+# --- what is and is not switched ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["head alone", "with a tail"])
+def test_a_kernel_in_16_bits_is_rounded_once_a_switch_however_many_vectors_move(tail, unit):
+  """To 8 bits of mantissa, or with a tail to 16; the function, which is the head's, to 8 before and after.
+
+  Exact but for that and for 16 outer products of float32, which sum to less than 8.
+  """
+  keys = jax.random.split(jax.random.key(0), 5)
+  shapes = ((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
+  kernel, *vectors = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+  head, rest = split(kernel)
+  before = Layer(head, *vectors, rest if tail else None)
+  after, _ = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
+  assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not tail)
+  product = lambda layers: np.einsum("krn,krm->nm", np.float64(layers.lora_a), np.float64(layers.lora_b)) / 16
+  old, new = (np.asarray(read(layers.base)[0], np.float64) for layers in (before, after))
+  moved = product(before) - product(after)
+  assert np.all(np.abs(new - old - moved) <= unit * np.abs(new) + 1e-5) and np.abs(moved).max() > 1
+  assert np.abs(new - old - moved).max() > unit / 4, "which a kernel of float32 would keep"
+  old_head, new_head = (np.asarray(layers.kernel[0], np.float64) for layers in (before, after))
+  rounding = 2**-8 * (np.abs(old_head) + np.abs(new_head)) * 1.01 + 1e-5
+  assert np.all(np.abs(new_head - old_head - moved) <= rounding)
+
+
+def test_an_interval_of_0_and_layers_without_spares_are_never_switched():
+  layer = SwitchLoRADense(6, rank=4)
+  variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
+  never = switch(**variables, schedule=SwitchSchedule(interval=0), scale=1, step=0, uniforms=0.0)
+  assert never.count == 0 and same_bits(never.params, variables["params"])
+  full = SwitchLoRADense(6, rank=6).init(jax.random.key(0), jnp.ones((1, 8)))
+  assert "candidates" not in full
+  assert switch(**full, schedule=SwitchSchedule(interval=2), scale=1, step=0, uniforms=0.0).count == 0

@@ -1,0 +1,263 @@
+"""What every method owes the trainer, and what SwitchLoRA's options change."""
+
+import pkgutil
+import zlib
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from small_model import host, same_bits
+
+from switchlora_jax import methods
+from switchlora_jax.methods import METHODS, switchlora
+from switchlora_jax.methods.base import Method, TrainState
+from switchlora_jax.parallel.sharding import replicated
+from switchlora_jax.training.anomalies import initial_spike_state
+from switchlora_jax.training.phases import create_state
+
+each = pytest.mark.parametrize("method", METHODS)
+PARTS = ("params", "frozen", "candidates")
+
+
+def drawn(path, leaf):
+  """An array of an abstract state, of a size that trains; whole numbers and moments are 0."""
+  path = jax.tree_util.keystr(path)
+  if leaf.dtype == jnp.int32 or path.startswith(".opt_state"):
+    return np.zeros(leaf.shape, leaf.dtype)
+  rng = np.random.default_rng(zlib.crc32(path.encode()))
+  return (0.1 * rng.standard_normal(leaf.shape) + path.endswith("['scale']")).astype(leaf.dtype)
+
+
+@lru_cache
+def prepared(method, **changes):
+  """A config, a first state on the host, the same for all options of a method, and its step on one device."""
+  config = small_model.config(method, **dict(dtype="bfloat16") | changes)
+  optimizer = METHODS[method].build(config).optimizer
+  shapes = jax.eval_shape(lambda: create_state(small_model.model(config), optimizer, 0, 2))
+  return config, jax.tree.map_with_path(drawn, shapes), small_model.step(config, 1)
+
+
+def train(steps, method, state=None, **changes):
+  """The states before each of some steps and after the last, on the host, and the metrics."""
+  config, first, step = prepared(method, **changes)
+  states, metrics = [first if state is None else state], []
+  for _ in range(steps):
+    rows = small_model.rows(config, int(states[-1].step))
+    state, report = step(jax.device_put(states[-1], replicated(small_model.mesh(1))), small_model.shard_batch(rows, 1))
+    states.append(host(state))
+    metrics.append(host(report))
+  return states, metrics
+
+
+def kinds(tree):
+  return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+# --- the contract -------------------------------------------------------------------------------------------------
+
+
+def test_every_module_is_in_the_table_under_its_name():
+  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base"}
+  assert {name: METHODS[name].__name__.split(".")[-1] for name in METHODS} == {name: name for name in modules}
+
+
+@each
+def test_a_method_has_what_the_table_promises(method):
+  module, config = METHODS[method], small_model.config(method)
+  assert module.__doc__.strip()
+  assert module.LEARNING_RATE > 0 and 0 <= module.MIN_LR_RATIO <= 1
+  assert module.check(config) is None
+  assert all(isinstance(line, str) and line.strip() for line in module.describe(config))
+  built = module.build(config)
+  assert isinstance(built, Method) and built.schedule(0) == 1e-2
+  assert (built.scale is None) == (method in ("full", "galore"))
+
+
+@each
+def test_steps_train_in_bfloat16_and_keep_float32(method):
+  states, metrics = train(3, method)
+  config = prepared(method)[0]
+  out = jax.eval_shape(
+    small_model.model(config).apply,
+    {"params": states[0].params, "frozen": states[0].frozen},
+    small_model.rows(config, 0),
+  )
+  assert out.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves((states[-1].params, states[-1].frozen))} == {np.dtype("float32")}
+  assert all(kinds(state) == kinds(states[0]) for state in states)
+  for t, report in enumerate(metrics):
+    assert {"loss", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"} <= report.keys()
+    assert all(value.shape == () and np.isfinite(value) for value in report.values())
+    assert (states[t + 1].step, report["skipped"]) == (t + 1, 0)
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), states[t].params, states[t + 1].params)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(("method", "tail"), [("lora", False), ("switchlora", True), ("relora", True)])
+def test_kernels_in_16_bits_stay_so_and_have_a_tail_where_they_change(method, tail):
+  states, metrics = train(3, method, frozen_dtype="bfloat16")
+  assert all(kinds(state) == kinds(states[0]) for state in states)
+  layers = states[-1].frozen["blocks"].values()
+  dtypes = {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
+  assert len(layers) == 7
+  assert all({name: str(values.dtype) for name, values in layer.items()} == dtypes for layer in layers)
+  assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype("float32")}
+  assert all(np.isfinite(report["loss"]) for report in metrics)
+  moved = not same_bits(states[0].frozen, states[-1].frozen)
+  assert moved == (method == "switchlora"), "no restart of ReLoRA is due"
+
+
+@each
+def test_a_step_replays_and_goes_on_from_any_state(method):
+  straight, told = train(3, method)
+  again, told_again = train(3, method)
+  assert same_bits(again, straight) and same_bits(told_again, told)
+  resumed, told_resumed = train(1, method, state=straight[2])
+  assert same_bits(resumed[-1], straight[3]) and same_bits(told_resumed, told[2:])
+  assert not same_bits(told[0]["loss"], told[1]["loss"])
+
+
+@each
+def test_a_step_that_is_not_finite_changes_nothing(method):
+  """But for the counters; of ReLoRA's restarts, which come before the loss is known, none is due here."""
+  healthy = train(3, method)[0][-1]
+  embedding = np.full_like(healthy.params["embed"]["embedding"], np.nan)
+  sick = healthy._replace(params=healthy.params | {"embed": {"embedding": embedding}})
+  (_, after), (report,) = train(1, method, state=sick)
+  assert np.isnan(report["loss"]) and (after.step, after.skipped, after.skipped_in_a_row) == (4, 1, 1)
+  assert all(same_bits(getattr(after, part), getattr(sick, part)) for part in PARTS)
+  assert same_bits(after.opt_state, sick.opt_state)
+  (_, cured), _ = train(1, method, state=after._replace(params=healthy.params))
+  assert (cured.skipped, cured.skipped_in_a_row) == (1, 0)
+  assert not same_bits(cured.params, healthy.params)
+  assert not same_bits(cured.opt_state, healthy.opt_state)
+
+
+# --- SwitchLoRA's options -----------------------------------------------------------------------------------------
+
+
+def test_it_warns_of_kernels_that_drift():
+  told = lambda **changes: " ".join(switchlora.describe(small_model.config("switchlora", **changes)))
+  assert "WARNING: switching rounds bfloat16 base kernels" in told(param_dtype="bfloat16")
+  never = dict(param_dtype="bfloat16", switch__interval=0)
+  for safe in (dict(), dict(frozen_dtype="bfloat16"), dict(param_dtype="bfloat16", frozen_dtype="float32"), never):
+    assert "WARNING" not in told(**safe)
+
+
+@pytest.mark.parametrize("kernels", [{}, dict(frozen_dtype="bfloat16")], ids=["float32", "bfloat16"])
+def test_an_interval_of_0_is_lora_to_the_bit(kernels):
+  """At equal learning rate; the candidates are there, and stay where they are."""
+  never, told_never = train(4, "switchlora", switch__interval=0, **kernels)
+  lora, told_lora = train(4, "lora", **kernels)
+  for ours, theirs in zip(never, lora, strict=True):
+    assert same_bits(ours._replace(candidates={}), theirs)
+    assert ours.candidates and same_bits(ours.candidates, never[0].candidates)
+  assert same_bits(told_never, told_lora)
+  assert not same_bits(never[-1].params, never[0].params)
+  assert not same_bits(train(4, "switchlora", **kernels)[0][-1].params, lora[-1].params)
+
+
+def layers_alone(**changes):
+  """The states before and after each of four steps of two stacked layers without a model, telemetry, masks' names.
+
+  Switch and optimizer are the method's own; the gradients are the parameters.
+  """
+  method = METHODS["switchlora"].build(small_model.config("switchlora", **changes))
+  draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal((2, *shape)), jnp.float32)
+  timer, cursor, zero = jnp.zeros((2, 4), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32)
+  spares = {"spare_a": draw(3, 4, 9), "spare_b": draw(4, 4, 8)}
+  params, frozen = {"q": {"lora_a": draw(0, 4, 9), "lora_b": draw(1, 4, 8)}}, {"q": {"kernel": draw(2, 9, 8)}}
+  candidates = {"q": spares | {"timer_a": timer, "timer_b": timer, "cursor": cursor}}
+  state = TrainState(
+    zero, params, frozen, candidates, method.optimizer.init(params), zero, zero, initial_spike_state(2)
+  )
+
+  @jax.jit
+  def step(state):
+    grads = state.params
+    state, masks, metrics = method.before_update(state, False)
+    direction, opt_state = method.optimizer.update(grads, state.opt_state, state.params, **masks)
+    params = jax.tree.map(lambda p, d: p - 0.1 * d, state.params, direction)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  masks, states, told = set(jax.eval_shape(method.before_update, state, False).masks), [host(state)], []
+  for _ in range(4):
+    state, metrics = step(state)
+    states.append(host(state))
+    told.append(host(metrics))
+  return states, told, masks
+
+
+def clocks(state):
+  return [state.candidates["q"][name] for name in ("cursor", "timer_a", "timer_b")]
+
+
+def test_without_reset_the_optimizer_is_handed_no_reset_mask():
+  (reset, told, masks), (kept, told_kept, masks_kept) = layers_alone(), layers_alone(switch__reset=False)
+  assert masks == {"freeze", "reset"} and masks_kept == {"freeze"}
+  for one, other in zip(told, told_kept, strict=True):
+    assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
+  assert same_bits(clocks(reset[-1]), clocks(kept[-1]))
+  count = lambda states: set(np.concatenate([x.ravel() for x in jax.tree.leaves(states[-1].opt_state.count)]))
+  assert count(kept) == {4} and min(count(reset)) < 4
+  assert not same_bits(reset[-1].params, kept[-1].params)
+
+
+def test_random_order_takes_other_spares_at_the_same_times():
+  (order, told, _), (random, told_random, _) = layers_alone(), layers_alone(switch__order="random")
+  assert same_bits(layers_alone(switch__order="random")[:2], (random, told_random))
+  for one, other in zip(told, told_random, strict=True):
+    assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
+  assert told[0]["switched"] > 0 and same_bits(clocks(order[-1]), clocks(random[-1]))
+  assert not same_bits(order[-1].params, random[-1].params)
+  assert "coverage" in told[0] and "coverage" not in told_random[0], "which is known where they are taken in order"
+
+
+def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
+  state = prepared("switchlora")[1]
+
+  class Drawn(BaseException):
+    pass
+
+  def seen(*_, picks, **__):
+    raise Drawn(picks)
+
+  def picks(step=0, **changes):
+    config = small_model.config("switchlora", **dict(switch__order="random") | changes)
+    with pytest.raises(Drawn) as drawn:
+      METHODS["switchlora"].build(config).before_update(state._replace(step=np.int32(step)), False)
+    return drawn.value.args[0]
+
+  monkeypatch.setattr(switchlora, "switch", seen)
+  assert len(picks()) == 7 and same_bits(picks(), picks())
+  assert not same_bits(picks(), picks(step=1)) and not same_bits(picks(), picks(seed=1))
+  assert picks(switch__order="sequential") is None
+
+
+def test_telemetry_says_what_the_switch_did():
+  """Rank 4 in 14 layers; what a step switches is frozen on the other side in this step and the next (N = 2)."""
+  states, metrics = train(6, "switchlora")
+  loads = [sum(layer["cursor"].sum() for layer in state.candidates["blocks"].values()) for state in states]
+  before = 0
+  for t, report in enumerate(metrics):
+    switched = loads[t + 1] - loads[t]
+    assert report["switched"] == switched
+    np.testing.assert_allclose(report["frozen_share"], (switched + before) / (4 * 14), rtol=1e-6)
+    squares = jax.tree.map(lambda x, y: np.sum((x - y) ** 2), states[t].frozen, states[t + 1].frozen)
+    np.testing.assert_allclose(report["moved_norm"], sum(jax.tree.leaves(squares)) ** 0.5, rtol=1e-5)
+    cursors = np.concatenate([layer["cursor"] for layer in states[t + 1].candidates["blocks"].values()])
+    np.testing.assert_allclose(report["coverage"], np.mean((4 + np.minimum(cursors, 12)) / 16), rtol=1e-6)
+    before = switched
+  assert loads[-1] > 0 and len({int(report["switched"]) for report in metrics}) > 1
+
+
+def test_candidates_are_cycled_less_often_after_a_warm_start():
+  """Against the sum of the schedule's own rates over the steps that switch."""
+  for start in (0, 200):
+    config = small_model.config("switchlora", steps=1000, warm_start_steps=start)
+    rates = np.asarray(switchlora.schedule(config).rate(np.arange(start, 1000)), np.float64)
+    expected = config.rank / (16 - config.rank) * rates.sum() / config.switch.interval
+    np.testing.assert_allclose(switchlora.cycles(config), expected, rtol=0.02)

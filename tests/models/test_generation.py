@@ -1,0 +1,231 @@
+"""Generation with a cache is generation without one; draws follow the truncated distribution; text comes whole."""
+
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+import small_model
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from tiny import write_text
+
+from switchlora_jax.data.tokenizer import train_tokenizer
+from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import LoRADense, adapter_scale
+from switchlora_jax.models import weights
+from switchlora_jax.models.generation import Sampling, advance, draw, generate, text_as_it_comes, truncated
+from switchlora_jax.models.llama import LLaMA
+from switchlora_jax.parallel.sharding import Placement
+
+GREEDY = Sampling(temperature=0)
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def llama(dense):
+  """A small model whose tokens see each other, which at the small start of training they hardly do; its variables."""
+  model = LLaMA(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, dense=dense)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+  draws = np.random.default_rng(0)
+  return model, jax.tree.map(lambda x: draws.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+PLAIN, ADAPTED = (llama(dense) for dense in (partial(nn.Dense, use_bias=False), partial(LoRADense, rank=4)))
+
+
+def continued(model, variables, prompt, **changes):
+  """What `generate` says, as a list."""
+  options = dict(new_tokens=20, pieces=64, sampling=GREEDY, seed=0, end=-1)
+  return list(generate(model, variables, prompt, **options | changes))
+
+
+def without_cache(model, variables, prompt, new_tokens=20):
+  """The likeliest tokens, the whole row run again for each."""
+  row = np.array([prompt + [0] * new_tokens])
+  run = jax.jit(model.apply)
+  for position in range(len(prompt), row.size):
+    row[0, position] = jnp.argmax(run(variables, row)[0, position - 1])
+  return row[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+  ("made", "prompt"), [(PLAIN, [5]), (ADAPTED, [9, 3, 61, 7, 7, 20, 1])], ids=["plain, one token", "adapters, seven"]
+)
+def test_with_a_cache_the_tokens_are_those_without(made, prompt):
+  found = continued(*made, prompt)
+  assert found == without_cache(*made, prompt)
+  assert len(set(found)) > 5, "it does not say the same all the time"
+
+
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [3, 1, 5, 2, 1], [11, 1]], ids=str)
+def test_a_row_in_any_parts_has_the_logits_of_the_whole(parts):
+  model, variables = PLAIN
+  row = np.random.default_rng(1).integers(0, 64, (1, 12))
+  whole = jax.jit(model.apply)(variables, row)
+  apply, cache, found = jax.jit(partial(model.clone(cache_length=15).apply, mutable="cache")), {}, []
+  for part in np.split(row, np.cumsum(parts)[:-1], axis=1):
+    logits, cache = apply({**variables, **cache}, part)
+    found.append(logits)
+  np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-5 * np.abs(whole).max())
+  assert np.std(whole) > 1
+
+
+def test_adapters_say_what_the_merged_weights_say():
+  _, variables = ADAPTED
+  merged = {"params": weights.merged(variables["params"], variables["frozen"], adapter_scale(4))}
+  assert continued(PLAIN[0], merged, [5, 6]) == continued(*ADAPTED, [5, 6]) != continued(*PLAIN, [5, 6])
+
+
+def test_arrays_that_lie_on_several_devices_say_the_same():
+  model, variables = ADAPTED
+  lies = Placement(small_model.mesh(4, 2), trained=True, frozen=True)
+  specs = {"params": lies.specs(variables["params"], "trained"), "frozen": lies.specs(variables["frozen"], "frozen")}
+  placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(lies.mesh, spec)), variables, specs)
+  assert any(not x.is_fully_replicated for x in jax.tree.leaves(placed))
+  assert continued(model, placed, [5, 6]) == continued(*ADAPTED, [5, 6])
+
+
+def test_two_programs_are_compiled_however_many_tokens():
+  before = advance._cache_size()
+  continued(*PLAIN, [1, 2, 3, 4], new_tokens=13)
+  assert advance._cache_size() == before + 2
+  continued(*PLAIN, [4, 3, 2, 1], new_tokens=13, seed=5)
+  assert advance._cache_size() == before + 2
+
+
+def test_it_ends_before_the_end_token():
+  tokens = continued(*PLAIN, [5])
+  end = tokens[7]
+  assert continued(*PLAIN, [5], end=end) == tokens[: tokens.index(end)]
+  assert continued(*PLAIN, [5], new_tokens=3) == tokens[:3]
+  assert continued(*PLAIN, [5], new_tokens=0) == []
+
+
+def test_draws_follow_the_seed_and_are_of_the_tokenizers_pieces():
+  warm = lambda seed: continued(*PLAIN, [5], sampling=Sampling(2.0), pieces=30, seed=seed)
+  assert warm(1) == warm(1) != warm(2)
+  assert max(warm(1) + warm(2)) < 30 <= max(continued(*PLAIN, [5], sampling=Sampling(2.0)))
+
+
+# --- draws --------------------------------------------------------------------------------------------------------
+
+
+def softmax(logits):
+  powers = np.exp(logits - np.max(logits))
+  return powers / powers.sum()
+
+
+def reference(logits, top_k, top_p):
+  """The probabilities left, in float64: the likeliest first, until the mass is there; and how nearly it was there."""
+  ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: top_k or None]
+  masses = np.cumsum(softmax(logits[ranked]))
+  count = int(np.searchsorted(masses[:-1], top_p)) + 1 if top_p < 1 else len(ranked)
+  found = np.zeros(len(logits))
+  found[ranked[:count]] = softmax(logits[ranked[:count]])
+  return found, np.min(np.abs(masses[:-1] - top_p), initial=1.0) if top_p < 1 else 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  st.lists(st.integers(-12, 12), min_size=9, max_size=9),
+  st.integers(0, 12),
+  st.one_of(st.just(1.0), st.floats(1e-3, 0.999)),
+)
+def test_truncation_is_that_of_the_reference(halves, top_k, top_p):
+  """Many logits are equal, so that it matters which of them is kept."""
+  logits = np.array(halves) / 2
+  expected, nearest = reference(logits, top_k, top_p)
+  assume(nearest > 1e-5)  # where rounding does not decide
+  found = softmax(np.asarray(truncated(jnp.asarray(logits, jnp.float32), top_k, top_p), np.float64))
+  np.testing.assert_array_equal(found > 0, expected > 0)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_likeliest_is_always_left():
+  logits = jnp.array([0.0, 3.0, 1.0])
+  for options in ((1, 1.0), (0, 1e-6), (1, 1e-6)):
+    assert np.isfinite(truncated(logits, *options)).tolist() == [False, True, False]
+  assert np.isfinite(truncated(logits, 0, 1.0)).all() and np.isfinite(truncated(logits, 2, 1.0)).sum() == 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(2.0, 4), Sampling(1.5, 0, 0.8)], ids=str)
+def test_draws_are_as_frequent_as_they_are_likely(sampling):
+  logits, count = np.array([0.5, 2.0, -1.0, 1.5, 0.0, 1.9], np.float32), 20_000
+  keys = jax.random.split(jax.random.key(0), count)
+  tokens = jax.vmap(lambda key: draw(jnp.asarray(logits), key, sampling))(keys)
+  expected, _ = reference(logits.astype(np.float64) / sampling.temperature, sampling.top_k, sampling.top_p)
+  found = np.bincount(tokens, minlength=6) / count
+  np.testing.assert_allclose(found, expected, atol=5 * 0.5 / count**0.5)
+  assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize(
+  ("sampling", "sentence"),
+  [
+    (Sampling(-1), r"temperature \(=-1\) must be 0, .* or a number from 1e-6 on; try 0.7"),
+    (Sampling(1e-9), r"temperature \(=1e-09\)"),
+    (Sampling(float("nan")), r"temperature \(=nan\)"),
+    (Sampling(float("inf")), r"temperature \(=inf\)"),
+    (Sampling(top_k=-3), r"top_k \(=-3\) must be a number of tokens; try 40"),
+    (Sampling(top_p=0), r"top_p \(=0\) must be a probability above 0"),
+    (Sampling(top_p=1.5), r"top_p \(=1.5\)"),
+    (Sampling(top_p=float("nan")), r"top_p \(=nan\)"),
+  ],
+)
+def test_nonsense_is_a_sentence(sampling, sentence):
+  with pytest.raises(UserError, match=sentence):
+    sampling.check()
+
+
+def test_sense_passes():
+  for sampling in (Sampling(), GREEDY, Sampling(1e-6, 10**6, 1e-9)):
+    sampling.check()
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  """A tokenizer of 300 pieces; what it does not know it spells in bytes."""
+  folder = tmp_path_factory.mktemp("tokenizer")
+  train_tokenizer([Path(write_text(folder)).read_text()], 300, folder / "some.model")
+  return sentencepiece.SentencePieceProcessor(model_file=str(folder / "some.model"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_text_comes_in_whole_characters(tokenizer, text):
+  tokens = tokenizer.encode(text)
+  assume(tokenizer.decode(tokens) == text)  # not so for a few characters that SentencePiece takes for its own
+  parts = list(text_as_it_comes(tokenizer, tokens))
+  assert "".join(parts) == text
+  assert ("\ufffd" in text) or all("\ufffd" not in part for part in parts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 299), max_size=30))
+def test_any_tokens_come_as_the_text_of_all(tokenizer, tokens):
+  """Bytes that make no character, too."""
+  assert "".join(text_as_it_comes(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
+def test_text_comes_as_soon_as_its_tokens(tokenizer):
+  tokens = tokenizer.encode("the model é!")
+  seen = []
+
+  def noted():
+    for token in tokens:
+      seen.append("".join(parts))
+      yield token
+
+  parts = []
+  for part in text_as_it_comes(tokenizer, noted()):
+    parts.append(part)
+  assert seen == [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens))]

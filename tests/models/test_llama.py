@@ -1,0 +1,226 @@
+"""The model: what it may look at, what it costs to compile, how many parameters it has."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from small_model import equations
+
+from switchlora_jax.lowrank.layers import lora_vectors
+from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, rotate, takes_fused
+from switchlora_jax.models.loss import mean_loss
+from switchlora_jax.planning import cost
+
+METHODS = ["full", "lora", "switchlora"]
+
+
+def start(config):
+  """The model, its params and frozen collections, and a batch of tokens."""
+  model, tokens = small_model.model(config), jnp.asarray(small_model.rows(config, 0), jnp.int32)
+  variables = jax.jit(model.init)(jax.random.key(0), tokens)
+  return model, variables["params"], variables.get("frozen", {}), tokens
+
+
+def shapes(config):
+  """As `start`, of shapes alone."""
+  model, tokens = small_model.model(config), jnp.asarray(small_model.rows(config, 0), jnp.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  return model, variables["params"], variables.get("frozen", {}), tokens
+
+
+def loss_of(model, tokens):
+  """(params, frozen) -> mean loss, jitted."""
+  return jax.jit(lambda params, frozen: mean_loss(model, params, frozen, tokens))
+
+
+def gradients(model, tokens):
+  """(params, frozen) -> mean loss and the gradients of params, jitted."""
+  return jax.jit(jax.value_and_grad(loss_of(model, tokens)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_program_does_not_grow_with_depth(method):
+  def size(layers):
+    model, *state, tokens = shapes(small_model.config(method, model__num_layers=layers))
+    traced = gradients(model, tokens).trace(*state)
+    return len(list(equations(traced.jaxpr.jaxpr))), len(traced.lower().as_text())
+
+  (shallow, short), (deep, long) = size(2), size(12)
+  assert deep == shallow
+  assert long < 1.01 * short  # "12" is longer than "2"
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+  model, params, _, tokens = start(small_model.config("full"))
+  logits = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+  changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % 64)
+  before, after = logits(tokens), logits(changed)
+  np.testing.assert_array_equal(before[:, :5], after[:, :5])
+  assert np.all(np.any(before[:, 5:] != after[:, 5:], -1)), "and every later one sees the change"
+
+
+def test_the_order_of_earlier_tokens_matters():
+  """Rotary positions: the last logits know not only which tokens came before, but where."""
+  model, params, _, tokens = start(small_model.config("full"))
+  swapped = tokens.at[:, 0].set(tokens[:, 1]).at[:, 1].set(tokens[:, 0])
+  last = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[:, -1])
+  assert np.abs(last(tokens) - last(swapped)).max() > 1e-7
+
+
+def test_rotation_depends_on_the_distance_alone(x64):
+  angles = rotary_angles(12, 8, jnp.float64)
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8), jnp.float64)
+  at = lambda x, position: rotate(x, angles[position : position + 1]).ravel()
+  score = lambda query, key: at(q, query) @ at(k, key)
+  np.testing.assert_allclose(score(3, 1), score(9, 7), rtol=1e-12)
+  assert abs(score(3, 1) - score(3, 2)) > 1e-3
+
+
+def test_attention_of_the_first_token_is_its_own_value():
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
+  np.testing.assert_allclose(causal_attention(q, k, v)[:, 0], v[:, 0], rtol=1e-6)
+
+
+def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
+  """The call that a GPU gets, answered here by JAX's own attention: the same scale, mask and order of axes."""
+  theirs, asked = jax.nn.dot_product_attention, []
+
+  def answer(*qkv, implementation, **options):
+    asked.append(implementation)
+    return theirs(*qkv, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 3, 16), jnp.bfloat16)
+  wide = lambda x: np.asarray(x, np.float32)
+  np.testing.assert_allclose(wide(causal_attention(q, k, v, True)), wide(causal_attention(q, k, v)), atol=2**-6)
+  assert asked == ["cudnn"]
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  np.testing.assert_array_equal(causal_attention(q, k, v, True), causal_attention(q, k, v))
+  assert asked == ["cudnn"], "which does not take float32"
+
+
+@pytest.mark.parametrize(
+  ("dtype", "length", "head_size", "taken"),
+  [
+    ("bfloat16", 512, 64, True),
+    ("float16", 100, 128, True),
+    ("bfloat16", 8, 8, True),
+    ("bfloat16", 512, 12, False),
+    ("bfloat16", 512, 136, False),
+    ("bfloat16", 511, 64, False),
+    ("float32", 512, 64, False),
+    ("float64", 512, 64, False),
+  ],
+)
+def test_what_cudnn_takes(dtype, length, head_size, taken):
+  assert takes_fused(jnp.dtype(dtype), length, head_size) == taken
+
+
+def test_without_a_head_it_ends_in_what_the_head_takes():
+  model, params, frozen, tokens = start(small_model.config("switchlora"))
+  of = lambda model: jax.jit(model.apply)({"params": params, "frozen": frozen}, tokens)
+  hidden = of(model.clone(head=False))
+  assert hidden.shape == (*tokens.shape, 16)
+  np.testing.assert_allclose(hidden @ params["head"]["kernel"][None], of(model), rtol=0, atol=1e-6)
+
+
+# --- what is kept for the backward pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["linear", "full"])
+def test_remat_gives_the_same_numbers(remat):
+  results = []
+  for policy in ("none", remat):
+    model, *state, tokens = start(small_model.config("switchlora", remat=policy))
+    results.append(gradients(model, tokens)(*state))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), *results)
+
+
+@pytest.mark.parametrize("method", ["full", "switchlora"])
+def test_what_is_recomputed(method):
+  """`linear`: attention; `full`: the linear layers too, but for the last of a block, whose output nothing needs."""
+
+  def work(remat):
+    model, *state, tokens = shapes(small_model.config(method, remat=remat))
+    return cost.operations(gradients(model, tokens), *state)
+
+  layers, tokens, hidden, inner, length, rank = 2, 16 * 8, 16, 24, 8, 4
+  attention = layers * 2 * 2 * tokens * length * hidden
+  weights = layers * (4 * hidden**2 + 2 * hidden * inner)
+  merging = 2 * rank * weights if method == "switchlora" else 0
+  assert work("linear") - work("none") == attention
+  assert work("full") - work("none") == attention + 2 * tokens * weights + merging
+
+
+def kept(method, remat, **changes) -> list[tuple]:
+  """Shapes of all that the scan over three layers stacks: gradients, and what forward hands to backward."""
+  model, *state, tokens = shapes(small_model.config(method, remat=remat, model__num_layers=3, **changes))
+  traced = equations(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
+  handed_out = [out.aval.shape for e in traced if e.primitive.name == "scan" for out in e.outvars]
+  return [shape for shape in handed_out if shape[:1] == (3,)]
+
+
+def test_what_is_kept():
+  """Of a block with 16 rows of 8 tokens: its input; `linear`: q, k, v, o, gate and up besides."""
+  of_activations = lambda remat: sorted(s[1:] for s in kept("switchlora", remat) if s[1:3] == (16, 8))
+  assert of_activations("full") == [(16, 8, 16)]
+  assert of_activations("linear") == [(16, 8, 16)] * 5 + [(16, 8, 24)] * 2
+  assert len(of_activations("none")) > 12
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_no_copy_of_the_frozen_kernels_is_stacked(remat):
+  """What the layer scan hands from forward to backward has no [layers, in, out] beside the kernels themselves."""
+  kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}
+  for dtype in ("float32", "bfloat16"):
+    assert not set(kept("switchlora", remat, dtype=dtype)) & kernels
+  assert kernels <= set(kept("full", remat)), "where they are trained, their gradients are"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_are_as_many_as_the_formula_says(method):
+  config = small_model.config(method, model__num_layers=3, rank=5)
+  params, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in shapes(config)[1:3])
+  vocabulary, hidden, inner, layers, rank = 64, 16, 24, 3, 5
+  kernels = layers * (4 * hidden**2 + 3 * hidden * inner)
+  vectors = layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
+  whole = 2 * vocabulary * hidden + (2 * layers + 1) * hidden  # embedding, head, norms
+  assert (params, frozen) == ((whole + kernels, 0) if method == "full" else (whole + vectors, kernels))
+
+
+def test_at_one_seed_all_methods_start_from_one_function():
+  losses = {}
+  for method in METHODS:
+    model, params, frozen, tokens = start(small_model.config(method))
+    losses[method] = loss_of(model, tokens)(params, frozen)
+  np.testing.assert_allclose(losses["lora"], losses["full"], rtol=1e-5)
+  np.testing.assert_array_equal(losses["switchlora"], losses["lora"])
+  no_adapter = jax.tree.map(lambda p, is_vector: jnp.where(is_vector, 0, p), params, lora_vectors(params))
+  assert abs(loss_of(model, tokens)(no_adapter, frozen) - losses["full"]) > 1e-3
+
+
+def test_all_linear_layers_of_a_block_have_adapters_and_nothing_else():
+  _, params, frozen, _ = shapes(small_model.config("switchlora"))
+  adapted = {name for name, layer in params["blocks"].items() if "lora_a" in layer}
+  assert adapted == set(frozen["blocks"]) == set("qkvo") | {"gate", "up", "down"}
+  assert set(params) == {"embed", "blocks", "norm", "head"} and set(params["head"]) == {"kernel"}
+
+
+def test_bfloat16_computes_narrow_and_stores_wide():
+  model, params, frozen, tokens = start(small_model.config("switchlora", dtype="bfloat16"))
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, frozen))} == {jnp.dtype("float32")}
+  assert jax.eval_shape(model.apply, {"params": params, "frozen": frozen}, tokens).dtype == jnp.bfloat16
+  loss, grads = gradients(model, tokens)(params, frozen)
+  assert loss.dtype == jnp.float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+  wide = small_model.model(small_model.config("switchlora"))
+  np.testing.assert_allclose(loss, loss_of(wide, tokens)(params, frozen), rtol=1e-2)
+
+
+def test_the_embeddings_gradient_is_summed_in_its_own_dtype():
+  """… not in bfloat16, where a sum of ones ends at 256."""
+  model, *state, tokens = shapes(small_model.config("full", dtype="bfloat16"))
+  traced = equations(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
+  summed = {e.outvars[0].aval.dtype for e in traced if e.primitive.name == "scatter-add"}
+  assert summed == {jnp.dtype("float32")}

@@ -1,0 +1,154 @@
+"""The loss in chunks: the numbers and gradients of the plain one, without its largest array."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_model
+
+from switchlora_jax.models.loss import CHUNK, mean_loss, mean_token_loss, row_losses, token_losses
+from switchlora_jax.planning import cost
+
+TOKENS, HIDDEN, VOCABULARY = 2500, 8, 41  # three chunks, the last of them filled up
+
+
+def plain(x, kernel, targets):
+  """What `token_losses` stands for, all tokens at once."""
+  logits = x @ kernel.astype(x.dtype)
+  wide = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return optax.softmax_cross_entropy_with_integer_labels(wide, targets)
+
+
+def plain_mean(x, kernel, targets):
+  return plain(x, kernel, targets).mean()
+
+
+def drawn(tokens=TOKENS, dtype=jnp.float32):
+  """Hidden states in `dtype`, a kernel that gives logits of size 3, and targets."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  wide = jnp.promote_types(dtype, jnp.float32)
+  kernel = jax.random.normal(keys[1], (HIDDEN, VOCABULARY), wide)
+  return (
+    jax.random.normal(keys[0], (tokens, HIDDEN), wide).astype(dtype),
+    kernel,
+    jax.random.randint(keys[2], (tokens,), 0, VOCABULARY),
+  )
+
+
+def value_and_gradients(function):
+  return jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
+
+
+# --- its numbers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, CHUNK - 1, CHUNK, CHUNK + 1, TOKENS])
+def test_losses_and_gradients_are_the_plain_ones(tokens, x64):
+  args = drawn(tokens, jnp.float64)
+  np.testing.assert_allclose(jax.jit(token_losses)(*args), plain(*args), rtol=0, atol=1e-12)
+  found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, plain_mean))
+  assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float64")}
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), found, expected)
+  np.testing.assert_allclose(jax.jit(mean_token_loss)(*args), found[0], rtol=1e-14)
+  elsewhere = (*args[:2], args[2].at[-1].set((args[2][-1] + 1) % VOCABULARY))
+  assert abs(mean_token_loss(*elsewhere) - found[0]) > 1e-6, "the last token counts"
+
+
+def test_in_float32_too():
+  """The sums are of 2,500 terms in another order: some 2⁻²⁴ of the largest entry."""
+  args = drawn()
+  found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, plain_mean))
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=2**-20 * np.abs(y).max())
+
+
+def test_the_gradient_is_that_of_what_follows(x64):
+  args = drawn(dtype=jnp.float64)
+  found, expected = (
+    jax.jit(jax.grad(lambda *args, of=of: jnp.sin(3 * of(*args)), argnums=(0, 1)))(*args)
+    for of in (mean_token_loss, plain_mean)
+  )
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), found, expected)
+
+
+def test_bfloat16_is_nearer_to_the_truth_than_the_plain_loss():
+  """The kernel's gradient is summed in float32."""
+  x, kernel, targets = drawn(dtype=jnp.bfloat16)
+  narrow = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+  truth = value_and_gradients(plain_mean)(x.astype(jnp.float32), narrow, targets)
+  errors = []
+  for function in (mean_token_loss, plain_mean):
+    found = value_and_gradients(function)(x, kernel, targets)
+    assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [jnp.float32, jnp.bfloat16, jnp.float32]
+    far = lambda x, y: float(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64)))
+    errors.append([far(x, y) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)])
+  chunked, usual = errors
+  assert all(mine <= theirs for mine, theirs in zip(chunked, usual, strict=True)), errors
+  assert chunked[2] < 2**-9 * np.linalg.norm(truth[1][1]), "the kernel's gradient"
+
+
+def test_no_product_is_rounded_to_bfloat16():
+  """Of the compiled program one cannot say: where a rounding is asked for, XLA may leave it out."""
+  traced = jax.make_jaxpr(value_and_gradients(mean_token_loss))(*drawn(dtype=jnp.bfloat16))
+  products = [e.outvars[0].aval.dtype for e in small_model.equations(traced.jaxpr) if e.primitive.name == "dot_general"]
+  assert products == [jnp.dtype("float32")] * 3
+
+
+# --- what it costs ------------------------------------------------------------------------------------------------
+
+
+def float_arrays(compiled) -> set[tuple[int, ...]]:
+  """The shapes of all arrays of floating-point numbers in a compiled program."""
+  found = re.findall(r"\b(?:f16|bf16|f32|f64)\[([\d,]+)\]", compiled.as_text())
+  return {tuple(int(n) for n in shape.split(",")) for shape in found}
+
+
+def test_the_logits_of_all_tokens_are_never_alive():
+  args = drawn()
+  largest = {}
+  for function in (mean_token_loss, plain_mean):
+    shapes = float_arrays(value_and_gradients(function).lower(*args).compile())
+    largest[function] = max(math.prod(shape) for shape in shapes)
+  assert largest[plain_mean] == TOKENS * VOCABULARY
+  assert largest[mean_token_loss] <= CHUNK * VOCABULARY
+
+
+def test_nor_are_they_in_a_step():
+  config = small_model.config("switchlora", model__vocab_size=61, batch_size=12, seq_len=256)
+  phase = small_model.phase(config, 1)
+  tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+  compiled = phase.step.lower(phase.abstract, tokens).compile()
+  of_vocabulary = {shape for shape in float_arrays(compiled) if 61 in shape}
+  assert max(math.prod(shape) for shape in of_vocabulary) in range(16 * 61 + 1, CHUNK * 61 + 1)
+
+
+def test_no_product_is_done_twice_and_none_for_nothing():
+  args = drawn(2 * CHUNK)
+  one = 2 * 2 * CHUNK * HIDDEN * VOCABULARY
+  assert cost.operations(mean_token_loss, *args) == one
+  assert cost.operations(value_and_gradients(mean_token_loss), *args) == 3 * one
+  assert cost.operations(value_and_gradients(plain_mean), *args) == 3 * one
+
+
+# --- of a model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "switchlora"])
+def test_a_models_loss_is_that_of_its_logits(method, x64):
+  config = small_model.config(method, dtype="float64", param_dtype="float64")
+  model, rows = small_model.model(config), jnp.asarray(small_model.rows(config, 0), jnp.int32)
+  state = small_model.first_state(config, 1)
+
+  def of_logits(params):
+    logits = model.apply({"params": params, "frozen": state.frozen}, rows)[:, :-1]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean(-1)
+
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+  near(row_losses(model, state.params, state.frozen, rows), of_logits(state.params))
+  found = jax.jit(jax.value_and_grad(lambda params: mean_loss(model, params, state.frozen, rows)))(state.params)
+  jax.tree.map(near, found, jax.jit(jax.value_and_grad(lambda params: of_logits(params).mean()))(state.params))
+  assert float(jnp.abs(found[1]["head"]["kernel"]).max()) > 1e-3

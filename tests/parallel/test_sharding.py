@@ -1,0 +1,229 @@
+"""Where arrays lie: every placement trains the same run, holds what it says, and moves only what it must."""
+
+import math
+from functools import lru_cache
+
+import jax
+import numpy as np
+import pytest
+import small_model
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+from small_model import equations, host, same_bits
+from stages import slowly
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.parallel.sharding import FSDP, Placement, by_rows, replicated
+from switchlora_jax.runs.checkpoint import Checkpoints
+
+REPLICATED = {}
+SPARES = dict(sharding__candidates="sharded")
+LAYOUTS = {
+  "candidates over 8 devices": SPARES,
+  "candidates on the host": dict(sharding__candidates="host"),
+  "optimizer over 8 devices": dict(**SPARES, sharding__fsdp=8, sharding__trained="replicated"),
+  "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
+  "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded", remat="full"),
+}
+# What is reduced in another order, or by other devices, differs by roundings that Adam amplifies.
+SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
+
+
+def config(method="switchlora", **layout):
+  """Rank 5, 11 spares: nothing divides by 8, but for hidden and vocabulary."""
+  return small_model.config(method, rank=5, **layout)
+
+
+@lru_cache
+def trained(devices=8, method="switchlora", steps=5, **layout):
+  """The program, the metrics of some steps, the last state on the host and some validation losses."""
+  settings = config(method, **layout)
+  phase, metrics = small_model.phase(settings, devices), []
+  with jax.set_mesh(small_model.mesh(devices, settings.sharding.fsdp)):
+    state = phase.create()
+    for t in range(steps):
+      state, report = phase.step(state, phase.shard_batch(small_model.rows(settings, t)))
+      metrics.append(host(report))
+    losses = phase.eval_step(state.params, state.frozen, phase.shard_batch(small_model.rows(settings, 99)))
+    return phase, metrics, host(state), np.asarray(losses)
+
+
+def without_padding(state):
+  """A state on the host whose spares are the c - r = 11 that there are, and not their padding."""
+  real = lambda path, x: x[..., :11, :] if path[-1].key in ("spare_a", "spare_b") else x
+  return state._replace(candidates=jax.tree.map_with_path(real, state.candidates))
+
+
+# --- the same run -------------------------------------------------------------------------------------------------
+
+
+# The quick ones are compiled for other tests as well, or hold most of what the others do.
+@pytest.mark.parametrize("name", slowly(LAYOUTS, quick=(*SUMS_ALIKE, "all over 4 of 8 devices")))
+def test_every_layout_trains_the_same_run(name):
+  _, expected, last, losses = trained(**REPLICATED)
+  _, found, state, found_losses = trained(**LAYOUTS[name])
+  assert sum(int(report["switched"]) for report in expected) > 0
+  assert [int(report["switched"]) for report in found] == [int(report["switched"]) for report in expected]
+  state, last = without_padding(state), without_padding(last)
+  if name in SUMS_ALIKE:
+    assert same_bits(state, last) and same_bits(found_losses, losses)
+  close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
+  jax.tree.map(close, (state, found_losses), (last, losses))
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
+
+
+OTHERS = {"full": {}, "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0), "galore": {}}
+
+
+@pytest.mark.parametrize("method", slowly(OTHERS, quick=["galore"]))
+def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
+  """ReLoRA merges after its third update, GaLore decomposes at its first."""
+  options = dict(method=method, steps=5, **OTHERS[method])
+  _, expected, last, losses = trained(**options)
+  _, found, state, found_losses = trained(**options, sharding__fsdp=8, sharding__frozen="sharded")
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
+  np.testing.assert_allclose(found_losses, losses, rtol=1e-6)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), state.params, last.params)
+
+
+def test_rows_of_padding_are_there_and_stay_zero():
+  spares = trained(**SPARES)[2].candidates["blocks"]["gate"]["spare_b"]
+  assert spares.shape == (2, 16, 24) and not spares[:, 11:].any() and spares[:, :11].any()
+  assert trained(**REPLICATED)[2].candidates["blocks"]["gate"]["spare_b"].shape == (2, 11, 24)
+
+
+@pytest.mark.parametrize("remat", ["none", "linear", "full"])
+def test_what_is_gathered_of_a_layer_is_not_kept_for_the_backward_pass(remat):
+  """In the trace of a step no loop over the layers returns whole kernels; as plain training would keep them."""
+
+  def stacked(**layout):
+    settings = config("full", batch_size=8, model__num_layers=3, model__vocab_size=56, **layout)
+    phase = small_model.phase(settings, 8)
+    rows = jax.ShapeDtypeStruct((8, 8), np.int32, sharding=by_rows(small_model.mesh(8)))
+    traced = equations(jax.make_jaxpr(phase.step)(phase.abstract, rows).jaxpr)
+    return {out.aval.shape for e in traced if e.primitive.name == "scan" for out in e.outvars}
+
+  kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}
+  assert not stacked(sharding__fsdp=8, sharding__frozen="sharded", remat=remat) & kernels
+  assert stacked() & kernels == kernels, "their gradients, at the least"
+
+
+# --- what a device holds ------------------------------------------------------------------------------------------
+
+
+def held(tree) -> int:
+  """Numbers on one device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def test_a_device_holds_its_share():
+  whole = trained(**REPLICATED)[0].abstract
+  layouts = {name: trained(**layout)[0].abstract for name, layout in LAYOUTS.items()}
+  spares = lambda state: [{n: x for n, x in c.items() if "spare" in n} for c in state.candidates["blocks"].values()]
+  assert held(spares(layouts["candidates over 8 devices"])) * 8 == held(spares(whole)) * 16 / 11
+  for part in ("params", "frozen", "opt_state"):
+    assert held(getattr(layouts["candidates over 8 devices"], part)) == held(getattr(whole, part))
+  split = layouts["optimizer over 8 devices"]
+  assert (held(split.params), held(split.frozen)) == (held(whole.params), held(whole.frozen))
+  vectors_of_5 = 2 * 7 * 2 * 5  # their counts, in Adam's state, which nothing divides
+  assert held(split.opt_state) < held(whole.opt_state) / 8 + vectors_of_5 + 10
+  assert held(layouts["trained over 8 devices"].params) == held(whole.params) / 8
+  assert held(layouts["trained over 8 devices"].frozen) == held(whole.frozen)
+  assert held(layouts["all over 4 of 8 devices"].frozen) == held(whole.frozen) / 4
+
+
+def test_candidates_on_the_host_are_in_its_pinned_memory():
+  kinds = lambda layout: {
+    (path[-1].key, x.sharding.memory_kind)
+    for path, x in jax.tree.leaves_with_path(trained(**layout)[0].abstract.candidates)
+  }
+  there = {("spare_a", "pinned_host"), ("spare_b", "pinned_host")}
+  assert kinds(LAYOUTS["candidates on the host"]) & there == there
+  assert all(kind == "device" for _, kind in kinds(REPLICATED))
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 5, 8, 16, 24, 40]), min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_blocks, vectors):
+  name = "lora_a" if vectors else "kernel"
+  tree = {"blocks": {"q": {name: np.zeros(shape)}}} if in_blocks else {"head": {name: np.zeros(shape)}}
+  placement = Placement(small_model.mesh(8, 8), trained=True)
+  (spec,) = jax.tree.leaves(placement.specs(tree, "trained"), is_leaf=lambda x: isinstance(x, PartitionSpec))
+  axes = [axis for axis in range(in_blocks, len(shape)) if shape[axis] % 8 == 0]
+  if FSDP not in tuple(spec):
+    assert not axes
+    return
+  axis = tuple(spec).index(FSDP)
+  assert axis in axes
+  if vectors and len(shape) - 2 in axes:
+    assert axis == len(shape) - 2, "between LoRA vectors, not across them"
+  else:
+    assert shape[axis] == max(shape[a] for a in axes)
+
+
+def test_a_device_computes_what_one_alone_would():
+  """The same rows a device, alone and among eight: as many operations."""
+
+  def operations(devices, **layout):
+    settings = config(batch_size=2 * devices, model__hidden_size=64, **layout)
+    phase = small_model.phase(settings, devices)
+    tokens = jax.ShapeDtypeStruct((2 * devices, 8), np.int32, sharding=by_rows(small_model.mesh(devices)))
+    return phase.step.lower(phase.abstract, tokens).compile().cost_analysis()["flops"]
+
+  assert operations(8, **SPARES) <= 1.01 * operations(1)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("saved", "wanted"),
+  [
+    (SPARES, REPLICATED),
+    (REPLICATED, LAYOUTS["all over 4 of 8 devices"]),
+    (LAYOUTS["candidates on the host"], SPARES),
+    (LAYOUTS["all over 4 of 8 devices"], LAYOUTS["candidates on the host"]),
+  ],
+)
+def test_a_checkpoint_of_one_layout_restores_in_another(saved, wanted, tmp_path):
+  phase, _, state, _ = trained(**saved)
+  placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, phase.abstract)
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.save(5, placed)
+  abstract = trained(**wanted)[0].abstract
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    restored = checkpoints.restore(lambda _: abstract)
+  assert same_bits(without_padding(restored), without_padding(state))
+  place = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  assert place(restored) == place(abstract)
+
+
+def test_a_checkpoint_of_other_shapes_is_not_filled_up_with_zeros(tmp_path):
+  """As it would be if only the rows of padding were meant to differ: a larger rank, model or vocabulary."""
+  state = {"blocks": {"lora_a": np.ones((2, 4, 16), np.float32), "spare_a": np.ones((2, 12, 16), np.float32)}}
+  on_one = replicated(small_model.mesh(1))
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.save(5, jax.device_put(state, on_one))
+
+  def restore(lora_a, spare_a):
+    kind = lambda shape: jax.ShapeDtypeStruct(shape, np.float32, sharding=on_one)
+    with Checkpoints(tmp_path) as checkpoints:
+      return checkpoints.restore(lambda _: {"blocks": {"lora_a": kind(lora_a), "spare_a": kind(spare_a)}})
+
+  assert restore((2, 4, 16), (2, 16, 16))["blocks"]["spare_a"].shape == (2, 16, 16)
+  for lora_a, spare_a in (((2, 6, 16), (2, 12, 16)), ((2, 4, 24), (2, 12, 16)), ((2, 4, 16), (2, 12, 24))):
+    with pytest.raises(UserError, match="checksum or shape of"):
+      restore(lora_a, spare_a)
+
+
+def test_one_device_goes_on_from_a_checkpoint_of_eight(tmp_path):
+  phase, _, state, _ = trained(**SPARES)
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.save(5, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, phase.abstract))
+  one = trained(devices=1, **SPARES)[0]
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    restored = checkpoints.restore(lambda _: one.abstract)
+  assert same_bits(without_padding(restored), without_padding(state))
+  rows = small_model.rows(config(), 5)
+  on_one, report = one.step(restored, one.shard_batch(rows))
+  assert np.isfinite(report["loss"]) and int(on_one.step) == 6

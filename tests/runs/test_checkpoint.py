@@ -1,0 +1,269 @@
+"""What is read back is what was saved, or it is refused by name."""
+
+import contextlib
+import os
+import resource
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.parallel.sharding import make_mesh, replicated
+from switchlora_jax.runs import manifest
+from switchlora_jax.runs.checkpoint import LEFT_OUT, REMOVED, Checkpoints
+
+
+def some_state(seed: int):
+  """A tree with what a train state holds: nesting, empty dicts, float32, bfloat16, int8 and int32 arrays."""
+  keys = jax.random.split(jax.random.key(seed), 2)
+  state = {
+    "params": {"a": jax.random.normal(keys[0], (300, 40)), "b": jax.random.normal(keys[1], (7,), jnp.bfloat16)},
+    "candidates": {},
+    "frozen": {"kernel_tail": jnp.full((4, 5), seed, jnp.int8)},
+    "step": jnp.array(seed, jnp.int32),
+  }
+  return jax.device_put(state, replicated(make_mesh()))
+
+
+def abstract(state):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def directory(tmp_path):
+  """Checkpoints of steps 1 to 4, of which the newest three are kept."""
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    for step in range(1, 5):
+      checkpoints.save(step, some_state(step))
+  return tmp_path / "checkpoints"
+
+
+def assert_same(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_the_newest_state_comes_back_bit_by_bit(directory):
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3, 4]
+    restored = checkpoints.restore(lambda _: abstract(some_state(0)))
+  assert_same(restored, some_state(4))
+  assert restored["params"]["a"].sharding == some_state(4)["params"]["a"].sharding
+
+
+def test_nothing_saved_is_none(tmp_path):
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    assert checkpoints.restore(lambda _: abstract(some_state(0))) is None
+
+
+def test_a_step_can_be_named_and_arrays_left_out(directory):
+  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+  with Checkpoints(directory) as checkpoints:
+    restored = checkpoints.restore(lambda _: wanted, step=3)
+  assert restored["frozen"] == {"kernel_tail": None}
+  assert_same(restored, some_state(3) | {"frozen": {"kernel_tail": None}})
+
+
+def test_what_is_read_beside_what_is_left_out_is_compared_with_its_checksum(directory):
+  flip_a_bit(largest_file(directory / "4"))
+  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+  with Checkpoints(directory) as checkpoints:
+    with pytest.raises(UserError, match=r"step 4: .*; choose another"):
+      checkpoints.restore(lambda _: wanted, step=4)
+    assert_same(checkpoints.restore(lambda _: wanted)["params"], some_state(3)["params"])
+  assert (directory / "4").exists(), "it is another's"
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(path, position=0.5):
+  data = bytearray(path.read_bytes())
+  data[int(len(data) * position)] ^= 4
+  path.write_bytes(data)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+  "damage", [flip_a_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"]
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage):
+  damage(largest_file(directory / "4"))
+  with Checkpoints(directory, keep=3) as checkpoints:
+    restored = checkpoints.restore(lambda _: abstract(some_state(0)))
+    assert_same(restored, some_state(3))
+    assert "checkpoint of step 4 is damaged" in caplog.text
+    assert (directory.parent / "damaged-4-0").is_dir()
+    checkpoints.save(4, some_state(40))
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(40))
+
+
+def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
+  for step in (2, 3, 4):
+    truncate(largest_file(directory / str(step)))
+  with (
+    Checkpoints(directory, keep=3) as checkpoints,
+    pytest.raises(UserError, match=r"step 4: .*step 2: .*new --workdir"),
+  ):
+    checkpoints.restore(lambda _: abstract(some_state(0)))
+  assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
+
+
+def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
+  like = abstract(some_state(0))
+  like["params"]["b"] = {"new": like["params"]["b"]}
+  with (
+    Checkpoints(directory) as checkpoints,
+    pytest.raises(UserError, match=r"step 4: .*another version has saved it.*, or use the code that saved them"),
+  ):
+    checkpoints.restore(lambda _: like)
+
+
+def test_an_unfinished_save_is_not_a_checkpoint(directory):
+  (directory / "5.orbax-checkpoint-tmp").mkdir()
+  (directory / "5.orbax-checkpoint-tmp" / "state").mkdir()
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3, 4]
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int):
+  """As on a disk that is full, but for small files."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+FULL = (
+  r"checkpoint of step 5 could not be saved in \S+: File too large; that of step 4 is whole; make room .* from step 4"
+)
+
+
+def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplog):
+  """Not when the next one is due; nothing is lost but this one, and once there is room all is well."""
+  with Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.check()
+    with no_file_larger_than(20_000), pytest.raises(UserError, match=FULL):
+      checkpoints.save(5, some_state(5))
+      for _ in range(1000):
+        checkpoints.check()
+        time.sleep(0.01)
+  assert "Traceback" not in caplog.text
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert checkpoints.steps() == [2, 3, 4]
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(4))
+    checkpoints.save(5, some_state(5))
+  assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_the_last_save_is_not_lost_in_silence(directory):
+  """After which there is no step that would ask."""
+  with pytest.raises(UserError, match=FULL), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+
+
+def test_the_first_save_that_fails_says_that_there_is_none(tmp_path):
+  (tmp_path / "checkpoints").touch()
+  said = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, said:
+    checkpoints.save(5, some_state(5))
+
+
+def test_a_save_that_fails_does_not_hide_what_ended_the_run(directory, caplog):
+  with pytest.raises(KeyError), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+    raise KeyError
+  assert "checkpoint of step 5 could not be saved" in caplog.text
+
+
+def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
+  """The new one is saved, and what is left of the old one is no checkpoint."""
+
+  def busy(*_, **__):
+    raise OSError(39, "Directory not empty")
+
+  with monkeypatch.context() as patch, Checkpoints(directory, keep=3) as checkpoints:
+    patch.setattr(os, "rmdir", busy)
+    checkpoints.save(5, some_state(5))
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 5] and (directory / "2.removed").exists()
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(5))
+  assert "could not be removed ([Errno 39] Directory not empty" in caplog.text
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(5))
+  assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_an_old_one_goes_when_the_names_of_the_newer_ones_are_on_the_disk(directory, monkeypatch):
+  done, sync, rmtree = [], manifest.sync, shutil.rmtree
+  monkeypatch.setattr(manifest, "sync", lambda path: (done.append(path), sync(path)))
+  monkeypatch.setattr(shutil, "rmtree", lambda path: (done.append(path), rmtree(path)))
+  with Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+    checkpoints.wait()
+  at = done.index(directory / f"2{REMOVED}")
+  assert done[at - 1] == directory and (directory / "5") not in done[at:]
+
+
+@pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_what_finds_no_room_is_not_damaged(directory, monkeypatch, error):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(manifest, "verify", fail)
+  with Checkpoints(directory, keep=3) as checkpoints:
+    with pytest.raises((MemoryError, jax.errors.JaxRuntimeError)):
+      checkpoints.restore(lambda _: abstract(some_state(0)))
+    assert checkpoints.steps() == [2, 3, 4]
+
+
+def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monkeypatch):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(manifest, "write", full)
+  with pytest.raises(UserError, match="No space left on device"), Checkpoints(directory, keep=3) as checkpoints:
+    checkpoints.save(5, some_state(5))
+  assert not (directory / "5").exists()
+
+
+def test_what_was_written_otherwise_than_the_files_say_is_found_by_the_arrays(directory, caplog):
+  """The files are whole, and hold another state than the devices did."""
+  shutil.rmtree(directory / "4" / "state")
+  shutil.copytree(directory / "3" / "state", directory / "4" / "state")
+  manifest.write(directory / "4", 4, manifest.read(directory / "4").arrays)
+  with Checkpoints(directory, keep=3) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(3))
+  assert "step 4 is damaged (ValueError: checksum or shape of" in caplog.text
+
+
+def test_anothers_checkpoints_are_not_touched(directory):
+  """Not even what a save has left half written there: it may be one that goes on."""
+  (directory / "5.orbax-checkpoint-tmp").mkdir()
+  (directory / "6").mkdir()
+  before = {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
+  with Checkpoints(directory) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(4))
+  assert {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]} == before
+
+
+def test_a_save_keeps_the_values_of_its_moment(tmp_path):
+  """The arrays are donated to the next step while the save still runs."""
+  state = jax.device_put({"x": jnp.ones((2000, 500))}, replicated(make_mesh()))
+  forward = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    checkpoints.save(1, state)
+    for _ in range(5):
+      state = forward(state)
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    assert np.all(np.asarray(checkpoints.restore(lambda _: abstract(state))["x"]) == 1)

@@ -1,0 +1,184 @@
+"""Config and directory must fit together, and nothing half written is left."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+from tiny import resolved
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs.files import replace_text
+
+
+@pytest.fixture
+def dataset(tmp_path):
+  (tmp_path / "some.model").write_bytes(b"pieces")
+  return SimpleNamespace(fingerprint="abc", tokenizer_path=str(tmp_path / "some.model"))
+
+
+def start(workdir, config, dataset):
+  run_directory.prepare(workdir, config)
+  run_directory.record(workdir, config, dataset)
+
+
+def test_config_and_tokenizer_are_kept(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  saved = run_directory.read(tmp_path / "run")
+  assert saved["config"]["rank"] == 4
+  assert saved["config"]["learning_rate"] == 2e-2
+  assert saved["versions"]["jax"] and saved["devices"].startswith("8 × ")
+  assert (tmp_path / "run" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_what_changes_no_number_may_change(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  start(tmp_path / "run", resolved(tmp_path, eval_every=3, checkpoint_every=2, hang_seconds=9.0), dataset)
+  assert caplog.records == []
+
+
+def test_prepared_data_may_lie_elsewhere_and_text_may_not(tmp_path, dataset):
+  for source in ("prepared", "text"):
+    first, second = (resolved(tmp_path, data__source=source, data__path=path) for path in ("here", "there"))
+    start(tmp_path / source, first, dataset)
+    if source == "prepared":
+      start(tmp_path / source, second, dataset)
+    else:
+      with pytest.raises(UserError, match=r"data\.path: 'here' → 'there'"):
+        start(tmp_path / source, second, dataset)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "checkpoints"])
+def test_what_is_not_a_run_is_refused(tmp_path, missing):
+  refused = lambda found: pytest.raises(
+    UserError, match=f"^--run=x must be .* config.json, tokenizer.model and .*{found}"
+  )
+  check = lambda folder: run_directory.check_is_run("--run=x", folder, "tokenizer.model", "checkpoints")
+  for part in {"config.json", "tokenizer.model", "checkpoints"} - {missing}:
+    (tmp_path / part).touch()
+  with refused("; they are not there; give"):
+    check(tmp_path)
+  with refused("; there is no such directory; give"):
+    check(tmp_path / "none")
+  (tmp_path / missing).touch()
+  check(tmp_path)
+
+
+def test_another_run_is_refused(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  with pytest.raises(UserError, match=r"another config \(rank: 4 → 6; switch.interval: 2 → 4\)"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path, rank=6, switch__interval=4))
+
+
+def test_more_steps_extend_a_run_with_a_warning_and_fewer_are_refused(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  longer = resolved(tmp_path, steps=24)
+  with caplog.at_level(logging.WARNING):
+    start(tmp_path / "run", longer, dataset)
+  assert "extending the run from 12 to 24 steps" in caplog.text
+  start(tmp_path / "run", resolved(tmp_path), dataset)  # nothing was trained yet: a slip can be taken back
+  run_directory.update(tmp_path / "run", longer)
+  with pytest.raises(UserError, match="steps: 24 → 12"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_other_data_are_refused(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  dataset.fingerprint = "xyz"
+  with pytest.raises(UserError, match=r"fingerprint xyz, then abc"):
+    run_directory.record(tmp_path / "run", resolved(tmp_path), dataset)
+
+
+def test_other_versions_are_told(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  path = tmp_path / "run" / "config.json"
+  path.write_text(path.read_text().replace('"optax": "', '"optax": "0.'))
+  run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+  assert "optax: 0." in caplog.text and "devices" not in caplog.text
+
+
+def test_a_file_in_the_way_is_a_sentence(tmp_path):
+  (tmp_path / "run").write_text("")
+  with pytest.raises(UserError, match="cannot be written"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr("pathlib.Path.touch", refuse)  # the tests may run as root, whom no mode stops
+  with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_checkpoints_without_config_are_refused(tmp_path):
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match=r"no config\.json"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+@pytest.mark.parametrize("contents", ["{", "[]", "null", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_broken_config_json_is_a_sentence(tmp_path, contents):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text(contents)
+  with pytest.raises(UserError, match=r"not the JSON that a run writes \(.*\); restore it, or name another directory"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+  path = tmp_path / "file.json"
+  path.write_text("old")
+  replace_text(path, json.dumps({"new": 1}))
+  assert json.loads(path.read_text()) == {"new": 1}
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_config_that_is_removed_under_the_run_is_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r"config.json was removed under the run; put it back"):
+    run_directory.update(tmp_path, None)
+
+
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(tmp_path):
+  sentence = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
+  with run_directory.held(tmp_path), pytest.raises(UserError, match=sentence), run_directory.held(tmp_path):
+    pass
+  with run_directory.held(tmp_path):
+    pass
+
+
+def test_any_process_of_a_run_that_still_lives_keeps_another_from_starting(tmp_path, monkeypatch):
+  """The first one is gone; the relaunch may have fewer processes, or as many."""
+  as_process = lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
+  as_process(2)
+  refused = lambda: pytest.raises(UserError, match=rf"another run trains .* \(process {os.getpid()} on ")
+  with run_directory.held(tmp_path):
+    with refused(), run_directory.held(tmp_path):
+      pass
+    as_process(0)
+    with refused(), run_directory.held(tmp_path):
+      pass
+  with run_directory.held(tmp_path):
+    for number in (1, 2):
+      as_process(number)
+      with run_directory.held(tmp_path):
+        pass
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  with run_directory.held(tmp_path):
+    assert "cannot be locked (No locks available); see that no other run trains in it" in caplog.text
+
+
+def test_what_a_run_raises_is_not_taken_for_the_lock(tmp_path):
+  with pytest.raises(OSError, match="the disk"), run_directory.held(tmp_path):
+    raise OSError("the disk")

@@ -1,0 +1,169 @@
+"""The log of a run: complete, readable, and without what a continued run will write again."""
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.training import metrics
+
+
+def test_lines_are_json_and_not_finite_is_null(tmp_path):
+  log = metrics.Metrics(tmp_path, start=0)
+  log.write([{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}])
+  log.close()
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert rows == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
+
+
+def test_continuing_drops_later_lines_and_half_lines(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+  log = metrics.Metrics(tmp_path, start=1)
+  log.write([{"step": 2, "loss": 4.0}])
+  log.close()
+  assert [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1.0, 4.0]
+
+
+@pytest.mark.parametrize(
+  "hurt", [b'{"step": 2, "loss": \xff}', b'{"loss": 2.0}', b'{"step": "2"}', b"2", b'{"step": 2,, }']
+)
+def test_a_damaged_line_is_said_and_left_out(tmp_path, caplog, hurt):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + hurt + b'\n{"step": 3, "loss": 3.0}\n')
+  metrics.Metrics(tmp_path, start=3).close()
+  assert "metrics.jsonl: 1 damaged lines are left out" in caplog.text
+  assert [row["loss"] for row in metrics.read(path)] == [1.0, 3.0]
+
+
+def test_tensorboard_has_the_numbers(tmp_path):
+  log = metrics.Metrics(tmp_path, start=0)
+  log.write([{"step": 1, "loss": 2.5}])
+  log.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"loss" in events.read_bytes()
+
+
+def test_running_mean_starts_at_the_first_value():
+  np.testing.assert_allclose(metrics.running_mean([3.0, 3.0, 3.0], 0.9), 3.0)
+  np.testing.assert_allclose(metrics.running_mean([1.0, 2.0], 0.5), [1.0, 5 / 3])
+
+
+def test_the_picture_is_drawn(tmp_path):
+  rows = [{"step": s, "loss": 5 / s} for s in range(1, 50)] + [{"step": 20, "val_loss": 0.4}, {"step": 3, "loss": None}]
+  metrics.plot_loss(rows, tmp_path / "loss.png", "a title")
+  picture = imread(tmp_path / "loss.png")
+  assert picture.shape[:2] == (600, 960)
+  assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
+
+
+# A disk that fails.
+
+
+class Full:
+  """In place of a file that takes only some bytes, once, and then no more until there is room again."""
+
+  def __init__(self, file):
+    self.file, self.room = file, False
+
+  def write(self, contents):
+    if not self.room and len(contents) <= 7:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return self.file.write(contents if self.room else contents[:-7])
+
+  def __getattr__(self, name):
+    return getattr(self.file, name)
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
+  """None is lost, none is there twice or in half, and a checkpoint must wait."""
+  log = metrics.Metrics(tmp_path, start=0)
+  log.write([{"step": 1, "loss": 1.0}])
+  log._file = Full(log._file)
+  for step in (2, 3):
+    log.write([{"step": step, "loss": float(step)}])
+    assert log.path.read_text().splitlines() == ['{"step": 1, "loss": 1.0}']
+  assert [record.getMessage() for record in caplog.records] == [
+    f"{log.path} cannot be written (No space left on device); its lines wait until the next checkpoint"
+  ]
+  with pytest.raises(UserError, match=r"metrics.jsonl could not be written until this checkpoint was due \(No space"):
+    log.settle()
+  log._file.room = True
+  log.settle()
+  log.write([{"step": 4, "loss": 4.0}])
+  assert metrics.read(log.path) == [{"step": step, "loss": float(step)} for step in range(1, 5)]
+  log.close()
+
+
+def test_what_a_checkpoint_needs_is_on_the_disk_with_it(tmp_path, monkeypatch):
+  log, synced = metrics.Metrics(tmp_path, start=0), []
+  log.write([{"step": 1}])
+  monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number), log.path.read_text())))
+  log.settle()
+  ((file, contents),) = synced
+  assert os.path.samestat(file, log.path.stat()) and contents == '{"step": 1}\n'
+  log.close()
+
+
+@pytest.mark.parametrize("action", ["remove", "replace", "move"])
+def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
+  (tmp_path / "run").mkdir()
+  log = metrics.Metrics(tmp_path / "run", start=0)
+  log.write([{"step": 1}])
+  if action == "move":
+    (tmp_path / "run").rename(tmp_path / "moved")
+  else:
+    shutil.rmtree(tmp_path / "run")
+  if action == "replace":
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+  for what in (log.settle, lambda: log.write([{"step": 2}])):
+    with pytest.raises(
+      UserError, match=r"run/metrics.jsonl was removed, moved or replaced while the run wrote it; put"
+    ):
+      what()
+  log.close()
+
+
+def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, caplog, monkeypatch):
+  """`tensorboardX.SummaryWriter` would wait for ever at the eleventh number."""
+  log = metrics.Metrics(tmp_path, start=0)
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(metrics.EventsWriter, "write_event", full)
+  for step in range(1, 30):
+    log.write([{"step": step, "loss": 1.0}])
+  log.close()
+  assert [record.getMessage() for record in caplog.records] == [
+    "what TensorBoard shows cannot be written ([Errno 28] No space left on device); the run goes on without"
+  ]
+  assert len(metrics.read(log.path)) == 29
+
+
+def test_tensorboard_hides_what_is_done_again(tmp_path):
+  board = metrics.Board(tmp_path / "tensorboard", start=4)
+  board.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  (_, *marks) = [metrics.Event.FromString(record) for record in records(events.read_bytes())]
+  assert [mark.step for mark in marks] == [5, 5] and marks[1].session_log.status == metrics.SessionLog.START
+
+
+def records(contents: bytes) -> list[bytes]:
+  """The records of an event file: each has its length in 8 bytes, a checksum in 4, itself, and a checksum."""
+  found = []
+  while contents:
+    length = int.from_bytes(contents[:8], "little")
+    found.append(contents[12 : 12 + length])
+    contents = contents[16 + length :]
+  return found
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
+  metrics.plot_loss([{"step": 1, "loss": 5}], tmp_path / "nowhere" / "loss.png", "a title")
+  assert "loss.png cannot be written" in caplog.text

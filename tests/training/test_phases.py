@@ -1,0 +1,91 @@
+"""The phases of a run: which program trains which step, and has made which state."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import resolved
+
+from switchlora_jax.methods import METHODS
+from switchlora_jax.parallel.sharding import by_rows, make_mesh
+from switchlora_jax.training import warm_start
+from switchlora_jax.training.phases import Phase, build_phase, build_phases, full_rank_config, phase_at, shard_batch
+
+# --- which program ------------------------------------------------------------------------------------------------
+
+
+def named(name, start):
+  """A program that has nothing but its start and, for its model, a name."""
+  return Phase(name, *[None] * (len(Phase._fields) - 2), start)
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_a_state_belongs_to_the_program_that_trained_the_step_before(warm_start_steps, steps):
+  """Step t makes the state before step t + 1: full rank does so for t < K, the low-rank method from t = K on."""
+  phases = [named("full", 0), named("main", warm_start_steps)]
+  trained = ["full" if t < warm_start_steps else "main" for t in range(steps)]
+  assert [phase_at(phases, t + 1).model for t in range(steps)] == trained
+  assert phase_at(phases, 0).model == "full", "which creates the state before step 0"
+
+
+@given(st.integers(0, 30))
+def test_without_a_warm_start_all_states_belong_to_one_program(step):
+  assert phase_at([named("main", 0)], step).model == "main"
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
+def test_a_warm_start_is_a_phase_of_its_own(method, tmp_path):
+  shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3)
+  config = resolved(tmp_path, **shape, warm_start_steps=5)
+  first, main = build_phases(config, make_mesh())
+  (only,) = build_phases(resolved(tmp_path, **shape), make_mesh())
+  assert (first.start, main.start, only.start) == (0, 5, 0)
+  assert (first.scale, main.scale) == (None, METHODS[method].build(config).scale)
+  assert first.abstract.frozen == first.abstract.candidates == {}
+  assert main.abstract == only.abstract
+  assert main.abstract.opt_state != first.abstract.opt_state
+
+
+@pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
+def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(method, tmp_path):
+  """… and a warm-up of its own, over the same horizon; in all else that full rank reads, the run is the same."""
+  shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
+  config = resolved(tmp_path, **shape)
+  assert full_rank_config(config).to_dict() == resolved(tmp_path, method="full").to_dict()
+  assert full_rank_config(config).learning_rate == 1e-3
+  assert (
+    build_phases(config, make_mesh())[0].abstract
+    == build_phase(resolved(tmp_path, method="full"), make_mesh()).abstract
+  )
+  slow = dict(warm_start_learning_rate=0.25)
+  full = resolved(tmp_path, method="full", learning_rate=0.25, **slow)
+  assert full_rank_config(resolved(tmp_path, **shape, **slow)).to_dict() == full.to_dict()
+  for steps in (0, 4):
+    full = resolved(tmp_path, method="full", warmup_steps=steps)
+    assert full_rank_config(resolved(tmp_path, **shape, warm_start_warmup_steps=steps)).to_dict() == full.to_dict()
+
+
+def test_each_device_is_handed_its_own_rows_and_they_are_all(tmp_path):
+  class Rows:
+    shape, parts = (16, 3), []
+
+    def __getitem__(self, part):
+      self.parts.append(range(16)[part])
+      return np.arange(48).reshape(self.shape)[part]
+
+  placed = shard_batch(make_mesh(), Rows())
+  assert sorted(map(list, Rows.parts)) == [[2 * i, 2 * i + 1] for i in range(8)]
+  np.testing.assert_array_equal(placed, np.arange(48).reshape(16, 3))
+  assert placed.dtype == np.int32 and placed.sharding == by_rows(make_mesh())
+
+
+@pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
+def test_what_is_handed_over_lies_where_the_next_phase_has_it(layout, tmp_path):
+  """Shapes, dtypes, and place on each of eight devices: no step is compiled for the state handed over alone."""
+  keys = {f"sharding__{key}": value for key, value in layout.items()}
+  first, main = build_phases(resolved(tmp_path, warm_start_steps=2, **keys), make_mesh(fsdp=layout.get("fsdp", 1)))
+  kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  state = first.create()
+  assert kind(state) == kind(first.abstract)
+  assert kind(warm_start.hand_over(state, first, main)) == kind(main.abstract)

@@ -1,0 +1,66 @@
+"""What is printed says what is."""
+
+import sys
+
+import jax.numpy as jnp
+from tiny import resolved
+
+from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.training import report
+from switchlora_jax.training.phases import build_phase
+
+
+def test_sizes_are_counted():
+  tree = {"a": jnp.zeros((1000, 1234)), "b": {"c": jnp.zeros(3, jnp.bfloat16)}}
+  assert report.parameters_line("trainable", tree) == "trainable parameters: 1.2M (1,234,003)"
+  assert report.size_line("optimizer", tree) == "optimizer: 4.7 MiB (4,936,006 bytes)"
+
+
+def test_a_kernel_and_its_tail_are_one_number_of_three_bytes():
+  tree = {"q": {"kernel": jnp.zeros((10, 20), jnp.bfloat16), "kernel_tail": jnp.zeros((10, 20), jnp.int8)}}
+  assert report.parameters_line("frozen", tree) == "frozen parameters: 0.0M (200)"
+  assert report.size_line("frozen", tree).endswith("(600 bytes)")
+
+
+def test_a_description_has_every_key_and_the_cycles(tmp_path):
+  config = resolved(tmp_path)
+  text = report.describe(config, build_phase(config, make_mesh()).abstract)
+  assert "\nswitch.interval: 2\n" in text and "\nlearning_rate: 0.02\n" in text
+  assert "\ntokens per step: 128\n" in text
+  # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
+  assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
+  plain = resolved(tmp_path, method="lora")
+  assert "cycled" not in report.describe(plain, build_phase(plain, make_mesh()).abstract)
+
+
+def test_data_are_described():
+  sizes = {"documents": 3, "tokens": 4567, "rows": 12}
+  summary = {"source": "docs", "fingerprint": "f00", "train": sizes, "valid": {"held out of": "train", "rows": 2}}
+  assert report.describe_data(summary | {"overlap": 0.0123}) == (
+    "data: docs, fingerprint f00\n  train: 3 documents, 4,567 tokens, 12 rows\n  valid: held out of train, 2 rows\n"
+    "  8-word sequences of validation that occur in training: 1.23%"
+  )
+
+
+def test_numbers_that_are_missing_or_not_finite_do_not_end_in_an_exception():
+  assert report._numbers([]) == []
+  rows = [{"step": 3, "tokens_per_second": 5.0}, {"step": 3, "val_loss": None, "val_ppl": None}]
+  assert report._numbers(rows) == [
+    "validation perplexity: not finite (loss not finite nats per token, step 3)",
+    "tokens per second: 5 (median)",
+  ]
+
+
+def test_spikes_are_counted_also_those_that_were_gone_back_from():
+  rows = [{"step": 1, "spike": 0, "loss": 2.0}, {"step": 1, "val_loss": None, "val_ppl": None}, {"step": 2, "spike": 1}]
+  assert report._numbers(rows)[-1] == "loss spikes: 1"
+  assert report._numbers([*rows, {"step": 3, "spike": 0, "rollbacks": 2}])[-1] == "loss spikes: 3"
+
+
+def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):
+  monkeypatch.setattr(
+    sys, "argv", ["pretrain.py", "--config.data.path=a/*.txt", "--config.steps=10", "--workdir=runs/a"]
+  )
+  assert report.continue_command(20).endswith("'--config.data.path=a/*.txt' --workdir=runs/a --config.steps=20")
+  monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config.steps", "10", "--workdir=runs/a"])
+  assert report.continue_command(20).endswith(" --workdir=runs/a --config.steps=20")

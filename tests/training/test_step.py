@@ -1,0 +1,252 @@
+"""The compiled step: what it sends, what it keeps, what it skips, and that it replays."""
+
+from functools import lru_cache
+
+import jax
+import numpy as np
+import poison
+import pytest
+import small_model
+from small_model import host, same_bits
+
+from switchlora_jax.lowrank.spares import draw_uniforms
+from switchlora_jax.lowrank.switching import switch
+from switchlora_jax.methods import switchlora
+from switchlora_jax.parallel.sharding import replicated
+from switchlora_jax.planning.collectives import collectives
+from switchlora_jax.training import step as train_step
+
+
+@lru_cache
+def prepared(method, devices=8, **changes):
+  """A config, its first state on the host and its step: the tests of this file compile them once."""
+  config = small_model.config(method, **changes)
+  return config, host(small_model.first_state(config, devices)), small_model.step(config, devices)
+
+
+def on_mesh(state, devices=8):
+  return jax.device_put(state, replicated(small_model.mesh(devices)))
+
+
+def train(steps, method, devices=8, state=None, **changes):
+  """The states before each of some steps and after the last, on the host, and the metrics."""
+  config, first, step = prepared(method, devices, **changes)
+  states, metrics = [first if state is None else state], []
+  for _ in range(steps):
+    rows = small_model.rows(config, int(states[-1].step))
+    state, report = step(on_mesh(states[-1], devices), small_model.shard_batch(rows, devices))
+    states.append(host(state))
+    metrics.append(host(report))
+  return states, metrics
+
+
+# --- what is sent -------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def sent(**changes):
+  """How many numbers each collective of a step of SwitchLoRA on 8 devices carries: outside of loops, and within."""
+  config = small_model.config("switchlora", batch_size=32, **changes)
+  phase = small_model.phase(config, 8)
+  rows = small_model.shard_batch(small_model.rows(config, 0), 8)
+  found = collectives(phase.step.lower(phase.abstract, rows).compile().as_text(), 8)
+  outside, inside = [], []
+  for collective in found:
+    (outside if collective.certain and collective.times == 1 else inside).append(collective.size // 4)
+  return outside, inside
+
+
+def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
+  once, often = (sent(accumulation=n) for n in (1, 4))
+  assert once[0] and once[1] == often[1] == [], "none in a loop"
+  assert len(once[0]) == len(often[0])
+  trained = sum(leaf.size for leaf in jax.tree.leaves(prepared("switchlora")[1].params))
+  assert sum(once[0]) == sum(often[0]) == trained + 1  # and the loss
+
+
+def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched():
+  """In the switch's own loop, which turns at most once: K = 2 rows a side of each layer of 7 kinds, spares alone."""
+  outside, inside = sent(sharding__candidates="sharded")
+  assert sum(outside) == sum(sent()[0])
+  sides = [16 + 16] * 4 + [16 + 24] * 3
+  assert sorted(inside) == sorted(2 * 2 * both for both in sides)
+
+
+# --- the compiled step --------------------------------------------------------------------------------------------
+
+
+def test_it_compiles_once_and_takes_its_state():
+  config, first, step = prepared("switchlora")
+  state = on_mesh(first)
+  for t in range(3):
+    before = state
+    state, _ = step(before, small_model.shard_batch(small_model.rows(config, t), 8))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), "donated"
+  assert step._cache_size() == 1
+  kind = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert kind(state) == kind(first)
+
+
+def test_the_loss_falls():
+  config, state, step = prepared("switchlora")
+  rows, losses = small_model.rows(config, 0), []
+  for _ in range(15):
+    state, metrics = step(on_mesh(state), small_model.shard_batch(rows, 8))
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] - 0.3
+
+
+def test_one_device_gives_what_eight_give():
+  """Only the order of sums differs: some roundings of 2⁻²⁴, which four steps of Adam amplify."""
+  (one, told_by_one), (eight, told_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
+  for left, right in zip(told_by_one, told_by_eight, strict=True):
+    assert left["switched"] == right["switched"]
+    np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
+    np.testing.assert_allclose(left["grad_norm"], right["grad_norm"], rtol=1e-4)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-3), one[-1].params, eight[-1].params)
+  assert same_bits(one[-1].candidates["blocks"]["q"]["cursor"], eight[-1].candidates["blocks"]["q"]["cursor"])
+
+
+# --- switching ----------------------------------------------------------------------------------------------------
+
+
+def test_switching_changes_what_it_should():
+  states, metrics = train(6, "switchlora")
+  assert sum(int(report["switched"]) for report in metrics) > 0
+  for t, report in enumerate(metrics):
+    same = same_bits(states[t].frozen, states[t + 1].frozen)
+    assert same == (report["switched"] == 0)
+  assert not same_bits(states[0].candidates, states[-1].candidates)
+
+
+def test_lora_leaves_the_base_weights_alone():
+  states, metrics = train(4, "lora")
+  assert same_bits(states[0].frozen, states[-1].frozen) and states[-1].candidates == {}
+  assert "switched" not in metrics[0] and not same_bits(states[0].params, states[-1].params)
+
+
+def test_draws_follow_from_the_seed_and_the_step():
+  states, metrics = train(4, "switchlora")
+  config = prepared("switchlora")[0]
+  for t, (state, report) in enumerate(zip(states, metrics, strict=False)):
+    key = jax.random.fold_in(jax.random.key(config.seed), t)
+    plan = dict(
+      schedule=switchlora.schedule(config), scale=1 / 4, step=t, uniforms=draw_uniforms(key, state.candidates)
+    )
+    collections = {name: getattr(state, name) for name in ("params", "frozen", "candidates")}
+    expected = jax.jit(lambda collections, plan=plan: switch(**collections, **plan))(collections)
+    assert expected.count == report["switched"]
+    assert same_bits(expected.candidates, states[t + 1].candidates)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), host(expected.frozen), states[t + 1].frozen
+    )
+
+
+def test_a_run_goes_on_from_a_saved_state_bit_by_bit():
+  """Nothing that a step uses lives outside the state: draws, schedules and data follow from `step`."""
+  straight, _ = train(6, "switchlora")
+  resumed, _ = train(3, "switchlora", state=straight[3])
+  assert same_bits(resumed[-1], straight[6])
+  elsewhere, _ = train(3, "switchlora", state=straight[3]._replace(step=np.int32(5)))
+  assert not same_bits(elsewhere[-1].candidates, straight[6].candidates)
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+def with_nan_in_the_embedding(params):
+  return {**params, "embed": {"embedding": np.full_like(params["embed"]["embedding"], np.nan)}}
+
+
+def with_infinity_in_the_head(params):
+  return {**params, "head": {"kernel": np.full_like(params["head"]["kernel"], np.inf)}}
+
+
+def with_gradients_too_large_for_a_norm(params):
+  """B = 0, so that neither output nor loss sees A, whose size is that of B's gradient."""
+  adapter = {"lora_a": params["blocks"]["up"]["lora_a"] * np.float32(1e25)}
+  adapter["lora_b"] = np.zeros_like(params["blocks"]["up"]["lora_b"])
+  return {**params, "blocks": {**params["blocks"], "up": adapter}}
+
+
+POISONS = [with_nan_in_the_embedding, with_infinity_in_the_head, with_gradients_too_large_for_a_norm]
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_step_that_is_not_finite_changes_nothing(poison):
+  """… but `step`, the counters of skipped steps and the schedule's: the data goes on."""
+  healthy = train(2, "switchlora")[0][-1]
+  assert any(np.any(timer) for timer in jax.tree.leaves(healthy.candidates)), "a freeze is under way"
+  sick = healthy._replace(params=poison(healthy.params))
+  states, (first, second) = train(2, "switchlora", state=sick)
+  assert np.isfinite(first["loss"]) == (poison is with_gradients_too_large_for_a_norm)
+  assert not np.isfinite(first["grad_norm"])
+  for part in ("params", "frozen", "candidates"):
+    assert same_bits(getattr(states[-1], part), getattr(sick, part))
+  assert same_bits(states[-1].opt_state, sick.opt_state)
+  assert (first["skipped"], first["skipped_in_a_row"], second["skipped"], second["skipped_in_a_row"]) == (1, 1, 2, 2)
+  assert (first["switched"], second["switched"]) == (0, 0)
+  assert states[-1].step == sick.step + 2
+
+  cured, (report,) = train(1, "switchlora", state=states[-1]._replace(params=healthy.params))
+  assert (report["skipped"], report["skipped_in_a_row"]) == (2, 0) and np.isfinite(report["loss"])
+  assert not same_bits(cured[-1].params, healthy.params) and not same_bits(cured[-1].candidates, healthy.candidates)
+
+
+def everywhere(state):
+  """Every device's copies or parts of all that a skipped step must not touch."""
+  arrays = jax.tree.leaves((state.params, state.frozen, state.candidates, state.opt_state))
+  return [[np.array(part.data) for part in array.addressable_shards] for array in arrays]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "nan"])
+@pytest.mark.parametrize("layout", [{}, dict(sharding__fsdp=2, sharding__frozen="sharded")])
+def test_what_is_not_finite_on_one_device_of_eight_is_skipped_on_all_alike(monkeypatch, kind, layout):
+  """The rows of one device hurt; whether its neighbours have the same arrays or other parts of them, none moves."""
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss)
+  config = small_model.config("switchlora", **layout)
+  phase = small_model.phase(config, 8)
+  state = phase.create()
+  for t in range(2):
+    state, report = phase.step(state, phase.shard_batch(small_model.rows(config, t)))
+  assert int(report["switched"]) > 0, "a freeze is under way"
+  before = everywhere(state)
+  state, report = phase.step(state, phase.shard_batch(poison.mark(small_model.rows(config, 2), kind)))
+  assert np.isfinite(report["loss"]) == (kind == "gradient") and not np.isfinite(report["grad_norm"])
+  assert int(state.skipped) == 1 and same_bits(everywhere(state), before)
+  state, report = phase.step(state, phase.shard_batch(small_model.rows(config, 3)))
+  assert int(report["skipped_in_a_row"]) == 0 and not same_bits(everywhere(state), before)
+
+
+# --- loss spikes --------------------------------------------------------------------------------------------------
+
+
+def spiked(monkeypatch, action):
+  """The state before a batch whose loss is 20 times what it was, after it, both on the host, and its numbers."""
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss)
+  config = small_model.config("switchlora", spike__window=4, spike__action=action)
+  step, state = small_model.step(config, 1), small_model.first_state(config, 1)
+  for t in range(4):
+    state, report = step(state, small_model.shard_batch(small_model.rows(config, t), 1))
+    assert report["spike"] == 0
+  before = host(state)
+  state, report = step(state, small_model.shard_batch(poison.mark(small_model.rows(config, 4), "spike"), 1))
+  assert report["spike"] == 1 and report["loss"] > 2.5 * report["loss_mean"]
+  return before, host(state), report
+
+
+def test_a_spike_is_skipped_where_it_shall_be(monkeypatch):
+  """The window knows it, and `step` goes on; it does not count as a number that was not finite."""
+  before, after, report = spiked(monkeypatch, "skip")
+  assert same_bits(before._replace(step=0, spikes=0), after._replace(step=0, spikes=0))
+  assert (after.step, report["switched"], report["skipped_in_a_row"]) == (5, 0, 0)
+  np.testing.assert_array_equal(after.spikes.losses, [*before.spikes.losses[1:], report["loss"]])
+
+
+@pytest.mark.parametrize("action", ["report", "rollback"])
+def test_else_the_update_is_made(monkeypatch, action):
+  """What is gone back from is thrown away anyhow."""
+  before, after, report = spiked(monkeypatch, action)
+  for part in ("params", "frozen", "candidates", "opt_state"):
+    assert not same_bits(getattr(before, part), getattr(after, part))
+  assert ("rollbacks" in report) == (action == "rollback")

@@ -1,0 +1,244 @@
+"""A run that is stopped and continued is, bit by bit, the run that was never stopped; killed: faults/test_kills.py."""
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import poison
+import pytest
+from tiny import resolved
+
+from switchlora_jax.data import batches
+from switchlora_jax.errors import Stopped, UserError
+from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.runs.checkpoint import Checkpoints
+from switchlora_jax.training import metrics, phases, train_log, trainer
+from switchlora_jax.training import step as train_step
+
+
+def lines(workdir):
+  """metrics.jsonl without the one thing that is a matter of time."""
+  return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
+
+
+def assert_same(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture(scope="module", params=["switchlora", "full"])
+def finished(request, tmp_path_factory):
+  """(folder with the text, method, workdir, outcome) of an uninterrupted run of 12 steps."""
+  folder = tmp_path_factory.mktemp(request.param)
+  outcome = trainer.train(resolved(folder, method=request.param), folder / "whole")
+  return folder, request.param, folder / "whole", outcome
+
+
+def test_a_run_leaves_what_it_says(finished):
+  _, _, workdir, outcome = finished
+  assert {p.name for p in workdir.iterdir()} == {
+    ".lock",
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "tokenizer.model",
+  }
+  rows = lines(workdir)
+  assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+  assert [row["step"] for row in rows if "val_ppl" in row] == [4, 8, 12]
+  assert json.loads((workdir / "config.json").read_text())["config"]["model"]["hidden_size"] == 16
+  assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [4, 8, 12]
+  assert int(outcome.state.step) == 12
+
+
+def test_training_learns(finished):
+  rows = [row["val_loss"] for row in lines(finished[2]) if "val_loss" in row]
+  assert rows[-1] < rows[0]
+
+
+@pytest.mark.parametrize("stop", [4, 5, 8, 11])
+def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
+  """Stopped after `stop` steps, on a checkpoint or between two, as by a kill: nothing is flushed or closed."""
+  folder, method, whole, outcome = finished
+  workdir = folder / f"stopped-{stop}"
+  config = resolved(folder, method=method)
+  original = train_log.Log.add
+
+  class Killed(BaseException):
+    pass
+
+  def add(self, step, numbers):
+    original(self, step, numbers)
+    if step == stop + 1:
+      raise Killed
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(train_log.Log, "add", add)
+    trainer.train(config, workdir)
+  again = trainer.train(config, workdir)
+  assert again.first_step == stop // 4 * 4
+  assert lines(workdir) == lines(whole)
+  assert_same(again.state, outcome.state)
+
+
+def test_a_finished_run_is_not_run_again(finished):
+  folder, method, whole, outcome = finished
+  before = (whole / "metrics.jsonl").read_bytes()
+  again = trainer.train(resolved(folder, method=method), whole)
+  assert again.first_step == 12
+  assert (whole / "metrics.jsonl").read_bytes() == before
+  assert_same(again.state, outcome.state)
+
+
+def test_another_config_in_the_workdir_is_refused(finished):
+  folder, method, whole, _ = finished
+  with pytest.raises(UserError, match=r"holds a run with another config \(seed: 0 → 1\)"):
+    trainer.train(resolved(folder, method=method, seed=1), whole)
+
+
+def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
+  build = phases.build_phase
+
+  def broken(config, mesh):
+    whole = build(config, mesh)
+
+    def create():
+      state = whole.create()
+      norm = {"scale": state.params["norm"]["scale"] * np.nan}
+      return state._replace(params=state.params | {"norm": norm})
+
+    return whole._replace(create=create)
+
+  monkeypatch.setattr(phases, "build_phase", broken)
+  with pytest.raises(UserError, match=r"stopped after step 6: 6 updates in a row .* lower --config.learning_rate"):
+    trainer.train(resolved(tmp_path, max_skipped=5), tmp_path / "run")
+  assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
+
+
+def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
+  """… and not only when the next save, four steps later, asks what became of it."""
+  save = trainer.Run.save
+
+  def full(self):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def save_and_see_it_end(self):
+    save(self)
+    for thread in threading.enumerate():
+      if thread.name == "async_save":
+        thread.join()
+
+  monkeypatch.setattr(Checkpoints, "finish", full)
+  monkeypatch.setattr(trainer.Run, "save", save_and_see_it_end)
+  config = resolved(tmp_path, log_every=1)
+  with pytest.raises(
+    UserError, match=r"step 4 could not be saved in .*: No space left on device; there is none before"
+  ):
+    trainer.train(config, tmp_path / "run")
+  assert max(row["step"] for row in lines(tmp_path / "run")) == 4
+
+
+def test_the_step_compiles_once(tmp_path):
+  """Of a program of its own: what it gives has the layout of what it takes."""
+  config = resolved(tmp_path)
+  built = phases.build_phase.__wrapped__(config, make_mesh())
+  state = built.create()
+  for step in range(3):
+    state, _ = built.step(state, built.shard_batch(np.full((8, 16), step)))
+  assert built.step._cache_size() == 1
+
+
+def test_a_run_compiles_its_step_once(finished):
+  """… over the whole run, and all that the tests above made of it."""
+  assert finished[-1].phase.step._cache_size() == 1
+
+
+# --- back from a loss spike ---------------------------------------------------------------------------------------
+
+BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval_every=12, log_every=1)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """The numbers of the batches that runs took; those of numbers 5 and 11 make the loss jump."""
+  monkeypatch.setattr(train_step, "mean_loss", poison.loss)
+  marked, numbers = poison.by_step("spike", (5, 11)), []
+
+  def noted(train, config):
+    batch_of = marked(train, config)
+    return lambda number: numbers.append(number) or batch_of(number)
+
+  monkeypatch.setattr(batches, "by_step", noted)
+  return numbers
+
+
+def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monkeypatch):
+  """Twice: step 5 takes batch 5, then batch 11. It ends as a run whose data begin behind both."""
+  back = trainer.train(resolved(tmp_path, **BACK), tmp_path / "back")
+  assert asked == [*range(6), *range(6, 12), *range(12, 24)]
+  assert (int(back.state.spikes.rollbacks), int(back.state.spikes.offset)) == (2, 12)
+  assert [row["step"] for row in lines(tmp_path / "back") if "loss" in row] == list(range(1, 13))
+
+  by_step = batches.by_step
+
+  def later(train, config):
+    batch_of = by_step(train, config)
+    return lambda number: batch_of(number + 12)
+
+  monkeypatch.setattr(batches, "by_step", later)
+  behind = trainer.train(resolved(tmp_path, **BACK), tmp_path / "behind")
+  assert int(behind.state.spikes.rollbacks) == 0
+  np.testing.assert_array_equal(back.state.spikes.losses, behind.state.spikes.losses)
+  assert_same(back.state._replace(spikes=None), behind.state._replace(spikes=None))
+
+
+@pytest.mark.parametrize(
+  ("every", "said", "lost"),
+  [(4, "SIGTERM after step 4, which is saved; the same", 2), (12, "SIGTERM before anything was saved; the same", 6)],
+)
+def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, asked, monkeypatch, every, said, lost):
+  """It does not first come to that step again; what continues goes back from it as if nothing had been."""
+  config = resolved(tmp_path, **BACK | dict(checkpoint_every=every))
+  whole = trainer.train(config, tmp_path / "whole")
+  number, step = len(asked), trainer.Run.step
+
+  def told(run):
+    if len(asked) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(2)  # until it is heard
+    step(run)
+
+  asked.clear()
+  with monkeypatch.context() as once, pytest.raises(Stopped, match=said):
+    once.setattr(trainer.Run, "step", told)
+    trainer.train(config, tmp_path / "stopped")
+  assert asked == list(range(6))
+  again = trainer.train(config, tmp_path / "stopped")
+  assert len(asked) == number + lost and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+  assert_same(again.state, whole.state)
+
+
+def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked):
+  with pytest.raises(UserError, match=r"stopped at step 6, a loss spike: it went back 1 times already"):
+    trainer.train(resolved(tmp_path, **BACK, spike__max_rollbacks=1), tmp_path / "run")
+  assert asked == list(range(12)) and [row["spike"] for row in lines(tmp_path / "run") if "loss" in row] == [0] * 5 + [
+    1
+  ]
+  again = trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
+  assert int(again.state.spikes.offset) == 12
+
+
+def test_the_rows_must_last_for_a_run_that_goes_back(tmp_path, asked, monkeypatch):
+  """12 steps of 8 rows, 6 left out: 144 rows."""
+  prepare = trainer.prepare_data
+  few = lambda config: (data := prepare(config))._replace(train=data.train[:100])
+  monkeypatch.setattr(trainer, "prepare_data", few)
+  with pytest.raises(UserError, match=r"6 batches ahead .* takes 144 rows; there are 100, .* --config.data.epochs=2"):
+    trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
+  again = trainer.train(resolved(tmp_path, **BACK, data__epochs=3), tmp_path / "run")
+  assert int(again.state.spikes.offset) == 12

@@ -1,0 +1,472 @@
+"""Full rank first: what is handed over, what starts afresh, and that a run may be stopped on either side of it."""
+
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+from flax.traverse_util import flatten_dict
+from small_model import host, same_bits
+from stages import slowly
+from tiny import resolved
+
+from switchlora_jax.data import batches
+from switchlora_jax.errors import UserError
+from switchlora_jax.interop import huggingface
+from switchlora_jax.models import weights
+from switchlora_jax.runs.checkpoint import Checkpoints
+from switchlora_jax.training import metrics, phases, trainer, warm_start
+
+LOW_RANK = ("lora", "switchlora", "relora", "galore")
+STEPS, K = 12, 5  # of all runs, and of their full-rank phase
+SHAPE = dict(
+  eval_every=4, checkpoint_every=STEPS, keep_checkpoints=STEPS,
+  relora__restart_every=4, relora__restart_warmup_steps=2, galore__refresh_every=3,
+)  # fmt: skip
+
+
+def scales(first):
+  """In place of the rank learnt, which takes long to compile: the scales it is given, of then and of now."""
+  return lambda params, frozen, scale: 100 * (first.scale or 0) + (scale or 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+  """One device, and no rank learnt."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
+    patch.setattr(trainer, "make_learnt_rank", scales)
+    yield
+
+
+def train(folder, name, **changes):
+  """A run in `folder / name`: its outcome, and what was seen on the way.
+
+  Attributes:
+    workdir, outcome: of the run.
+    batches: (seed, step, rows) of each step.
+    saved: {step: state} on the host.
+    handed: of each hand-over, the (state, program) before and after, on the host.
+  """
+  config, workdir = resolved(folder, devices=1, **SHAPE | changes), folder / name
+  read, saved, handed = [], {}, []
+  batch, save, hand_over = batches.batch, Checkpoints.save, warm_start.hand_over
+
+  def seen_batch(rows, *, seed, step, batch_size):
+    made = batch(rows, seed=seed, step=step, batch_size=batch_size)
+    read.append((seed, step, made[:]))
+    return made
+
+  def seen_hand_over(state, before, after):
+    new = hand_over(state, before, after)
+    handed.append(((host(state), before), (host(new), after)))
+    return new
+
+  def seen_save(self, step, state):
+    saved[step] = host(state)
+    save(self, step, state)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(batches, "batch", seen_batch)
+    patch.setattr(Checkpoints, "save", seen_save)
+    patch.setattr(warm_start, "hand_over", seen_hand_over)
+    outcome = trainer.train(config, workdir)
+  return SimpleNamespace(workdir=workdir, outcome=outcome, batches=read, saved=saved, handed=handed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """With the text of all runs."""
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+  """From a method to its whole run, with a full-rank phase of K steps unless it is full; saved at every step."""
+  phase = lambda method: {} if method == "full" else PHASE
+  return functools.cache(lambda method: train(folder, method, method=method, checkpoint_every=1, **phase(method)))
+
+
+PHASE = dict(warm_start_steps=K)
+each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=("switchlora", "relora")))
+
+
+def lines(run, kind="loss"):
+  """The lines of metrics.jsonl, of training or (val_loss) of evaluation, but for what is a matter of time."""
+  rows = [row for row in metrics.read(run.workdir / "metrics.jsonl") if kind in row]
+  return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+forwards = {}  # by the scale of the adapters, in which alone the models of this file differ
+
+
+def logits(of, state, run):
+  """Of the first rows that the run was trained on."""
+  forward = jax.jit(lambda params, frozen, tokens: of.model.apply({"params": params, "frozen": frozen}, tokens))
+  return np.asarray(forwards.setdefault(of.scale, forward)(state.params, state.frozen, run.batches[0][-1]))
+
+
+# --- within a run: what is handed over ----------------------------------------------------------------------------
+
+
+@each
+def test_the_function_is_handed_over(runs, method):
+  """Kernels of at most 1 are rounded once at 2⁻²⁴ as W - s·BA, and once more in the sum; logits are below 1."""
+  ((before, full), (after, low)), *more = runs(method).handed
+  assert not more and (full.scale, low.start) == (None, K)
+  expected = logits(full, before, runs(method))
+  np.testing.assert_allclose(logits(low, after, runs(method)), expected, rtol=0, atol=2e-6)
+  assert np.abs(logits(full, host(full.create()), runs(method)) - expected).max() > 1e-3, "which has been trained"
+
+
+@each
+def test_moments_and_counts_start_afresh_and_the_rest_goes_on(runs, method):
+  ((before, _), (after, _)), *_ = runs(method).handed
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
+  for part in ("embed", "norm", "head"):
+    assert same_bits(after.params[part], before.params[part])
+  assert (after.step, after.skipped, after.skipped_in_a_row) == (K, 0, 0)
+
+
+def test_adapters_and_candidates_are_those_of_a_run_without_a_warm_start(runs):
+  _, (after, low) = runs("switchlora").handed[0]
+  fresh = host(low.create())
+  vectors = lambda state: [layer for path, layer in sorted(flatten_dict(state.params).items()) if "lora" in path[-1]]
+  assert len(vectors(after)) == 14 and same_bits(vectors(after), vectors(fresh))
+  assert after.candidates and same_bits(after.candidates, fresh.candidates)
+  assert same_bits(after.opt_state, fresh.opt_state)
+  assert not same_bits(after.frozen, fresh.frozen)
+
+
+def test_counters_of_skipped_steps_go_on(runs):
+  ((before, full), (_, low)), *_ = runs("galore").handed
+  known = before.spikes._replace(rollbacks=np.int32(1), offset=np.int32(4))
+  counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2), spikes=known)
+  after = warm_start.hand_over(counted, full, low)
+  assert (after.step, after.skipped, after.skipped_in_a_row) == (K, 3, 2)
+  assert same_bits(after.spikes, known)
+
+
+# --- within a run: steps and data ---------------------------------------------------------------------------------
+
+
+@each
+def test_the_first_steps_are_those_of_a_full_run(runs, method):
+  """… at the full method's learning rate over the same horizon; the next steps are not."""
+  ours, full = lines(runs(method)), lines(runs("full"))
+  assert ours[:K] == full[:K] and ours[K + 2]["loss"] != full[K + 2]["loss"]
+  assert max(line["learning_rate"] for line in full) == np.float32(1e-3)
+  for t in range(1, K + 1):
+    assert same_bits(runs(method).saved[t], runs("full").saved[t])
+
+
+@each
+def test_data_do_not_depend_on_a_warm_start(runs, method):
+  ours, full = runs(method).batches, runs("full").batches
+  assert [step for _, step, _ in ours] == list(range(STEPS)) and same_bits(ours, full)
+
+
+@each
+def test_the_learning_rate_climbs_again(runs, method):
+  """From 0, in as many steps as at the start (2); ReLoRA restarts at 8 besides."""
+  rates = [line["learning_rate"] for line in lines(runs(method))]
+  assert rates[0] == rates[K] == 0 < rates[K + 1] < rates[K + 2]
+  np.testing.assert_allclose(rates[K + 1], rates[K + 2] / 2, rtol=1e-5)
+  assert min(rates[1:K]) > 0 and [t for t in range(K + 1, STEPS) if rates[t] == 0] == [8] * (method == "relora")
+  assert max(rates[K:]) > 2 * max(rates[:K]) or method == "relora", "the method's own, at this point of the horizon"
+
+
+def test_runs_that_warm_up_otherwise_share_their_full_rank_phase(folder, runs):
+  """A method's own warm-up, here none, is that of the hand-over alone."""
+  run = train(folder, "at-once", method="lora", warmup_steps=0, warm_start_warmup_steps=2, checkpoint_every=K, **PHASE)
+  assert lines(run)[:K] == lines(runs("full"))[:K] and same_bits(run.saved[K], runs("full").saved[K])
+  rates = [line["learning_rate"] for line in lines(run)]
+  assert rates[0] == 0 and rates[K] == max(rates[K:]) > rates[2] == max(rates[:K])
+
+
+def adam_direction(state):
+  """What the learning rate multiplies, of the parameters without vectors and projections; from the new moments."""
+  adam = state.opt_state
+  count = adam.count["head"]["kernel"] if isinstance(adam.count, dict) else adam.count
+  m, v = (np.asarray(moment["head"]["kernel"], np.float64) for moment in (adam.mu, adam.nu))
+  if hasattr(adam, "projector"):  # GaLore's eps stands on the uncorrected √v
+    return m / (np.sqrt(v) + 1e-6) * np.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+  return m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+
+
+@each
+def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(runs, method):
+  """Measured on the head: by how much of Adam's direction it moved."""
+  run, used = runs(method), [0.0]  # the first is 0; what was before it is not saved
+  for t in range(2, STEPS + 1):
+    before, after = run.handed[0][1][0] if t == K + 1 else run.saved[t - 1], run.saved[t]
+    moved = np.asarray(after.params["head"]["kernel"], np.float64) - before.params["head"]["kernel"]
+    direction = adam_direction(after)
+    used.append(-np.vdot(direction, moved) / np.vdot(direction, direction))
+  logged = [line["learning_rate"] for line in lines(run)]
+  np.testing.assert_allclose(used, logged, rtol=1e-3, atol=1e-9)
+
+
+@each
+def test_a_warm_start_as_long_as_the_run_is_full_rank(folder, runs, method):
+  run = train(folder, f"{method}-never", method=method, warm_start_steps=STEPS)
+  for kind in ("loss", "val_loss"):
+    assert lines(run, kind) == lines(runs("full"), kind)
+  assert same_bits(run.outcome.state, runs("full").outcome.state) and not run.handed
+  assert not same_bits(runs(method).outcome.state.params["head"], runs("full").outcome.state.params["head"])
+
+
+@each
+def test_evaluations_know_the_phase(runs, method):
+  """The rank learnt counts from the first program's weights, which have no adapters; those of now have a scale."""
+  low = runs(method).outcome.phase
+  evaluations = lines(runs(method), "val_loss")
+  assert [line["step"] for line in evaluations] == [4, 8, 12]
+  assert [line["learnt_rank"] for line in evaluations] == [0, low.scale or 0, low.scale or 0]
+  assert evaluations[0] == lines(runs("full"), "val_loss")[0]
+  assert evaluations[2]["val_loss"] < evaluations[1]["val_loss"] < evaluations[0]["val_loss"]
+
+
+# --- within a run: stopped and continued --------------------------------------------------------------------------
+
+
+def continued(folder, whole, method, step):
+  """The run that goes on from what a kill leaves right after the checkpoint of a step: lines of later steps, too."""
+  workdir = folder / f"{method}-{step}"
+  shutil.copytree(whole.workdir, workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+  for kept in (step - 1, step):
+    shutil.copytree(whole.workdir / "checkpoints" / str(kept), workdir / "checkpoints" / str(kept))
+  return train(folder, workdir.name, method=method, **PHASE)
+
+
+@each
+@pytest.mark.parametrize("step", [K - 1, K, K + 1])
+def test_a_stopped_run_continues_bit_by_bit(folder, runs, method, step):
+  """On either side of the hand-over, and where it is the next thing to be done."""
+  whole = runs(method)
+  again = continued(folder, whole, method, step)
+  assert again.outcome.first_step == step and len(again.handed) == (step <= K)
+  for kind in ("loss", "val_loss"):
+    assert lines(again, kind) == lines(whole, kind)
+  assert same_bits(again.outcome.state, whole.outcome.state)
+
+
+@each
+def test_steps_compile_once_per_phase(runs, method):
+  """… over all runs of this file, new and continued."""
+  _, (_, low) = runs(method).handed[0]
+  assert low.step._cache_size() == runs("full").outcome.phase.step._cache_size() == 1
+
+
+# --- from another run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sources(folder, runs):
+  """{what it has saved last: (directory, program, state)}: full rank, a LoRA, or its full-rank phase, not yet over."""
+  full, lora = runs("full"), runs("lora")
+  half = folder / "half"
+  shutil.copytree(lora.workdir, half, ignore=shutil.ignore_patterns("checkpoints"))
+  shutil.copytree(lora.workdir / "checkpoints" / str(K - 1), half / "checkpoints" / str(K - 1))
+  ends = {run.workdir.name: (run.workdir, run.outcome.phase, run.saved[STEPS]) for run in (full, lora)}
+  return ends | {"half": (half, lora.handed[0][0][1], lora.saved[K - 1])}
+
+
+@pytest.mark.parametrize(("source", "method"), [("full", "switchlora"), ("lora", "galore"), ("half", "galore")])
+def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, method):
+  """Of its newest checkpoint; all else is as at step 0."""
+  workdir, theirs, saved = sources[source]
+  config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(workdir))
+  ours = phases.build_phase(config, small_model.mesh(1))
+  state = warm_start.Source(config, ours, small_model.mesh(1)).state()
+  expected = logits(theirs, saved, runs("full"))
+  np.testing.assert_allclose(logits(ours, state, runs("full")), expected, rtol=0, atol=2e-6)
+  kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert kind(state) == kind(ours.abstract)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
+  fresh = runs(method).handed[0][1][0]
+  assert same_bits(state.candidates, fresh.candidates), "drawn from the seed, as where full rank was within the run"
+
+
+def test_a_run_from_another_begins_at_step_0(folder, runs):
+  """… with the other's weights: first row, first learning rate, horizon of its own. It is continued like any other."""
+  source = runs("full")
+  begun = dict(method="full", warm_start_from=str(source.workdir))
+  run = train(folder, "begun", **begun, checkpoint_every=1)
+  assert run.outcome.first_step == 0 and same_bits(run.batches, source.batches)
+  rates = [[line["learning_rate"] for line in lines(r)] for r in (run, source)]
+  assert rates[0] == rates[1]
+  losses = [[line["loss"] for line in lines(r)] for r in (run, source)]
+  assert losses[0][0] < losses[1][0] - 0.1, "the first rows have been seen before"
+  assert same_bits(run.saved[1].params, source.saved[STEPS].params), "which a learning rate of 0 leaves alone"
+  assert all("learnt_rank" not in line for line in lines(run, "val_loss"))
+
+  for later in range(8, STEPS + 1):
+    shutil.rmtree(run.workdir / "checkpoints" / str(later))
+  again = train(folder, "begun", **begun)
+  assert again.outcome.first_step == 7 and same_bits(again.outcome.state, run.outcome.state)
+  assert lines(again) == lines(run)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(folder, runs, dtype):
+  """The other run's weights are cast; and it is needed until the first checkpoint only."""
+  others = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
+  other = train(folder, f"other-than-{dtype}", method="full", param_dtype=others)
+  options = dict(method="switchlora", param_dtype=dtype, warm_start_from=str(other.workdir), checkpoint_every=4)
+  run = train(folder, f"cast-to-{dtype}", **options)
+  floats = [
+    leaf
+    for leaf in jax.tree.leaves(run.outcome.state._replace(spikes=None))
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  assert len(floats) > 20 and {str(leaf.dtype) for leaf in floats} == {dtype}
+  shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
+  shutil.rmtree(other.workdir)
+  assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
+
+
+def test_a_run_whose_kernels_are_in_16_bits_goes_on_bit_by_bit_and_hands_its_weights_on(folder):
+  options = dict(method="switchlora", frozen_dtype="bfloat16", warm_start_steps=K, checkpoint_every=4)
+  run = train(folder, "narrow", **options)
+  (before, _), (after, program_after) = run.handed[0]
+  plain = weights.merged(after.params, after.frozen, program_after.scale)
+  for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(before.params), strict=True):
+    np.testing.assert_allclose(left, right, rtol=0, atol=2**-16)  # of kernels below 1
+  assert {str(x.dtype) for x in jax.tree.leaves(run.outcome.state.frozen)} == {"bfloat16", "int8"}
+  shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
+  assert same_bits(train(folder, "narrow", **options).outcome.state, run.outcome.state)
+  heir = train(folder, "heir", method="lora", warm_start_from=str(run.workdir), checkpoint_every=1)
+  ends = run.outcome.state
+  plain = [weights.merged(s.params, s.frozen, run.outcome.phase.scale) for s in (ends, heir.saved[1])]
+  for left, right in zip(*map(jax.tree.leaves, plain), strict=True):
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(folder, runs):
+  """The weights of the full-rank run as a Hugging Face folder."""
+  there = folder / "hugging-face"
+  there.mkdir()
+  config, run = resolved(folder, devices=1), runs("full")
+  huggingface.write(there, dict(config.model), run.saved[STEPS].params, 16, run.workdir / "tokenizer.model")
+  return there
+
+
+@pytest.mark.parametrize("method", slowly(LOW_RANK, quick=("switchlora", "galore")))
+def test_the_function_is_that_of_the_hugging_face_folder(folder, runs, hugging_face, method):
+  config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(hugging_face))
+  ours = phases.build_phase(config, small_model.mesh(1))
+  state = warm_start.Source(config, ours, small_model.mesh(1)).state()
+  source = runs("full")
+  expected = logits(source.outcome.phase, source.saved[STEPS], source)
+  np.testing.assert_allclose(logits(ours, state, source), expected, rtol=0, atol=2e-6)
+  assert same_bits(state.candidates, runs(method).handed[0][1][0].candidates)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
+
+
+def test_a_run_from_a_hugging_face_folder_is_the_run_from_the_run(folder, runs, hugging_face):
+  """… whose weights it holds, to the bit; it is needed until the first checkpoint only."""
+  other = train(folder, "from-the-run", method="full", warm_start_from=str(runs("full").workdir))
+  there = shutil.copytree(hugging_face, folder / "gone")
+  options = dict(method="full", warm_start_from=str(there))
+  run = train(folder, "from-the-folder", **options)
+  assert same_bits(run.outcome.state, other.outcome.state) and lines(run) == lines(other)
+  shutil.rmtree(there)
+  assert same_bits(train(folder, "from-the-folder", **options).outcome.state, run.outcome.state)
+
+
+def test_a_run_killed_while_it_first_saved_takes_the_other_weights_again(folder, runs):
+  """A save that was not finished is no checkpoint: the run must not start from its seed in silence."""
+  begun = dict(method="full", warm_start_from=str(runs("full").workdir))
+  whole = train(folder, "whole", **begun)
+  shutil.copytree(whole.workdir, folder / "cut", ignore=shutil.ignore_patterns("checkpoints"))
+  (folder / "cut" / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+  assert same_bits(train(folder, "cut", **begun).outcome.state, whole.outcome.state)
+
+
+def test_another_runs_damaged_checkpoint_is_left_where_it_is(folder, runs, tmp_path, caplog):
+  source = tmp_path / "source"
+  shutil.copytree(runs("full").workdir, source)
+  newest = source / "checkpoints" / str(STEPS)
+  for part in newest.rglob("*"):
+    if part.is_file() and part.stat().st_size > 1000:
+      part.write_bytes(b"")
+  train(folder, "from-damaged", method="full", warm_start_from=str(source))
+  assert newest.is_dir() and not list(source.glob("damaged*"))
+  assert f"checkpoint of step {STEPS} is damaged" in caplog.text and "an older one is read" in caplog.text
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def refused(folder, source, sentence, **changes):
+  """A run from `source` ends with a sentence, and has trained nothing."""
+  options = dict(method="full", warm_start_from=str(source)) | changes
+  with pytest.raises(UserError) as caught:
+    train(folder, "refused", **options)
+  assert sentence in str(caught.value)
+  shutil.rmtree(folder / "refused")
+
+
+def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
+  refused(folder, tmp_path, f"warm_start_from={tmp_path}, unless it is a Hugging Face LLaMA folder, must be")
+  refused(
+    folder,
+    tmp_path / "nowhere",
+    "must be the directory of a run, with its config.json, checkpoints and tokenizer.model; there is no such directory",
+  )
+  shutil.copy(runs("full").workdir / "config.json", tmp_path)
+  refused(folder, tmp_path, "they are not there; give the --workdir of a run")
+
+
+def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
+  for name in ("config.json", "tokenizer.model"):
+    shutil.copy(runs("full").workdir / name, tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  refused(folder, tmp_path, f"the run in {tmp_path} has saved no checkpoint yet")
+
+
+@pytest.mark.parametrize("source", ["full", "lora", "hugging_face"])
+def test_other_sizes_are_refused_with_an_array_and_the_flags_that_set_them(folder, runs, hugging_face, source):
+  """The number of heads, too, which changes the function and no array."""
+  where = hugging_face if source == "hugging_face" else runs(source).workdir
+  sentence = f"the model of --config.warm_start_from={where} has other sizes than this one"
+  layers = ": blocks/attention_norm/scale is [2, 16] there and [3, 16] here"
+  wanted = "; set --config.model.intermediate_size=24 --config.model.num_layers=2"
+  refused(folder, where, sentence + layers + wanted, model__intermediate_size=32, model__num_layers=3)
+  width = ": blocks/down/kernel is [2, 24, 16] there and [2, 32, 16] here; set --config.model.intermediate_size=24"
+  refused(folder, where, sentence + width, model__intermediate_size=32, method="switchlora")
+  refused(folder, where, sentence + "; set --config.model.num_heads=2", model__num_heads=4, method="lora")
+
+
+def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp_path):
+  other = shutil.copytree(hugging_face, tmp_path / "other")
+  config = json.loads((other / "config.json").read_text())
+  (other / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+  refused(folder, other, "attention_bias is True there, False here")
+
+
+def test_a_hugging_face_folder_needs_the_same_tokenizer_or_one_that_is_named(folder, runs, hugging_face, tmp_path):
+  other = shutil.copytree(hugging_face, tmp_path / "other")
+  (other / "tokenizer.model").write_bytes(b"other pieces")
+  refused(folder, other, f"trained with another tokenizer than this run would be; pass --config.data.tokenizer={other}")
+  (other / "tokenizer.model").unlink()
+  refused(folder, other, f"--config.warm_start_from={other} has no tokenizer.model")
+  named = str(runs("full").workdir / "tokenizer.model")
+  config = resolved(folder, devices=1, **SHAPE, method="full", warm_start_from=str(other), data__tokenizer=named)
+  source = warm_start.Source(config, phases.build_phase(config, small_model.mesh(1)), small_model.mesh(1))
+  source.check_tokenizer(named)
+
+
+def test_another_tokenizer_is_refused(folder, runs, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(runs("full").workdir, other)
+  (other / "tokenizer.model").write_bytes(b"other pieces")
+  refused(folder, other, f"trained with another tokenizer than this run would be; pass --config.data.tokenizer={other}")
