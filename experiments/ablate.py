@@ -1,39 +1,39 @@
-"""Change one thing about SwitchLoRA at a time, under equal tokens.
+"""Ablations of SwitchLoRA: change one setting at a time, with equal token budgets.
 
 python -m experiments.ablate --study=interval --workdir=runs/interval
 python -m experiments.ablate --study=reset --seeds=3 --config.rank=16 --workdir=runs/reset
 
-The outputs are those of experiments.compare: table.md, results.json, curves.png and parameters.png.
+Writes the same files as experiments.compare: table.md, results.json, and curves and parameters as .png and .svg.
 """
 
 import jax
 from absl import flags
 
-from experiments.common import cli, grid, results, settings
+from experiments.common import cli, results, sweep
 from experiments.paper import studies
 from switchlora_jax.errors import UserError
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
-STUDY = flags.DEFINE_string("study", None, f"what to change: {', '.join(studies.STUDIES)}")
-LEARNING_RATES = flags.DEFINE_list("learning_rates", None, "learning rates to choose from; by default the config's")
-settings.define_flags(seeds=1)
+STUDY = flags.DEFINE_string("study", None, f"the ablation to run, one of {', '.join(studies.STUDIES)}")
+LEARNING_RATES = flags.DEFINE_list("learning_rates", None, "learning rates to sweep; default: the config's")
+sweep.define_sweep_flags(seeds=1)
 
 
 def main():
-  """Check, run, write."""
-  jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
+  """Check the flags, run the sweep, write the results."""
+  jax.config.update("jax_platforms", "cpu")  # this process only counts parameters; the runs use the devices
   if STUDY.value not in studies.STUDIES:
-    found = "missing" if STUDY.value is None else f"{STUDY.value!r}, which there is not"
+    found = "missing" if STUDY.value is None else f"{STUDY.value!r}, which does not exist"
     raise UserError(f"--study is {found}; it must be one of {', '.join(studies.STUDIES)}")
-  base = settings.base_from_flags()
+  base = sweep.base_from_flags()
   cli.set_precision(base.config)
-  rates = settings.numbers("learning_rates", LEARNING_RATES.value, float)
-  lines = studies.arms(STUDY.value, base.config, rates)
+  rates = sweep.parse_numbers("learning_rates", LEARNING_RATES.value, float)
+  variants = studies.study_variants(STUDY.value, base.config, rates)
   study = studies.STUDIES[STUDY.value](base.config)
-  options = settings.options()
-  ran = grid.run_grid(base, lines, **options)
-  results.conclude(lines, ran, options, f"{study.question} ({study.source} of the paper)")
+  options = sweep.sweep_options()
+  trial_results = sweep.run_sweep(base, variants, **options)
+  results.conclude(variants, trial_results, options, f"{study.question} ({study.source} of the paper)")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Time whole training steps of each method against full rank, in one run, in turns; medians and ratios.
+"""Benchmark training steps of each method relative to full rank: time, optimizer size and peak memory.
 
-Beside the times stand the optimizer's bytes and the peak of memory, both relative to full rank. The peak is what the
-compiler of the timed device says: a GPU's is to be had without one by --memory, which cannot time anything.
+All programs are timed in turns in one process. The table has medians and ratios to full rank. The peak is that of the
+compiler for the timed device. With --memory the steps are only compiled, for a GPU if its compiler is installed, which
+needs no GPU.
 
 python -m experiments.benchmark                      # the 350M shape cut to 2 layers, vocabulary 2,048
 python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
 python -m experiments.benchmark --config=configs/llama_tiny.py --methods=full,switchlora
 python -m experiments.benchmark --memory --config.model.num_layers=24
-                                 # compile only; on the GPU compiler if it is installed, see planning/topology.py
+                                 # compile only; see switchlora_jax/planning/topology.py
 """
 
 import json
@@ -38,20 +39,24 @@ TWO_PRODUCTS, REFRESH = "two products", "galore refreshing"
 PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
 CONFIG = cli.define_config("llama_350m_cut")
 flags.declare_key_flag("config")
-NAMES = flags.DEFINE_list("methods", list(PROGRAMS), f"of {', '.join(PROGRAMS)}; full is always one")
-VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [], "vocabulary size; repeat for one table each")
-RANKS = flags.DEFINE_multi_integer("rank", [], "rank of the low-rank methods; repeat for several", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 5, "timed steps of each program", lower_bound=1)
-MEMORY = flags.DEFINE_bool("memory", False, "compile only, and print the memory of each step")
-JSON = flags.DEFINE_string("json", None, "write the results to this file as well")
+NAMES = flags.DEFINE_list(
+  "methods", list(PROGRAMS), f"programs to measure, of {', '.join(PROGRAMS)}; full is always included"
+)
+VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [], "vocabulary size; default: the config's; repeatable")
+RANKS = flags.DEFINE_multi_integer(
+  "rank", [], "rank of the low-rank methods; default: the config's; repeatable", lower_bound=1
+)
+REPEATS = flags.DEFINE_integer("repeats", 5, "number of timed steps per program", lower_bound=1)
+MEMORY = flags.DEFINE_bool("memory", False, "only compile, and print the memory of each step")
+JSON = flags.DEFINE_string("json", None, "also write the results to this file")
 
 
 class TwoProductDense(LoRADense):
-  """The usual LoRA layer, x·W + s·(x·Aᵀ)·B: what `merged_dense` is measured against."""
+  """The usual LoRA layer, x·W + s·(x·Aᵀ)·B, as the reference for `merged_dense`."""
 
   @nn.compact
   def __call__(self, x):
-    """x [..., in] to [..., features]."""
+    """Map x [..., in] to [..., features]."""
     if self.is_initializing():
       return super().__call__(x)
     names = {"kernel": "frozen", "lora_a": "params", "lora_b": "params"}
@@ -60,16 +65,19 @@ class TwoProductDense(LoRADense):
     return x @ kernel + self.scale * ((x @ lora_a.T) @ lora_b)
 
 
-class Case(NamedTuple):
-  """A program to measure."""
+class BenchmarkCase(NamedTuple):
+  """A program to measure: its config, method and compiled phase."""
 
   config: Any
   method: Method
   phase: Phase
 
 
-def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
-  """A method on the config, without accumulation; or LoRA with two products, or GaLore refreshing at every step."""
+def make_case(name: str, rank: int, vocabulary: int, mesh) -> BenchmarkCase:
+  """The case of a program: a method, LoRA with two products, or GaLore with a refresh in every step.
+
+  Gradient accumulation is disabled: a step has one micro-batch.
+  """
   config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
   config.update(keys_for(config, name if name in METHODS else "galore" if name == REFRESH else "lora"))
   config.rank = rank or 1
@@ -81,27 +89,27 @@ def make_case(name: str, rank: int, vocabulary: int, mesh) -> Case:
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:
     method = method._replace(dense=lora.layer(config, TwoProductDense))
-  return Case(config, method, assemble_phase(config, method, mesh))
+  return BenchmarkCase(config, method, assemble_phase(config, method, mesh))
 
 
 def batch_size() -> int:
-  """Rows of a timed step: one micro-batch of the config."""
+  """Number of sequences in a timed step: one micro-batch of the config."""
   if CONFIG.value.accumulation < 1:
     raise UserError(f"accumulation (={CONFIG.value.accumulation}) must be at least 1; set --config.accumulation")
   return CONFIG.value.batch_size // CONFIG.value.accumulation
 
 
-def cases_of(vocabulary: int, mesh) -> dict:
-  """{(program, rank): its case}, full rank first."""
+def make_cases(vocabulary: int, mesh) -> dict[tuple[str, int], BenchmarkCase]:
+  """{(program, rank): case}, full rank first."""
   if unknown := set(NAMES.value) - set(PROGRAMS):
-    raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(PROGRAMS)}")
+    raise UserError(f"--methods has {', '.join(sorted(unknown))}; expected programs of {', '.join(PROGRAMS)}")
   low_rank = [name for name in NAMES.value if name != "full"]
   names = [("full", 0), *((name, rank) for rank in RANKS.value or [CONFIG.value.rank] for name in low_rank)]
   return {name: make_case(*name, vocabulary, mesh) for name in names}
 
 
 def time_in_turns(calls: dict, what: str) -> dict:
-  """{name: seconds of each timed call}; each call once untimed, then all of them in turns."""
+  """{name: seconds of each timed call}; runs each call once untimed, then all of them in turns."""
   seconds = {name: [] for name in calls}
   with progress_bar((REPEATS.value + 1) * len(calls), what=what) as bar:
     for repeat in range(REPEATS.value + 1):
@@ -114,14 +122,14 @@ def time_in_turns(calls: dict, what: str) -> dict:
   return seconds
 
 
-def compiled(phase: Phase, mesh):
-  """The training step of a program, compiled for a mesh, real or not."""
+def compile_step(phase: Phase, mesh):
+  """The compiled training step of a phase; the devices of the mesh need not exist."""
   rows = jax.ShapeDtypeStruct((batch_size(), CONFIG.value.seq_len), jnp.int32, sharding=by_rows(mesh))
   return phase.step.lower(phase.abstract, rows).compile()
 
 
-def stepper(phase: Phase, step, rows):
-  """A call that runs one more of a program's compiled steps; its state starts from 0, where switching is busiest."""
+def step_call(phase: Phase, step, rows):
+  """A function that runs the next compiled step of a phase, from step 0 on, where the switch rate is highest."""
   state = phase.create()
 
   def call():
@@ -132,15 +140,15 @@ def stepper(phase: Phase, step, rows):
   return call
 
 
-def switcher(case: Case, step: int):
-  """A call that runs the switching of one step by itself, from `step` of the schedule on."""
+def switch_call(case: BenchmarkCase, step: int):
+  """A function that runs only the switches of the next step, from `step` of the schedule on."""
 
-  def adjust(state):
+  def switch_only(state):
     adjusted = case.method.before_update(state, False)
     return adjusted.state._replace(step=state.step + 1), adjusted.masks
 
   state = case.phase.create()._replace(step=jnp.int32(step))
-  jitted = jax.jit(adjust, donate_argnums=0)
+  jitted = jax.jit(switch_only, donate_argnums=0)
 
   def call():
     nonlocal state
@@ -151,18 +159,18 @@ def switcher(case: Case, step: int):
 
 
 def benchmark(vocabulary: int) -> list[dict]:
-  """One row a program: seconds of its step (median), and all else as a ratio to full rank. One device."""
+  """One row per program, on one device: median seconds per step, and ratios to full rank."""
   mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
-  cases = cases_of(vocabulary, mesh)
+  cases = make_cases(vocabulary, mesh)
   shape = (batch_size(), CONFIG.value.seq_len)
   rows = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
   with jax.set_mesh(mesh):
-    steps = {name: compiled(case.phase, mesh) for name, case in cases.items()}
-    calls = {name: stepper(case.phase, steps[name], rows) for name, case in cases.items()}
+    steps = {name: compile_step(case.phase, mesh) for name, case in cases.items()}
+    calls = {name: step_call(case.phase, steps[name], rows) for name, case in cases.items()}
     for (name, rank), case in cases.items():
       if name == "switchlora":
-        calls["switching alone, first steps", rank] = switcher(case, 0)
-        calls["switching alone, last steps", rank] = switcher(case, case.config.steps)
+        calls["switching alone, first steps", rank] = switch_call(case, 0)
+        calls["switching alone, last steps", rank] = switch_call(case, case.config.steps)
     seconds = time_in_turns(calls, f"vocabulary {vocabulary}")
     work = {name: cost.operations(case.phase.step, case.phase.abstract, rows) for name, case in cases.items()}
   optimizer = {name: bytes_of(case.phase.abstract.opt_state) for name, case in cases.items()}
@@ -182,42 +190,42 @@ def benchmark(vocabulary: int) -> list[dict]:
   ]
 
 
-def memory(vocabulary: int) -> list[dict]:
-  """One row a program: bytes of its compiled step and, within its arguments, of its optimizer; ratios to full rank."""
+def benchmark_memory(vocabulary: int) -> list[dict]:
+  """One row per program: bytes of the compiled step and of the optimizer state in it, and ratios to full rank."""
   topology.without_gpus()
   mesh, compiler = topology.gpu_mesh("h100") or (make_mesh(jax.devices()[:1]), "XLA for this machine's CPU")
   results = []
-  for (name, rank), case in cases_of(vocabulary, mesh).items():
+  for (name, rank), case in make_cases(vocabulary, mesh).items():
     row = {"vocabulary": vocabulary, "program": name, "rank": rank, "dtype": case.config.dtype, "compiler": compiler}
-    row |= {"optimizer": bytes_of(case.phase.abstract.opt_state)} | cost.memory(compiled(case.phase, mesh))
+    row |= {"optimizer": bytes_of(case.phase.abstract.opt_state)} | cost.memory(compile_step(case.phase, mesh))
     full = results[0] if results else row
     results.append(row | {f"{key}_ratio": row[key] / full[key] for key in ("optimizer", "peak")})
   return results
 
 
-def table(rows: list[dict]) -> str:
+def benchmark_table(rows: list[dict]) -> str:
   """Rows as an aligned text table."""
-  shown = [list(rows[0])] + [[_cell(key, value) for key, value in row.items()] for row in rows]
+  shown = [list(rows[0])] + [[_format_cell(key, value) for key, value in row.items()] for row in rows]
   widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
   return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in shown)
 
 
-def _cell(key: str, value) -> str:
+def _format_cell(key: str, value) -> str:
   if key in ("optimizer", "arguments", "outputs", "shared", "temporaries", "peak"):
     return f"{value / 2**20:,.1f} MiB"
   return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def main():
-  """Measure, print, write."""
+  """Check the flags, measure, print, write."""
   cli.check_json(JSON.value)
-  measure = memory if MEMORY.value else benchmark
+  measure = benchmark_memory if MEMORY.value else benchmark
   config = CONFIG.value
   cli.set_precision(config)
   results = [row for vocabulary in VOCABULARIES.value or [config.model.vocab_size] for row in measure(vocabulary)]
   where = "compiled only" if MEMORY.value else f"one {jax.devices()[0].device_kind}"
-  print(f"layers: {config.model.num_layers}, tokens a step: {batch_size()} × {config.seq_len}, {where}")
-  print(table(results))
+  print(f"layers: {config.model.num_layers}, tokens per step: {batch_size()} × {config.seq_len}, {where}")
+  print(benchmark_table(results))
   if JSON.value:
     Path(JSON.value).write_text(json.dumps(results, indent=2) + "\n")
 

@@ -1,11 +1,11 @@
-"""The checkpoints of a run: their steps, sizes, and whether they are what was saved.
+"""List the checkpoints of a run with their steps, sizes and integrity.
 
 python -m experiments.checkpoints --run=runs/tiny
-python -m experiments.checkpoints --run=runs/tiny --cost    # what the checksums cost
+python -m experiments.checkpoints --run=runs/tiny --cost    # overhead of the checksums
 
-Every file is read and compared with its checksum; no device is used, and the run may be training meanwhile. Exits
-with 1 where a directory with the name of a step cannot be restored from. With --cost, the newest good state is
-restored, saved again some times in a folder of the run's directory that is removed, and timed.
+Reads every file and compares its checksum. Needs no device, and the run may be training at the same time. Exits with
+code 1 if a step directory cannot be restored. With --cost, the newest readable state is restored, saved repeatedly to
+a temporary folder in the run's directory, and timed.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs import manifest
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
-COST = flags.DEFINE_bool("cost", False, "save the newest good state again, and print which share the checksums take")
-SAVES = flags.DEFINE_integer("saves", 10, "how often --cost saves it", lower_bound=1)
+COST = flags.DEFINE_bool("cost", False, "time repeated saves of the newest readable state: overhead of the checksums")
+SAVES = flags.DEFINE_integer("saves", 10, "number of timed saves with --cost", lower_bound=1)
 
 
-class Row(NamedTuple):
-  """A line of the table: the name of a directory, its bytes, when it was saved, and what there is to say of it."""
+class CheckpointRow(NamedTuple):
+  """A line of the table: directory name, bytes, time of the save, and its integrity or the reason it is incomplete."""
 
   name: str
   size: int
@@ -36,37 +36,40 @@ class Row(NamedTuple):
 
 
 def main():
-  """Look at every directory, print the table, and say how many cannot be restored from; or what saves cost."""
-  checkpoints = find(RUN.value)
+  """Verify each directory and print the table; with --cost, print the overhead of the checksums instead."""
+  checkpoints = checkpoints_folder(RUN.value)
   if COST.value:
-    print(save_cost.report(checkpoints.parent, SAVES.value))
+    print(save_cost.cost_report(checkpoints.parent, SAVES.value))
     return
-  rows = [row for path in manifest.directories(checkpoints).values() if (row := examine(path))]
+  rows = [row for path in manifest.directories(checkpoints).values() if (row := verify_step(path))]
   bad = [row for row in rows if row.health != "good"]
   rows += [
-    Row(path.name, size(path), "", "being saved, or left by a run that was killed") for path in partial(checkpoints)
+    CheckpointRow(path.name, folder_size(path), "", "incomplete: a save in progress, or left by a killed run")
+    for path in partial_saves(checkpoints)
   ]
-  aside = sorted(checkpoints.parent.glob("damaged-*"))
-  rows += [Row(f"../{path.name}", size(path), "", "moved aside by the run, which does not need it") for path in aside]
+  rows += [
+    CheckpointRow(f"../{path.name}", folder_size(path), "", "moved aside by the run; not needed to continue")
+    for path in sorted(checkpoints.parent.glob("damaged-*"))
+  ]
   if not rows:
     raise UserError(f"the run in {checkpoints.parent} has saved no checkpoint yet; let it train longer")
-  print(table(rows))
+  print(checkpoint_table(rows))
   if bad:
-    print(f"\n{len(bad)} cannot be restored from; a run that continues passes over them to the newest good one")
+    print(f"\n{len(bad)} cannot be restored; the run continues from the newest good checkpoint")
     sys.exit(1)
 
 
-def find(run: str | None) -> Path:
-  """The directory with the checkpoints of a run."""
+def checkpoints_folder(run: str | None) -> Path:
+  """The directory with the checkpoints of the run that --run names."""
   if run is None:
-    raise UserError("--run is missing: give the directory of a run, say --run=runs/tiny")
+    raise UserError("--run is missing: give the directory of a run, for example --run=runs/tiny")
   directory = Path(run).expanduser()
   run_directory.check_is_run(f"--run={directory}", directory, "checkpoints")
   return directory / "checkpoints"
 
 
-def examine(path: Path) -> Row | None:
-  """The line of a step; None where the run has removed it meanwhile."""
+def verify_step(path: Path) -> CheckpointRow | None:
+  """The row of a step directory; None if the run has deleted it in the meantime."""
   saved = ""
   try:
     saved = manifest.read(path).saved
@@ -74,18 +77,18 @@ def examine(path: Path) -> Row | None:
     health = "good"
   except manifest.Damaged as error:
     health = str(error)
-  return Row(path.name, size(path), saved, health) if path.exists() else None
+  return CheckpointRow(path.name, folder_size(path), saved, health) if path.exists() else None
 
 
-def partial(checkpoints: Path) -> list[Path]:
-  """The directories among the checkpoints that do not have the name of a step."""
+def partial_saves(checkpoints: Path) -> list[Path]:
+  """The directories in `checkpoints` whose name is not that of a step."""
   return sorted(
     {path for path in checkpoints.iterdir() if path.is_dir()} - {*manifest.directories(checkpoints).values()}
   )
 
 
-def size(path: Path) -> int:
-  """Bytes of all files in a directory, of which any may vanish meanwhile."""
+def folder_size(path: Path) -> int:
+  """Total bytes of all files in a directory; files may disappear during the count."""
   total = 0
   for folder, _, names in os.walk(path):
     for name in names:
@@ -94,8 +97,8 @@ def size(path: Path) -> int:
   return total
 
 
-def table(rows: list[Row]) -> str:
-  """Columns side by side."""
+def checkpoint_table(rows: list[CheckpointRow]) -> str:
+  """The rows as aligned columns."""
   lines = [("step", "MiB", "saved", "health")]
   lines += [(row.name, f"{row.size / 2**20:,.2f}", row.saved, row.health) for row in rows]
   widths = [max(len(line[column]) for line in lines) for column in range(3)]

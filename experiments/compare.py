@@ -1,11 +1,11 @@
-"""Train methods side by side under equal tokens: same text, data order, steps, batch and evaluation.
+"""Train methods side by side with equal token budgets: same text, data order, steps, batch size and evaluation.
 
 python -m experiments.compare --workdir=runs/compare
 python -m experiments.compare --methods=full,lora,switchlora --ranks=16,8 --seeds=3 --workdir=runs/compare \
     --learning_rates=full:5e-4,1e-3,2e-3 --learning_rates=lora,switchlora:5e-3,1e-2,2e-2
 
-The learning rate is swept with the first seed; the other seeds run at the best one. The same command goes on
-where it was stopped. `table.md`, `results.json`, `curves.png` and `parameters.png` appear in the workdir.
+The first seed sweeps the learning rates; the other seeds use the best one. The same command continues a comparison
+that was stopped. Writes table.md, results.json, and curves and parameters as .png and .svg to --workdir.
 """
 
 import json
@@ -16,92 +16,86 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments.common import cli, grid, results, settings
+from experiments.common import cli, results, sweep
+from experiments.common.children import environment
+from experiments.common.sweep import BaseConfig, Variant
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, keys_for
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
 METHOD_NAMES = flags.DEFINE_list("methods", list(METHODS), f"methods to train, of {', '.join(METHODS)}")
-RANKS = flags.DEFINE_list("ranks", None, "ranks of the low-rank methods; by default the config's")
+RANKS = flags.DEFINE_list("ranks", None, "ranks of the low-rank methods; default: the config's")
 LEARNING_RATES = flags.DEFINE_multi_string(
   "learning_rates",
   [],
-  "RATE,RATE,… for every method, or METHOD,METHOD,…:RATE,RATE,… for some; by default a method's own",
+  "RATE,RATE,… for all methods, or METHOD,METHOD,…:RATE,RATE,… for some; repeatable; default: each method's own",
 )
-settings.define_flags(seeds=3)
-TIME = flags.DEFINE_bool("time", True, "measure the time of a training step of each method, after the runs")
+sweep.define_sweep_flags(seeds=3)
+TIME = flags.DEFINE_bool("time", True, "after the runs, measure the time per training step of each method")
 
 
-def arms(config) -> list[grid.Arm]:
-  """A line of the table for each method and rank."""
+def method_variants(config) -> list[Variant]:
+  """One variant per method and rank."""
   unknown = [name for name in METHOD_NAMES.value if name not in METHODS]
   if unknown or not METHOD_NAMES.value:
-    raise UserError(f"--methods has {', '.join(unknown) or 'none'}; they must be of {', '.join(METHODS)}")
+    raise UserError(f"--methods has {', '.join(unknown) or 'none'}; expected methods of {', '.join(METHODS)}")
   rates, found = learning_rates(), []
-  ranks = settings.numbers("ranks", RANKS.value, int) or [config.rank]
+  ranks = sweep.parse_numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
     keys = keys_for(config, method)
     if method == "full":
-      found.append(grid.Arm("full", keys, rates.get("full", ())))
+      found.append(Variant("full", keys, rates.get("full", ())))
       continue
     for rank in ranks:
-      found.append(grid.Arm(f"{method}, rank {rank}", keys | {"rank": rank}, rates.get(method, ())))
+      found.append(Variant(f"{method}, rank {rank}", keys | {"rank": rank}, rates.get(method, ())))
   return found
 
 
 def learning_rates() -> dict[str, tuple[float, ...]]:
-  """{method: the learning rates to choose from}; what is said of some methods goes before what is said of all."""
-  of_all, of_some = {}, {}
+  """{method: learning rates to sweep}; values for named methods take precedence over values for all methods."""
+  for_all, for_named = {}, {}
   for text in LEARNING_RATES.value:
     names, colon, rates = text.rpartition(":")
-    rates = tuple(settings.numbers("learning_rates", rates.split(","), float))
+    rates = tuple(sweep.parse_numbers("learning_rates", rates.split(","), float))
     if unknown := set(names.split(",") if colon else ()) - set(METHODS):
       raise UserError(f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected of {', '.join(METHODS)}")
-    (of_some if colon else of_all).update(dict.fromkeys(names.split(",") if colon else METHODS, rates))
-  return of_all | of_some
+    (for_named if colon else for_all).update(dict.fromkeys(names.split(",") if colon else METHODS, rates))
+  return for_all | for_named
 
 
-def step_times(base: settings.Base, workdir: Path) -> dict[str, float]:
-  """{label: time of a training step relative to full rank}, all methods in turns in one process of its own.
+def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
+  """{label: time per training step relative to full rank}, measured by experiments.benchmark in a child process.
 
-  GaLore's has its share of a refresh, and SwitchLoRA is timed at its first steps, where it is busiest. Empty
-  where that process fails, as it says: what was trained for hours is written nevertheless.
+  GaLore's time includes its share of a projector refresh. SwitchLoRA is timed at its first steps, where it switches
+  most. If the benchmark fails, its error is on stderr and the result is empty, so that the runs are still reported.
   """
   out = workdir / "step_time.json"
   keys = [f"--config.{key}={value}" for key, value in base.overrides.items()]
-  ranks = [f"--rank={rank}" for rank in settings.numbers("ranks", RANKS.value, int) or [base.config.rank]]
+  ranks = [f"--rank={rank}" for rank in sweep.parse_numbers("ranks", RANKS.value, int) or [base.config.rank]]
   refreshing = ["galore refreshing"] * ("galore" in METHOD_NAMES.value)
   methods = f"--methods={','.join(dict.fromkeys(['full', *METHOD_NAMES.value, *refreshing]))}"
-  command = [
-    sys.executable,
-    "-m",
-    "experiments.benchmark",
-    f"--config={base.file}",
-    *keys,
-    *ranks,
-    methods,
-    f"--json={out}",
-  ]
-  if code := subprocess.run(command, env=settings.environment(), stdout=subprocess.DEVNULL).returncode:
-    sys.stderr.write(f"no step times: the benchmark ended with exit code {code}, see above; all else is written\n")
+  benchmark = [sys.executable, "-m", "experiments.benchmark", f"--config={base.file}"]
+  command = [*benchmark, *keys, *ranks, methods, f"--json={out}"]
+  if code := subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL).returncode:
+    sys.stderr.write(f"no step times: the benchmark failed with exit code {code}, see above; all else is written\n")
     return {}
   ratios = {(row["program"], row["rank"]): row["time_ratio"] for row in json.loads(out.read_text())}
-  for (phase, rank), ratio in ratios.items():
-    if phase == "galore":
-      ratios[phase, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
+  for (program, rank), ratio in ratios.items():
+    if program == "galore":
+      ratios[program, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
   return {name if name == "full" else f"{name}, rank {rank}": ratio for (name, rank), ratio in ratios.items()}
 
 
 def main():
-  """Check, run, time, write."""
-  jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
-  base, options = settings.base_from_flags(), settings.options()
+  """Check the flags, run the sweep, time the steps, write the results."""
+  jax.config.update("jax_platforms", "cpu")  # this process only counts parameters; the runs use the devices
+  base, options = sweep.base_from_flags(), sweep.sweep_options()
   cli.set_precision(base.config)
-  lines = arms(base.config)
-  ran = grid.run_grid(base, lines, **options)
+  variants = method_variants(base.config)
+  trial_results = sweep.run_sweep(base, variants, **options)
   times = step_times(base, options["workdir"]) if TIME.value else None
-  results.conclude(lines, ran, options, f"{Path(base.file).stem}: methods compared", times)
+  results.conclude(variants, trial_results, options, f"{Path(base.file).stem}: comparison of methods", times)
 
 
 if __name__ == "__main__":

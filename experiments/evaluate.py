@@ -1,7 +1,9 @@
-"""Measure a trained run: loss, perplexity and bits per byte, on the rows that it validates on or on other text.
+"""Evaluate a trained run: loss, perplexity and bits per byte on its validation sequences or on other text.
 
 python -m experiments.evaluate --run=runs/tiny
 python -m experiments.evaluate --run=runs/tiny --checkpoint=500 --data='c4/*.json.gz' --json=c4.json
+
+Prints each number with its standard error. The results are bitwise those that the run logged, on any number of devices.
 """
 
 import json
@@ -25,21 +27,21 @@ from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training.evaluation import first, validate
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
-CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of a checkpoint; the newest that is not damaged by default")
+CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of a checkpoint; default: the newest undamaged one")
 DATA = flags.DEFINE_string(
   "data",
   None,
-  "a glob of plain text, JSON lines or Parquet, or a folder that experiments.prepare_data filled, of which the "
-  "validation rows are taken; by default the validation rows of the run",
+  "glob of plain text, JSON lines or Parquet files, or a folder written by experiments.prepare_data, whose validation "
+  "sequences are used; default: the run's own validation sequences",
 )
 TOKENS = flags.DEFINE_integer(
-  "tokens", None, "at most, but one row at least; by default the run's eval_tokens", lower_bound=1
+  "tokens", None, "maximum number of tokens, at least one sequence; default: the run's eval_tokens", lower_bound=1
 )
-JSON = flags.DEFINE_string("json", None, "write the numbers to this file as well")
+JSON = flags.DEFINE_string("json", None, "also write the results to this file")
 
 
-class Text(NamedTuple):
-  """What is evaluated: rows [n, seq_len], and what they are."""
+class EvalText(NamedTuple):
+  """The text to evaluate: token sequences `rows` [n, seq_len] and their origin."""
 
   name: str
   rows: packed.Rows
@@ -47,72 +49,72 @@ class Text(NamedTuple):
   fingerprint: str
 
 
-def check() -> SavedRun:
-  """The run that the flags name, where it can be evaluated."""
+def open_flagged_run() -> SavedRun:
+  """The run that --run names, after all flags are checked."""
   if RUN.value is None:
-    raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny")
+    raise UserError("--run is missing: give the directory of a trained run, for example --run=runs/tiny")
   cli.check_json(JSON.value)
   run = saved_run.open_run(Path(RUN.value).expanduser())
   if missing := sorted(flatten(get_config()).keys() - flatten(run.config).keys()):
     raise UserError(
-      f"the run in {run.directory} was made by other code: its config has no {', '.join(missing)}; "
-      f"evaluate it with the code of then (git revision {run.revision})"
+      f"the run in {run.directory} was made by another version of the code: its config has no {', '.join(missing)}; "
+      f"evaluate it with that version (git revision {run.revision})"
     )
   if CHECKPOINT.value is not None:
     run.check_step(CHECKPOINT.value, "--checkpoint")
   return run
 
 
-def text_of(run: SavedRun) -> Text:
-  """The rows that the flags name, made now if need be."""
+def select_text(run: SavedRun) -> EvalText:
+  """The sequences that the flags select, tokenised first if necessary."""
   if DATA.value is None:
-    text = own(run)
+    text = own_validation_text(run)
   elif (folder := Path(DATA.value).expanduser()).is_dir():
-    text = prepared(run, folder)
+    text = prepared_text(run, folder)
   else:
-    text = tokenized(run, DATA.value)
+    text = tokenized_text(run, DATA.value)
   return text._replace(rows=first(text.rows, TOKENS.value or run.config.eval_tokens))
 
 
-def own(run: SavedRun) -> Text:
-  """The validation rows of the run."""
+def own_validation_text(run: SavedRun) -> EvalText:
+  """The validation sequences of the run itself."""
   try:
     data = dataset.prepare(run.config)
   except UserError as error:
     raise UserError(f"the run's own validation rows: {error}; or evaluate other text with --data") from error
   if data.fingerprint != run.fingerprint:
     raise UserError(
-      f"the data are not those that the run in {run.directory} was trained on (fingerprint {data.fingerprint}, then "
-      f"{run.fingerprint}); restore the files, packages and code of then, or evaluate other text with --data"
+      f"the data changed since the run in {run.directory} (fingerprint {data.fingerprint}, was {run.fingerprint}); "
+      "restore its files, packages and code, or evaluate other text with --data"
     )
-  return Text("the run's own validation rows", data.valid, data.bytes_per_token, data.fingerprint)
+  return EvalText("the run's own validation rows", data.valid, data.bytes_per_token, data.fingerprint)
 
 
-def prepared(run: SavedRun, folder: Path) -> Text:
-  """The validation rows of a prepared folder: those on which a run on it validates."""
+def prepared_text(run: SavedRun, folder: Path) -> EvalText:
+  """The validation sequences of a folder written by experiments.prepare_data, as a run on this folder uses them."""
   manifest = packed.read_manifest(folder)
   if manifest is None:
     raise UserError(
-      f"--data (={DATA.value!r}) must be a glob of files or a folder that experiments.prepare_data has filled; this "
-      f"folder has no {packed.MANIFEST}; name its files, as in --data='{folder}/*', or prepare it to the end"
+      f"--data (={DATA.value!r}) must be a glob of files or a folder written by experiments.prepare_data; this "
+      f"folder has no {packed.MANIFEST}; give its files, as in --data='{folder}/*', or complete its preparation"
     )
   if manifest["tokenizer"] != packed.checksum(run.tokenizer):
     raise UserError(
-      f"--data (={DATA.value!r}) must be prepared with the tokenizer of the run; it has another; "
-      f"prepare the text with --tokenizer={run.tokenizer}, or name its files"
+      f"--data (={DATA.value!r}) must be prepared with the tokenizer of the run, but has another; "
+      f"prepare the text with --tokenizer={run.tokenizer}, or give its files"
     )
   if (found := manifest["request"]["seq_len"]) != run.config.seq_len:
     raise UserError(
-      f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens, as the run; it has rows of {found}; "
-      f"prepare the text with --seq_len={run.config.seq_len}, or name its files"
+      f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens like the run; it has rows of {found}; "
+      f"prepare the text with --seq_len={run.config.seq_len}, or give its files"
     )
   packed.verify(folder, manifest, progress=True)
   data = dataset.open_folder(folder, manifest, "prepared")
-  return Text(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
+  return EvalText(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
 
 
-def tokenized(run: SavedRun, pattern: str) -> Text:
-  """All the text of some files, packed into the run's cache with its tokenizer."""
+def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
+  """All text of the files that match a glob, tokenised with the run's tokenizer and packed into its cache."""
   files = tuple(map(corpus.File, corpus.files_of(pattern, "--data")))
   request = preparation.Request([file.origin() for file in files], str(run.tokenizer), run.config.seq_len)
   read = lambda: corpus.Corpus(files, None)
@@ -121,15 +123,15 @@ def tokenized(run: SavedRun, pattern: str) -> Text:
   packed.verify(folder, manifest, progress=True)
   found = manifest["train"]
   rows = packed.open_rows(folder, found)
-  return Text(pattern, rows, found["bytes"] / max(1, found["tokens"]), packed.fingerprint(manifest))
+  return EvalText(pattern, rows, found["bytes"] / max(1, found["tokens"]), packed.fingerprint(manifest))
 
 
-def measure(run: SavedRun, text: Text) -> dict:
-  """Everything that is said of a checkpoint and a text, as plain values."""
+def evaluate_text(run: SavedRun, text: EvalText) -> dict:
+  """Evaluate a checkpoint on a text; returns all results as plain JSON values."""
   config, devices = run.config, jax.device_count()
   mesh = make_mesh(fsdp=math.gcd(config.sharding.fsdp, devices))
   phase, state = saved_run.restore(run, CHECKPOINT.value, mesh)
-  # Each device takes as many rows at once as in training: the numbers are the same, to the bit, on any number of them.
+  # The number of sequences per device is that of training: results are bitwise equal on any number of devices.
   share = max(1, config.batch_size // (config.accumulation * run.devices))
   with jax.set_mesh(mesh):
     numbers = validate(phase, state, text.rows, share * devices, text.bytes_per_token)
@@ -139,10 +141,10 @@ def measure(run: SavedRun, text: Text) -> dict:
   return names | {"data": text.name, "fingerprint": text.fingerprint} | sizes | numbers
 
 
-def table(found: dict) -> str:
-  """The same to be read."""
+def evaluation_report(found: dict) -> str:
+  """The results of `evaluate_text` as lines of text."""
 
-  def shown(key: str, digits: int) -> str:
+  def with_error(key: str, digits: int) -> str:
     error = found[f"{key}_se"]
     return f"{found[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
@@ -151,20 +153,20 @@ def table(found: dict) -> str:
       f"run: {found['run']}, {found['method']}, step {found['step']:,}",
       f"data: {found['data']}, fingerprint {found['fingerprint']}",
       f"  {found['rows']:,} rows, {found['tokens']:,} tokens, about {found['bytes']:,} bytes of text",
-      f"loss: {shown('val_loss', 4)} nats per token",
-      f"perplexity: {shown('val_ppl', 2)}",
-      f"bits per byte: {shown('val_bpb', 4)}",
-      "± is one standard error over rows, as if these were independent",
+      f"loss: {with_error('val_loss', 4)} nats per token",
+      f"perplexity: {with_error('val_ppl', 2)}",
+      f"bits per byte: {with_error('val_bpb', 4)}",
+      "± is one standard error over rows, assuming independent rows",
     ]
   )
 
 
 def main():
-  """Check, read, measure, print, write."""
-  run = check()
+  """Check the flags, read the text, evaluate, print, write."""
+  run = open_flagged_run()
   cli.set_precision(run.config)
-  found = measure(run, text_of(run))
-  print(table(found))
+  found = evaluate_text(run, select_text(run))
+  print(evaluation_report(found))
   if JSON.value:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
     replace_text(Path(JSON.value), json.dumps(finite, indent=2) + "\n")

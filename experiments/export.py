@@ -1,10 +1,11 @@
-"""Write a run as a Hugging Face LLaMA folder: adapters merged into the weights, float32, compared before it is done.
+"""Export a run as a Hugging Face LLaMA folder with the adapters merged into the weights, in float32.
 
 python -m experiments.export --run=runs/tiny --out=exports/tiny
 
-The newest checkpoint is taken, of a run that is still training, too. `transformers` loads the folder, and so does
-`--config.warm_start_from=exports/tiny`. Adapters alone are never written: what they belong to is the base of this very
-checkpoint, into which SwitchLoRA moves vectors at every step.
+Exports the newest checkpoint, also of a run that is still training, and compares the logits of the export with those
+of the run before it is complete. The folder can be loaded with `transformers` and with
+`--config.warm_start_from=exports/tiny`. Adapters cannot be exported alone: they belong to the base weights of the same
+checkpoint, which SwitchLoRA changes at every switch.
 """
 
 from pathlib import Path
@@ -16,27 +17,27 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.interop import export
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
-OUT = flags.DEFINE_string("out", None, "folder to write; it must be new, empty or an earlier export")
+OUT = flags.DEFINE_string("out", None, "folder to write; must be new, empty or an earlier export")
 
 
-def describe(done: export.Exported) -> str:
-  """What was exported, how far from the run it is, and from the bare base."""
+def export_report(done: export.Exported) -> str:
+  """The origin of an export, its largest deviation from the run, and the norm of the adapters per kind of layer."""
   lines = [f"exported: {done.origin}", f"largest difference of logits from the run's own model: {done.difference:.1e}"]
   if done.adapters:
-    lines.append("merged is not the base: norm of the adapters' product, relative to the base's")
+    lines.append("the merged weights differ from the base weights; norm of B·A relative to that of the base:")
     lines += [f"  {kind:<5} {ratio:.3f}" for kind, ratio in done.adapters.items()]
   else:
-    lines.append("there are no adapters: merged is the base")
+    lines.append("the run has no adapters: the exported weights are its base weights")
   return "\n".join([*lines, *done.remarks])
 
 
 def main():
-  """Check, export, say what there is."""
+  """Check the flags, export, print the report."""
   for flag in (RUN, OUT):
     if flag.value is None:
       raise UserError(f"--{flag.name} is missing: python -m experiments.export --run=runs/tiny --out=exports/tiny")
   out = Path(OUT.value).expanduser()
-  print(describe(export.export(Path(RUN.value).expanduser(), out)))
+  print(export_report(export.export(Path(RUN.value).expanduser(), out)))
   print(f"saved in: {out} ({', '.join(sorted(path.name for path in out.iterdir()))})")
 
 

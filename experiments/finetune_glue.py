@@ -21,7 +21,7 @@ from typing import NamedTuple
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments.common import cli, glue_table, settings
+from experiments.common import cli, glue_table, sweep
 from experiments.common.results import at_edge
 from experiments.paper.items import ITEMS
 from switchlora_jax.data.tokenizer import load_tokenizer
@@ -195,7 +195,7 @@ def check() -> tuple[list[float], list[tuple[str, glue.Task, dict[str, glue.Rows
     raise UserError("--workdir is missing: give the directory for the results, say --workdir=runs/glue")
   if not TASK.value or not MODEL.value:
     raise UserError(f"--model and --task are needed: a run, say runs/tiny, and a task of {', '.join(glue.TASKS)}")
-  rates = settings.numbers("learning_rates", RATES.value, float)
+  rates = sweep.parse_numbers("learning_rates", RATES.value, float)
   if any(not rate > 0 for rate in rates):
     raise UserError(f"--learning_rates (={','.join(RATES.value)}) must be greater than 0")
   tasks = [(name, glue.task_named(name)) for name in dict.fromkeys(TASK.value)]

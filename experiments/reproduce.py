@@ -1,11 +1,12 @@
-"""Run a table or a figure of the paper and print its numbers beside ours.
+"""Run a table or a figure of the paper and print the paper's numbers beside ours.
 
 python -m experiments.reproduce --item=table2 --workdir=runs/table2             # minutes on a laptop
 python -m experiments.reproduce --item=table2 --scale=paper --workdir=runs/table2_paper \
     --set=data.path='c4/en/c4-train.*.json.gz' --set=data.eval_path='c4/en/c4-validation.*.json.gz' \
     --set=data.tokenizer=t5.model                                               # --dry_run: the commands, for a cluster
 
-What an item trains, and the paper's numbers, stand in experiments/paper/items.py.
+experiments/paper/items.py defines the runs of each item and holds the paper's numbers. Items that are trained write
+the same files as experiments.compare to --workdir.
 """
 
 import shlex
@@ -15,106 +16,112 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments.common import cli, grid, results, settings, spectra
+from experiments.common import cli, results, spectra, sweep
+from experiments.common.sweep import BaseConfig, Trial, TrialResult, Variant
 from experiments.paper import items, studies
 from switchlora_jax.errors import UserError, to_stderr
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.interop import saved_run
 
-ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(items.ITEMS)}")
+ITEM = flags.DEFINE_string("item", None, f"table or figure to reproduce, one of {', '.join(items.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
-SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: change a key of the config for every run; repeat for several")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of every run, and run nothing")
-settings.define_flags(seeds=1)
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: set a config key for all runs; repeatable")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of each run, and run nothing")
+sweep.define_sweep_flags(seeds=1)
 
 
-def changed_keys() -> dict:
-  """What --set says, with the types that the config has; it may not make a line another than it is called."""
-  config, keys = items.base(SCALE.value).config, {}
+def set_keys() -> dict:
+  """The keys of --set, with the types of the config.
+
+  Raises:
+    UserError: a key is unknown, or would contradict the labels of the lines.
+  """
+  config, keys = items.base_config(SCALE.value).config, {}
   for text in SET.value:
     key, equals, value = text.partition("=")
     if not equals:
-      raise UserError(f"--set={text} must be KEY=VALUE, say --set=data.path='c4/*.json.gz'")
-    keys[key] = settings.parse_value(config, key, value)
+      raise UserError(f"--set={text} must be KEY=VALUE, for example --set=data.path='c4/*.json.gz'")
+    keys[key] = sweep.parse_config_value(config, key, value)
   if fixed := sorted(keys.keys() & {"method", "rank", *items.SHAPE}):
-    raise UserError(f"--set={fixed[0]} would change what the lines are; for that use experiments.compare or .ablate")
+    raise UserError(f"--set={fixed[0]} would contradict the labels of the lines; use experiments.compare or .ablate")
   return keys
 
 
-def arms_of(item: items.Item, base: settings.Base, keys: dict) -> list[grid.Arm]:
-  """What is trained for an item; `keys`, from --set, go before what its lines set."""
+def item_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Variant]:
+  """The variants of an item; `keys`, from --set, take precedence over those of its lines."""
   if not item.study:
-    lines = [items.arm(line, SCALE.value) for line in item.lines]
-    arms = [arm._replace(overrides=arm.overrides | keys) for arm in lines]
-    if len({frozenset(arm.overrides.items()) for arm in arms}) < len(arms):
-      raise UserError(f"--set={','.join(keys)} makes two lines the same run; leave out what tells them apart")
-    return arms
+    lines = [items.line_variant(line, SCALE.value) for line in item.lines]
+    variants = [variant._replace(overrides=variant.overrides | keys) for variant in lines]
+    if len({frozenset(variant.overrides.items()) for variant in variants}) < len(variants):
+      raise UserError(f"--set={','.join(keys)} makes two lines identical; remove the key in which they differ")
+    return variants
   batch = {"batch_size": 128} if SCALE.value == "paper" else {}  # Appendix B
   rank = 128 if SCALE.value == "paper" else 16
   shared = items.size_keys("130M", SCALE.value) | batch | {"rank": rank} | keys
   config = base.config.copy_and_resolve_references()
-  settings.update(config, shared)
-  found = [arm for name in item.study.split(",") for arm in studies.arms(name, config)]
-  return [arm._replace(overrides=shared | arm.overrides) for arm in distinct(config, found)]
+  sweep.update_config(config, shared)
+  found = [variant for name in item.study.split(",") for variant in studies.study_variants(name, config)]
+  return [variant._replace(overrides=shared | variant.overrides) for variant in distinct_variants(config, found)]
 
 
-def distinct(config, arms: list[grid.Arm]) -> list[grid.Arm]:
-  """The arms without those that train what one before them trains: two studies share the config's own setting."""
+def distinct_variants(config, variants: list[Variant]) -> list[Variant]:
+  """The variants without duplicate configs: two studies share the config's own setting."""
   kept = {}
-  for arm in arms:
+  for variant in variants:
     changed = config.copy_and_resolve_references()
-    settings.update(changed, arm.overrides)
-    kept.setdefault(changed.to_json(), arm)
+    sweep.update_config(changed, variant.overrides)
+    kept.setdefault(changed.to_json(), variant)
   return list(kept.values())
 
 
 def missing_data(config) -> str | None:
-  """What to add to the command where its runs want a text and none is named; else None."""
+  """The sentence that names the missing flag if the runs need a text and none is given; else None."""
   if config.data.source == "docs" or config.data.path:
     return None
   return (
-    f"data.path is empty, and data.source (={config.data.source}) wants a text; add --set=data.path='c4/*.json.gz', or "
-    "--set=data.source=prepared --set=data.path=FOLDER, of experiments.prepare_data, if all lines have its seq_len"
+    f"data.path is empty, but data.source (={config.data.source}) needs a text; add --set=data.path='c4/*.json.gz', or "
+    "--set=data.source=prepared --set=data.path=FOLDER with a folder of experiments.prepare_data, if all lines have "
+    "its seq_len"
   )
 
 
-def dry_run(item: items.Item, base: settings.Base, arms: list[grid.Arm]):
-  """Print the command of every run, into the directory in which this command then finds it, and what is to follow."""
-  first = grid.sweep_cells(base, arms)
-  more = [grid.make_cell(base, arm, None, n) for n in range(1, flags.FLAGS.seeds) for arm in arms]
+def dry_run(item: items.Item, base: BaseConfig, variants: list[Variant]):
+  """Print the command of each run and of the fine-tuning; their directories are those of this command without it."""
+  first = sweep.first_seed_trials(base, variants)
+  more = [sweep.make_trial(base, variant, None, n) for n in range(1, flags.FLAGS.seeds) for variant in variants]
   workdir = Path(flags.FLAGS.workdir or f"runs/{ITEM.value}")
-  for cell in first + more:
-    print(shlex.join(grid.command(base, cell, workdir / "cells" / cell.name)))
+  for trial in first + more:
+    print(shlex.join(sweep.trial_command(base, trial, workdir / "cells" / trial.name)))
   if item.glue:
-    print(fine_tuning(first, workdir))
+    print(fine_tuning_command(first, workdir))
   if missing := missing_data(base.config):
-    to_stderr(f"these commands cannot run: {missing}")
+    to_stderr(f"these commands cannot run yet: {missing}")
 
 
-def fine_tuning(cells: list[grid.Cell], workdir: Path) -> str:
-  """The command that fine-tunes on GLUE what the cells have trained, on rows no longer than theirs."""
-  models = [f"--model={workdir / 'cells' / cell.name}" for cell in cells]
+def fine_tuning_command(trials: list[Trial], workdir: Path) -> str:
+  """The command that fine-tunes trained models on GLUE, with sequences no longer than in their training."""
+  models = [f"--model={workdir / 'cells' / trial.name}" for trial in trials]
   shared = {
     "task": ",".join(glue.TASKS),
     "data": glue.HUB,
-    "seq_len": min(512, *(cell.config.seq_len for cell in cells)),  # the paper's, at most
+    "seq_len": min(512, *(trial.config.seq_len for trial in trials)),  # 512: the paper's
     "workdir": workdir / "glue",
   }
   words = [f"--{flag}={value}" for flag, value in (shared | items.FINE_TUNING[SCALE.value]).items()]
   return shlex.join([sys.executable, "-m", "experiments.finetune_glue", *models, *words])
 
 
-def tell_glue(item: items.Item, ran: list[grid.Ran], workdir: Path):
-  """Print what the paper found on GLUE, and the command that fine-tunes the best run of each line."""
+def print_glue(item: items.Item, trial_results: list[TrialResult], workdir: Path):
+  """Print the paper's GLUE scores and the command that fine-tunes the best run of each line."""
   best = {}
-  for one in sorted(ran, key=lambda one: grid.read_loss(one, item.read_at)):
-    best.setdefault(one.cell.arm.label, one.cell)
+  for result in sorted(trial_results, key=lambda result: sweep.evaluation_loss(result, item.read_at)):
+    best.setdefault(result.trial.variant.label, result.trial)
   print(f"\nthe paper's, after fine-tuning:\n\n{results.markdown(item.paper)}")
-  print(f"to fine-tune ours:\n\n{fine_tuning([best[line.label] for line in item.lines], workdir)}")
+  print(f"to fine-tune ours:\n\n{fine_tuning_command([best[line.label] for line in item.lines], workdir)}")
 
 
-def tell(item: items.Item):
-  """Print an item that no training stands behind."""
+def print_facts(item: items.Item):
+  """Print an item that needs no training."""
   if item.facts:
     print(f"ours, from the configs:\n\n{results.markdown(item.facts())}")
   if item.paper:
@@ -124,31 +131,31 @@ def tell(item: items.Item):
 
 
 def main():
-  """Check, then print facts, or run and write."""
-  jax.config.update("jax_platforms", "cpu")  # this process only counts; the runs have the devices
+  """Check the flags, then print facts, or run a sweep and write its results."""
+  jax.config.update("jax_platforms", "cpu")  # this process only counts parameters; the runs use the devices
   if ITEM.value not in items.ITEMS:
-    found = "missing" if ITEM.value is None else f"{ITEM.value!r}, which there is not"
+    found = "missing" if ITEM.value is None else f"{ITEM.value!r}, which does not exist"
     raise UserError(f"--item is {found}; it must be one of {', '.join(items.ITEMS)}")
   item = items.ITEMS[ITEM.value]
   print(f"{ITEM.value}: {item.title}")
   if not item.lines and not item.study:
-    tell(item)
+    print_facts(item)
     return
-  keys = changed_keys()
-  base = items.base(SCALE.value, keys)
-  arms = arms_of(item, base, keys)
+  keys = set_keys()
+  base = items.base_config(SCALE.value, keys)
+  variants = item_variants(item, base, keys)
   if DRY_RUN.value:
-    dry_run(item, base, arms)
+    dry_run(item, base, variants)
     return
   if missing := missing_data(base.config):
     raise UserError(missing)
-  options = settings.options() | {"read_at": item.read_at}
-  ran = grid.run_grid(base, arms, **options)
-  results.conclude(arms, ran, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
+  options = sweep.sweep_options() | {"read_at": item.read_at}
+  trial_results = sweep.run_sweep(base, variants, **options)
+  results.conclude(variants, trial_results, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
   if item.glue:
-    tell_glue(item, ran, options["workdir"])
+    print_glue(item, trial_results, options["workdir"])
   if item.spectra:
-    spectra.conclude([saved_run.open_run(r.workdir) for r in ran], options["workdir"])
+    spectra.conclude([saved_run.open_run(result.workdir) for result in trial_results], options["workdir"])
 
 
 if __name__ == "__main__":

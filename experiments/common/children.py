@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 
-from experiments.common.settings import environment
+from experiments.common import cli
 from switchlora_jax.parallel.preemption import PARENT
 
 
@@ -55,3 +55,9 @@ def share_cores(pid: int, number: int, processes: int):
   if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(pid, cores[number::processes] or [cores[number % len(cores)]])
+
+
+def environment() -> dict[str, str]:
+  """The environment variables of this process, with `experiments` importable from any directory."""
+  path = os.pathsep.join(filter(None, [str(cli.ROOT), os.environ.get("PYTHONPATH")]))
+  return os.environ | {"PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""What a grid leaves behind: results.json, a Markdown table, and two pictures."""
+"""Output files of a sweep: results.json, a Markdown table and two figures."""
 
 import json
 import math
@@ -6,10 +6,19 @@ import statistics
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter
 
-from experiments.common.grid import Arm, Ran, best_of, evaluations, read_loss, warnings
+from experiments.common.figures import line_style, save_figure
+from experiments.common.sweep import (
+  TrialResult,
+  Variant,
+  best_learning_rate,
+  evaluation_loss,
+  evaluations,
+  method_warnings,
+)
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import switchlora
 from switchlora_jax.parallel.sharding import make_mesh
@@ -17,37 +26,38 @@ from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training.phases import build_phase
 from switchlora_jax.training.report import bytes_of, parameter_count
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter
-
-EDGE = "\n† the best learning rate lies at the edge of the sweep; a wider one may find a better\n"
+EDGE = "\n† best learning rate at the edge of the sweep; a wider sweep may find a better one\n"
 
 
-def collect(arms, ran: list[Ran], read_at: float, step_times: dict[str, float] | None = None) -> dict:
-  """Everything measured, as JSON: a row an arm, and every cell with its curve.
+def collect(variants, results: list[TrialResult], read_at: float, step_times: dict[str, float] | None = None) -> dict:
+  """All measurements of a sweep as JSON values: `arms`, one row per variant, and `cells`, one entry per trial.
 
   Args:
-    step_times: {label: time of a training step relative to full rank}, where it was measured.
+    read_at: fraction of a run's steps at which its validation loss is compared.
+    step_times: {label: time of a training step relative to full rank}, where measured.
   """
-  rows = [row(arm, [r for r in ran if r.cell.arm is arm], read_at, (step_times or {}).get(arm.label)) for arm in arms]
-  return {"read_at": read_at, "arms": rows, "cells": [cell(r, read_at) for r in ran]}
+  times = step_times or {}
+  rows = [
+    variant_row(variant, [r for r in results if r.trial.variant is variant], read_at, times.get(variant.label))
+    for variant in variants
+  ]
+  return {"read_at": read_at, "arms": rows, "cells": [trial_entry(r, read_at) for r in results]}
 
 
-def row(arm: Arm, ran: list[Ran], read_at: float, step_time: float | None) -> dict:
-  """One line of the table: an arm at its best learning rate."""
-  config = ran[0].cell.config
-  best, first_seed = best_of(arm, ran, read_at), ran[0].cell.seed
-  sweep = {r.cell.learning_rate: read_loss(r, read_at) for r in ran if r.cell.seed == first_seed}
-  losses = [read_loss(r, read_at) for r in ran if r.cell.learning_rate == best]
+def variant_row(variant: Variant, results: list[TrialResult], read_at: float, step_time: float | None) -> dict:
+  """One line of the table: a variant at its best learning rate."""
+  config = results[0].trial.config
+  best, first_seed = best_learning_rate(variant, results, read_at), results[0].trial.seed
+  sweep = {r.trial.learning_rate: evaluation_loss(r, read_at) for r in results if r.trial.seed == first_seed}
+  losses = [evaluation_loss(r, read_at) for r in results if r.trial.learning_rate == best]
   perplexities = [math.exp(loss) for loss in losses if math.isfinite(loss)]
   state = build_phase(config, make_mesh()).abstract
   return {
-    "label": arm.label,
-    "overrides": arm.overrides,
+    "label": variant.label,
+    "overrides": variant.overrides,
     "learning_rate": best,
     "at_edge_of_sweep": at_edge(best, sweep),
-    "sweep": {f"{rate:g}": finite(math.exp(min(loss, 700))) for rate, loss in sorted(sweep.items())},
+    "sweep": {f"{rate:g}": finite_or_none(math.exp(min(loss, 700))) for rate, loss in sorted(sweep.items())},
     "seeds": len(losses),
     "perplexities": perplexities,
     "mean": statistics.mean(perplexities) if perplexities else None,
@@ -55,63 +65,63 @@ def row(arm: Arm, ran: list[Ran], read_at: float, step_time: float | None) -> di
     "trainable_parameters": parameter_count(state.params),
     "optimizer_bytes": bytes_of(state.opt_state),
     "state_bytes": bytes_of((state.params, state.frozen, state.candidates, state.opt_state)),
-    "warnings": warnings(config),
+    "warnings": method_warnings(config),
     "candidates_cycled": switchlora.cycles(config) if config.method == "switchlora" else None,
     "step_time": step_time,
-    "paper": arm.paper,
+    "paper": variant.paper,
   }
 
 
-def cell(ran: Ran, read_at: float) -> dict:
-  """One run: what it was, how it ended, and its validation losses."""
-  rows = evaluations(ran.workdir)
+def trial_entry(result: TrialResult, read_at: float) -> dict:
+  """One trial: its settings, its outcome and its validation losses, [step, nats per token]."""
+  trial, rows = result.trial, evaluations(result.workdir)
   return {
-    "name": ran.cell.name,
-    "label": ran.cell.arm.label,
-    "learning_rate": ran.cell.learning_rate,
-    "seed": ran.cell.seed,
-    "failure": ran.failure,
-    "val_loss": finite(read_loss(ran, read_at)),
+    "name": trial.name,
+    "label": trial.variant.label,
+    "learning_rate": trial.learning_rate,
+    "seed": trial.seed,
+    "failure": result.failure,
+    "val_loss": finite_or_none(evaluation_loss(result, read_at)),
     "curve": [[row["step"], row["val_loss"]] for row in rows],
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if "learnt_rank" in row],
   }
 
 
-def finite(number: float) -> float | None:
-  """JSON has no infinity."""
+def finite_or_none(number: float) -> float | None:
+  """The number, or None for infinity, which JSON cannot hold."""
   return number if math.isfinite(number) and number < math.exp(700) else None
 
 
 COLUMNS = {
   "": lambda row: row["label"],
-  "validation perplexity": lambda row: perplexity(row),
-  "learning rate": lambda row: learning_rate(row),
+  "validation perplexity": lambda row: format_perplexity(row),
+  "learning rate": lambda row: format_learning_rate(row),
   "trainable parameters": lambda row: f"{row['trainable_parameters']:,}",
   "optimizer, MiB": lambda row: f"{row['optimizer_bytes'] / 2**20:,.2f}",
   "all state, MiB": lambda row: f"{row['state_bytes'] / 2**20:,.2f}",
-  "step time / full rank": lambda row: number(row["step_time"]),
-  "candidates cycled": lambda row: number(row["candidates_cycled"]),
-  "paper": lambda row: number(row["paper"]),
+  "step time / full rank": lambda row: format_number(row["step_time"]),
+  "candidates cycled": lambda row: format_number(row["candidates_cycled"]),
+  "paper": lambda row: format_number(row["paper"]),
 }
 
 
 def at_edge(rate: float | None, tried) -> bool:
-  """Whether the best learning rate is the least or the greatest of several."""
+  """Whether the best learning rate is the smallest or the largest of several."""
   return len(tried) > 1 and rate in (min(tried), max(tried))
 
 
-def learning_rate(row: dict) -> str:
+def format_learning_rate(row: dict) -> str:
   """`0.02`, with a dagger at the edge of the sweep."""
   return f"{row['learning_rate']:g}{'†' * row['at_edge_of_sweep']}" if row["learning_rate"] else ""
 
 
-def number(value: float | None) -> str:
-  """Two digits, or nothing."""
+def format_number(value: float | None) -> str:
+  """Two decimals; empty for None."""
   return "" if value is None else f"{value:.2f}"
 
 
-def perplexity(row: dict) -> str:
-  """`38.01 ± 0.12 (3 seeds)`: mean, standard deviation and number of seeds; `(2 of 3 seeds)` where one has none."""
+def format_perplexity(row: dict) -> str:
+  """`38.01 ± 0.12 (3 seeds)`: mean, standard deviation, number of seeds; `(2 of 3 seeds)` if some diverged."""
   if row["mean"] is None:
     return "failed"
   good, seeds = len(row["perplexities"]), row["seeds"]
@@ -120,8 +130,8 @@ def perplexity(row: dict) -> str:
   return f"{row['mean']:.2f}{spread}{among}"
 
 
-def table(results: dict) -> str:
-  """The rows in Markdown, without the columns that are empty."""
+def results_table(results: dict) -> str:
+  """The rows as a Markdown table without empty columns, followed by notes and warnings."""
   filled = {name: show for name, show in COLUMNS.items() if any(show(row) for row in results["arms"])}
   text = markdown([{name: show(row) for name, show in filled.items()} for row in results["arms"]])
   if any(row["at_edge_of_sweep"] for row in results["arms"]):
@@ -131,66 +141,75 @@ def table(results: dict) -> str:
 
 
 def markdown(rows) -> str:
-  """Rows with the same keys as a Markdown table."""
+  """Dictionaries with the same keys as a Markdown table."""
   lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
   return "\n".join(lines + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]) + "\n"
 
 
-def conclude(arms, ran: list[Ran], options: dict, title: str, step_times: dict[str, float] | None = None):
-  """Write everything, print the table, and say what failed.
+def conclude(
+  variants, results: list[TrialResult], options: dict, title: str, step_times: dict[str, float] | None = None
+):
+  """Write all files, print the table and report failures.
 
+  Args:
+    options: the keyword arguments of `run_sweep`.
+    title: of the figures.
+    step_times: see `collect`.
   Raises:
-    UserError: some runs failed; after everything was written.
+    UserError: some trials failed. All files have been written.
   """
-  results, workdir = collect(arms, ran, options["read_at"], step_times), options["workdir"]
-  write(results, workdir, title)
-  print(f"\n{table(results)}\nwritten to {workdir}: table.md, results.json, curves.png, parameters.png; runs in cells/")
-  if failed := [r.cell.name for r in ran if r.failure]:
-    raise UserError(f"{len(failed)} of {len(ran)} runs failed: {', '.join(failed)}; the same command tries them again")
+  collected, workdir = collect(variants, results, options["read_at"], step_times), options["workdir"]
+  write_results(collected, workdir, title)
+  print(f"\n{results_table(collected)}\nwritten to {workdir}: table.md, results.json,", end=" ")
+  print("curves.png, parameters.png (and .svg); runs in cells/")
+  if failed := [r.trial.name for r in results if r.failure]:
+    count = f"{len(failed)} of {len(results)} runs failed"
+    raise UserError(f"{count}: {', '.join(failed)}; repeat the same command to run only these again")
 
 
-def write(results: dict, workdir: Path, title: str):
-  """Leave results.json, table.md, curves.png and parameters.png in `workdir`."""
+def write_results(results: dict, workdir: Path, title: str):
+  """Write results.json, table.md, curves and parameters (each as .png and .svg) to `workdir`."""
   replace_text(workdir / "results.json", json.dumps(results, indent=1) + "\n")
-  replace_text(workdir / "table.md", table(results))
-  title = textwrap.fill(title, 84)  # characters above a picture
+  replace_text(workdir / "table.md", results_table(results))
+  title = textwrap.fill(title, 84)  # characters that fit above a figure
   plot_curves(results, workdir / "curves.png", title)
   plot_parameters(results, workdir / "parameters.png", title)
 
 
 def plot_curves(results: dict, path: Path, title: str):
-  """Validation loss against the step, each arm at its best learning rate: mean, and the band of all seeds."""
+  """Validation loss over training steps, each variant at its best learning rate: mean and range over seeds."""
   figure, axes = plt.subplots(figsize=(9, 6))
-  for arm in results["arms"]:
-    chosen = [c for c in results["cells"] if c["label"] == arm["label"] and c["learning_rate"] == arm["learning_rate"]]
-    curves = [dict(c["curve"]) for c in chosen if not c["failure"]]
+  for number, row in enumerate(results["arms"]):
+    trials = [t for t in results["cells"] if (t["label"], t["learning_rate"]) == (row["label"], row["learning_rate"])]
+    curves = [dict(trial["curve"]) for trial in trials if not trial["failure"]]
     if not curves:
       continue
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]
     losses = np.array([[curve[step] for step in steps] for curve in curves], float)  # None becomes nan
-    (line,) = axes.plot(steps, losses.mean(0), marker=".", label=f"{arm['label']}, lr {arm['learning_rate']:g}")
-    axes.fill_between(steps, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-  axes.set(xlabel="step", ylabel="validation loss (nats per token)", title=title)
+    style, label = line_style(number), f"{row['label']}, learning rate {row['learning_rate']:g}"
+    axes.plot(steps, losses.mean(0), **style, markersize=5, label=label)
+    axes.fill_between(steps, losses.min(0), losses.max(0), color=style["color"], alpha=0.2, linewidth=0)
+  axes.set(xlabel="training step", ylabel="validation loss (nats per token)", title=title)
   finish(figure, axes, path)
 
 
 def plot_parameters(results: dict, path: Path, title: str):
-  """Perplexity against trainable parameters, with the standard deviation over seeds."""
+  """Perplexity over the number of trainable parameters, with the standard deviation over seeds."""
   figure, axes = plt.subplots(figsize=(9, 6))
-  for arm in results["arms"]:
-    if arm["mean"] is not None:
-      place = arm["trainable_parameters"], arm["mean"]
-      axes.errorbar(*place, yerr=arm["std"] or 0, fmt="o", capsize=3, label=arm["label"])
+  for number, row in enumerate(results["arms"]):
+    if row["mean"] is not None:
+      style = line_style(number) | {"linestyle": "none"}
+      point = row["trainable_parameters"], row["mean"]
+      axes.errorbar(*point, yerr=row["std"] or 0, **style, markersize=8, capsize=3, label=row["label"])
   axes.xaxis.set_major_formatter(EngFormatter())  # 1.2 M
-  axes.set(xlabel="trainable parameters", ylabel="validation perplexity", title=title)
+  axes.set(xlabel="number of trainable parameters", ylabel="validation perplexity", title=title)
   finish(figure, axes, path)
 
 
 def finish(figure, axes, path: Path):
-  """Grid, legend, file."""
+  """Add the grid and the legend, and write the figure."""
   axes.grid(alpha=0.3)
   if axes.get_legend_handles_labels()[0]:
     axes.legend(fontsize="small")
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""What it costs that a checkpoint can tell damage: the state of a run, saved again some times beside the clock."""
+"""Overhead of checkpoint checksums: saves the state of a run repeatedly and times each part."""
 
 import math
 import os
@@ -19,14 +19,14 @@ from switchlora_jax.runs.checksums import named_checksums
 from switchlora_jax.training.metrics import progress_bar
 
 
-class Save(NamedTuple):
-  """Seconds of one save and of what is done to tell damage.
+class SaveTimes(NamedTuple):
+  """Seconds of one save and of its corruption detection.
 
   Attributes:
-    whole: from its start until it has its name and the save before it is removed.
-    arrays: their checksums: a step waits for them before a save, and they are compared after a restore.
-    files: their checksums and the manifest, brought to the disk, at the end of a save.
-    verify: the same files read and compared, as before a restore; the disk is idle and they are still in memory then.
+    whole: from the start of the save until the checkpoint has its final name and the previous one is removed.
+    arrays: checksums of the arrays, computed before a save and compared after a restore.
+    files: checksums of the files and the manifest, flushed to disk, at the end of a save.
+    verify: reading and comparing the files, as before a restore, with an idle disk and the files in the page cache.
   """
 
   whole: float
@@ -35,64 +35,64 @@ class Save(NamedTuple):
   verify: float
 
 
-class Timed(Checkpoints):
-  """Checkpoints that know how long their last manifest took, in seconds: `spent`."""
+class TimedCheckpoints(Checkpoints):
+  """Checkpoints that record the time of the last manifest in `spent`, in seconds."""
 
   def finish(self):
-    """As there."""
-    self.spent = seconds(super().finish)
+    """Write the manifest of a save and time it."""
+    self.spent = elapsed_seconds(super().finish)
 
 
-def report(directory: Path, times: int) -> str:
-  """Save the newest good state of a run so many times more, in a folder of its directory that is removed; the text.
+def cost_report(directory: Path, times: int) -> str:
+  """Save the newest readable state of a run `times` times to a temporary folder in its directory, and report.
 
   Raises:
-    UserError: the directory is not that of a run, or nothing in it can be read back.
+    UserError: the directory is not that of a run, or has no readable checkpoint.
   """
   run = saved_run.open_run(directory)
   cli.set_precision(run.config)
   mesh = make_mesh(fsdp=math.gcd(run.config.sharding.fsdp, jax.device_count()))
   _, state = saved_run.restore(run, None, mesh, whole=True)
   with tempfile.TemporaryDirectory(prefix="cost-", dir=directory) as folder:
-    size, saves = measure(state, Path(folder) / "checkpoints", times)
+    size, saves = time_saves(state, Path(folder) / "checkpoints", times)
   devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
   head = f"step {int(state.step)}: {size / 2**20:,.2f} MiB ({size:,} bytes), saved {times} times on {devices}"
-  return f"{head}\n\n{table(saves)}"
+  return f"{head}\n\n{cost_table(saves)}"
 
 
-def measure(state, folder: Path, times: int) -> tuple[int, list[Save]]:
-  """(bytes of a checkpoint of `state`, what each save of it took); one more goes before, which compiles."""
+def time_saves(state, folder: Path, times: int) -> tuple[int, list[SaveTimes]]:
+  """(bytes of a checkpoint of `state`, the times of each save); a first, untimed save compiles the checksums."""
   saves = []
-  with Timed(folder, keep=1) as checkpoints, progress_bar(times, what="save", unit="save") as bar:
+  with TimedCheckpoints(folder, keep=1) as checkpoints, progress_bar(times, what="save", unit="save") as bar:
     for step in range(times + 1):
-      arrays = seconds(lambda: named_checksums(state))
-      whole = seconds(lambda step=step: (checkpoints.save(step, state), checkpoints.wait()))
-      os.sync()  # a restore comes with a new process, not while the disk still works on a save
-      verify = seconds(lambda step=step: manifest.verify(folder / str(step)))
-      saves.append(Save(whole, arrays, checkpoints.spent, verify))
+      arrays = elapsed_seconds(lambda: named_checksums(state))
+      whole = elapsed_seconds(lambda step=step: (checkpoints.save(step, state), checkpoints.wait()))
+      os.sync()  # a restore happens in a new process, when the disk has finished the save
+      verify = elapsed_seconds(lambda step=step: manifest.verify(folder / str(step)))
+      saves.append(SaveTimes(whole, arrays, checkpoints.spent, verify))
       bar.update(step > 0)
     return manifest.read(folder / str(times)).size, saves[1:]
 
 
-def seconds(action) -> float:
-  """How long a call takes."""
+def elapsed_seconds(action) -> float:
+  """The wall-clock time of a call."""
   began = time.perf_counter()
   action()
   return time.perf_counter() - began
 
 
-def table(saves: list[Save]) -> str:
-  """Median and range of a save in seconds, and of the others in per cent of it."""
+def cost_table(saves: list[SaveTimes]) -> str:
+  """Median, minimum and maximum: seconds per save, and each part of it in per cent."""
   parts = {
     "in a save: checksums of the arrays": lambda save: save.arrays,
     "in a save: checksums of the files, and the manifest": lambda save: save.files,
     "in a save: both": lambda save: save.arrays + save.files,
-    "before a restore: the files compared": lambda save: save.verify,
+    "before a restore: comparison of the files": lambda save: save.verify,
     "after a restore: checksums of the arrays": lambda save: save.arrays,
   }
-  rows = [("", "median", "least", "most")]
-  rows.append(("seconds of a save", *spread([save.whole for save in saves], "{:.3f} s")))
-  rows.append(("share of these seconds",))
+  rows = [("", "median", "min", "max")]
+  rows.append(("seconds per save", *spread([save.whole for save in saves], "{:.3f} s")))
+  rows.append(("relative to the save",))
   rows += [
     (f"  {name}", *spread([100 * of(save) / save.whole for save in saves], "{:.1f}%")) for name, of in parts.items()
   ]
@@ -101,5 +101,5 @@ def table(saves: list[Save]) -> str:
 
 
 def spread(numbers: list[float], style: str) -> list[str]:
-  """Median, least and greatest."""
+  """Median, minimum and maximum, formatted."""
   return [style.format(number) for number in (statistics.median(numbers), min(numbers), max(numbers))]

@@ -1,4 +1,4 @@
-"""Singular values of the weights of runs, and of what they have learnt, by kind of layer: table and pictures."""
+"""Singular values of trained weights W and of their change W − W₀, per kind of layer: a table and figures."""
 
 import json
 import logging
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from experiments.common import cli
+from experiments.common.figures import line_style, save_figure
 from experiments.common.results import markdown
 from switchlora_jax.analysis.ranks import KINDS, effective_ranks, ranks, singular_values
 from switchlora_jax.errors import UserError
@@ -23,62 +25,61 @@ from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training import metrics
 from switchlora_jax.training.phases import build_phases
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 log = logging.getLogger(__name__)
 
-NO_START = "it started from another run's weights (warm_start_from), so there is no W₀ to draw again"
+NO_START = "it started from another run's weights (warm_start_from), so W₀ cannot be recomputed from the seed"
+PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "attention output"}
+RANK_LINES = {"-": "effective rank", "--": "numerical rank"}
 
 
-def measure(run: SavedRun) -> dict[str, Any]:
-  """A run in numbers, as JSON.
+def measure_spectra(run: SavedRun) -> dict[str, Any]:
+  """The spectra of a run as JSON values.
 
   Returns:
-    run, method, rank: which it is; step: of its newest good checkpoint.
-    weights: {kind of layer: `described` singular values of its merged weights at that step}.
-    learnt: {step of a checkpoint: the same of W_t - W_0}; empty where W_0 cannot be drawn again.
-    learnt_rank: [step, mean effective rank] as recorded while it was trained.
+    run, method, rank: identify the run. step: that of its newest readable checkpoint.
+    weights: {kind of layer: `spectrum_entry` of its merged weights at that step}.
+    learnt: {step of a checkpoint: the same for W_t - W_0}; empty if W_0 cannot be recomputed.
+    learnt_rank: [step, mean effective rank] pairs recorded during training.
   """
   run, learnt = run.alone(), {}
-  config, start = run.config, first_kernels(run)
+  config, start = run.config, initial_kernels(run)
   for step, now in kernels_over_training(run):
     found = {kind: singular_values(now[kind]) for kind in KINDS}
     if start:
-      learnt[step] = {kind: learnt_since(start[kind], now[kind], found[kind]) for kind in KINDS}
+      learnt[step] = {kind: change_entry(start[kind], now[kind], found[kind]) for kind in KINDS}
   rows = metrics.read(run.directory / "metrics.jsonl")
   return {
     "run": run.directory.name,
     "method": config.method,
     "rank": None if config.method == "full" else config.rank,
     "step": step,
-    "weights": {kind: described(values) for kind, values in found.items()},
+    "weights": {kind: spectrum_entry(values) for kind, values in found.items()},
     "learnt": learnt,
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if row.get("learnt_rank") is not None],
   }
 
 
-def first_kernels(run: SavedRun) -> dict[str, np.ndarray] | None:
-  """`kernels` before step 0, drawn again; None where the run started from other weights."""
+def initial_kernels(run: SavedRun) -> dict[str, np.ndarray] | None:
+  """`merged_kernels` at step 0, recomputed from the seed; None if the run started from other weights."""
   with saved_run.keys_of(run), exactly(run.config.param_dtype):
     first = build_phases(run.config, one_device())[0]
-    return None if run.config.warm_start_from else kernels(first.create(), first.scale)
+    return None if run.config.warm_start_from else merged_kernels(first.create(), first.scale)
 
 
 def kernels_over_training(run: SavedRun) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-  """(step, `kernels`) of each checkpoint, the oldest first; without those that are damaged, or gone by now.
+  """Yield (step, `merged_kernels`) of each checkpoint, oldest first; skips damaged and deleted checkpoints.
 
   Raises:
-    UserError: none is left.
+    UserError: no checkpoint can be read.
   """
   failures = []
   for step in run.steps:
     try:
       with exactly(run.config.param_dtype):
         phase, state = saved_run.restore(run, step, one_device())
-        found = kernels(state, phase.scale)
+        found = merged_kernels(state, phase.scale)
     except UserError as error:
-      log.warning("step %d is left out: %s", step, error)
+      log.warning("step %d is skipped: %s", step, error)
       failures.append(error)
       continue
     yield step, found
@@ -91,25 +92,30 @@ def one_device():
   return make_mesh(jax.devices()[:1])
 
 
-def kernels(state, scale) -> dict[str, np.ndarray]:
-  """{kind: merged weights [layers, in, out]} of a train state, float32."""
+def merged_kernels(state, scale) -> dict[str, np.ndarray]:
+  """{kind of layer: merged weights [layers, in, out], float32} of a train state."""
   plain = jax.jit(lambda params, frozen: weights.merged(params, frozen, scale))(state.params, state.frozen)
   return {kind: np.asarray(plain["blocks"][kind]["kernel"], np.float32) for kind in KINDS}
 
 
-def described(values: np.ndarray) -> dict[str, list]:
-  """Singular values [layers, count] and their effective ranks, a layer each."""
+def spectrum_entry(values: np.ndarray) -> dict[str, list]:
+  """Singular values [layers, count] and effective ranks [layers], as JSON lists."""
   return {"singular_values": values.tolist(), "effective_rank": effective_ranks(values).tolist()}
 
 
-def learnt_since(start, now, values_now) -> dict[str, list]:
-  """W_t - W_0 of a kind of layer `described`, and its rank, a layer each; `values_now` are those of W_t."""
+def change_entry(start, now, values_now) -> dict[str, list]:
+  """`spectrum_entry` of W_t - W_0 for one kind of layer, and its numerical ranks [layers].
+
+  Args:
+    start, now: W_0 and W_t [layers, in, out].
+    values_now: singular values of W_t [layers, count], which scale the tolerance of the rank.
+  """
   values = singular_values(now - start)
-  return described(values) | {"rank": ranks(values, values_now[:, 0], max(now.shape[1:])).tolist()}
+  return spectrum_entry(values) | {"rank": ranks(values, values_now[:, 0], max(now.shape[1:])).tolist()}
 
 
-def table(runs: list[dict]) -> str:
-  """Ranks by kind of layer, the mean over layers, as Markdown."""
+def rank_table(runs: list[dict]) -> str:
+  """Ranks per kind of layer, averaged over layers, as a Markdown table."""
   rows = []
   for run in runs:
     learnt = run["learnt"].get(run["step"])
@@ -122,68 +128,76 @@ def table(runs: list[dict]) -> str:
 
 
 def conclude(found: list[SavedRun], out: Path) -> None:
-  """Measure runs, print the table, and leave ranks.json, weights.png and learnt.png in `out`.
+  """Measure runs, print the table and write ranks.json, weights and learnt (each as .png and .svg) to `out`.
 
   Raises:
-    UserError: that cannot be made.
+    UserError: `out` cannot be created.
   """
   cli.make_folder(out)
   runs = []
   with metrics.progress_bar(len(found), what="singular values", unit="run") as bar:
     for run in found:
-      runs.append(measure(run))
+      runs.append(measure_spectra(run))
       bar.update()
   replace_text(out / "ranks.json", json.dumps(runs, indent=1) + "\n")
   plot_weights(runs, out / "weights.png")
   with_start = [run for run in runs if run["learnt"]]
   if with_start:
     plot_learnt(with_start, out / "learnt.png")
-  print(f"\n{table(runs)}")
+  print(f"\n{rank_table(runs)}")
   for run in runs:
     if not run["learnt"]:
-      print(f"{run['run']}: what it has learnt is not measured: {NO_START}")
-  print(f"written to {out}: ranks.json, weights.png{', learnt.png' * bool(with_start)}")
+      print(f"{run['run']}: W − W₀ is not measured: {NO_START}")
+  print(f"written to {out}: ranks.json, weights.png{', learnt.png' * bool(with_start)} (and .svg)")
 
 
 def plot_weights(runs: list[dict], path: Path):
-  """Singular values of the weights, a panel each kind of layer."""
-  figure, last = panels([(run["run"], run["weights"]) for run in runs], "singular value of W")
+  """Singular values of the merged weights, one panel per kind of layer."""
+  figure, last = plot_panels([(run["run"], run["weights"]) for run in runs], "singular value of W")
   last.axis("off")
-  save(figure, path, "Merged weights: singular values, mean of the layers and their range")
+  finish(figure, path, "Singular values of the merged weights W: mean and range over layers")
 
 
 def plot_learnt(runs: list[dict], path: Path):
-  """Singular values of W_T - W_0, a panel each kind of layer; and its ranks over training, the mean of all layers."""
-  figure, last = panels([(run["run"], run["learnt"][run["step"]]) for run in runs], "singular value of W − W₀")
-  for run in runs:
+  """Singular values of W_T - W_0, one panel per kind of layer, and the ranks over training steps."""
+  lines = [(run["run"], run["learnt"][run["step"]]) for run in runs]
+  figure, last = plot_panels(lines, "singular value of W − W₀")
+  for number, run in enumerate(runs):
+    style = line_style(number)
     steps, recorded = zip(*run["learnt_rank"], strict=True) if run["learnt_rank"] else ((), ())
-    (line,) = last.plot(steps, recorded)
+    last.plot(steps, recorded, **style | {"linestyle": "-"}, markersize=4)
     means = [np.mean([kind["rank"] for kind in kinds.values()]) for kinds in run["learnt"].values()]
-    last.plot(list(run["learnt"]), means, "o--", color=line.get_color(), markersize=4)
-  last.set(xlabel="step", ylabel="mean of all layers", title="rank (dashed), effective rank")
+    last.plot(list(run["learnt"]), means, **style | {"linestyle": "--"}, markersize=6, fillstyle="none")
+  handles = [Line2D([], [], color="k", linestyle=line, label=label) for line, label in RANK_LINES.items()]
+  last.legend(handles=handles, fontsize="small")
+  last.set(xlabel="training step", ylabel="rank of W − W₀", title="mean over all linear layers")
   last.grid(alpha=0.3)
-  save(figure, path, "W − W₀, what was learnt: singular values, mean of the layers and their range")
+  finish(figure, path, "Singular values of W − W₀ at the last step: mean and range over layers")
 
 
-def panels(lines: list[tuple[str, dict]], ylabel: str):
-  """A figure of seven panels, and its eighth, still empty; `lines` are (label, {kind: singular values, …})."""
+def plot_panels(lines: list[tuple[str, dict]], ylabel: str):
+  """A figure with one panel of singular values per kind of layer; returns it and its eighth panel, still empty.
+
+  Args:
+    lines: (label, {kind of layer: `spectrum_entry`}).
+  """
   figure, axes = plt.subplots(2, 4, figsize=(16, 8), layout="constrained")
   for kind, panel in zip(KINDS, axes.flat[:-1], strict=True):
-    for label, found in lines:
-      values = np.array(found[kind]["singular_values"])
+    for number, (label, found) in enumerate(lines):
+      values, style = np.array(found[kind]["singular_values"]), line_style(number)
       index = np.arange(1, values.shape[1] + 1)
-      (line,) = panel.semilogy(index, values.mean(0), label=label)
-      panel.fill_between(index, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+      panel.semilogy(index, values.mean(0), **style, markersize=4, markevery=0.1, label=label)
+      panel.fill_between(index, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
     lowest, highest = panel.get_ylim()
-    panel.set_ylim(max(lowest, highest / 1e5), highest)  # below is rounding, and nothing to see
-    panel.set(xlabel="number of the singular value", ylabel=ylabel, title=kind)
+    panel.set_ylim(max(lowest, highest / 1e5), highest)  # smaller values are rounding errors
+    panel.set(xlabel="index of the singular value", ylabel=ylabel)
+    panel.set_title(f"{kind}: {PROJECTIONS.get(kind, f'MLP {kind}')} projection")
     panel.grid(alpha=0.3)
   return figure, axes.flat[-1]
 
 
-def save(figure, path: Path, title: str):
-  """Title, the runs below all panels, file."""
+def finish(figure, path: Path, title: str):
+  """Add the title and a legend of the runs below all panels, and write the figure."""
   figure.suptitle(title)
   figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The command that lists checkpoints: it tells the good from the others, beside a run that goes on."""
+"""The command that lists checkpoints, also of a run that is training."""
 
 import os
 import shutil
@@ -56,9 +56,9 @@ def test_whatever_cannot_be_restored_is_named(run, capsys):
   assert said["5"].endswith("  good") and said["15"].endswith("  good")
   assert said["10"].endswith("  state/data is not what was written")
   assert "the save did not end" in said["20"]
-  assert "being saved, or left by a run that was killed" in said["25.orbax-checkpoint-tmp"]
+  assert "incomplete: a save in progress, or left by a killed run" in said["25.orbax-checkpoint-tmp"]
   assert "moved aside" in said["../damaged-5-0"]
-  assert lines[-1].startswith("2 cannot be restored from")
+  assert lines[-1].startswith("2 cannot be restored;")
 
 
 def test_what_was_moved_aside_is_no_failure(run, capsys):

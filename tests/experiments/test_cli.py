@@ -1,4 +1,4 @@
-"""How a command ends when it fails. What flags and config files may hold: tests/faults/test_fuzz.py."""
+"""Exit codes and error sentences of commands. Invalid flags and config files: tests/faults/test_fuzz.py."""
 
 import jax
 import pytest
@@ -19,49 +19,49 @@ SENTENCES = {
   ),
   "no memory": (
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."),
-    "error: a device has not enough memory: RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.; see what fits with "
-    "experiments.plan",
+    "error: a device is out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.; experiments.plan "
+    "shows which settings fit",
   ),
 }
 
 
 @pytest.mark.parametrize("name", SENTENCES)
-def test_what_the_user_can_mend_is_a_sentence(capsys, name):
+def test_errors_that_a_user_can_fix_are_one_sentence(capsys, name):
   error, sentence = SENTENCES[name]
 
   def main():
     raise error
 
   with pytest.raises(SystemExit) as ended:
-    cli._guarded(main)
+    cli._exit_on_errors(main)
   assert ended.value.code == 2 and capsys.readouterr().err == f"{sentence}\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), jax.errors.JaxRuntimeError("INTERNAL: another")])
-def test_what_is_our_mistake_is_not(error):
+def test_bugs_keep_their_traceback(error):
   def main():
     raise error
 
   with pytest.raises(type(error)):
-    cli._guarded(main)
+    cli._exit_on_errors(main)
 
 
 @pytest.mark.parametrize(
   ("continues", "said"),
-  [(True, "stopped; the same command continues from what was saved, if anything was yet"), (False, "interrupted")],
+  [(True, "stopped; the same command continues from the last saved state, if any"), (False, "interrupted")],
 )
-def test_ctrl_c_promises_what_the_command_keeps(capsys, continues, said):
+def test_ctrl_c_mentions_continuation_only_if_the_command_continues(capsys, continues, said):
   def main():
     raise KeyboardInterrupt
 
   with pytest.raises(SystemExit) as ended:
-    cli._guarded(main, continues)
+    cli._exit_on_errors(main, continues)
   assert ended.value.code == 130 and capsys.readouterr().err == f"\n{said}\n"
 
 
-def test_json_must_be_a_file_that_can_be_written(tmp_path):
+def test_json_must_be_a_writable_file(tmp_path):
   cli.check_json(None)
   cli.check_json(str(tmp_path / "out.json"))
   for path in (tmp_path, tmp_path / "nowhere" / "out.json"):
-    with pytest.raises(UserError, match=r"--json \(='.*'\) must be a file in a directory that can be written"):
+    with pytest.raises(UserError, match=r"--json \(='.*'\) must be a file in a writable directory"):
       cli.check_json(str(path))

@@ -16,8 +16,8 @@ from grids import as_flags, command, curve, imported, tiny_base, write_run
 from paths import ROOT
 from tiny import ONE_DEVICE
 
-from experiments.common import grid, settings
-from experiments.common.grid import Arm
+from experiments.common import sweep
+from experiments.common.sweep import Variant
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import directory as run_directory
 
@@ -29,14 +29,14 @@ BROKEN = "lora-rank-4_lr=0.05_seed=0"
 
 
 def finished(workdir) -> set[str]:
-  """The cells that have been evaluated after their last step."""
+  """The trials that have been evaluated after their last step."""
   runs = (path.parent for path in workdir.glob("cells/*/metrics.jsonl"))
-  return {run.name for run in runs if any(row["step"] == 6 for row in grid.evaluations(run))}
+  return {run.name for run in runs if any(row["step"] == 6 for row in sweep.evaluations(run))}
 
 
-def ages(workdir, cells) -> dict[str, tuple[int, ...]]:
-  files = {cell: (f"{cell}.log", f"{cell}/metrics.jsonl", f"{cell}/config.json") for cell in cells}
-  return {cell: tuple((workdir / "cells" / name).stat().st_mtime_ns for name in files[cell]) for cell in cells}
+def ages(workdir, trials) -> dict[str, tuple[int, ...]]:
+  files = {trial: (f"{trial}.log", f"{trial}/metrics.jsonl", f"{trial}/config.json") for trial in trials}
+  return {trial: tuple((workdir / "cells" / name).stat().st_mtime_ns for name in files[trial]) for trial in trials}
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,14 @@ def test_a_comparison_that_was_killed_goes_on(story):
 
 def test_it_leaves_a_table_and_results(story):
   full, lora = story.first_results["arms"]
-  assert [arm["label"] for arm in (full, lora)] == ["full", "lora, rank 4"]
+  assert [variant["label"] for variant in (full, lora)] == ["full", "lora, rank 4"]
   assert len(full["perplexities"]) == len(lora["perplexities"]) == 2
   assert lora["learning_rate"] == min((1e-2, 2e-2), key=lambda rate: lora["sweep"][f"{rate:g}"])
   assert lora["at_edge_of_sweep"] and not full["at_edge_of_sweep"]
   assert story.first_results["read_at"] == 1.0 and len(story.first_results["cells"]) == 5
-  for cell in story.first_results["cells"]:
-    assert cell["failure"] is None and [step for step, _ in cell["curve"]] == [3, 6]
-    assert 0 < cell["val_loss"] < 2 * math.log(320)
+  for trial in story.first_results["cells"]:
+    assert trial["failure"] is None and [step for step, _ in trial["curve"]] == [3, 6]
+    assert 0 < trial["val_loss"] < 2 * math.log(320)
   assert story.first_table.count(" (2 seeds) |") == 2 and "step time" not in story.first_table
   assert story.first_table in story.again.stdout and f"written to {story.workdir}" in story.again.stdout
   for name in ("curves.png", "parameters.png"):
@@ -100,7 +100,7 @@ def test_methods_saw_the_same_data_and_budget(story):
 def test_a_run_that_fails_is_named_after_everything_was_written(story):
   done = story.failing
   assert done.returncode == 2 and "Traceback" not in done.stderr
-  assert f"error: 1 of 6 runs failed: {BROKEN}; the same command tries them again" in done.stderr
+  assert f"error: 1 of 6 runs failed: {BROKEN}; repeat the same command to run only these again" in done.stderr
   blocked = story.workdir / "cells" / BROKEN
   assert f"{BROKEN}: failed with exit code 2: error: --workdir={blocked} cannot be written" in done.stdout
   assert ages(story.workdir, story.all_ages) == story.all_ages
@@ -112,38 +112,38 @@ def test_a_run_that_fails_is_named_after_everything_was_written(story):
 
 @pytest.fixture
 def lora(story):
-  """A cell of the story, as a grid sees it."""
-  cell = grid.make_cell(story.base, Arm("lora, rank 4", {"method": "lora", "rank": 4}), 1e-2, 0)
-  return grid.Ran(cell, story.workdir / "cells" / cell.name, None)
+  """A trial of the story, as a grid sees it."""
+  trial = sweep.make_trial(story.base, Variant("lora, rank 4", {"method": "lora", "rank": 4}), 1e-2, 0)
+  return sweep.TrialResult(trial, story.workdir / "cells" / trial.name, None)
 
 
 def test_a_process_trains_what_the_cell_says(lora):
-  assert run_directory.read(lora.workdir)["config"] == lora.cell.config.to_dict()
-  assert [row["step"] for row in grid.evaluations(lora.workdir)] == [3, 6]
-  assert re.fullmatch(r"validation perplexity \d+\.\d\d", grid.summary(lora))
+  assert run_directory.read(lora.workdir)["config"] == lora.trial.config.to_dict()
+  assert [row["step"] for row in sweep.evaluations(lora.workdir)] == [3, 6]
+  assert re.fullmatch(r"validation perplexity \d+\.\d\d", sweep.trial_summary(lora))
 
 
 def test_a_process_that_finished_is_not_started_again(story, lora):
-  assert grid.run_cell(story.base, lora.cell, lora.workdir.parent, (0, 2), None) == lora
+  assert sweep.run_trial(story.base, lora.trial, lora.workdir.parent, (0, 2), None) == lora
 
 
 def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_finished(lora, tmp_path):
   shutil.copytree(lora.workdir, tmp_path / "run")
-  assert grid.finished(tmp_path / "run", lora.cell.config)
+  assert sweep.is_finished(tmp_path / "run", lora.trial.config)
   path = tmp_path / "run" / "metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True)
   assert "val_loss" in lines[-1] and json.loads(lines[-1])["step"] == 6
   path.write_text("".join(lines[:-1]))
-  assert not grid.finished(tmp_path / "run", lora.cell.config)
-  assert not grid.finished(tmp_path / "none", lora.cell.config)
+  assert not sweep.is_finished(tmp_path / "run", lora.trial.config)
+  assert not sweep.is_finished(tmp_path / "none", lora.trial.config)
 
 
 def test_a_run_made_for_a_test_looks_like_a_real_one(lora, tmp_path):
   """Other tests stand on `write_run`."""
-  write_run(tmp_path / "run", lora.cell.config, curve(lora.cell.config, 3.0))
+  write_run(tmp_path / "run", lora.trial.config, curve(lora.trial.config, 3.0))
   made, found = (run_directory.read(folder) for folder in (tmp_path / "run", lora.workdir))
   assert made.keys() == found.keys() and made["config"] == found["config"]
-  made, found = (grid.evaluations(folder) for folder in (tmp_path / "run", lora.workdir))
+  made, found = (sweep.evaluations(folder) for folder in (tmp_path / "run", lora.workdir))
   assert [row["step"] for row in made] == [row["step"] for row in found]
   assert made[0].keys() <= found[0].keys()
 
@@ -151,14 +151,14 @@ def test_a_run_made_for_a_test_looks_like_a_real_one(lora, tmp_path):
 def test_no_workdir_and_an_unknown_method_are_sentences():
   done = command("compare", "--methods=full,loar", "--workdir=nowhere")
   assert done.returncode == 2 and "Traceback" not in done.stderr
-  assert "error: --methods has loar; they must be of full, lora, switchlora, relora, galore" in done.stderr
+  assert "error: --methods has loar; expected methods of full, lora, switchlora, relora, galore" in done.stderr
   assert not (ROOT / "nowhere").exists()
   with imported("compare") as compare, pytest.raises(UserError, match=r"--workdir is missing.*--workdir=runs/grid"):
     compare.main()
 
 
 MISTAKES = {
-  "no methods": (["--methods="], "--methods has none; they must be of full"),
+  "no methods": (["--methods="], "--methods has none; expected methods of full"),
   "unknown method of rates": (
     ["--learning_rates=loar:1e-3"],
     r"--learning_rates=loar:1e-3 names loar; expected of full",
@@ -167,7 +167,7 @@ MISTAKES = {
   "no colon": (["--learning_rates=full,lora"], "--learning_rates must be a list of numbers .*full"),
   "nothing after the colon": (["--learning_rates=full:"], "--learning_rates must be a list of numbers"),
   "no rank": (["--ranks=8,x", "--methods=full"], "--ranks must be a list of numbers .*x"),
-  "twice": (["--methods=full,full"], "cells twice .full_lr=0.001_seed=0"),
+  "twice": (["--methods=full,full"], "duplicate runs .full_lr=0.001_seed=0"),
   "rank too large": (["--methods=switchlora", "--ranks=8,512"], r"rank \(=512\) leaves no spare vectors"),
 }
 
@@ -185,8 +185,8 @@ def test_mistakes_are_sentences_before_anything_is_run(tmp_path, name):
 
 def test_the_flags_of_a_grid(tmp_path):
   with imported("compare", "--workdir=~/grid", "--seeds=5", "--processes=3"):
-    options = settings.options()
-  assert options == {"workdir": grid.Path.home() / "grid", "seeds": 5, "processes": 3, "read_at": 1.0}
+    options = sweep.sweep_options()
+  assert options == {"workdir": sweep.Path.home() / "grid", "seeds": 5, "processes": 3, "read_at": 1.0}
 
 
 def test_a_line_for_each_method_and_rank():
@@ -197,22 +197,24 @@ def test_a_line_for_each_method_and_rank():
     "--learning_rates=lora,relora:0.5",
   ]
   with imported("compare", *flags) as compare:
-    assert compare.arms(compare.CONFIG.value) == [
-      Arm("full", {"method": "full"}, (1e-4, 1e-3)),
-      Arm("lora, rank 8", {"method": "lora", "rank": 8}, (0.5,)),
-      Arm("lora, rank 4", {"method": "lora", "rank": 4}, (0.5,)),
-      Arm("galore, rank 8", {"method": "galore", "rank": 8}, (1e-4, 1e-3)),
-      Arm("galore, rank 4", {"method": "galore", "rank": 4}, (1e-4, 1e-3)),
+    assert compare.method_variants(compare.CONFIG.value) == [
+      Variant("full", {"method": "full"}, (1e-4, 1e-3)),
+      Variant("lora, rank 8", {"method": "lora", "rank": 8}, (0.5,)),
+      Variant("lora, rank 4", {"method": "lora", "rank": 4}, (0.5,)),
+      Variant("galore, rank 8", {"method": "galore", "rank": 8}, (1e-4, 1e-3)),
+      Variant("galore, rank 4", {"method": "galore", "rank": 4}, (1e-4, 1e-3)),
     ]
 
 
 def test_a_method_is_not_asked_for_what_it_has_no_use_for():
   flags = ["--config.frozen_dtype=bfloat16", "--config.warm_start_steps=200", "--ranks=4"]
   with imported("compare", *flags) as compare:
-    arms = {arm.overrides["method"]: arm.overrides for arm in compare.arms(compare.CONFIG.value)}
-    base = settings.base_from_flags()
-    cells = {name: grid.make_cell(base, Arm(name, keys), None, 0).config for name, keys in arms.items()}
-  assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in cells.items()} == {
+    variants = {
+      variant.overrides["method"]: variant.overrides for variant in compare.method_variants(compare.CONFIG.value)
+    }
+    base = sweep.base_from_flags()
+    trials = {name: sweep.make_trial(base, Variant(name, keys), None, 0).config for name, keys in variants.items()}
+  assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in trials.items()} == {
     "full": ("float32", 0),
     "galore": ("float32", 200),
     **dict.fromkeys(("lora", "switchlora", "relora"), ("bfloat16", 200)),
@@ -221,12 +223,12 @@ def test_a_method_is_not_asked_for_what_it_has_no_use_for():
 
 def test_by_default_all_methods_at_the_configs_rank_and_their_own_rates():
   with imported("compare", "--config.rank=16") as compare:
-    found = compare.arms(compare.CONFIG.value)
-  assert [arm.label for arm in found] == [
+    found = compare.method_variants(compare.CONFIG.value)
+  assert [variant.label for variant in found] == [
     "full",
     *(f"{m}, rank 16" for m in ("lora", "switchlora", "relora", "galore")),
   ]
-  assert {arm.learning_rates for arm in found} == {()}
+  assert {variant.learning_rates for variant in found} == {()}
 
 
 ROWS = [
@@ -242,13 +244,13 @@ def test_step_times_have_the_labels_of_the_table(tmp_path, monkeypatch):
   def benchmark(words, **_):
     commands.append(words)
     (out,) = (word.removeprefix("--json=") for word in words if word.startswith("--json="))
-    grid.Path(out).write_text(json.dumps(ROWS))
+    sweep.Path(out).write_text(json.dumps(ROWS))
     return SimpleNamespace(returncode=0)
 
   with imported("compare", "--methods=lora,full", "--ranks=4,8") as compare:
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=benchmark, DEVNULL=None))
     times = compare.step_times(base, tmp_path)
-    assert {*times} == {arm.label for arm in compare.arms(base.config)}
+    assert {*times} == {variant.label for variant in compare.method_variants(base.config)}
   assert times == {"full": 1.0, "lora, rank 4": 0.5, "lora, rank 8": 0.75}
   assert commands[0][:4] == [sys.executable, "-m", "experiments.benchmark", f"--config={base.file}"]
   assert {"--config.model.hidden_size=16", "--rank=4", "--rank=8", "--methods=full,lora"} < {*commands[0]}
@@ -274,4 +276,4 @@ def test_a_benchmark_that_fails_does_not_lose_the_runs(tmp_path, monkeypatch, ca
     failed = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=137), DEVNULL=None)
     monkeypatch.setattr(compare, "subprocess", failed)
     assert compare.step_times(tiny_base(tmp_path), tmp_path) == {}
-  assert "no step times: the benchmark ended with exit code 137" in capsys.readouterr().err
+  assert "no step times: the benchmark failed with exit code 137" in capsys.readouterr().err

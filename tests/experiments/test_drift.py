@@ -63,7 +63,7 @@ def test_the_command_leaves_numbers_and_a_picture(tmp_path):
   [
     ([], "--workdir is missing"),
     (["--workdir=x", "--switches=7"], r"--switches \(=7\) must be at least 8"),
-    (["--workdir=/dev/null/x"], "the folder /dev/null/x cannot be made"),
+    (["--workdir=/dev/null/x"], "cannot create the folder /dev/null/x"),
     (["--workdir=x", "--size=32"], r"--size \(=32\) more than --rank \(=32\)"),
   ],
 )

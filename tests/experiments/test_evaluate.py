@@ -229,7 +229,7 @@ def test_a_config_of_other_code_is_refused(trained, tmp_path):
   saved = run_directory.read(run)
   del saved["config"]["data"]["epochs"]
   (run / "config.json").write_text(json.dumps(saved | {"git_revision": "abc"}))
-  fails(r"its config has no data.epochs; evaluate it with the code of then \(git revision abc\)", f"--run={run}")
+  fails(r"its config has no data.epochs; evaluate it with that version \(git revision abc\)", f"--run={run}")
 
 
 def test_a_damaged_step_that_is_named_is_not_replaced_by_another(trained, tmp_path, caplog):
@@ -247,7 +247,7 @@ def test_data_that_are_not_those_of_then_are_refused(trained, tmp_path):
   run = copy_of(trained("switchlora"), tmp_path)
   saved = run_directory.read(run)
   (run / "config.json").write_text(json.dumps(saved | {"data_fingerprint": "0" * 16}))
-  fails("the data are not those .* then 0000000000000000.*or evaluate other text with --data", f"--run={run}")
+  fails("the data changed since the run .* was 0000000000000000.*or evaluate other text with --data", f"--run={run}")
 
 
 def test_text_that_is_gone_is_a_sentence(trained, tmp_path):
@@ -271,7 +271,7 @@ def test_data_that_cannot_be_evaluated_are_refused(trained, prepared, tmp_path):
     f"{tmp_path}/short.txt": "must hold at least one row of 16 tokens",
     f"{tmp_path}/bad.json": "bad.json, line 1: expected a JSON object",
     other: r"must be prepared with the tokenizer of the run.*--tokenizer=.*tokenizer.model",
-    longer: r"must have rows of 16 tokens, as the run; it has rows of 32",
+    longer: r"must have rows of 16 tokens like the run; it has rows of 32",
   }
   for data, sentence in sentences.items():
     fails(sentence, f"--run={run}", f"--data={data}")
@@ -287,7 +287,7 @@ def test_prepared_rows_that_have_changed_are_refused(trained, prepared):
 
 def test_a_file_that_cannot_be_written_is_refused_first(trained, tmp_path):
   for file in (f"{tmp_path}/none/a.json", tmp_path):
-    fails(r"--json \(=.*in a directory that can be written", f"--run={trained('switchlora')}", f"--json={file}")
+    fails(r"--json \(=.*in a writable directory", f"--run={trained('switchlora')}", f"--json={file}")
 
 
 def test_numbers_that_are_not_finite_are_printed_and_null_in_json(trained, tmp_path, monkeypatch, capsys):

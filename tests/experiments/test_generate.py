@@ -106,11 +106,11 @@ def test_a_process_writes_the_text_and_says_what_the_model_is(run):
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    ([], "--run or --model must be given, one of them; neither is"),
-    (["--run=a", "--model=b"], "one of them; both are"),
+    ([], "expected exactly one of --run and --model, found neither"),
+    (["--run=a", "--model=b"], "one of --run and --model, found both"),
     (["--run={run}"], "--prompt is missing or empty"),
     (["--run={run}", "--prompt="], "--prompt is missing or empty"),
-    (["--run={run}", "--prompt=a\udcff"], "--prompt must be text in UTF-8"),
+    (["--run={run}", "--prompt=a\udcff"], "--prompt must be valid UTF-8"),
     (["--run={run}", "--prompt=a", "--temperature=-1"], r"temperature \(=-1\)"),
     (["--run={run}", "--prompt=a", "--top_k=-1"], r"top_k \(=-1\)"),
     (["--run={run}", "--prompt=a", "--top_p=2"], r"top_p \(=2\)"),
@@ -119,8 +119,8 @@ def test_a_process_writes_the_text_and_says_what_the_model_is(run):
       ["--run={run}", "--prompt=a", f"--max_new_tokens={ROW}"],
       rf"at most {ROW} tokens.*try --max_new_tokens={ROW - 1}",
     ),
-    (["--run={run}", f"--prompt={'9' * ROW}"], rf"found {ROW} tokens and 1 new one; try a shorter prompt"),
-    (["--run={run}", f"--prompt={'9' * 999}", "--max_new_tokens=4"], "found 999 tokens and 4 new ones; try a shorter"),
+    (["--run={run}", f"--prompt={'9' * ROW}"], rf"found {ROW} \+ 1; try a shorter prompt"),
+    (["--run={run}", f"--prompt={'9' * 999}", "--max_new_tokens=4"], r"found 999 \+ 4; try a shorter"),
   ],
 )
 def test_mistakes_are_sentences(run, flags, sentence):
@@ -147,8 +147,8 @@ def test_characters_that_the_tokenizer_does_not_know_are_named(tmp_path):
   )
   tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "small.model"))
   with imported("generate") as module:
-    assert module.encode(tokenizer, "some text") == tokenizer.encode("some text")
-    with pytest.raises(UserError, match="characters that the tokenizer does not know: '☃' 'QQ'; leave them out"):
-      module.encode(tokenizer, "some ☃ words QQ")
-    with pytest.raises(UserError, match=r"--prompt \(='  '\) has nothing that the tokenizer takes for text"):
-      module.encode(tokenizer, "  ")
+    assert module.encode_prompt(tokenizer, "some text") == tokenizer.encode("some text")
+    with pytest.raises(UserError, match="characters outside the tokenizer's vocabulary: '☃' 'QQ'; remove them"):
+      module.encode_prompt(tokenizer, "some ☃ words QQ")
+    with pytest.raises(UserError, match=r"--prompt \(='  '\) has no tokens"):
+      module.encode_prompt(tokenizer, "  ")

@@ -35,7 +35,7 @@ def test_what_was_found_at_the_edge_of_a_sweep_is_marked():
   inside, edge = row("a", "RTE", found(0.6), found(0.6)), row("b", "RTE", found(0.7), found(0.7), at_edge=True)
   text = tables([inside, edge])
   assert text.count("| a | 60.00 |") == text.count("| b | 70.00† |") == 2
-  assert "† the best learning rate lies at the edge of the sweep" in text
+  assert "† best learning rate at the edge of the sweep" in text
 
 
 def test_what_diverged_with_all_seeds_has_no_mean():

@@ -3,7 +3,7 @@
 import pytest
 from grids import imported
 
-from experiments.common import grid
+from experiments.common import sweep
 from experiments.paper import items
 from experiments.paper.items import ITEMS, SCALES
 from switchlora_jax.training.phases import full_rank_config
@@ -58,11 +58,11 @@ TRAINED = (
 def configs(name: str, scale: str) -> dict:
   """{label: resolved config} of what is trained for an item; each a Mapping of flat and nested keys."""
   with imported("reproduce", f"--item={name}", f"--scale={scale}") as reproduce:
-    base = items.base(scale)
-    cells = grid.sweep_cells(base, reproduce.arms_of(ITEMS[name], base, {}))
-  for cell in cells:
-    grid.read_step(cell.config, ITEMS[name].read_at)
-  return {cell.arm.label: cell.config for cell in cells}
+    base = items.base_config(scale)
+    trials = sweep.first_seed_trials(base, reproduce.item_variants(ITEMS[name], base, {}))
+  for trial in trials:
+    sweep.evaluation_step(trial.config, ITEMS[name].read_at)
+  return {trial.variant.label: trial.config for trial in trials}
 
 
 def numbers(name: str) -> dict:
@@ -155,7 +155,7 @@ PERPLEXITIES = ["table2", "table3", "table6", "table7"]
 @pytest.mark.parametrize("name", PERPLEXITIES)
 def test_perplexity_is_read_at_step_38_000_of_40_000(name):
   for config in configs(name, "paper").values():
-    assert config.steps == 40_000 and grid.read_step(config, ITEMS[name].read_at) == 38_000
+    assert config.steps == 40_000 and sweep.evaluation_step(config, ITEMS[name].read_at) == 38_000
   assert {ITEMS[other].read_at for other in TRAINED if other not in PERPLEXITIES} == {1.0}
 
 
@@ -211,7 +211,7 @@ def test_all_lines_of_figure_4_share_their_full_rank_steps(scale, steps, warmup)
 
 
 def test_figure_4_says_where_its_warm_start_is_not_the_authors():
-  assert "clocks go on" in ITEMS["figure4"].title and "warm_start_from" in ITEMS["figure4"].title
+  assert "continuing schedules" in ITEMS["figure4"].title and "warm_start_from" in ITEMS["figure4"].title
 
 
 def test_figure_4_keeps_its_proportions_at_our_scale():

@@ -8,7 +8,7 @@ import pytest
 from grids import command, fake_runs, imported
 from tiny import saved_run
 
-from experiments.common import children, grid
+from experiments.common import children, sweep
 from experiments.paper import items
 from switchlora_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def planned(capsys, *flags) -> list[dict[str, str]]:
   return [dict(word.split("=", 1) for word in line[3:]) for line in words]
 
 
-@pytest.mark.parametrize(("flags", "found"), [([], "missing"), (["--item=table12"], "'table12', which there is not")])
+@pytest.mark.parametrize(("flags", "found"), [([], "missing"), (["--item=table12"], "'table12', which does not exist")])
 def test_an_unknown_item_says_which_there_are(flags, found):
   with imported("reproduce", *flags) as reproduce, pytest.raises(UserError) as caught:
     reproduce.main()
@@ -39,7 +39,7 @@ def test_an_unknown_item_says_which_there_are(flags, found):
 def test_a_mistake_ends_the_command_with_a_sentence():
   done = command("reproduce", "--item=table2", "--set=rank")
   assert done.returncode == 2 and "Traceback" not in done.stderr
-  assert "error: --set=rank must be KEY=VALUE, say --set=data.path=" in done.stderr
+  assert "error: --set=rank must be KEY=VALUE, for example --set=data.path=" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_facts_are_printed_beside_the_papers(capsys, item, row):
 def test_what_is_used_as_the_paper_has_it_says_by_what(capsys, item, row):
   text = said(capsys, f"--item={item}")
   assert row in text and "the paper's" in text
-  assert "\nours are the same: experiments.finetune_glue takes them by default for models nearer to " in text
+  assert "\nours are the same: experiments.finetune_glue uses them by default for models nearer to " in text
 
 
 def fine_tuning(line: str) -> SimpleNamespace:
@@ -128,12 +128,12 @@ def test_where_there_is_a_text_a_dry_run_asks_for_none(capsys, flags):
 
 @pytest.mark.parametrize("scale", items.SCALES)
 def test_a_dry_run_prints_a_command_for_every_cell_and_runs_nothing(capsys, monkeypatch, tmp_path, scale):
-  monkeypatch.setattr(grid, "run_grid", None)
+  monkeypatch.setattr(sweep, "run_sweep", None)
   monkeypatch.setattr(children, "subprocess", None)
   monkeypatch.chdir(tmp_path)
-  cells = planned(capsys, "--item=table2", f"--scale={scale}")
-  assert len({cell["--workdir"] for cell in cells}) == len(cells) == len(items.ITEMS["table2"].lines)
-  first = cells[0]
+  trials = planned(capsys, "--item=table2", f"--scale={scale}")
+  assert len({trial["--workdir"] for trial in trials}) == len(trials) == len(items.ITEMS["table2"].lines)
+  first = trials[0]
   assert first["--config"].endswith("/configs/llama_tiny.py" if scale == "mini" else "/configs/llama_350m.py")
   assert (first["--config.method"], first["--config.seed"]) == ("full", "0")
   assert first["--workdir"] == "runs/table2/cells/130M-full_lr=0.001_seed=0"
@@ -143,13 +143,13 @@ def test_a_dry_run_prints_a_command_for_every_cell_and_runs_nothing(capsys, monk
 def test_the_commands_fill_the_directory_in_which_the_results_are_looked_for(capsys, tmp_path):
   """Run them anywhere, then give the same --workdir without --dry_run."""
   flags = ["--item=figure9", "--seeds=2", f"--workdir={tmp_path}"]
-  cells = planned(capsys, *flags)
-  assert sorted(cell["--config.seed"] for cell in cells) == ["0", "0", "1", "1"]
+  trials = planned(capsys, *flags)
+  assert sorted(trial["--config.seed"] for trial in trials) == ["0", "0", "1", "1"]
   with imported("reproduce", *flags) as reproduce:
-    base = items.base("mini")
-    arms = reproduce.arms_of(items.ITEMS["figure9"], base, {})
-  wanted = [grid.make_cell(base, arm, None, seed) for seed in (0, 1) for arm in arms]
-  assert [cell["--workdir"] for cell in cells] == [str(tmp_path / "cells" / cell.name) for cell in wanted]
+    base = items.base_config("mini")
+    variants = reproduce.item_variants(items.ITEMS["figure9"], base, {})
+  wanted = [sweep.make_trial(base, variant, None, seed) for seed in (0, 1) for variant in variants]
+  assert [trial["--workdir"] for trial in trials] == [str(tmp_path / "cells" / trial.name) for trial in wanted]
 
 
 def test_set_changes_every_line(capsys):
@@ -161,36 +161,38 @@ def test_set_changes_every_line(capsys):
     "--set=switch.reset=false",
   ]
   for item in ("table2", "table5", "figure6"):  # of which Table 5 sets the steps itself
-    cells = planned(capsys, f"--item={item}", *flags)
-    for cell in cells:
-      found = [cell[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "switch.reset")]
+    trials = planned(capsys, f"--item={item}", *flags)
+    for trial in trials:
+      found = [
+        trial[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "switch.reset")
+      ]
       assert found == ["300", "30", "a b/*", "text", "False"]
-  cells = planned(capsys, "--item=table2", "--scale=paper", "--set=accumulation=3", "--set=batch_size=24")
-  assert {(cell["--config.accumulation"], cell["--config.batch_size"]) for cell in cells} == {("3", "24")}
+  trials = planned(capsys, "--item=table2", "--scale=paper", "--set=accumulation=3", "--set=batch_size=24")
+  assert {(trial["--config.accumulation"], trial["--config.batch_size"]) for trial in trials} == {("3", "24")}
 
 
 def test_set_moves_the_middle_of_an_ablation(capsys):
-  cells = planned(capsys, "--item=figure7", "--set=switch.interval=12", "--set=batch_size=16")
-  assert {cell["--config.switch.interval"] for cell in cells} == {"12", "24", "48"}
-  assert {cell["--config.batch_size"] for cell in cells} == {"16"}
-  cells = planned(capsys, "--item=figure9", "--scale=paper")
-  assert {cell["--config.batch_size"] for cell in cells} == {"128"}
-  cells = planned(capsys, "--item=figure9", "--scale=paper", "--set=batch_size=64")
-  assert {cell["--config.batch_size"] for cell in cells} == {"64"}
+  trials = planned(capsys, "--item=figure7", "--set=switch.interval=12", "--set=batch_size=16")
+  assert {trial["--config.switch.interval"] for trial in trials} == {"12", "24", "48"}
+  assert {trial["--config.batch_size"] for trial in trials} == {"16"}
+  trials = planned(capsys, "--item=figure9", "--scale=paper")
+  assert {trial["--config.batch_size"] for trial in trials} == {"128"}
+  trials = planned(capsys, "--item=figure9", "--scale=paper", "--set=batch_size=64")
+  assert {trial["--config.batch_size"] for trial in trials} == {"64"}
 
 
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    (["--set=steps"], r"--set=steps must be KEY=VALUE, say --set=data\.path='c4/\*\.json\.gz'"),
-    (["--set=stepz=3"], r"unknown config key 'stepz'; every key stands in configs/base\.py"),
+    (["--set=steps"], r"--set=steps must be KEY=VALUE, for example --set=data\.path='c4/\*\.json\.gz'"),
+    (["--set=stepz=3"], r"unknown config key 'stepz'; configs/base\.py lists all keys"),
     (["--set=steps=1e3"], "steps must be of type int; found '1e3'"),
     (["--set=switch=3"], "switch must be of type ConfigDict; found '3'"),
     (["--set=steps=-3"], r"steps \(=-3\) must be greater than 0"),
-    (["--set=eval_every=7"], r"the validation loss is read at step 570 .*--config\.eval_every to a divisor of 570"),
-    (["--set=rank=8"], r"--set=rank would change what the lines are"),
-    (["--set=model.num_layers=1"], r"--set=model\.num_layers would change what the lines are"),
-    (["--item=table5", "--set=seq_len=64"], r"--set=seq_len makes two lines the same run"),
+    (["--set=eval_every=7"], r"the validation loss is compared at step 570 .*--config\.eval_every to a divisor of 570"),
+    (["--set=rank=8"], r"--set=rank would contradict the labels of the lines"),
+    (["--set=model.num_layers=1"], r"--set=model\.num_layers would contradict the labels of the lines"),
+    (["--item=table5", "--set=seq_len=64"], r"--set=seq_len makes two lines identical"),
     ([], "--workdir is missing"),
   ],
 )
@@ -207,11 +209,11 @@ def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
   flags += ["--set=data.source=text", "--set=data.path=books/*"]
   with imported("reproduce", *flags) as reproduce:
     monkeypatch.setattr(
-      reproduce.grid, "run_grid", lambda base, arms, **options: found.update(base=base, arms=arms) or []
+      reproduce.sweep, "run_sweep", lambda base, variants, **options: found.update(base=base, variants=variants) or []
     )
     monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: found.update(concluded=arguments))
     reproduce.main()
-  assert [(arm.label, arm.paper) for arm in found["arms"]] == [
+  assert [(variant.label, variant.paper) for variant in found["variants"]] == [
     ("1.3B, full", 15.23),
     ("1.3B, switchlora, rank 256", 15.89),
     ("1.3B, switchlora, rank 512", 15.01),
@@ -226,7 +228,7 @@ def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
 def test_singular_values_are_shown_where_the_figure_shows_them(tmp_path, monkeypatch, item, shown):
   run = SimpleNamespace(workdir=saved_run(tmp_path / "run", method="lora"))
   with imported("reproduce", f"--item={item}", f"--workdir={tmp_path}") as reproduce:
-    monkeypatch.setattr(reproduce.grid, "run_grid", lambda base, arms, **options: [run])
+    monkeypatch.setattr(reproduce.sweep, "run_sweep", lambda base, variants, **options: [run])
     monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: None)
     reproduce.main()
   assert [(tmp_path / name).exists() for name in ("ranks.json", "weights.png")] == [shown, shown]

@@ -1,4 +1,4 @@
-"""What a grid leaves behind says what was measured."""
+"""Output files of a sweep: numbers, table and figures."""
 
 import json
 import math
@@ -9,13 +9,13 @@ import pytest
 from grids import fake_runs, tiny_base, write_run
 from matplotlib import pyplot as plt
 
-from experiments.common import grid, results
-from experiments.common.grid import Arm
+from experiments.common import results, sweep
+from experiments.common.sweep import Variant
 from switchlora_jax.errors import UserError
 
-FULL = Arm("full", {"method": "full"}, paper=27.71)
-SWITCH = Arm("switchlora, rank 4", {"method": "switchlora"}, (1e-2, 2e-2, 5e-2))
-LORA = Arm("lora, rank 4", {"method": "lora"})
+FULL = Variant("full", {"method": "full"}, paper=27.71)
+SWITCH = Variant("switchlora, rank 4", {"method": "switchlora"}, (1e-2, 2e-2, 5e-2))
+LORA = Variant("lora, rank 4", {"method": "lora"})
 ARMS = (FULL, SWITCH, LORA)
 OPTIONS = {"seeds": 3, "processes": 2, "read_at": 1.0}
 
@@ -31,13 +31,13 @@ def perplexities(*values):
 
 @pytest.fixture
 def ran(tmp_path, runs):
-  """Three arms and three seeds: full rank, SwitchLoRA with a sweep that is best in its middle, LoRA that fails."""
+  """Three variants and three seeds: full rank, SwitchLoRA with a sweep that is best in its middle, LoRA that fails."""
   full, switched = perplexities(10, 12, 17), perplexities(20, 24, 22)
   runs.losses = {f"full_lr=0.001_seed={seed}": loss for seed, loss in enumerate(full)}
   runs.losses |= {f"switchlora-rank-4_lr=0.02_seed={seed}": loss for seed, loss in enumerate(switched)}
   runs.losses |= {"switchlora-rank-4_lr=0.01": math.log(21), "switchlora-rank-4_lr=0.05": float("nan")}
   runs.broken = {"lora-rank-4_lr=0.01_seed=0"}
-  return grid.run_grid(tiny_base(tmp_path), ARMS, workdir=tmp_path, **OPTIONS)
+  return sweep.run_sweep(tiny_base(tmp_path), ARMS, workdir=tmp_path, **OPTIONS)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_sizes_against_numbers_by_hand(found):
 
 
 def test_the_table(found):
-  text = results.table(found)
+  text = results.results_table(found)
   header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
   assert header == [
     "",
@@ -91,16 +91,16 @@ def test_the_table(found):
 
 
 def test_warnings_of_a_method_stand_under_the_table(tmp_path, runs):
-  arm = Arm("relora, rank 4", {"method": "relora", "relora.restart_every": 100})
-  ran = grid.run_grid(tiny_base(tmp_path), (arm,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
-  text = results.table(results.collect((arm,), ran, 1.0))
+  variant = Variant("relora, rank 4", {"method": "relora", "relora.restart_every": 100})
+  ran = sweep.run_sweep(tiny_base(tmp_path), (variant,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
+  text = results.results_table(results.collect((variant,), ran, 1.0))
   assert "\nrelora, rank 4: WARNING: without a restart this is LoRA;" in text
 
 
 def test_empty_columns_are_left_out(ran):
-  arms = [FULL._replace(paper=None), LORA]
-  same = [r._replace(cell=r.cell._replace(arm=arms[0])) for r in ran if r.cell.arm is FULL]
-  text = results.table(results.collect(arms, same + [r for r in ran if r.cell.arm is LORA], 1.0))
+  variants = [FULL._replace(paper=None), LORA]
+  same = [r._replace(trial=r.trial._replace(variant=variants[0])) for r in ran if r.trial.variant is FULL]
+  text = results.results_table(results.collect(variants, same + [r for r in ran if r.trial.variant is LORA], 1.0))
   header = text.splitlines()[0]
   assert (
     header == "|  | validation perplexity | learning rate | trainable parameters | optimizer, MiB | all state, MiB |"
@@ -111,18 +111,18 @@ def test_empty_columns_are_left_out(ran):
 def test_a_dagger_at_the_edge_of_a_sweep(tmp_path, runs, best, dagger):
   runs.losses = {f"switchlora-rank-4_lr={best}": 2.0}
   options = OPTIONS | {"seeds": 1}
-  text = results.table(
-    results.collect((SWITCH,), grid.run_grid(tiny_base(tmp_path), (SWITCH,), workdir=tmp_path, **options), 1.0)
+  text = results.results_table(
+    results.collect((SWITCH,), sweep.run_sweep(tiny_base(tmp_path), (SWITCH,), workdir=tmp_path, **options), 1.0)
   )
   assert (f"| 7.39 | {best}† |" in text) == dagger and (f"| 7.39 | {best} |" in text) != dagger
-  assert ("† the best learning rate lies at the edge of the sweep" in text) == dagger
+  assert ("† best learning rate at the edge of the sweep" in text) == dagger
 
 
 def test_one_learning_rate_is_no_sweep_and_one_seed_has_no_spread(tmp_path, runs):
-  arm = SWITCH._replace(learning_rates=(1e-2,))
-  ran = grid.run_grid(tiny_base(tmp_path), (arm,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
-  row = results.collect((arm,), ran, 1.0)["arms"][0]
-  assert row["std"] is None and not row["at_edge_of_sweep"] and results.perplexity(row) == "20.09"
+  variant = SWITCH._replace(learning_rates=(1e-2,))
+  ran = sweep.run_sweep(tiny_base(tmp_path), (variant,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
+  row = results.collect((variant,), ran, 1.0)["arms"][0]
+  assert row["std"] is None and not row["at_edge_of_sweep"] and results.format_perplexity(row) == "20.09"
 
 
 @pytest.mark.parametrize(
@@ -135,33 +135,36 @@ def test_one_learning_rate_is_no_sweep_and_one_seed_has_no_spread(tmp_path, runs
 )
 def test_seeds_that_diverged_are_not_hidden(tmp_path, runs, losses, shown):
   runs.losses = {f"lora-rank-4_lr=0.01_seed={seed}": loss for seed, loss in enumerate(losses)}
-  ran = grid.run_grid(tiny_base(tmp_path), (LORA,), workdir=tmp_path, **OPTIONS)
-  assert results.perplexity(results.collect((LORA,), ran, 1.0)["arms"][0]) == shown
+  ran = sweep.run_sweep(tiny_base(tmp_path), (LORA,), workdir=tmp_path, **OPTIONS)
+  assert results.format_perplexity(results.collect((LORA,), ran, 1.0)["arms"][0]) == shown
 
 
 def test_everything_is_written_and_then_failures_are_a_sentence(tmp_path, ran, capsys):
   with pytest.raises(UserError) as caught:
     results.conclude(ARMS, ran, OPTIONS | {"workdir": tmp_path}, "three methods")
-  assert str(caught.value) == "1 of 9 runs failed: lora-rank-4_lr=0.01_seed=0; the same command tries them again"
+  assert (
+    str(caught.value)
+    == "1 of 9 runs failed: lora-rank-4_lr=0.01_seed=0; repeat the same command to run only these again"
+  )
   written = {path.name for path in tmp_path.iterdir()}
-  assert {"results.json", "table.md", "curves.png", "parameters.png"} <= written
+  assert {"results.json", "table.md", "curves.png", "curves.svg", "parameters.png", "parameters.svg"} <= written
   assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
-  results.conclude((FULL,), [r for r in ran if r.cell.arm is FULL], OPTIONS | {"workdir": tmp_path}, "full rank")
+  results.conclude((FULL,), [r for r in ran if r.trial.variant is FULL], OPTIONS | {"workdir": tmp_path}, "full rank")
 
 
 def test_results_json_is_strict_and_holds_every_cell(tmp_path, found):
   def refuse(constant):
     raise AssertionError(f"{constant} is not JSON")
 
-  results.write(found, tmp_path, "three methods")
+  results.write_results(found, tmp_path, "three methods")
   loaded = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
   assert loaded == json.loads(json.dumps(found))
-  cells = {cell["name"]: cell for cell in loaded["cells"]}
-  assert len(cells) == len(loaded["cells"]) == 9
-  diverged, failed = cells["switchlora-rank-4_lr=0.05_seed=0"], cells["lora-rank-4_lr=0.01_seed=0"]
+  trials = {trial["name"]: trial for trial in loaded["cells"]}
+  assert len(trials) == len(loaded["cells"]) == 9
+  diverged, failed = trials["switchlora-rank-4_lr=0.05_seed=0"], trials["lora-rank-4_lr=0.01_seed=0"]
   assert diverged["val_loss"] is None and diverged["curve"] == [[4, None], [8, None], [12, None]]
   assert failed["val_loss"] is None and failed["curve"] == [] and "error: what went wrong" in failed["failure"]
-  good = cells["full_lr=0.001_seed=2"]
+  good = trials["full_lr=0.001_seed=2"]
   assert (good["seed"], good["learning_rate"], good["label"], good["failure"]) == (2, 1e-3, "full", None)
   assert good["val_loss"] == pytest.approx(math.log(17))
   assert [step for step, _ in good["curve"]] == [4, 8, 12] and good["curve"][-1][1] == good["val_loss"]
@@ -169,12 +172,12 @@ def test_results_json_is_strict_and_holds_every_cell(tmp_path, found):
 
 def test_learnt_ranks_are_kept(tmp_path, runs):
   base = tiny_base(tmp_path)
-  cell = grid.make_cell(base, FULL, None, 0)
+  trial = sweep.make_trial(base, FULL, None, 0)
   workdir = tmp_path / "run"
-  write_run(workdir, cell.config, {12: 3.0})
+  write_run(workdir, trial.config, {12: 3.0})
   path = workdir / "metrics.jsonl"
   path.write_text(json.dumps({"step": 12, "val_loss": 3.0, "val_ppl": 20.1, "learnt_rank": 5.5}) + "\n")
-  found = results.collect((FULL,), [grid.Ran(cell, workdir, None)], 1.0)
+  found = results.collect((FULL,), [sweep.TrialResult(trial, workdir, None)], 1.0)
   assert found["cells"][0]["learnt_rank"] == [[12, 5.5]]
 
 
@@ -186,7 +189,7 @@ def is_a_picture(path) -> bool:
 
 
 def test_the_pictures_can_be_drawn_again_from_results_json(tmp_path, found):
-  results.write(found, tmp_path, "three methods")
+  results.write_results(found, tmp_path, "three methods")
   loaded = json.loads((tmp_path / "results.json").read_text())
   for name, plot in (("curves", results.plot_curves), ("parameters", results.plot_parameters)):
     plot(loaded, tmp_path / "again.png", "three methods")
@@ -206,9 +209,9 @@ def drawn(monkeypatch):
 def test_curves_are_means_with_the_band_of_all_seeds(tmp_path, found, drawn):
   results.plot_curves(found, tmp_path / "curves.png", "three methods")
   _, axes = drawn["curves.png"]
-  assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "validation loss (nats per token)")
+  assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "validation loss (nats per token)")
   assert axes.get_title() == "three methods"
-  assert axes.get_legend_handles_labels()[1] == ["full, lr 0.001", "switchlora, rank 4, lr 0.02"]
+  assert axes.get_legend_handles_labels()[1] == ["full, learning rate 0.001", "switchlora, rank 4, learning rate 0.02"]
   full, switched = axes.get_lines()
   last = np.mean(perplexities(10, 12, 17))
   np.testing.assert_array_equal(full.get_xdata(), [4, 8, 12])
@@ -223,7 +226,7 @@ def test_curves_are_means_with_the_band_of_all_seeds(tmp_path, found, drawn):
 def test_parameters_are_drawn_against_perplexity(tmp_path, found, drawn):
   results.plot_parameters(found, tmp_path / "parameters.png", "three methods")
   _, axes = drawn["parameters.png"]
-  assert (axes.get_xlabel(), axes.get_ylabel()) == ("trainable parameters", "validation perplexity")
+  assert (axes.get_xlabel(), axes.get_ylabel()) == ("number of trainable parameters", "validation perplexity")
   bars = {bar.get_label(): bar for bar in axes.containers}
   assert list(bars) == ["full", "switchlora, rank 4"]
   np.testing.assert_allclose(bars["full"].lines[0].get_xydata(), [[14_672, 13]])
@@ -233,15 +236,15 @@ def test_parameters_are_drawn_against_perplexity(tmp_path, found, drawn):
 
 def test_seeds_evaluated_at_other_steps_are_drawn_where_all_were(tmp_path, found, drawn):
   curves = [[[4, 2.0], [8, 1.0], [12, None]], [[2, 9.0], [4, 4.0], [12, 1.0]]]
-  cells = [found["cells"][0] | {"curve": curve, "seed": seed} for seed, curve in enumerate(curves)]
-  results.plot_curves(found | {"arms": found["arms"][:1], "cells": cells}, tmp_path / "curves.png", "")
+  trials = [found["cells"][0] | {"curve": curve, "seed": seed} for seed, curve in enumerate(curves)]
+  results.plot_curves(found | {"arms": found["arms"][:1], "cells": trials}, tmp_path / "curves.png", "")
   (line,) = drawn["curves.png"][1].get_lines()
   np.testing.assert_array_equal(line.get_xydata(), [[4, 3.0], [12, np.nan]])
 
 
 def test_a_long_title_does_not_leave_the_picture(tmp_path, found, drawn):
   title = " ".join(["every word"] * 30)
-  results.write(found, tmp_path, title)
+  results.write_results(found, tmp_path, title)
   for figure, axes in drawn.values():
     box = axes.title.get_window_extent(figure.canvas.get_renderer())
     assert figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1
@@ -250,7 +253,7 @@ def test_a_long_title_does_not_leave_the_picture(tmp_path, found, drawn):
 
 
 def test_pictures_of_nothing_but_failures_are_empty_and_no_error(tmp_path, found):
-  results.write(found | {"arms": found["arms"][2:], "cells": []}, tmp_path, "nothing")
+  results.write_results(found | {"arms": found["arms"][2:], "cells": []}, tmp_path, "nothing")
   assert is_a_picture(tmp_path / "curves.png") and is_a_picture(tmp_path / "parameters.png")
 
 

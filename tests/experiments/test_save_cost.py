@@ -1,4 +1,4 @@
-"""What checksums cost: the shares are those of the seconds, and the run is left as it was, however it ends."""
+"""Overhead of checksums: correct shares, and the run directory is unchanged afterwards, also after Ctrl-C."""
 
 import jax
 import pytest
@@ -7,14 +7,14 @@ from small_model import mesh
 from tiny import saved_run
 
 from experiments.common import save_cost
-from experiments.common.save_cost import Save
+from experiments.common.save_cost import SaveTimes
 from switchlora_jax.runs import manifest
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """The directory of a run with a checkpoint after step 2."""
-  return saved_run(tmp_path_factory.mktemp("run") / "run", steps=2)
+  """The directory of a run with a checkpoint of step 0."""
+  return saved_run(tmp_path_factory.mktemp("run") / "run")
 
 
 def contents(run):
@@ -22,8 +22,10 @@ def contents(run):
 
 
 def test_shares_are_of_a_save():
-  lines = save_cost.table([Save(2, 0.1, 0.04, 0.2), Save(1, 0.01, 0.02, 0.3), Save(4, 0, 0, 0)]).splitlines()
-  assert [line.split()[-3:] for line in lines[2:3]] == [["of", "these", "seconds"]]
+  lines = save_cost.cost_table(
+    [SaveTimes(2, 0.1, 0.04, 0.2), SaveTimes(1, 0.01, 0.02, 0.3), SaveTimes(4, 0, 0, 0)]
+  ).splitlines()
+  assert [line.split()[-3:] for line in lines[2:3]] == [["to", "the", "save"]]
   assert lines[1].split()[-6:] == ["2.000", "s", "1.000", "s", "4.000", "s"]
   expected = ["1.0% 0.0% 5.0%", "2.0% 0.0% 2.0%", "3.0% 0.0% 7.0%", "10.0% 0.0% 30.0%", "1.0% 0.0% 5.0%"]
   assert [" ".join(line.split()[-3:]) for line in lines[3:]] == expected
@@ -36,10 +38,10 @@ def test_the_whole_state_is_saved_again_and_the_run_is_as_before(run, capsys, mo
     checkpoints.main()
   said = capsys.readouterr().out
   assert contents(run) == before
-  newest = manifest.read(run / "checkpoints" / "2")
+  newest = manifest.read(run / "checkpoints" / "0")
   assert saved == [newest.arrays] * 4  # once more, for what is compiled
-  assert said.startswith("step 2: 0.") and "saved 3 times on 8 × cpu" in said
-  assert float(said.partition("seconds of a save")[2].split()[0]) > 0
+  assert said.startswith("step 0: 0.") and "saved 3 times on 8 × cpu" in said
+  assert float(said.partition("seconds per save")[2].split()[0]) > 0
 
 
 def test_ctrl_c_leaves_nothing(run, monkeypatch):
@@ -52,13 +54,13 @@ def test_ctrl_c_leaves_nothing(run, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     verify = manifest.verify
     patch.setattr(manifest, "verify", lambda folder, *share: verify(folder, *share) if share else interrupted(folder))
-    save_cost.report(run, 3)
+    save_cost.cost_report(run, 3)
   assert contents(run) == before
 
 
 def test_a_save_is_longer_than_its_manifest(tmp_path):
   state = jax.device_put({"x": jax.numpy.ones((500, 500))}, mesh(1).devices.flat[0])
-  size, saves = save_cost.measure(state, tmp_path / "checkpoints", 2)
+  size, saves = save_cost.time_saves(state, tmp_path / "checkpoints", 2)
   assert size > 0 and len(saves) == 2
   for save in saves:
     assert 0 < save.files < save.whole and save.arrays > 0 < save.verify

@@ -6,7 +6,7 @@ import pytest
 from grids import command, imported
 from ml_collections import ConfigDict
 
-from experiments.common import grid, settings
+from experiments.common import sweep
 from experiments.paper import studies
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
@@ -22,9 +22,9 @@ def load(name):
 
 def resolved(name: str, study: str) -> dict[str, dict]:
   """{label: resolved config} of a study's lines."""
-  base = settings.base_from_file(name, {})
-  cells = grid.sweep_cells(base, studies.arms(study, base.config))
-  return {cell.arm.label: cell.config.to_dict() for cell in cells}
+  base = sweep.base_from_file(name, {})
+  trials = sweep.first_seed_trials(base, studies.study_variants(study, base.config))
+  return {trial.variant.label: trial.config.to_dict() for trial in trials}
 
 
 def test_there_are_these_eight():
@@ -35,7 +35,7 @@ def test_there_are_these_eight():
 @pytest.mark.parametrize("study", NAMES)
 def test_lines_make_sense_differ_and_hold_the_configs_own_setting(name, study):
   lines = resolved(name, study)
-  assert len(lines) == len(studies.arms(study, load(name))) > 1  # each label once
+  assert len(lines) == len(studies.study_variants(study, load(name))) > 1  # each label once
   own = resolve(load(name), devices=1).to_dict()
   assert [label for label, config in lines.items() if differences(config, own) == []] != []
   same = [(a, b) for a in lines for b in lines if a < b and differences(lines[a], lines[b]) == []]
@@ -44,7 +44,7 @@ def test_lines_make_sense_differ_and_hold_the_configs_own_setting(name, study):
 
 def changed(study: str, key: str, name: str = "llama_130m") -> list:
   """The values of a key in the lines of a study."""
-  return [arm.overrides[key] for arm in studies.arms(study, load(name))]
+  return [variant.overrides[key] for variant in studies.study_variants(study, load(name))]
 
 
 def test_values_around_the_papers():
@@ -63,22 +63,22 @@ def test_values_that_the_config_cannot_have_are_left_out():
   assert changed("freeze", "switch.freeze_steps", "llama_tiny") == [0, 1, 2, 5]  # interval 10
   config = load("llama_tiny")
   config.rank = 96
-  assert [arm.overrides["rank"] for arm in studies.arms("rank", config)] == [24, 48, 96]  # hidden 128
+  assert [variant.overrides["rank"] for variant in studies.study_variants("rank", config)] == [24, 48, 96]  # hidden 128
 
 
 @pytest.mark.parametrize("study", NAMES)
 def test_a_config_that_never_switches_has_nothing_to_study(study):
   config = load("llama_130m")
   config.switch.interval = 0
-  with pytest.raises(UserError, match=r"every study is of switching; set --config\.switch\.interval"):
-    studies.arms(study, config)
+  with pytest.raises(UserError, match=r"the subject of every study; set --config\.switch\.interval"):
+    studies.study_variants(study, config)
 
 
 def test_reset_has_its_four_combinations():
   pairs = zip(changed("reset", "switch.reset"), changed("reset", "switch.freeze_steps"), strict=True)
   assert list(pairs) == [(True, 5), (True, 0), (False, 5), (False, 0)]
   labels = ["reset, N = 5", "reset, N = 0", "no reset, N = 5", "no reset, N = 0"]
-  assert [arm.label for arm in studies.arms("reset", load("llama_130m"))] == labels
+  assert [variant.label for variant in studies.study_variants("reset", load("llama_130m"))] == labels
 
 
 @pytest.mark.parametrize("study", NAMES)
@@ -87,25 +87,29 @@ def test_values_follow_the_config(study):
   config = load("llama_130m")
   config.rank = 24
   config.switch.update(interval=60, freeze_steps=3, decay_point=0.25, init="lora", order="random", reset=False)
-  keys = studies.arms(study, config)[0].overrides.keys() - {"method"}
+  keys = studies.study_variants(study, config)[0].overrides.keys() - {"method"}
   own = {key: config[key] if "." not in key else config.switch[key.removeprefix("switch.")] for key in keys}
-  assert [arm for arm in studies.arms(study, config) if arm.overrides == {"method": "switchlora"} | own] != []
+  assert [
+    variant for variant in studies.study_variants(study, config) if variant.overrides == {"method": "switchlora"} | own
+  ] != []
 
 
 def test_ablate_runs_the_lines_of_its_study_at_every_rate(tmp_path, monkeypatch):
   found = {}
   flags = ["--study=order", "--learning_rates=1e-2,2e-2", "--seeds=3", "--processes=2", f"--workdir={tmp_path}"]
   with imported("ablate", *flags, "--config.rank=16", "--config.method=lora") as ablate:
-    monkeypatch.setattr(ablate.grid, "run_grid", lambda base, arms, **options: found.update(base=base, arms=arms) or [])
+    monkeypatch.setattr(
+      ablate.sweep, "run_sweep", lambda base, variants, **options: found.update(base=base, variants=variants) or []
+    )
     monkeypatch.setattr(ablate.results, "conclude", lambda *arguments: found.update(concluded=arguments))
     ablate.main()
-  cells = grid.sweep_cells(found["base"], found["arms"])
-  assert [(c.config.switch.order, c.learning_rate) for c in cells] == [
+  trials = sweep.first_seed_trials(found["base"], found["variants"])
+  assert [(c.config.switch.order, c.learning_rate) for c in trials] == [
     (order, rate) for order in ("sequential", "random") for rate in (1e-2, 2e-2)
   ]
-  assert {(c.config.method, c.config.rank) for c in cells} == {("switchlora", 16)}
-  arms, _, options, title = found["concluded"]
-  assert arms == found["arms"] and options["seeds"] == 3 and options["workdir"] == tmp_path
+  assert {(c.config.method, c.config.rank) for c in trials} == {("switchlora", 16)}
+  variants, _, options, title = found["concluded"]
+  assert variants == found["variants"] and options["seeds"] == 3 and options["workdir"] == tmp_path
   assert title == "in which order candidates come (section 2.2 of the paper)"
 
 
@@ -125,5 +129,5 @@ def test_mistakes_are_sentences(flags, sentence):
 def test_an_unknown_study_says_which_there_are():
   done = command("ablate", "--study=intervals", "--workdir=nowhere")
   assert done.returncode == 2 and "Traceback" not in done.stderr
-  expected = f"--study is 'intervals', which there is not; it must be one of {', '.join(NAMES)}"
+  expected = f"--study is 'intervals', which does not exist; it must be one of {', '.join(NAMES)}"
   assert f"error: {expected}\n" in done.stderr

@@ -31,7 +31,7 @@ FILES = {
   "arguments": ("get_config = lambda a, b: a", "missing 2 required positional arguments"),
   "no module": (
     "import no_such_module",
-    "line 3: ModuleNotFoundError: No module named 'no_such_module'; mend that line",
+    "line 3: ModuleNotFoundError: No module named 'no_such_module'; fix that line",
   ),
   "no keys": ("get_config = ConfigDict", "the config has no accumulation, batch_size"),
   "zero division": ("1 / 0", "line 3: ZeroDivisionError: division by zero"),

@@ -14,22 +14,22 @@ from absl import flags
 from paths import ROOT
 from tiny import ONE_DEVICE, tiny_config
 
-from experiments.common import children, grid, settings
+from experiments.common import children, sweep
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
 from switchlora_jax.training import metrics
 
 
-def tiny_base(folder: Path, **changes) -> settings.Base:
+def tiny_base(folder: Path, **changes) -> sweep.BaseConfig:
   """`tiny_config` over llama_tiny.py, as a command line would say it."""
-  shared = settings.base_from_file("llama_tiny", {}).config
+  shared = sweep.base_from_file("llama_tiny", {}).config
   config = tiny_config(folder, **changes)
   default, keys = flatten(shared), flatten(config)
   overrides = {key: value for key, value in keys.items() if value != default[key]}
-  return settings.Base(str(ROOT / "configs" / "llama_tiny.py"), overrides, config)
+  return sweep.BaseConfig(str(ROOT / "configs" / "llama_tiny.py"), overrides, config)
 
 
-def as_flags(base: settings.Base) -> list[str]:
+def as_flags(base: sweep.BaseConfig) -> list[str]:
   """The command line of a base, but for its config file."""
   return [f"--config.{key}={value}" for key, value in base.overrides.items()]
 
@@ -53,12 +53,12 @@ def curve(config, last: float) -> dict[int, float]:
 
 
 class Runs:
-  """Stands in for the processes of cells.
+  """Stands in for the processes of trials.
 
   Attributes:
-    started: names of the cells whose process was started, in order.
-    losses: {name of a cell, or the beginning of it: last validation loss}; 3.0 where there is none.
-    broken: names of cells whose process fails.
+    started: names of the trials whose process was started, in order.
+    losses: {name of a trial, or the beginning of it: last validation loss}; 3.0 where there is none.
+    broken: names of trials whose process fails.
     text: the fingerprint of the data that they are trained on.
   """
 
@@ -66,24 +66,26 @@ class Runs:
     self.started, self.losses, self.broken, self.text = [], {}, set(), "abc"
 
   def open(self, command, stdout, **_):
-    cell, workdir = command
-    self.started.append(cell.name)
-    if cell.name in self.broken:
+    trial, workdir = command
+    self.started.append(trial.name)
+    if trial.name in self.broken:
       stdout.write("some words\nerror: what went wrong\n")
       return SimpleNamespace(pid=0, wait=lambda: 2)
-    fitting = [name for name in self.losses if cell.name.startswith(name)]
+    fitting = [name for name in self.losses if trial.name.startswith(name)]
     last = self.losses[max(fitting, key=len)] if fitting else 3.0
-    write_run(workdir, cell.config, curve(cell.config, last), self.text)
+    write_run(workdir, trial.config, curve(trial.config, last), self.text)
     return SimpleNamespace(pid=0, wait=lambda: 0)
 
 
 def fake_runs(monkeypatch) -> Runs:
   """`Runs` in place of processes; no text is tokenised."""
   made = Runs()
-  monkeypatch.setattr(grid, "command", lambda base, cell, workdir: (cell, workdir))
+  monkeypatch.setattr(sweep, "trial_command", lambda base, trial, workdir: (trial, workdir))
   monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=made.open))
   monkeypatch.setattr(children, "share_cores", lambda pid, *share: None)
-  monkeypatch.setattr(grid, "prepare_data", lambda cells: dict.fromkeys((c.arm.label for c in cells), made.text))
+  monkeypatch.setattr(
+    sweep, "prepare_datasets", lambda trials: dict.fromkeys((c.variant.label for c in trials), made.text)
+  )
   return made
 
 

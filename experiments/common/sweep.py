@@ -1,0 +1,377 @@
+"""Sweeps of training runs with equal token budgets: the part that compare, ablate and reproduce share.
+
+A variant is one line of a table. Each variant is trained with the first seed at each of its learning rates, and with
+the remaining seeds at the best of them. Each trial is a run of `experiments.pretrain` in its own process and its own
+directory, and can be inspected, continued and stopped like any other run.
+"""
+
+import functools
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from experiments.common import cli
+from experiments.common.children import Children
+from switchlora_jax.config import resolve
+from switchlora_jax.data import dataset
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import METHODS
+from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs.directory import differences
+from switchlora_jax.training import metrics
+
+
+class BaseConfig(NamedTuple):
+  """The config that all trials of a sweep start from.
+
+  Attributes:
+    file: path of the config file.
+    overrides: keys changed relative to the file.
+    config: the file's config with these overrides applied.
+  """
+
+  file: str
+  overrides: dict[str, Any]
+  config: ConfigDict
+
+
+class Variant(NamedTuple):
+  """One line of a table.
+
+  Attributes:
+    label: its name in tables and legends.
+    overrides: keys changed relative to the base config.
+    learning_rates: candidates for the first seed; empty selects the method's default.
+    paper: the paper's perplexity, if it reports one.
+  """
+
+  label: str
+  overrides: dict[str, Any]
+  learning_rates: tuple[float, ...] = ()
+  paper: float | None = None
+
+
+class Trial(NamedTuple):
+  """One run of a variant: a learning rate, a seed and the resolved config."""
+
+  variant: Variant
+  learning_rate: float
+  seed: int
+  config: FrozenConfigDict
+  overrides: dict[str, Any]
+
+  @property
+  def name(self) -> str:
+    """The name of its directory: `switchlora-rank-16_lr=0.02_seed=0`."""
+    words = re.sub(r"[^\w.]+", "-", self.variant.label).strip("-")
+    return f"{words}_lr={self.learning_rate:g}_seed={self.seed}"
+
+
+class TrialResult(NamedTuple):
+  """A trial that has ended; `failure` is the reason if it failed, else None."""
+
+  trial: Trial
+  workdir: Path
+  failure: str | None
+
+
+# --- Flags and base configs --------------------------------------------------------------------------------------
+
+
+def define_sweep_flags(*, seeds: int):
+  """Define the flags shared by all commands that run a sweep; `seeds` is the default of --seeds."""
+  flags.DEFINE_string("workdir", None, "directory of the sweep; created, or continued if it already holds one")
+  flags.DEFINE_integer("seeds", seeds, "number of seeds per variant at its best learning rate", lower_bound=1)
+  flags.DEFINE_integer(
+    "processes", None, "number of concurrent runs; default: one per CPU core, or one if JAX has accelerators",
+    lower_bound=1,
+  )  # fmt: skip
+
+
+def sweep_options() -> dict:
+  """The keyword arguments of `run_sweep` from these flags; losses are read at the last step of a run."""
+  values = flags.FLAGS
+  if values.workdir is None:
+    raise UserError("--workdir is missing: give a directory for the runs, for example --workdir=runs/grid")
+  processes = values.processes or default_processes()
+  return {"workdir": Path(values.workdir).expanduser(), "seeds": values.seeds, "processes": processes, "read_at": 1.0}
+
+
+def parse_numbers(flag: str, words: list[str] | None, kind: type) -> list:
+  """The words of a list flag converted to `kind` (int or float).
+
+  Raises:
+    UserError: a word is not such a number.
+  """
+  try:
+    return [kind(word) for word in words or []]
+  except ValueError as error:
+    raise UserError(f"--{flag} must be a list of numbers such as 1e-3,2e-3 or 32,16; {error}") from error
+
+
+def base_from_flags() -> BaseConfig:
+  """The base config given by this command's own --config flags."""
+  flag = flags.FLAGS["config"]
+  return BaseConfig(config_flags.get_config_filename(flag), config_flags.get_override_values(flag), flags.FLAGS.config)
+
+
+def base_from_file(name: str, overrides: dict[str, Any]) -> BaseConfig:
+  """The base config `configs/{name}.py` with the given overrides."""
+  config = ConfigDict(importlib.import_module(f"configs.{name}").get_config())
+  update_config(config, overrides)
+  return BaseConfig(str(cli.CONFIGS / f"{name}.py"), overrides, config)
+
+
+def parse_config_value(config: ConfigDict, key: str, text: str):
+  """Convert a value from the command line to the type of a config key.
+
+  Raises:
+    UserError: the key does not exist, or the text does not have its type.
+  """
+  try:
+    kind = config.get_type(key) if "." not in key else config[key.rsplit(".", 1)[0]].get_type(key.rsplit(".", 1)[1])
+  except (KeyError, AttributeError) as error:
+    raise UserError(f"unknown config key {key!r}; configs/base.py lists all keys") from error
+  try:
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+  except (KeyError, ValueError, AttributeError) as error:  # AttributeError: a section such as `switch`
+    raise UserError(f"{key} must be of type {kind.__name__}; found {text!r}") from error
+
+
+def update_config(config: ConfigDict, overrides: dict[str, Any]) -> None:
+  """Set flattened keys such as `switch.interval` in place.
+
+  Raises:
+    UserError: a key does not exist, or its value has the wrong type.
+  """
+  for key, value in overrides.items():
+    try:
+      config.update_from_flattened_dict({key: value})
+    except (KeyError, AttributeError) as error:
+      raise UserError(f"unknown config key {key!r}; configs/base.py lists all keys") from error
+    except TypeError as error:
+      raise UserError(f"{key} (={value!r}) has the wrong type: {error}") from error
+
+
+def default_processes() -> int:
+  """One run per CPU core if JAX only finds CPUs, else one, because a process takes all accelerators."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return cores if platform() == "cpu" else 1
+
+
+@functools.cache
+def platform() -> str:
+  """The platform of the runs, "cpu" or "gpu"; queried in a child process, which releases the accelerators again."""
+  probe = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+  return subprocess.run(probe, capture_output=True, text=True).stdout.strip()
+
+
+# --- Running a sweep ---------------------------------------------------------------------------------------------
+
+
+def make_trial(base: BaseConfig, variant: Variant, learning_rate: float | None, seed_number: int) -> Trial:
+  """A trial of a variant.
+
+  Args:
+    learning_rate: None selects the method's default.
+    seed_number: added to the seed of the base config.
+  """
+  config = base.config.copy_and_resolve_references()  # a plain copy would share the placeholder of learning_rate
+  update_config(config, variant.overrides)
+  own = {"seed": config.seed + seed_number}
+  if learning_rate is not None:
+    own["learning_rate"] = learning_rate
+  update_config(config, own)
+  resolved = resolve(config, devices=1, platform=platform())
+  return Trial(variant, resolved.learning_rate, resolved.seed, resolved, base.overrides | variant.overrides | own)
+
+
+def first_seed_trials(base: BaseConfig, variants) -> list[Trial]:
+  """The trials of the first seed: each variant at each of its learning rates.
+
+  Raises:
+    UserError: a trial's config is invalid, or two trials have the same name. Nothing has run yet.
+  """
+  trials = [make_trial(base, variant, rate, 0) for variant in variants for rate in variant.learning_rates or (None,)]
+  names = [trial.name for trial in trials]
+  if duplicates := {name for name in names if names.count(name) > 1}:
+    raise UserError(f"the sweep has duplicate runs ({', '.join(sorted(duplicates))}); give each value once")
+  return trials
+
+
+def run_sweep(
+  base: BaseConfig, variants, *, seeds: int, workdir: Path, processes: int, read_at: float
+) -> list[TrialResult]:
+  """Run the unfinished trials of a sweep: all learning rates with the first seed, then the best ones with the others.
+
+  Args:
+    seeds: number of seeds per variant at its best learning rate, including the first.
+    processes: number of concurrent runs.
+    read_at: fraction of a run's steps at which its validation loss is compared.
+  Raises:
+    UserError: a config, the data or `read_at` is invalid. Nothing has run yet.
+  """
+  trials = first_seed_trials(base, variants)
+  for trial in trials:
+    evaluation_step(trial.config, read_at)
+  for label, config in {trial.variant.label: trial.config for trial in trials}.items():
+    print("".join(f"{label}: {warning}\n" for warning in method_warnings(config)), end="", flush=True)
+  folder = workdir / "cells"
+  cli.make_folder(folder)
+  fingerprints = prepare_datasets(trials)
+  stage = "sweep" if len(trials) > len(variants) else "runs"
+  results = run_trials(base, trials, fingerprints, folder, processes, stage)
+  best = [(variant, best_learning_rate(variant, results, read_at)) for variant in variants]
+  more = [make_trial(base, variant, rate, n) for n in range(1, seeds) for variant, rate in best if rate is not None]
+  return results + (run_trials(base, more, fingerprints, folder, processes, "seeds") if more else [])
+
+
+def method_warnings(config) -> list[str]:
+  """The warnings that a method prints at the start of a run with this config."""
+  return [line for line in METHODS[config.method].describe(config) if line.startswith("WARNING")]
+
+
+def prepare_datasets(trials: list[Trial]) -> dict[str, str]:
+  """Tokenise each dataset once, before several processes need it; returns {label of a variant: fingerprint}."""
+  prepared = {}
+
+  def fingerprint(config) -> str:
+    key = config.data, config.seq_len, config.model.vocab_size, config.steps * config.batch_size
+    if key not in prepared:
+      prepared[key] = dataset.prepare(config).fingerprint
+    return prepared[key]
+
+  return {trial.variant.label: fingerprint(trial.config) for trial in trials}
+
+
+def run_trials(
+  base: BaseConfig, trials: list[Trial], fingerprints: dict[str, str], folder: Path, processes: int, stage: str
+) -> list[TrialResult]:
+  """Run the unfinished trials, `processes` at a time; a failed trial does not stop the others.
+
+  Args:
+    fingerprints: from `prepare_datasets`.
+    stage: label of the progress bar.
+  Raises:
+    UserError: a directory holds a run with another config or other data. No trial has run yet.
+  """
+  for trial in trials:
+    check_same_run(folder / trial.name, trial.config, fingerprints[trial.variant.label])
+  shares, children = SimpleQueue(), Children()
+  for share in range(processes):
+    shares.put(share)
+  with metrics.progress_bar(len(trials), what=stage, unit="run") as bar, ThreadPoolExecutor(processes) as pool:
+
+    def run_next(trial: Trial) -> TrialResult:
+      share = shares.get()
+      try:
+        result = run_trial(base, trial, folder, (share, processes), children)
+      finally:
+        shares.put(share)
+      bar.write(f"{trial.name}: {result.failure or trial_summary(result)}")
+      bar.update()
+      return result
+
+    futures = [pool.submit(run_next, trial) for trial in trials]
+    try:
+      with children:
+        return [future.result() for future in futures]
+    except BaseException:  # KeyboardInterrupt in particular
+      pool.shutdown(cancel_futures=True)  # else the pool starts all queued trials before it closes
+      raise
+
+
+def run_trial(base: BaseConfig, trial: Trial, folder: Path, share: tuple[int, int], children: Children) -> TrialResult:
+  """Run one trial in a process, unless it has finished; its output is appended to a log beside its directory."""
+  workdir, log = folder / trial.name, folder / f"{trial.name}.log"
+  if is_finished(workdir, trial.config):
+    return TrialResult(trial, workdir, None)
+  with log.open("a") as output:  # keeps the output of earlier attempts
+    code = children.run(trial_command(base, trial, workdir), output, share)
+  last_line = (log.read_text().strip().splitlines() or ["no output"])[-1]
+  return TrialResult(trial, workdir, f"failed with exit code {code}: {last_line} (see {log})" if code else None)
+
+
+def trial_command(base: BaseConfig, trial: Trial, workdir: Path) -> list[str]:
+  """The command line of a trial."""
+  keys = [f"--config.{key}={value}" for key, value in trial.overrides.items()]
+  return [sys.executable, "-m", "experiments.pretrain", f"--config={base.file}", *keys, f"--workdir={workdir}"]
+
+
+def is_finished(workdir: Path, config) -> bool:
+  """Whether `workdir` holds a run with exactly this config that was evaluated after its last step."""
+  saved = run_directory.read(workdir)
+  if saved is None or differences(saved["config"], config.to_dict()):
+    return False
+  return any(row["step"] == config.steps for row in evaluations(workdir))
+
+
+def check_same_run(workdir: Path, config, fingerprint: str):
+  """Raise `UserError` if `workdir` holds a run with another config or other data, which must not be continued."""
+  saved = run_directory.read(workdir)
+  if saved and (changed := differences(saved["config"], config.to_dict())):
+    raise run_directory.another_run(workdir, changed)
+  run_directory.check_same_data(workdir, saved, fingerprint)
+
+
+# --- Reading results ---------------------------------------------------------------------------------------------
+
+
+def evaluations(workdir: Path) -> list[dict]:
+  """The evaluation rows of a run's metrics.jsonl."""
+  return [row for row in metrics.read(workdir / "metrics.jsonl") if "val_loss" in row]
+
+
+def evaluation_step(config, read_at: float) -> int:
+  """The step whose validation loss is compared: the fraction `read_at` of the run's steps.
+
+  Raises:
+    UserError: the run has no evaluation at that step.
+  """
+  step = round(read_at * config.steps)
+  if step != config.steps and step % config.eval_every:
+    raise UserError(
+      f"the validation loss is compared at step {step} ({read_at:g} of {config.steps} steps), but eval_every "
+      f"(={config.eval_every}) has no evaluation there; set --config.eval_every to a divisor of {step}"
+    )
+  return step
+
+
+def evaluation_loss(result: TrialResult, read_at: float) -> float:
+  """The validation loss of a trial at `evaluation_step`, in nats per token; infinite if it failed or diverged.
+
+  Raises:
+    UserError: the run has no evaluation at that step, because it was made with another `eval_every`.
+  """
+  if result.failure:
+    return math.inf
+  step = evaluation_step(result.trial.config, read_at)
+  for row in evaluations(result.workdir):
+    if row["step"] == step:
+      return math.inf if row["val_ppl"] is None else row["val_loss"]
+  raise UserError(f"{result.workdir} has no evaluation at step {step}; delete it, and the same command runs it again")
+
+
+def best_learning_rate(variant: Variant, results: list[TrialResult], read_at: float) -> float | None:
+  """The learning rate with the lowest loss for a variant's first seed; None if no trial has a finite loss."""
+  own = [result for result in results if result.trial.variant is variant]
+  first_seed = min(result.trial.seed for result in own)
+  losses = {r.trial.learning_rate: evaluation_loss(r, read_at) for r in own if r.trial.seed == first_seed}
+  best = min(losses, key=losses.get)
+  return best if math.isfinite(losses[best]) else None
+
+
+def trial_summary(result: TrialResult) -> str:
+  """The outcome of a trial in a few words, for the progress output."""
+  last = evaluations(result.workdir)[-1]
+  return "diverged" if last["val_ppl"] is None else f"validation perplexity {last['val_ppl']:.2f}"

@@ -1,0 +1,344 @@
+"""Sweeps: their trials, which of them run, which do not run again, and the errors.
+
+`grids.Runs` replaces the processes here; those of test_compare.py are real.
+"""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
+
+import pytest
+from grids import fake_runs, tiny_base
+from paths import ROOT
+
+from experiments.common import children, sweep
+from experiments.common.sweep import Variant
+from switchlora_jax.config import resolve
+from switchlora_jax.errors import UserError
+
+FULL = Variant("full", {"method": "full"})
+LORA = Variant("lora, rank 4", {"method": "lora"}, (1e-3, 1e-2, 1e-1))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+  return fake_runs(monkeypatch)
+
+
+def run(base, variants, folder, **options):
+  return sweep.run_sweep(base, variants, **{"seeds": 1, "workdir": folder, "processes": 2, "read_at": 1.0} | options)
+
+
+def test_a_trial_is_resolved_for_the_platform_of_its_run(tmp_path, monkeypatch):
+  """Otherwise a finished run, whose saved config has bfloat16, would not be recognised."""
+  base, variant = tiny_base(tmp_path), sweep.Variant("lora", {"method": "lora"})
+  for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
+    monkeypatch.setattr(sweep, "platform", lambda platform=platform: platform)
+    assert sweep.make_trial(base, variant, None, 0).config.dtype == dtype
+
+
+def test_trials_of_a_sweep_and_their_names(tmp_path):
+  base = tiny_base(tmp_path, seed=7)
+  before = base.config.to_dict()
+  trials = sweep.first_seed_trials(base, (LORA, FULL))
+  names = [*(f"lora-rank-4_lr={rate}_seed=7" for rate in ("0.001", "0.01", "0.1")), "full_lr=0.001_seed=7"]
+  assert [trial.name for trial in trials] == names
+  rates = [trial.config.learning_rate for trial in trials]
+  assert rates == [1e-3, 1e-2, 1e-1, 1e-3], "each from the base config, not from the previous trial"
+  assert [trial.config.method for trial in trials] == ["lora", "lora", "lora", "full"]
+  assert base.config.to_dict() == before
+
+
+@pytest.mark.parametrize("label", ["N = 5", "350M, galore, rank 32, length 512", "a/b\\c: *?", "../up", "…", "-x", "é"])
+def test_names_are_safe_in_a_file_system(tmp_path, label):
+  name = sweep.make_trial(tiny_base(tmp_path), Variant(label, {}), 5e-4, 3).name
+  assert re.fullmatch(r"[\w.=-]*_lr=0\.0005_seed=3", name) and not name.startswith("-")
+  assert Path(name).name == name
+
+
+def test_labels_that_name_the_same_directory_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r"duplicate runs \(a-b_lr=0\.02_seed=0\); give each value once"):
+    sweep.first_seed_trials(tiny_base(tmp_path), (Variant("a b", {}), Variant("a-b", {"rank": 6})))
+  with pytest.raises(UserError, match="duplicate runs"):
+    sweep.first_seed_trials(tiny_base(tmp_path), (Variant("a", {}, (1e-2, 2e-2, 0.01)),))
+
+
+def test_the_sweep_runs_first_and_then_the_other_seeds_at_the_best(tmp_path, runs):
+  runs.losses = {"lora-rank-4_lr=0.01_seed=0": 2.0}
+  runs.losses |= {f"lora-rank-4_lr=0.01_seed={seed}": 9.0 for seed in (1, 2)}  # a bad seed does not change the choice
+  ran = run(tiny_base(tmp_path), (FULL, LORA), tmp_path, seeds=3)
+  first = {"full_lr=0.001_seed=0", *(f"lora-rank-4_lr={rate}_seed=0" for rate in ("0.001", "0.01", "0.1"))}
+  seeds = {f"{variant}_seed={seed}" for variant in ("full_lr=0.001", "lora-rank-4_lr=0.01") for seed in (1, 2)}
+  assert set(runs.started[:4]) == first and set(runs.started[4:]) == seeds and len(runs.started) == 8
+  assert {r.trial.name for r in ran} == first | seeds and all(r.failure is None for r in ran)
+  assert sweep.best_learning_rate(LORA, ran, 1.0) == 1e-2
+  assert {r.trial.config.seed for r in ran} == {0, 1, 2}
+
+
+def test_finished_trials_do_not_run_again(tmp_path, runs):
+  base = tiny_base(tmp_path)
+  first = run(base, (FULL, LORA), tmp_path)
+  runs.started.clear()
+  assert run(base, (FULL, LORA), tmp_path) == first
+  assert runs.started == []
+  run(base, (FULL, LORA), tmp_path, seeds=2)
+  assert {name[-1] for name in runs.started} == {"1"} and len(runs.started) == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "sentence"),
+  [
+    (dict(rank=6), r"cells/full_lr=0\.001_seed=0 holds a run with another config \(rank: 4 → 6\)"),
+    (dict(steps=24), r"\(steps: 12 → 24\); choose a new --workdir"),  # extended, it would have had two horizons
+    (dict(switch__interval=4), r"switch\.interval: 2 → 4"),
+  ],
+)
+def test_a_run_with_another_config_is_neither_finished_nor_overwritten(tmp_path, runs, changes, sentence):
+  run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
+  runs.started.clear()
+  base = tiny_base(tmp_path, **changes)
+  trial = sweep.first_seed_trials(base, (FULL,))[0]
+  assert not sweep.is_finished(tmp_path / "cells" / trial.name, trial.config)
+  with pytest.raises(UserError, match=sentence):
+    run(base, (FULL, LORA), tmp_path)
+  assert runs.started == []
+
+
+def test_finished_trials_on_other_data_are_refused(tmp_path, runs):
+  """The files behind a glob may have changed; beside such trials, new ones would be trained on other text."""
+  run(tiny_base(tmp_path), (FULL,), tmp_path)
+  runs.started.clear()
+  runs.text = "def"
+  with pytest.raises(UserError, match=r"cells/full_lr=0\.001_seed=0 was started on \(fingerprint def, then abc\)"):
+    run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
+  assert runs.started == []
+
+
+def test_keys_that_change_no_result_may_change(tmp_path, runs):
+  run(tiny_base(tmp_path), (FULL,), tmp_path)
+  runs.started.clear()
+  run(tiny_base(tmp_path, eval_every=6, checkpoint_every=2), (FULL,), tmp_path)
+  assert runs.started == []
+
+
+def test_a_finished_run_without_the_required_evaluation_is_an_error(tmp_path, runs):
+  run(tiny_base(tmp_path, eval_every=5), (FULL,), tmp_path)
+  with pytest.raises(UserError, match=r"full_lr=0\.001_seed=0 has no evaluation at step 6; delete it"):
+    run(tiny_base(tmp_path, eval_every=6), (FULL,), tmp_path, read_at=0.5)
+
+
+def test_a_failed_trial_stops_no_other_and_is_reported_with_the_last_line_of_its_log(tmp_path, runs, capsys):
+  runs.broken = {"lora-rank-4_lr=0.001_seed=0"}
+  runs.losses = {"lora-rank-4_lr=0.1": 2.0}
+  ran = run(tiny_base(tmp_path), (LORA, FULL), tmp_path, processes=1, seeds=2)
+  failed = [r for r in ran if r.failure]
+  log = tmp_path / "cells" / "lora-rank-4_lr=0.001_seed=0.log"
+  assert [r.trial.name for r in failed] == ["lora-rank-4_lr=0.001_seed=0"] and len(ran) == 6
+  assert failed[0].failure == f"failed with exit code 2: error: what went wrong (see {log})"
+  assert f"lora-rank-4_lr=0.001_seed=0: {failed[0].failure}\n" in capsys.readouterr().out
+  assert sweep.best_learning_rate(LORA, ran, 1.0) == 0.1
+  runs.started.clear()
+  run(tiny_base(tmp_path), (LORA, FULL), tmp_path, seeds=2)
+  assert runs.started == ["lora-rank-4_lr=0.001_seed=0"]  # the same command tries it again
+
+
+def test_an_exception_in_one_trial_returns_its_share_of_the_cores(tmp_path, runs, monkeypatch):
+  """Otherwise other trials would wait forever."""
+  queues = []
+
+  def refuse(*_):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(sweep, "SimpleQueue", lambda: queues.append(Queue()) or queues[0])
+  monkeypatch.setattr(sweep, "run_trial", refuse)
+  with pytest.raises(PermissionError):
+    run(tiny_base(tmp_path), (FULL,), tmp_path, processes=2)
+  assert queues[0].qsize() == 2
+
+
+def test_a_folder_that_cannot_be_created_is_an_error_before_data_preparation(tmp_path, runs, monkeypatch):
+  monkeypatch.setattr(sweep, "prepare_datasets", None)
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="cannot create the folder"):
+    run(tiny_base(tmp_path), (FULL,), tmp_path / "file")
+
+
+def test_ctrl_c_starts_no_queued_trial(tmp_path, runs, monkeypatch):
+  def stop_at_the_first(base, trial, folder, share, _):
+    runs.started.append(trial.name)
+    if len(runs.started) == 1:
+      raise KeyboardInterrupt
+    time.sleep(0.3)  # the worker may have taken one more before the others were called off
+    return sweep.TrialResult(trial, folder, "stopped")
+
+  monkeypatch.setattr(sweep, "run_trial", stop_at_the_first)
+  with pytest.raises(KeyboardInterrupt):
+    run(tiny_base(tmp_path), (LORA, FULL), tmp_path, processes=1)
+  assert len(runs.started) <= 2
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 800.0])  # the perplexity of the last is infinite
+def test_diverged_trials_are_never_best(tmp_path, runs, loss, capsys):
+  runs.losses = {"lora-rank-4_lr=0.001": loss, "lora-rank-4_lr=0.01": 8.0, "lora-rank-4_lr=0.1": 9.0}
+  ran = run(tiny_base(tmp_path), (LORA,), tmp_path)
+  assert "lora-rank-4_lr=0.001_seed=0: diverged\n" in capsys.readouterr().out
+  assert sweep.evaluation_loss(ran[0], 1.0) == float("inf") and sweep.best_learning_rate(LORA, ran, 1.0) == 1e-2
+
+
+def test_without_a_finite_loss_there_is_no_best_rate_and_no_further_seed(tmp_path, runs):
+  runs.losses, runs.broken = {"lora": float("nan")}, {"lora-rank-4_lr=0.1_seed=0"}
+  ran = run(tiny_base(tmp_path), (LORA, FULL), tmp_path, seeds=2)
+  assert sweep.best_learning_rate(LORA, ran, 1.0) is None
+  assert [r.trial.name for r in ran if r.trial.seed == 1] == ["full_lr=0.001_seed=1"]
+
+
+INVALID_CHANGES = {
+  "missing key": ({"rnk": 4}, r"unknown config key 'rnk'; configs/base\.py lists all keys"),
+  "missing nested key": ({"switch.intervl": 4}, r"unknown config key 'switch\.intervl'"),
+  "key below a number": ({"rank.x": 4}, r"unknown config key 'rank\.x'"),
+  "wrong type": ({"rank": "four"}, r"rank \(='four'\) has the wrong type"),
+  "a number for a section": ({"switch": 4}, r"switch \(=4\) has the wrong type"),
+  "invalid value": ({"batch_size": -8}, r"batch_size \(=-8\) must be greater than 0"),
+  "invalid combination": ({"rank": 16}, r"rank \(=16\) leaves no spare vectors"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID_CHANGES)
+def test_invalid_configs_are_errors_before_the_first_trial(tmp_path, runs, name):
+  changes, sentence = INVALID_CHANGES[name]
+  with pytest.raises(UserError, match=sentence):
+    run(tiny_base(tmp_path), (FULL, Variant("second", changes)), tmp_path)
+  assert runs.started == [] and not (tmp_path / "cells").exists()
+
+
+def test_an_invalid_learning_rate_or_evaluation_step_is_an_error_before_the_first_trial(tmp_path, runs):
+  for rate, must in ((-1e-3, "be greater than 0"), (float("nan"), "be a finite number")):
+    with pytest.raises(UserError, match=rf"learning_rate \(={rate}\) must {must}"):
+      run(tiny_base(tmp_path), (FULL, LORA._replace(learning_rates=(1e-3, rate))), tmp_path)
+  with pytest.raises(UserError, match="compared at step 6"):
+    run(tiny_base(tmp_path), (FULL,), tmp_path, read_at=0.5)
+  assert runs.started == []
+
+
+def test_evaluation_step(tmp_path):
+  config = resolve(tiny_base(tmp_path, steps=100, eval_every=15).config, 1)
+  assert [sweep.evaluation_step(config, at) for at in (1.0, 0.3, 0.75)] == [100, 30, 75]
+  with pytest.raises(UserError) as caught:
+    sweep.evaluation_step(config, 0.95)
+  assert str(caught.value) == (
+    "the validation loss is compared at step 95 (0.95 of 100 steps), but eval_every (=15) has no evaluation there; "
+    "set --config.eval_every to a divisor of 95"
+  )
+
+
+def test_evaluation_loss(tmp_path, runs):
+  (ran,) = run(tiny_base(tmp_path), (FULL,), tmp_path)
+  assert [sweep.evaluation_loss(ran, at) for at in (1 / 3, 2 / 3, 1.0)] == pytest.approx([3.2, 3.1, 3.0])
+
+
+def test_the_command_line_of_a_trial(tmp_path):
+  base = sweep.base_from_file("llama_tiny", {"steps": 700, "rank": 16, "learning_rate": 0.5, "data.path": "a b/*"})
+  trial = sweep.make_trial(base, Variant("lora", {"method": "lora", "rank": 8}), 1e-3, 2)
+  assert sweep.trial_command(base, trial, tmp_path / "run") == [
+    sys.executable,
+    "-m",
+    "experiments.pretrain",
+    f"--config={ROOT}/configs/llama_tiny.py",
+    "--config.steps=700",
+    "--config.rank=8",
+    "--config.learning_rate=0.001",
+    "--config.data.path=a b/*",
+    "--config.method=lora",
+    "--config.seed=2",
+    f"--workdir={tmp_path}/run",
+  ]
+
+
+def test_each_text_is_tokenised_once_before_the_runs(tmp_path):
+  trials = sweep.first_seed_trials(tiny_base(tmp_path), (FULL, LORA, Variant("short", {"seq_len": 8})))
+  texts = sweep.prepare_datasets(trials)
+  assert len(list((tmp_path / "cache").iterdir())) == 2
+  assert texts["full"] == texts["lora, rank 4"] != texts["short"]
+  with pytest.raises(UserError, match="no file"):
+    sweep.prepare_datasets(sweep.first_seed_trials(tiny_base(tmp_path, data__path=str(tmp_path / "*.gz")), (FULL,)))
+
+
+# --- flags and base configs ----------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_flag():
+  assert sweep.parse_numbers("learning_rates", ["1e-3", "2"], float) == [1e-3, 2.0]
+  assert sweep.parse_numbers("ranks", ["8", "16"], int) == [8, 16]
+  assert sweep.parse_numbers("ranks", None, int) == sweep.parse_numbers("ranks", [], int) == []
+  for words, kind in ((["8.5"], int), (["1e-3", ""], float), (["fast"], float)):
+    with pytest.raises(UserError, match=r"--ranks must be a list of numbers such as 1e-3,2e-3 or 32,16; "):
+      sweep.parse_numbers("ranks", words, kind)
+
+
+def test_a_value_on_the_command_line_gets_the_type_of_its_key(tmp_path):
+  config = tiny_base(tmp_path).config
+  values = {
+    "rank": ("8", 8),
+    "learning_rate": ("1e-3", 1e-3),  # None in the config
+    "clip_norm": ("2", 2.0),
+    "remat": ("full", "full"),
+    "count_per_element": ("True", True),
+    "switch.reset": ("false", False),
+    "switch.decay_to": ("0.3", 0.3),
+    "data.path": ("c4/*.json.gz", "c4/*.json.gz"),
+    "data.tokenizer": ("", ""),
+  }
+  for key, (text, value) in values.items():
+    found = sweep.parse_config_value(config, key, text)
+    assert found == value and type(found) is type(value), key
+
+
+@pytest.mark.parametrize(
+  ("key", "text", "sentence"),
+  [
+    ("rnk", "8", "unknown config key 'rnk'; configs/base.py lists all keys"),
+    ("switch.intervl", "8", "unknown config key 'switch.intervl'; configs/base.py lists all keys"),
+    ("rank.x", "8", "unknown config key 'rank.x'; configs/base.py lists all keys"),
+    ("", "8", "unknown config key ''; configs/base.py lists all keys"),
+    ("rank", "8.5", "rank must be of type int; found '8.5'"),
+    ("clip_norm", "much", "clip_norm must be of type float; found 'much'"),
+    ("switch.reset", "1", "switch.reset must be of type bool; found '1'"),
+    ("switch", "8", "switch must be of type ConfigDict; found '8'"),
+  ],
+)
+def test_a_wrong_value_on_the_command_line_is_an_error(tmp_path, key, text, sentence):
+  with pytest.raises(UserError) as caught:
+    sweep.parse_config_value(tiny_base(tmp_path).config, key, text)
+  assert str(caught.value) == sentence
+
+
+def test_the_base_of_a_config_in_the_repository():
+  base = sweep.base_from_file("llama_tiny", {"steps": 7, "switch.interval": 20})
+  assert (base.config.steps, base.config.switch.interval, base.config.rank) == (7, 20, 32)
+  assert base.file == str(ROOT / "configs" / "llama_tiny.py")
+  with pytest.raises(UserError, match="unknown config key 'stepz'"):
+    sweep.base_from_file("llama_tiny", {"stepz": 7})
+
+
+def test_the_package_is_found_from_any_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", "elsewhere")
+  assert children.environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere"
+  monkeypatch.delenv("PYTHONPATH")
+  monkeypatch.setenv("SOME_SETTING", "kept")
+  assert children.environment()["PYTHONPATH"] == str(ROOT) and children.environment()["SOME_SETTING"] == "kept"
+
+
+def test_one_process_per_core_or_one_with_accelerators(monkeypatch):
+  answer, asked = SimpleNamespace(stdout="cpu\n"), []
+  monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=lambda command, **_: asked.append(command) or answer))
+  sweep.platform.cache_clear()
+  assert sweep.default_processes() == len(os.sched_getaffinity(0)) and sweep.platform() == "cpu"
+  sweep.platform.cache_clear()
+  answer.stdout = "gpu\n"
+  assert sweep.default_processes() == 1 and sweep.platform() == "gpu"
+  sweep.platform.cache_clear()
+  assert len(asked) == 2, "once per process"
