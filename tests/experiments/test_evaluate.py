@@ -1,4 +1,4 @@
-"""The command that evaluates says of a run what the run said of itself, and refuses what it cannot say."""
+"""The command that evaluates: bitwise the numbers that the run logged, other text, and errors."""
 
 import functools
 import json
@@ -29,8 +29,9 @@ RUNS = {
   "bfloat16": dict(dtype="bfloat16", frozen_dtype="bfloat16", candidates_dtype="bfloat16"),
   "accumulated": dict(batch_size=32, accumulation=2),
   "float64": dict(dtype="float64", param_dtype="float64"),
+  "trained": dict(method="switchlora"),
 }
-REAL = "switchlora"  # which is trained; the others only pretend to be, since compiling a train step takes long
+REAL = "trained"  # the other runs only grow their weights, because compiling a train step takes long
 SHAPE = dict(steps=8, data__epochs=4, relora__restart_every=4, relora__restart_warmup_steps=2, galore__refresh_every=3)
 NUMBERS = [f"val_{name}{suffix}" for name in ("loss", "ppl", "bpb") for suffix in ("", "_se")]
 
@@ -102,7 +103,7 @@ def fails(sentence: str, *arguments):
 # --- what a run said of itself ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slowly(RUNS, quick=("full", "switchlora", "split")))
+@pytest.mark.parametrize("name", slowly(RUNS, quick=("switchlora", "split")))
 def test_it_says_what_the_run_has_logged(trained, tmp_path, name):
   run, logs = trained(name), logged(trained(name))
   assert list(logs) == [4, 8] and logs[4]["val_loss"] != logs[8]["val_loss"]

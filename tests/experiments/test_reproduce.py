@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from grids import command, fake_runs, imported
-from tiny import saved_run
 
 from experiments.common import children, sweep
 from experiments.paper import items
@@ -226,9 +225,11 @@ def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("item", "shown"), [("figure10", True), ("figure2", False)])
 def test_singular_values_are_shown_where_the_figure_shows_them(tmp_path, monkeypatch, item, shown):
-  run = SimpleNamespace(workdir=saved_run(tmp_path / "run", method="lora"))
+  run, shown_runs = SimpleNamespace(workdir=tmp_path / "run"), []
   with imported("reproduce", f"--item={item}", f"--workdir={tmp_path}") as reproduce:
+    monkeypatch.setattr(reproduce.saved_run, "open_run", lambda workdir: workdir)
+    monkeypatch.setattr(reproduce.spectra, "conclude", lambda *arguments: shown_runs.append(arguments))
     monkeypatch.setattr(reproduce.sweep, "run_sweep", lambda base, variants, **options: [run])
     monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: None)
     reproduce.main()
-  assert [(tmp_path / name).exists() for name in ("ranks.json", "weights.png")] == [shown, shown]
+  assert shown_runs == ([([tmp_path / "run"], tmp_path)] if shown else [])
