@@ -38,13 +38,13 @@ def listed(run, capsys) -> tuple[list[str], int]:
   return lines, code
 
 
-def test_good_ones_are_listed_with_size_and_time(run, capsys):
+def test_good_checkpoints_have_size_and_time(run, capsys):
   lines, code = listed(run, capsys)
   assert code == 0 and [line.split()[0] for line in lines] == ["5", "10", "15"]
   assert all(line.split()[1] == "1.00" and line.endswith("+00:00  good") for line in lines)
 
 
-def test_whatever_cannot_be_restored_is_named(run, capsys):
+def test_checkpoints_that_cannot_be_restored_are_listed(run, capsys):
   saves = run / "checkpoints"
   (saves / "10" / "state" / "data").write_bytes(bytes(2**20 - 1) + b"x")
   (saves / "20").mkdir()
@@ -61,12 +61,12 @@ def test_whatever_cannot_be_restored_is_named(run, capsys):
   assert lines[-1].startswith("2 cannot be restored;")
 
 
-def test_what_was_moved_aside_is_no_failure(run, capsys):
+def test_a_checkpoint_moved_aside_is_not_a_failure(run, capsys):
   (run / "damaged-5-0").mkdir()
   assert listed(run, capsys)[1] == 0
 
 
-def test_a_step_that_the_run_removes_meanwhile_is_no_failure(run, capsys, monkeypatch):
+def test_a_step_that_the_run_deletes_meanwhile_is_not_a_failure(run, capsys, monkeypatch):
   verify = manifest.verify
 
   def removed_first(folder):
@@ -88,7 +88,7 @@ def test_a_step_that_the_run_removes_meanwhile_is_no_failure(run, capsys, monkey
     (lambda run: [shutil.rmtree(step) for step in (run / "checkpoints").iterdir()], "has saved no checkpoint yet"),
   ],
 )
-def test_another_directory_is_a_sentence(run, capsys, prepare, said):
+def test_a_directory_without_checkpoints_is_an_error(run, capsys, prepare, said):
   prepare(run)
   with pytest.raises(UserError, match=said):
     listed(run, capsys)

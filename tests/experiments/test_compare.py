@@ -1,4 +1,4 @@
-"""Methods side by side: one small comparison, killed in its middle and gone on with, then one with a run that fails."""
+"""Comparisons of methods: a small one that is killed and continued, then one in which a trial fails."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ BROKEN = "lora-rank-4_lr=0.05_seed=0"
 
 
 def finished(workdir) -> set[str]:
-  """The trials that have been evaluated after their last step."""
+  """The names of the trials that have been evaluated after their last step."""
   runs = (path.parent for path in workdir.glob("cells/*/metrics.jsonl"))
   return {run.name for run in runs if any(row["step"] == 6 for row in sweep.evaluations(run))}
 
@@ -41,7 +41,7 @@ def ages(workdir, trials) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-  """The same command killed with its runs, started again, and with one more learning rate whose directory is a file."""
+  """A killed command, the same command again, and again with a learning rate whose directory is a file."""
   folder = tmp_path_factory.mktemp("compare")
   workdir = folder / "grid"
   base = tiny_base(folder, steps=6, eval_every=3, checkpoint_every=3)
@@ -74,15 +74,15 @@ def story(tmp_path_factory):
   return SimpleNamespace(**locals())
 
 
-def test_a_comparison_that_was_killed_goes_on(story):
+def test_a_killed_comparison_continues(story):
   assert story.process.returncode == -signal.SIGKILL
-  assert 0 < len(story.before) < 3  # it was killed in its middle
+  assert 0 < len(story.before) < 3  # killed halfway
   assert story.again.returncode == 0, story.again.stderr
-  assert story.after == story.before  # what was finished was not run again
+  assert story.after == story.before  # finished trials did not run again
   assert {*TRIALS} == finished(story.workdir)
 
 
-def test_it_leaves_a_table_and_results(story):
+def test_table_and_results(story):
   full, lora = story.first_results["arms"]
   assert [variant["label"] for variant in (full, lora)] == ["full", "lora, rank 4"]
   assert len(full["perplexities"]) == len(lora["perplexities"]) == 1
@@ -106,7 +106,7 @@ def test_methods_saw_the_same_data_and_budget(story):
   assert [config["config"]["seed"] for config in configs] == [0, 0, 0]
 
 
-def test_a_run_that_fails_is_named_after_everything_was_written(story):
+def test_a_failed_trial_is_an_error_after_all_files_are_written(story):
   printed = story.printed.getvalue()
   assert str(story.failing.value).startswith(f"1 of 4 runs failed: {BROKEN}; repeat the same command")
   blocked = story.workdir / "cells" / BROKEN
@@ -120,22 +120,22 @@ def test_a_run_that_fails_is_named_after_everything_was_written(story):
 
 @pytest.fixture
 def lora(story):
-  """A trial of the story, as a grid sees it."""
+  """The result of one trial of the story."""
   trial = sweep.make_trial(story.base, Variant("lora, rank 4", {"method": "lora", "rank": 4}), 1e-2, 0)
   return sweep.TrialResult(trial, story.workdir / "cells" / trial.name, None)
 
 
-def test_a_process_trains_what_the_cell_says(lora):
+def test_a_process_trains_the_config_of_its_trial(lora):
   assert run_directory.read(lora.workdir)["config"] == lora.trial.config.to_dict()
   assert [row["step"] for row in sweep.evaluations(lora.workdir)] == [3, 6]
   assert re.fullmatch(r"validation perplexity \d+\.\d\d", sweep.trial_summary(lora))
 
 
-def test_a_process_that_finished_is_not_started_again(story, lora):
+def test_a_finished_trial_starts_no_process(story, lora):
   assert sweep.run_trial(story.base, lora.trial, lora.workdir.parent, (0, 2), None) == lora
 
 
-def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_finished(lora, tmp_path):
+def test_a_run_without_its_last_evaluation_is_not_finished(lora, tmp_path):
   shutil.copytree(lora.workdir, tmp_path / "run")
   assert sweep.is_finished(tmp_path / "run", lora.trial.config)
   path = tmp_path / "run" / "metrics.jsonl"
@@ -146,8 +146,8 @@ def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_finished(lora,
   assert not sweep.is_finished(tmp_path / "none", lora.trial.config)
 
 
-def test_a_run_made_for_a_test_looks_like_a_real_one(lora, tmp_path):
-  """Other tests stand on `write_run`."""
+def test_write_run_writes_files_like_a_real_run(lora, tmp_path):
+  """Other tests depend on `write_run`."""
   write_run(tmp_path / "run", lora.trial.config, curve(lora.trial.config, 3.0))
   made, found = (run_directory.read(folder) for folder in (tmp_path / "run", lora.workdir))
   assert made.keys() == found.keys() and made["config"] == found["config"]
@@ -178,7 +178,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_sentences_before_anything_is_run(tmp_path, name):
+def test_mistakes_are_errors_before_the_first_run(tmp_path, name):
   flags, sentence = MISTAKES[name]
   with (
     imported("compare", *flags, f"--workdir={tmp_path / 'grid'}") as compare,
@@ -188,13 +188,13 @@ def test_mistakes_are_sentences_before_anything_is_run(tmp_path, name):
   assert not (tmp_path / "grid").exists()
 
 
-def test_the_flags_of_a_grid(tmp_path):
+def test_the_flags_of_a_sweep(tmp_path):
   with imported("compare", "--workdir=~/grid", "--seeds=5", "--processes=3"):
     options = sweep.sweep_options()
   assert options == {"workdir": sweep.Path.home() / "grid", "seeds": 5, "processes": 3, "read_at": 1.0}
 
 
-def test_a_line_for_each_method_and_rank():
+def test_one_variant_per_method_and_rank():
   flags = [
     "--methods=full,lora,galore",
     "--ranks=8,4",
@@ -211,7 +211,7 @@ def test_a_line_for_each_method_and_rank():
     ]
 
 
-def test_a_method_is_not_asked_for_what_it_has_no_use_for():
+def test_keys_that_a_method_does_not_use_are_not_set():
   flags = ["--config.frozen_dtype=bfloat16", "--config.warm_start_steps=200", "--ranks=4"]
   with imported("compare", *flags) as compare:
     variants = {
@@ -226,7 +226,7 @@ def test_a_method_is_not_asked_for_what_it_has_no_use_for():
   }
 
 
-def test_by_default_all_methods_at_the_configs_rank_and_their_own_rates():
+def test_defaults_are_all_methods_the_configs_rank_and_the_methods_rates():
   with imported("compare", "--config.rank=16") as compare:
     found = compare.method_variants(compare.CONFIG.value)
   assert [variant.label for variant in found] == [
@@ -243,7 +243,7 @@ ROWS = [
 ]
 
 
-def test_step_times_have_the_labels_of_the_table(tmp_path, monkeypatch):
+def test_step_times_have_the_labels_of_the_variants(tmp_path, monkeypatch):
   base, commands = tiny_base(tmp_path), []
 
   def benchmark(words, **_):
@@ -261,7 +261,7 @@ def test_step_times_have_the_labels_of_the_table(tmp_path, monkeypatch):
   assert {"--config.model.hidden_size=16", "--rank=4", "--rank=8", "--methods=full,lora"} < {*commands[0]}
 
 
-def test_the_step_of_galore_has_its_share_of_a_refresh(tmp_path, monkeypatch):
+def test_the_step_time_of_galore_includes_its_share_of_a_refresh(tmp_path, monkeypatch):
   measured = {"full": 1.0, "galore": 1.25, "galore refreshing": 5.25}
   rows = [{"program": name, "rank": 0 if name == "full" else 4, "time_ratio": r} for name, r in measured.items()]
 
@@ -276,7 +276,7 @@ def test_the_step_of_galore_has_its_share_of_a_refresh(tmp_path, monkeypatch):
   assert times["galore, rank 4"] == 1.25 + 4 / 200
 
 
-def test_a_benchmark_that_fails_does_not_lose_the_runs(tmp_path, monkeypatch, capsys):
+def test_a_failed_benchmark_gives_no_step_times(tmp_path, monkeypatch, capsys):
   with imported("compare", "--methods=full") as compare:
     failed = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=137), DEVNULL=None)
     monkeypatch.setattr(compare, "subprocess", failed)

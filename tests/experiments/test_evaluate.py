@@ -104,7 +104,7 @@ def fails(sentence: str, *arguments):
 
 
 @pytest.mark.parametrize("name", slowly(RUNS, quick=("switchlora", "split")))
-def test_it_says_what_the_run_has_logged(trained, tmp_path, name):
+def test_results_are_bitwise_those_of_the_log(trained, tmp_path, name):
   run, logs = trained(name), logged(trained(name))
   assert list(logs) == [4, 8] and logs[4]["val_loss"] != logs[8]["val_loss"]
   for step, flags in {4: ["--checkpoint=4"], 8: []}.items():
@@ -113,7 +113,7 @@ def test_it_says_what_the_run_has_logged(trained, tmp_path, name):
     assert {key: found[key] for key in NUMBERS} == {key: logs[step][key] for key in NUMBERS}, "to the bit"
 
 
-def test_it_says_so_on_another_number_of_devices(trained, tmp_path):
+def test_results_are_bitwise_equal_on_another_number_of_devices(trained, tmp_path):
   """The run was trained on 8; a process of its own has one."""
   run, out = trained("switchlora"), tmp_path / "out.json"
   done = command("evaluate", f"--run={run}", f"--json={out}")
@@ -130,7 +130,7 @@ def test_it_says_so_on_another_number_of_devices(trained, tmp_path):
   assert "validate: 100%" in done.stderr
 
 
-def test_the_run_stays_as_it_is(trained, tmp_path):
+def test_the_run_directory_is_unchanged(trained, tmp_path):
   run = trained("switchlora")
   contents = lambda: {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
   before = contents()
@@ -147,7 +147,7 @@ def direct(run: Path, rows) -> np.ndarray:
   return np.asarray(row_losses(phase.model, state.params, state.frozen, np.asarray(rows, np.int32)))
 
 
-def test_tokens_limits_the_rows(trained, tmp_path):
+def test_tokens_limits_the_sequences(trained, tmp_path):
   run = trained("switchlora")
   own = dataset.prepare(saved_run.open_run(run).config)
   found = evaluate(tmp_path, run, "--tokens=95")
@@ -156,7 +156,7 @@ def test_tokens_limits_the_rows(trained, tmp_path):
   assert {key: found[key] for key in NUMBERS} == pytest.approx(expected, rel=1e-5)
 
 
-def test_all_of_the_text_that_a_glob_matches_is_read_with_the_run_s_tokenizer(trained, tmp_path):
+def test_a_glob_is_tokenised_with_the_run_s_tokenizer(trained, tmp_path):
   run = trained("switchlora")
   texts = [f"the frozen weight number {i} absorbs what was switched away" for i in range(40)]
   (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:20]))
@@ -188,7 +188,7 @@ def prepared(folder, trained):
   return prepare
 
 
-def test_of_a_prepared_folder_it_takes_the_rows_on_which_a_run_would_validate(trained, prepared, tmp_path):
+def test_a_prepared_folder_gives_its_validation_sequences(trained, prepared, tmp_path):
   run = trained("switchlora")
   where = prepared("prepared", str(run / "tokenizer.model"), 16)
   found, log = evaluate(tmp_path, run, f"--data={where}"), logged(run)[8]
@@ -199,7 +199,7 @@ def test_of_a_prepared_folder_it_takes_the_rows_on_which_a_run_would_validate(tr
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_directory_without_a_run_is_refused(tmp_path):
   fails("--run is missing")
   where = f"--run={tmp_path}/none"
   fails(f"{tmp_path}/none must be the directory of a run, .*; there is no such directory", where)
@@ -207,7 +207,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-  """A run to be spoilt."""
+  """A copy of a run that a test may damage."""
   return shutil.copytree(run, folder / "copy")
 
 
@@ -225,7 +225,7 @@ def test_a_step_without_a_checkpoint_is_refused(trained):
   fails(r"--checkpoint \(=5\) must be .*: 4, 8; name one", f"--run={trained('switchlora')}", "--checkpoint=5")
 
 
-def test_a_config_of_other_code_is_refused(trained, tmp_path):
+def test_a_config_of_another_version_is_refused(trained, tmp_path):
   run = copy_of(trained("switchlora"), tmp_path)
   saved = run_directory.read(run)
   del saved["config"]["data"]["epochs"]
@@ -244,14 +244,14 @@ def test_a_damaged_step_that_is_named_is_not_replaced_by_another(trained, tmp_pa
   assert (run / "checkpoints" / "8").exists()
 
 
-def test_data_that_are_not_those_of_then_are_refused(trained, tmp_path):
+def test_changed_data_are_refused(trained, tmp_path):
   run = copy_of(trained("switchlora"), tmp_path)
   saved = run_directory.read(run)
   (run / "config.json").write_text(json.dumps(saved | {"data_fingerprint": "0" * 16}))
   fails("the data changed since the run .* was 0000000000000000.*or evaluate other text with --data", f"--run={run}")
 
 
-def test_text_that_is_gone_is_a_sentence(trained, tmp_path):
+def test_missing_text_is_an_error(trained, tmp_path):
   run = copy_of(trained("switchlora"), tmp_path)
   saved = run_directory.read(run)
   saved["config"]["data"]["path"] = f"{tmp_path}/gone/*"
@@ -291,7 +291,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(trained, tmp_path):
     fails(r"--json \(=.*in a writable directory", f"--run={trained('switchlora')}", f"--json={file}")
 
 
-def test_numbers_that_are_not_finite_are_printed_and_null_in_json(trained, tmp_path, monkeypatch, capsys):
+def test_infinite_results_are_printed_and_null_in_json(trained, tmp_path, monkeypatch, capsys):
   found = summary(np.array([2000.0]), 2.0)
   with imported("evaluate", f"--run={trained('switchlora')}", f"--json={tmp_path / 'a.json'}") as module:
     monkeypatch.setattr(module, "validate", lambda *_: found)

@@ -10,6 +10,7 @@ from grids import fake_runs, tiny_base, write_run
 from matplotlib import pyplot as plt
 
 from experiments.common import results, sweep
+from experiments.common.figures import line_style, save_figure
 from experiments.common.sweep import Variant
 from switchlora_jax.errors import UserError
 
@@ -90,7 +91,7 @@ def test_the_table(found):
   assert "†" not in text
 
 
-def test_warnings_of_a_method_stand_under_the_table(tmp_path, runs):
+def test_warnings_of_a_method_follow_the_table(tmp_path, runs):
   variant = Variant("relora, rank 4", {"method": "relora", "relora.restart_every": 100})
   ran = sweep.run_sweep(tiny_base(tmp_path), (variant,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
   text = results.results_table(results.collect((variant,), ran, 1.0))
@@ -118,7 +119,7 @@ def test_a_dagger_at_the_edge_of_a_sweep(tmp_path, runs, best, dagger):
   assert ("† best learning rate at the edge of the sweep" in text) == dagger
 
 
-def test_one_learning_rate_is_no_sweep_and_one_seed_has_no_spread(tmp_path, runs):
+def test_one_learning_rate_has_no_edge_and_one_seed_no_spread(tmp_path, runs):
   variant = SWITCH._replace(learning_rates=(1e-2,))
   ran = sweep.run_sweep(tiny_base(tmp_path), (variant,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
   row = results.collect((variant,), ran, 1.0)["arms"][0]
@@ -139,20 +140,18 @@ def test_seeds_that_diverged_are_not_hidden(tmp_path, runs, losses, shown):
   assert results.format_perplexity(results.collect((LORA,), ran, 1.0)["arms"][0]) == shown
 
 
-def test_everything_is_written_and_then_failures_are_a_sentence(tmp_path, ran, capsys):
+def test_failures_are_an_error_after_all_files_are_written(tmp_path, ran, capsys):
   with pytest.raises(UserError) as caught:
     results.conclude(ARMS, ran, OPTIONS | {"workdir": tmp_path}, "three methods")
-  assert (
-    str(caught.value)
-    == "1 of 9 runs failed: lora-rank-4_lr=0.01_seed=0; repeat the same command to run only these again"
-  )
+  sentence = "1 of 9 runs failed: lora-rank-4_lr=0.01_seed=0; repeat the same command to run only these again"
+  assert str(caught.value) == sentence
   written = {path.name for path in tmp_path.iterdir()}
   assert {"results.json", "table.md", "curves.png", "curves.svg", "parameters.png", "parameters.svg"} <= written
   assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
   results.conclude((FULL,), [r for r in ran if r.trial.variant is FULL], OPTIONS | {"workdir": tmp_path}, "full rank")
 
 
-def test_results_json_is_strict_and_holds_every_cell(tmp_path, found):
+def test_results_json_is_strict_and_has_every_trial(tmp_path, found):
   def refuse(constant):
     raise AssertionError(f"{constant} is not JSON")
 
@@ -242,7 +241,7 @@ def test_seeds_evaluated_at_other_steps_are_drawn_where_all_were(tmp_path, found
   np.testing.assert_array_equal(line.get_xydata(), [[4, 3.0], [12, np.nan]])
 
 
-def test_a_long_title_does_not_leave_the_picture(tmp_path, found, drawn):
+def test_a_long_title_fits_the_figure(tmp_path, found, drawn):
   title = " ".join(["every word"] * 30)
   results.write_results(found, tmp_path, title)
   for figure, axes in drawn.values():
@@ -252,7 +251,7 @@ def test_a_long_title_does_not_leave_the_picture(tmp_path, found, drawn):
   assert len(drawn) == 2
 
 
-def test_pictures_of_nothing_but_failures_are_empty_and_no_error(tmp_path, found):
+def test_figures_without_any_result_are_empty(tmp_path, found):
   results.write_results(found | {"arms": found["arms"][2:], "cells": []}, tmp_path, "nothing")
   assert is_a_picture(tmp_path / "curves.png") and is_a_picture(tmp_path / "parameters.png")
 
@@ -266,3 +265,21 @@ def test_nothing_is_allocated_for_the_sizes(ran):
   before = len(jax.live_arrays())
   results.collect(ARMS, ran, 1.0)
   assert len(jax.live_arrays()) <= before
+
+
+def test_lines_of_a_figure_differ_in_colour_and_marker_and_then_in_line_style():
+  styles = [line_style(number) for number in range(36)]
+  assert len({style["color"] for style in styles[:12]}) == len({style["marker"] for style in styles[:12]}) == 12
+  assert len({tuple(style.values()) for style in styles}) == 36
+
+
+def test_an_svg_is_beside_each_png_and_equal_figures_give_equal_files(tmp_path):
+  files = []
+  for folder in (tmp_path / "a", tmp_path / "b"):
+    folder.mkdir()
+    figure, axes = plt.subplots()
+    axes.plot([1, 2], [3, 4], **line_style(0))
+    save_figure(figure, folder / "figure.png")
+    files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+  assert files[0] == files[1] and {*files[0]} == {"figure.png", "figure.svg"}
+  assert b"<svg" in files[0]["figure.svg"]

@@ -1,4 +1,4 @@
-"""Grids without training, and the commands as a user meets them."""
+"""Sweeps without training, and commands in this process or in their own."""
 
 import contextlib
 import importlib
@@ -21,7 +21,7 @@ from switchlora_jax.training import metrics
 
 
 def tiny_base(folder: Path, **changes) -> sweep.BaseConfig:
-  """`tiny_config` over llama_tiny.py, as a command line would say it."""
+  """`tiny_config` over llama_tiny.py, as a base config with command-line overrides."""
   shared = sweep.base_from_file("llama_tiny", {}).config
   config = tiny_config(folder, **changes)
   default, keys = flatten(shared), flatten(config)
@@ -30,12 +30,12 @@ def tiny_base(folder: Path, **changes) -> sweep.BaseConfig:
 
 
 def as_flags(base: sweep.BaseConfig) -> list[str]:
-  """The command line of a base, but for its config file."""
+  """The flags of a base config, except its config file."""
   return [f"--config.{key}={value}" for key, value in base.overrides.items()]
 
 
 def write_run(workdir: Path, config, losses: dict[int, float], fingerprint="abc") -> None:
-  """A run as the product leaves it, {step: validation loss}, but for what is trained."""
+  """The files of a run, {step: validation loss}, without any training or checkpoint."""
   tokenizer = workdir.parent / "some.model"
   run_directory.prepare(workdir, config)
   tokenizer.write_bytes(b"pieces")
