@@ -13,7 +13,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import jax
 import pytest
 from grids import as_flags, command, curve, imported, tiny_base, write_run
 from paths import ROOT
@@ -68,7 +67,6 @@ def story(tmp_path_factory):
   ):
     for key, value in ONE_DEVICE.items():
       patch.setenv(key, value)
-    patch.setattr(jax.config, "update", lambda *_: None)  # the platform of this process is the CPU already
     with contextlib.redirect_stdout(printed), pytest.raises(UserError) as failing:
       compare.main()
   return SimpleNamespace(**locals())
