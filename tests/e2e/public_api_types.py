@@ -27,6 +27,6 @@ def use(x: jax.Array, key: jax.Array):
   LoRADense(features=48, rank="8")  # type: ignore[arg-type]
   LoRADense(features=48)  # type: ignore[call-arg]
   SwitchSchedule(interval=2, freeze_steps=1, steps=100)  # type: ignore[call-arg]
-  vector_adam("0.01")  # type: ignore[arg-type]
+  vector_adam(vectors=lora_vectors)  # type: ignore[call-arg]
   switch(params, frozen, candidates, schedule=schedule)  # type: ignore[call-arg]
   return switched.param  # type: ignore[attr-defined]
