@@ -29,7 +29,7 @@ lint: dev-environment  ## Check style, formatting, the imports between rooms, an
 	$(VENV)/mypy
 
 docs: docs-environment  ## Build the documentation site into site/.
-	$(VENV)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
 
 wheel: dev-environment  ## Build the package into dist/.
 	$(VENV)/python -m build --wheel --no-isolation

@@ -271,3 +271,10 @@ def test_ci_runs_targets_that_exist():
   named = re.findall(r"^step \d+ (\w+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
   assert {"lint", "test", "docs", "slow", "newest", "faults"} == set(named)
   assert set(named) <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_pre_commit_runs_the_checks_of_make_lint():
+  lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+  hooks = re.findall(r"entry: \.venv/bin/(.+)", (ROOT / ".pre-commit-config.yaml").read_text())
+  tool = lambda command: command.split(" --")[0].removesuffix(" .")
+  assert {tool(line) for line in re.findall(r"\$\(VENV\)/(.+)", lint)} == {tool(hook) for hook in hooks}
