@@ -1,33 +1,47 @@
-# The two commands of the README. Both make .venv first if it is not there.
-PYTHON ?= python3
+# Commands for a checkout. Each first makes .venv complete for what it needs; see .ci/venv.
+# PYTHON=python3.12 chooses the Python of .venv; by default, the one it has, or python3.
+PYTHON ?=
 VENV := .venv/bin
+ENVIRONMENT := PYTHON='$(PYTHON)' sh .ci/venv
 
-.PHONY: pretrain test slow faults lint
+.PHONY: help pretrain test slow faults lint docs wheel newest run-environment dev-environment docs-environment
+.NOTPARALLEL:
 
-pretrain: .venv/run  ## Install, and train the embedded default.
+help:  ## List these commands.
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+pretrain: run-environment  ## Train the embedded default.
 	$(VENV)/python -m experiments.pretrain --workdir=runs/tiny
 
-test: .venv/dev  ## Install what the tests need, and run them.
+test: dev-environment  ## Run the tests.
 	$(VENV)/python -m pytest -n 2 --dist worksteal
 
-slow: .venv/dev  ## What the tests show, in further settings.
+slow: dev-environment  ## Run the slow tests: further settings of what the others show.
 	$(VENV)/python -m pytest -n 2 --dist worksteal -m slow
 
-faults: .venv/dev  ## Kill, starve and damage real runs, and see what is left of them.
+faults: dev-environment  ## Run the fault suite: kill, starve and damage real runs.
 	$(VENV)/python -m pytest -n 2 --dist worksteal --faults tests/faults
 
-lint: .venv/dev  ## Lint and check the formatting.
+lint: dev-environment  ## Check style, formatting, the imports between rooms, and types.
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+	$(VENV)/lint-imports
+	$(VENV)/mypy
 
-.venv/run: requirements.txt
-	@echo "installing $< into .venv: about 1.2 GB, a minute or more"
-	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+docs: docs-environment  ## Build the documentation site into site/.
+	NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict
 
-.venv/dev: requirements-dev.txt requirements.txt
-	@echo "installing $< into .venv: about 1.2 GB, a minute or more"
-	$(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+wheel: dev-environment  ## Build the package into dist/.
+	$(VENV)/python -m build --wheel --no-isolation
+
+newest:  ## Run a quick subset of the tests with the newest JAX, where a Python 3.12 or later is found.
+	@sh .ci/newest
+
+run-environment:
+	@$(ENVIRONMENT) requirements.txt
+
+dev-environment:
+	@$(ENVIRONMENT) requirements-dev.txt
+
+docs-environment:
+	@$(ENVIRONMENT) requirements-docs.txt

@@ -1,0 +1,25 @@
+"""LLaMA with squared ReLU in place of SwiGLU (So et al. 2021, arXiv:2109.08668).
+
+The toy model of CONTRIBUTING.md.
+"""
+
+import flax.linen as nn
+
+from switchlora_jax.models import llama
+
+
+class Block(llama.Block):
+  """A LLaMA block whose MLP has two linear layers, both made by `dense`."""
+
+  def mlp(self, x):
+    """x [batch, length, hidden] to the same shape."""
+    hidden = nn.relu(self._linear("up", self.intermediate_size, x)) ** 2
+    return self._linear("down", x.shape[-1], hidden)
+
+
+class SquaredReLU(llama.LLaMA):
+  """As `LLaMA`, with these blocks. They are not gathered: `sharding.fsdp` must be 1, see `LLaMA.block`."""
+
+  def block(self):
+    """`Block`, with its activations recomputed as `remat` selects."""
+    return llama.REMAT[self.remat](Block)
