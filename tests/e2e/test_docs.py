@@ -22,8 +22,7 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:python -m experiments\.(\w+)|experiments/slurm/(pretrain)\.sbatch)((?:[ \t][^\n]*)?)")
 DEFINED = re.compile(r'DEFINE_\w+\(\s*"(\w+)"')
-FOREIGN = set()  # flags of other programs that pages name, filled below
-FOREIGN |= {"gpus-per-task", "kill-on-bad-exit", "wait", "requeue", "signal", "nodes", "strict", "faults", "help"}
+FOREIGN = {"gpus-per-task", "kill-on-bad-exit", "wait", "requeue", "signal", "nodes", "faults"}  # of SLURM and pytest
 
 
 def code_of(path) -> list[str]:
@@ -42,7 +41,7 @@ def commands_in(code: str) -> list[tuple[str, ...]]:
   """
   found = []
   for name, script, rest in COMMAND.findall(re.sub(r"\\\n\s*", " ", code)):
-    rest = re.sub(r"\s[#].*|\s*(&&|\||;|&|\)|\d?>)(?=\s|$).*", "", rest).rstrip(" .,:;)\"")
+    rest = re.sub(r"\s[#].*|\s*(&&|\||;|&|\)|\d?>)(?=\s|$).*", "", rest).rstrip(' .,:;)"')
     rest = re.sub(r"(?<=\s)(\$\w+|…|\.\.\.)(?=\s|$)", "", rest)
     found.append((name or script, *shlex.split(re.sub(r"\$\w+", "0", rest))))
   return found
@@ -99,7 +98,7 @@ def test_inline_flags_and_config_keys_exist():
     for code in INLINE.findall(FENCE.sub("", page.read_text())):
       for flag in re.findall(r"(?<!\S)--([a-z][\w.-]*)", code):
         name, _, key = flag.partition(".")
-        good = key.rstrip(".") in keys or key == "" if name == "config" else name in known | FOREIGN
+        good = key in ("", "KEY", *keys) if name == "config" else name in known | FOREIGN
         wrong += [] if good else [f"{page.name}: --{flag}"]
       section, _, key = code.partition("=")[0].partition(".")
       if section in keys and isinstance(keys[section], type(base.get_config())) and re.fullmatch(r"[\w.]+", key):
@@ -123,6 +122,16 @@ def test_local_links_lead_to_files():
       if path and "://" not in target and not (page.parent / path).exists():
         broken.append(f"{page.relative_to(ROOT)}: {target}")
   assert not broken
+
+
+def test_pages_that_docstrings_name_exist():
+  missing = [
+    f"{path.relative_to(ROOT)}: {page}"
+    for path in MODULES
+    for page in re.findall(r"\bdocs/[\w/]+\.md", path.read_text())
+    if not (ROOT / page).is_file()
+  ]
+  assert not missing
 
 
 def test_files_modules_and_targets_that_pages_name_exist():
@@ -151,6 +160,14 @@ def defined(name: str) -> bool:
   return False
 
 
+def test_the_example_of_your_own_model_learns():
+  (example,) = [code for code in FENCE.findall((ROOT / "docs" / "extend.md").read_text()) if "SwitchLoRADense" in code]
+  names = {}
+  exec(compile(example, "docs/extend.md", "exec"), names)
+  assert names["losses"][-1] < names["losses"][0] / 4
+  assert int(names["state"][2]["up"]["cursor"]) > 8  # more vectors were switched than the layer has slots
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_help_lists_the_flags_of_a_command(run, path):
   ended = run(path.stem, "--help")
@@ -163,6 +180,7 @@ def test_help_lists_the_flags_of_a_command(run, path):
     ("pretrain --config=configs/llama_1b.py --dry_run", "trainable parameters: 609.7M (609,720,320)"),
     ("pretrain --dry_run", "trainable parameters: 0.8M (837,760)"),
     ("reproduce --item=table4", "609.7M"),
+    ("plan --config=configs/llama_tiny.py --topology=1x1x1 --methods=lora", "trainable"),
   ],
 )
 def test_a_cheap_command_prints_what_the_pages_say(run, command, printed):
