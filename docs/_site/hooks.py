@@ -1,6 +1,6 @@
 """MkDocs hooks: pages that follow from the repository, so that they cannot fall behind it.
 
-* The home page is README.md.
+* README.md is the home page; CONTRIBUTING.md and CHANGELOG.md are pages too.
 * Each room of the package has an API page that lists its modules.
 * A link from a page to a file of the repository outside docs/ leads to a page with the text of that file.
 """
@@ -15,11 +15,14 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "switchlora_jax"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+ROOT_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LANGUAGES = {".py": "python", ".toml": "toml", ".sbatch": "bash"}
 
 
 def on_config(config):
-  """Add the API pages to the navigation."""
+  """Add the API pages and the pages from the root of the repository to the navigation."""
+  about = next(section["About"] for section in config.nav if "About" in section)
+  about += [{Path(uri).stem.capitalize(): uri} for uri in _root_pages() if uri != "index.md"]
   rooms = [{room.name: f"api/{room.name}.md"} for room in _rooms()]
   config.nav.append({"API reference": [{"Public names": "api/index.md"}, *rooms]})
   return config
@@ -27,7 +30,7 @@ def on_config(config):
 
 def on_files(files, config):
   """Add the generated pages."""
-  for uri, text in ({"index.md": (ROOT / "README.md").read_text()} | _api_pages()).items():
+  for uri, text in (_root_pages() | _api_pages()).items():
     files.append(File.generated(config, uri, content=text))
   pages = {file.src_uri: file.content_string for file in files.documentation_pages()}
   for path in sorted({target for uri, text in pages.items() for target in _outside(uri, text)}):
@@ -41,9 +44,12 @@ def on_page_markdown(markdown, page, config, files):
 
   def replace(link):
     path, anchor = _resolve(page.file.src_uri, link[1]), link[2] or ""
+    uri = next((uri for uri, root_path in ROOT_PAGES.items() if root_path == path), None)
     if path.startswith("docs/"):
-      return posixpath.relpath(path.removeprefix("docs/"), folder or ".") + anchor
-    return posixpath.relpath(f"source/{path}.md", folder or ".") if (ROOT / path).is_file() else link[0]
+      uri = path.removeprefix("docs/")
+    elif not uri and (ROOT / path).is_file():
+      uri, anchor = f"source/{path}.md", ""
+    return posixpath.relpath(uri, folder or ".") + anchor if uri else link[0]
 
   return LINK.sub(replace, markdown)
 
@@ -51,6 +57,11 @@ def on_page_markdown(markdown, page, config, files):
 def _rooms() -> list[Path]:
   """The sub-packages of the library that have modules."""
   return sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+
+
+def _root_pages() -> dict[str, str]:
+  """The pages that are files in the root of the repository."""
+  return {uri: (ROOT / path).read_text() for uri, path in ROOT_PAGES.items() if (ROOT / path).is_file()}
 
 
 def _api_pages() -> dict[str, str]:
@@ -79,12 +90,12 @@ def _folder(uri: str) -> str:
 
 
 def _resolve(uri: str, target: str) -> str:
-  """The path within the repository of a link's target; the home page is README.md."""
-  base = "" if uri == "index.md" else posixpath.join("docs", _folder(uri))
+  """The path within the repository of the target of a link on a page."""
+  base = "" if uri in ROOT_PAGES else posixpath.join("docs", _folder(uri))
   return posixpath.normpath(posixpath.join(base, target))
 
 
 def _outside(uri: str, text: str) -> list[str]:
-  """The files outside docs/ that a page links to."""
-  paths = [_resolve(uri, target) for target, _ in LINK.findall(text)]
+  """The files outside docs/ that a page links to and that have no page of their own."""
+  paths = {_resolve(uri, target) for target, _ in LINK.findall(text)} - set(ROOT_PAGES.values())
   return [path for path in paths if not path.startswith("docs/") and (ROOT / path).is_file()]
