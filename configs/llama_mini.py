@@ -1,4 +1,4 @@
-"""A miniature of the comparison: five methods on encyclopedia text, on a CPU; docs/results/miniature.md has results.
+"""A miniature of the comparison: five methods on encyclopedia text, on a laptop CPU; docs/miniature.md has results.
 
 python -m experiments.compare --config=configs/llama_mini.py --workdir=runs/mini \
     --config.data.path='wiki/train*' --config.data.eval_path='wiki/valid*'
