@@ -17,12 +17,11 @@ from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.data import shards as packed
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import saved_run
-from switchlora_jax.interop.saved_run import SavedRun
 from switchlora_jax.parallel.sharding import make_mesh
-from switchlora_jax.runs.directory import flatten
+from switchlora_jax.runs.directory import SavedRun, flatten, open_run
 from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training.evaluation import first, validate
+from switchlora_jax.training.phases import restore_phase
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of a checkpoint; the newest that is not damaged by default")
@@ -52,7 +51,7 @@ def check() -> SavedRun:
   if RUN.value is None:
     raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny")
   cli.check_json(JSON.value)
-  run = saved_run.open_run(Path(RUN.value).expanduser())
+  run = open_run(Path(RUN.value).expanduser())
   if missing := sorted(flatten(get_config()).keys() - flatten(run.config).keys()):
     raise UserError(
       f"the run in {run.directory} was made by other code: its config has no {', '.join(missing)}; "
@@ -96,7 +95,7 @@ def prepared(run: SavedRun, folder: Path) -> Text:
       f"--data (={DATA.value!r}) must be a glob of files or a folder that experiments.prepare_data has filled; this "
       f"folder has no {packed.MANIFEST}; name its files, as in --data='{folder}/*', or prepare it to the end"
     )
-  if manifest["tokenizer"] != packed.checksum(run.tokenizer):
+  if manifest["tokenizer"] != packed.file_sha256(run.tokenizer):
     raise UserError(
       f"--data (={DATA.value!r}) must be prepared with the tokenizer of the run; it has another; "
       f"prepare the text with --tokenizer={run.tokenizer}, or name its files"
@@ -128,7 +127,7 @@ def measure(run: SavedRun, text: Text) -> dict:
   """Everything that is said of a checkpoint and a text, as plain values."""
   config, devices = run.config, jax.device_count()
   mesh = make_mesh(fsdp=math.gcd(config.sharding.fsdp, devices))
-  phase, state = saved_run.restore(run, CHECKPOINT.value, mesh)
+  phase, state = restore_phase(run, CHECKPOINT.value, mesh)
   # Each device takes as many rows at once as in training: the numbers are the same, to the bit, on any number of them.
   share = max(1, config.batch_size // (config.accumulation * run.devices))
   with jax.set_mesh(mesh):

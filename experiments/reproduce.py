@@ -19,7 +19,7 @@ from experiments.common import cli, grid, results, settings, spectra
 from experiments.paper import items, studies
 from switchlora_jax.errors import UserError, to_stderr
 from switchlora_jax.glue import tasks as glue
-from switchlora_jax.interop import saved_run
+from switchlora_jax.runs.directory import open_run
 
 ITEM = flags.DEFINE_string("item", None, f"what to run: {', '.join(items.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
@@ -148,7 +148,7 @@ def main():
   if item.glue:
     tell_glue(item, ran, options["workdir"])
   if item.spectra:
-    spectra.conclude([saved_run.open_run(r.workdir) for r in ran], options["workdir"])
+    spectra.conclude([open_run(r.workdir) for r in ran], options["workdir"])
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def _ended(command):
 def _guarded(main, continues: bool = False):
   absl.logging.set_verbosity(absl.logging.WARNING)
   absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+  sys.unraisablehook = _report_unraisable
   try:
     main()
   except UserError as error:
@@ -165,6 +166,12 @@ def _guarded(main, continues: bool = False):
     what = "stopped; the same command continues from what was saved, if anything was yet"
     to_stderr(what if continues else "interrupted")
     sys.exit(130)
+
+
+def _report_unraisable(unraisable):
+  """Python's hook, but silent on what tensorstore raises for each array in flight when a save fails."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _fail(sentence: str):

@@ -15,6 +15,7 @@ from tiny import saved_run
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import export, huggingface, pretrained
 from switchlora_jax.models.weights import flatten_dict
+from switchlora_jax.runs.directory import open_run
 
 KINDS = {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -43,7 +44,7 @@ def test_an_export_is_the_run(run, tmp_path, method):
   if method == "full":
     assert done.adapters == {}
     return
-  state = pretrained.open_run(run(method)).state
+  state = pretrained.restore_weights(open_run(run(method)))
   merged, base = flatten_dict(pretrained.load(tmp_path / "out").weights), flatten_dict(state.frozen)
   assert set(done.adapters) == KINDS
   for path, kernel in base.items():
@@ -57,12 +58,14 @@ def test_transformers_computes_what_the_run_does(run, tmp_path, method):
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
   export.export(run(method), tmp_path / "out")
-  model, opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), pretrained.open_run(run(method))
+  model, opened = (
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+    pretrained.restore_weights(open_run(run(method))),
+  )
   tokens = np.random.default_rng(1).integers(0, 320, (2, 16))
   with torch.no_grad():
     theirs = model(torch.tensor(tokens)).logits.numpy()
-  variables = {"params": opened.state.params, "frozen": opened.state.frozen}
-  ours = np.asarray(opened.phase.model.apply(variables, tokens))
+  ours = np.asarray(opened.model.apply({"params": opened.params, "frozen": opened.frozen}, tokens))
   assert np.abs(ours).max() > 0.1
   np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
   text = "12: the model learns\n  a low rank\tupdate é"
@@ -85,7 +88,7 @@ def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
 
 def bare_base(model, opened):
   """The base alone in place of the merged weights."""
-  blocks = {name: opened.state.frozen["blocks"].get(name, layer) for name, layer in model.weights["blocks"].items()}
+  blocks = {name: opened.frozen["blocks"].get(name, layer) for name, layer in model.weights["blocks"].items()}
   return model._replace(weights=model.weights | {"blocks": jax.tree.map(np.asarray, blocks)})
 
 

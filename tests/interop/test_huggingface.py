@@ -115,7 +115,7 @@ def test_writing_reading_and_writing_again_gives_the_same(tmp_path_factory, size
   sizes = sizes | {"hidden_size": heads[0], "num_heads": heads[1], "num_layers": layers}
   weights, folders = random_weights(sizes), [tmp_path_factory.mktemp("there") for _ in range(2)]
   huggingface.write(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
-  back = pretrained.load_folder(folders[0])
+  back = pretrained.read(pretrained.inspect(folders[0]))
   assert same_bits(back.weights, weights) and (back.sizes, back.seq_len) == (sizes, 7)
   assert back.tokenizer == folders[0] / "tokenizer.model"
   huggingface.write(folders[1], back.sizes, back.weights, back.seq_len, back.tokenizer)
@@ -194,8 +194,8 @@ def refused(folder, sentence):
       {"rope_theta": 5e5, "rope_type": "llama3"},
       "rope_theta is 500000.0 there, 10000.0 here; rope_",
     ),
-    ("model_type", "mistral", "must hold a LLaMA (model_type 'llama'); its config.json says 'mistral'"),
-    ("hidden_size", None, "must say hidden_size as positive whole numbers"),
+    ("model_type", "mistral", "must hold a LLaMA (model_type 'llama'); its config.json has model_type 'mistral'"),
+    ("hidden_size", None, "must give hidden_size as positive integers"),
   ],
 )
 def test_another_kind_of_model_is_refused(folder, key, value, sentence):
@@ -212,9 +212,7 @@ def test_other_tensors_are_refused_by_name(folder):
     del tensors[Q1]
 
   store(folder, change)
-  refused(
-    folder, f"missing: {Q1}; not of such a model: model.layers.0.self_attn.q_proj.bias; of another shape: {HEAD} "
-  )
+  refused(folder, f"missing: {Q1}; unexpected: model.layers.0.self_attn.q_proj.bias; of another shape: {HEAD} ")
 
 
 def test_another_number_of_layers_is_refused(folder):
@@ -222,7 +220,7 @@ def test_another_number_of_layers_is_refused(folder):
   refused(folder, "missing: model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, ")
   refused(folder, "model.layers.2.self_attn.q_proj.weight and 1 more")
   say(folder, num_hidden_layers=1)
-  refused(folder, "not of such a model: model.layers.1.")
+  refused(folder, "unexpected: model.layers.1.")
 
 
 def test_damaged_files_are_refused(folder):

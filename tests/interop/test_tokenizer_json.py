@@ -145,7 +145,7 @@ def test_what_is_only_near_is_said(tmp_path):
     ({"model_type": "word"}, "it is a model of words"),
     ({"model_type": "char"}, "it is a model of chars"),
     ({"treat_whitespace_as_suffix": True}, "it does not write a space before a word"),
-    ({"user_defined_symbols": ["<mine>"]}, "it has pieces that its user defined"),
+    ({"user_defined_symbols": ["<mine>"]}, "it has user-defined pieces"),
   ],
 )
 def test_what_cannot_be_written_is_said(tmp_path, options, reason):

@@ -14,7 +14,7 @@ import pytest
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh, replicated
 from switchlora_jax.runs import manifest
-from switchlora_jax.runs.checkpoint import LEFT_OUT, REMOVED, Checkpoints
+from switchlora_jax.runs.checkpoint import REMOVED, Checkpoints
 
 
 def some_state(seed: int):
@@ -59,22 +59,54 @@ def test_nothing_saved_is_none(tmp_path):
     assert checkpoints.restore(lambda _: abstract(some_state(0))) is None
 
 
-def test_a_step_can_be_named_and_arrays_left_out(directory):
-  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+def test_a_step_and_a_part_of_the_state_can_be_restored(directory):
+  part = {name: value for name, value in abstract(some_state(0)).items() if name in ("params", "candidates")}
+  expected = {"params": some_state(3)["params"], "candidates": {}}
   with Checkpoints(directory) as checkpoints:
-    restored = checkpoints.restore(lambda _: wanted, step=3)
-  assert restored["frozen"] == {"kernel_tail": None}
-  assert_same(restored, some_state(3) | {"frozen": {"kernel_tail": None}})
+    restored = checkpoints.restore(lambda _: part, step=3, partial=True)
+  assert jax.tree.structure(restored) == jax.tree.structure(expected)
+  assert_same(restored, expected)
 
 
-def test_what_is_read_beside_what_is_left_out_is_compared_with_its_checksum(directory):
+def test_arrays_without_a_sharding_are_restored_as_numpy_arrays(directory):
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), some_state(0))
+  with Checkpoints(directory) as checkpoints:
+    restored = checkpoints.restore(lambda _: like)
+  assert {type(x) for x in jax.tree.leaves(restored)} == {np.ndarray}
+  assert restored["params"]["b"].dtype == jnp.bfloat16
+  assert_same(restored, some_state(4))
   flip_a_bit(largest_file(directory / "4"))
-  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+  with Checkpoints(directory) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: like), some_state(3))
+
+
+def test_a_partial_state_that_the_checkpoint_does_not_have_is_refused(directory):
+  """A missing, an additional and a renamed array in the part that is read; the rest is not compared."""
+  state = abstract(some_state(0))
+  leaf = state["params"]["b"]
+  for params in ({"a": state["params"]["a"]}, state["params"] | {"c": leaf}, {"a": state["params"]["a"], "c": leaf}):
+    with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match=r"another version of the code saved it"):
+      checkpoints.restore(lambda _, params=params: {"params": params}, partial=True)
+  with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match=r"another version of the code saved it"):
+    checkpoints.restore(lambda _: {"params": state["params"]})  # not partial
+
+
+def test_a_damaged_array_in_the_part_that_is_read_is_refused(directory):
+  flip_a_bit(largest_file(directory / "4"))
+  part = {"params": abstract(some_state(0))["params"]}
   with Checkpoints(directory) as checkpoints:
     with pytest.raises(UserError, match=r"step 4: .*; choose another"):
-      checkpoints.restore(lambda _: wanted, step=4)
-    assert_same(checkpoints.restore(lambda _: wanted)["params"], some_state(3)["params"])
-  assert (directory / "4").exists(), "it is another's"
+      checkpoints.restore(lambda _: part, step=4, partial=True)
+    assert_same(checkpoints.restore(lambda _: part, partial=True), {"params": some_state(3)["params"]})
+  assert (directory / "4").exists(), "a checkpoint of another run must stay"
+
+
+def test_another_shape_is_refused_by_name(directory):
+  like = abstract(some_state(0))
+  like["params"]["a"] = jax.ShapeDtypeStruct((300, 41), jnp.float32, sharding=like["params"]["a"].sharding)
+  sentence = r"\['params'\]\['a'\] has the shape \[300, 40\] there and \[300, 41\] in this code's state"
+  with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match=sentence):
+    checkpoints.restore(lambda _: like)
 
 
 def largest_file(folder):
@@ -122,7 +154,7 @@ def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
   like["params"]["b"] = {"new": like["params"]["b"]}
   with (
     Checkpoints(directory) as checkpoints,
-    pytest.raises(UserError, match=r"step 4: .*another version has saved it.*, or use the code that saved them"),
+    pytest.raises(UserError, match=r"step 4: .*another version of the code .*, or use the code that saved them"),
   ):
     checkpoints.restore(lambda _: like)
 
@@ -144,9 +176,7 @@ def no_file_larger_than(size: int):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-FULL = (
-  r"checkpoint of step 5 could not be saved in \S+: File too large; that of step 4 is whole; make room .* from step 4"
-)
+FULL = r"step 5 could not be saved in \S+: File too large; that of step 4 is complete; free space .* from step 4"
 
 
 def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplog):

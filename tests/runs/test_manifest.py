@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 
 from switchlora_jax.runs import files, manifest
-from switchlora_jax.runs.files import write_json
+from switchlora_jax.runs.files import write_checksummed_json
 from switchlora_jax.runs.manifest import Damaged
 
 ARRAYS = {"['params']['a']": [7, 3, 4]}
@@ -66,9 +66,9 @@ def truncate(path):
     (lambda folder: (folder / "state/e/no").write_text("more"), r"^state/e/no has 4 bytes of 0$"),
     (lambda folder: (folder / "state/e/no").unlink(), r"^state/e/no: No such file or directory$"),
     (lambda folder: (folder / "state/d").rename(folder / "d"), r"^state/d/large: No such file .*, and 1 more files$"),
-    (lambda folder: (folder / "manifest.json").unlink(), r"^it has no manifest.json: the save did not end"),
+    (lambda folder: (folder / "manifest.json").unlink(), r"^it has no manifest.json: the save did not finish"),
     (
-      lambda folder: write_json(folder / "manifest.json", {"step": 5}),
+      lambda folder: write_checksummed_json(folder / "manifest.json", {"step": 5}),
       "^manifest.json is not what was written$",
     ),
   ],
@@ -87,21 +87,21 @@ def test_a_step_under_the_name_of_another_is_refused(folder):
 @pytest.mark.parametrize("name", ["/etc/passwd", "written_later", "state/../../other"])
 def test_no_file_elsewhere_is_looked_at(folder, name):
   saved = manifest.read(folder)
-  write_json(folder / "manifest.json", saved._replace(files=saved.files | {name: [1, "0"]})._asdict())
+  write_checksummed_json(folder / "manifest.json", saved._replace(files=saved.files | {name: [1, "0"]})._asdict())
   with pytest.raises(Damaged, match=rf"names files outside of state/, such as {name}$"):
     manifest.verify(folder)
 
 
 @pytest.mark.parametrize("times", [2, 3])
 def test_a_file_that_cannot_be_read_for_a_moment_is_not_damaged(folder, monkeypatch, times):
-  errors, checksum = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * times, manifest._checksum
+  errors, xxh3 = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * times, manifest._file_xxh3
 
   def unsteady(path):
     if path.name == "large" and errors:
       raise errors.pop()
-    return checksum(path)
+    return xxh3(path)
 
-  monkeypatch.setattr(manifest, "_checksum", unsteady)
+  monkeypatch.setattr(manifest, "_file_xxh3", unsteady)
   monkeypatch.setattr(manifest, "PAUSE", 0.01)
   with nullcontext() if times == 2 else pytest.raises(Damaged, match=r"^state/d/large: Stale file handle$"):
     manifest.verify(folder)

@@ -416,20 +416,17 @@ def refused(folder, source, sentence, **changes):
 
 
 def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
-  refused(folder, tmp_path, f"warm_start_from={tmp_path}, unless it is a Hugging Face LLaMA folder, must be")
-  refused(
-    folder,
-    tmp_path / "nowhere",
-    "must be the directory of a run, with its config.json, checkpoints and tokenizer.model; there is no such directory",
-  )
+  named = lambda path: f"--config.warm_start_from: {path} must be the directory of a run"
+  either = " that has saved a checkpoint, or a Hugging Face LLaMA folder (config.json, model.safetensors); "
+  refused(folder, tmp_path, named(tmp_path) + either + "it is neither")
+  refused(folder, tmp_path / "nowhere", named(tmp_path / "nowhere") + either + "there is no such directory")
   shutil.copy(runs("full").workdir / "config.json", tmp_path)
-  refused(folder, tmp_path, "they are not there; give the --workdir of a run")
+  refused(folder, tmp_path, named(tmp_path) + ", with its config.json and tokenizer.model; they are not there; give")
 
 
 def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
   for name in ("config.json", "tokenizer.model"):
     shutil.copy(runs("full").workdir / name, tmp_path)
-  (tmp_path / "checkpoints").mkdir()
   refused(folder, tmp_path, f"the run in {tmp_path} has saved no checkpoint yet")
 
 
