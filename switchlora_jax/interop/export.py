@@ -68,7 +68,7 @@ def export(run_folder: Path, out: Path) -> Exported:
   shutil.rmtree(unverified, ignore_errors=True)
   try:
     unverified.mkdir(parents=True)
-    remarks = huggingface.write(unverified, model.sizes, model.weights, model.seq_len, model.tokenizer)
+    remarks = huggingface.write_folder(unverified, model.sizes, model.weights, model.seq_len, model.tokenizer)
   except (OSError, SafetensorError) as error:  # safetensors raises the latter on a full disk
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"--out={out} cannot be written ({reason}); choose a directory that can") from error
@@ -100,7 +100,7 @@ def largest_difference(weights: pretrained.RunWeights, folder: Path) -> float:
 
   The run's model applies base kernels and adapters apart, as in training; the folder has them merged.
   """
-  model = pretrained.read(huggingface.inspect(folder))
+  model = pretrained.read(huggingface.inspect_folder(folder))
   shape = (SEQUENCES, min(LENGTH, model.seq_len))
   tokens = np.random.default_rng(0).integers(0, model.sizes["vocab_size"], shape)
   with pretrained.full_precision(weights.run.config.param_dtype):

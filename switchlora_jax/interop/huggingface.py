@@ -78,7 +78,7 @@ def is_folder(path: Path) -> bool:
 # --- write --------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, sizes: dict[str, int], weights: dict, seq_len: int, tokenizer: Path) -> list[str]:
+def write_folder(folder: Path, sizes: dict[str, int], weights: dict, seq_len: int, tokenizer: Path) -> list[str]:
   """Writes a model in float32 and its tokenizer to an existing folder; the same model gives the same bytes.
 
   Args:
@@ -130,7 +130,7 @@ def tensors(weights: dict) -> dict[str, np.ndarray]:
 # --- read ---------------------------------------------------------------------------------------------------------
 
 
-def inspect(path: Path) -> Folder:
+def inspect_folder(path: Path) -> Folder:
   """Checks the config.json of a folder and the names and shapes of its tensors; reads no tensor.
 
   Raises:
@@ -151,7 +151,7 @@ def inspect(path: Path) -> Folder:
   return Folder(path, sizes, config["max_position_embeddings"], files, tokenizer if tokenizer.exists() else None)
 
 
-def read(folder: Folder) -> dict:
+def read_weights(folder: Folder) -> dict:
   """The plain weights of a folder as NumPy arrays in float32; a head tied to the embedding becomes a copy of it."""
   names = NAMES if HEAD in folder.files else NAMES | {"head/kernel": NAMES["embed/embedding"]}
   handles = {file: _open_tensors(file) for file in set(folder.files.values())}

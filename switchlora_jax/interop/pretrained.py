@@ -78,7 +78,7 @@ def inspect(path: Path) -> SavedRun | huggingface.Folder:
     UserError: it is neither, the run has no checkpoint, or the folder holds another kind of model.
   """
   if huggingface.is_folder(path):
-    return huggingface.inspect(path)
+    return huggingface.inspect_folder(path)
   if run_directory.read(path) is None:
     raise UserError(
       f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder "
@@ -97,7 +97,7 @@ def read(source: SavedRun | huggingface.Folder, *, residual: bool = False) -> Pr
   """
   if isinstance(source, SavedRun):
     return merge(restore_weights(source), residual=residual)
-  weights, prefix = huggingface.read(source), tokenizer_json.prefix(source.path)
+  weights, prefix = huggingface.read_weights(source), tokenizer_json.prefix(source.path)
   return Pretrained(source.sizes, weights, source.tokenizer, str(source.path), source.seq_len, None, prefix)
 
 

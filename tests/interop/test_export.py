@@ -77,7 +77,7 @@ def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
   export.export(run("switchlora"), tmp_path / "out")
   model = pretrained.load(tmp_path / "out")
   (tmp_path / "again").mkdir()
-  huggingface.write(tmp_path / "again", model.sizes, model.weights, model.seq_len, model.tokenizer)
+  huggingface.write_folder(tmp_path / "again", model.sizes, model.weights, model.seq_len, model.tokenizer)
   first = contents(tmp_path / "out")
   del first["export.json"]
   assert contents(tmp_path / "again") == first

@@ -47,7 +47,7 @@ def store(folder, change):
 
 
 def read(folder):
-  return huggingface.read(huggingface.inspect(folder))
+  return huggingface.read_weights(huggingface.inspect_folder(folder))
 
 
 def logits(weights, tokens):
@@ -80,7 +80,7 @@ def test_transformers_reads_what_we_write(tmp_path):
   from transformers import LlamaForCausalLM
 
   weights = jax.tree.map(lambda x: 0.3 * x, random_weights(SIZES))
-  huggingface.write(tmp_path, SIZES, weights, 32, THEIRS / "bpe.model")
+  huggingface.write_folder(tmp_path, SIZES, weights, 32, THEIRS / "bpe.model")
   model = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto")
   assert model.dtype == torch.float32 and model.config.bos_token_id is None and model.config.eos_token_id == 1
   assert model.generation_config.eos_token_id == 1 and model.config.max_position_embeddings == 32
@@ -93,7 +93,7 @@ def test_transformers_reads_what_we_write(tmp_path):
 
 def test_what_we_write_is_what_they_write(tmp_path):
   """The same tensors to the bit, and a config.json that agrees with theirs on all that it says."""
-  huggingface.write(tmp_path, SIZES, read(THEIRS), 32, THEIRS / "bpe.model")
+  huggingface.write_folder(tmp_path, SIZES, read(THEIRS), 32, THEIRS / "bpe.model")
   assert same_bits(load_file(tmp_path / "model.safetensors"), load_file(THEIRS / "model.safetensors"))
   ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, THEIRS))
   assert theirs["rope_parameters"] == {"rope_type": "default", "rope_theta": ours.pop("rope_theta")}
@@ -114,11 +114,11 @@ def test_what_we_write_is_what_they_write(tmp_path):
 def test_writing_reading_and_writing_again_gives_the_same(tmp_path_factory, sizes, layers, heads):
   sizes = sizes | {"hidden_size": heads[0], "num_heads": heads[1], "num_layers": layers}
   weights, folders = random_weights(sizes), [tmp_path_factory.mktemp("there") for _ in range(2)]
-  huggingface.write(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
+  huggingface.write_folder(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
   back = pretrained.read(pretrained.inspect(folders[0]))
   assert same_bits(back.weights, weights) and (back.sizes, back.seq_len) == (sizes, 7)
   assert back.tokenizer == folders[0] / "tokenizer.model"
-  huggingface.write(folders[1], back.sizes, back.weights, back.seq_len, back.tokenizer)
+  huggingface.write_folder(folders[1], back.sizes, back.weights, back.seq_len, back.tokenizer)
   assert sorted(p.name for p in folders[0].iterdir()) == sorted(p.name for p in folders[1].iterdir())
   assert all(path.read_bytes() == (folders[1] / path.name).read_bytes() for path in folders[0].iterdir())
 
@@ -174,7 +174,7 @@ def test_what_old_folders_say_and_keep(folder):
 
 def refused(folder, sentence):
   with pytest.raises(UserError) as caught:
-    huggingface.inspect(folder)
+    huggingface.inspect_folder(folder)
   assert sentence in str(caught.value) and str(folder) in str(caught.value)
 
 

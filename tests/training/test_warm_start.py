@@ -294,6 +294,42 @@ def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, me
   assert same_bits(state.candidates, fresh.candidates), "drawn from the seed, as where full rank was within the run"
 
 
+def test_weights_of_another_run_are_sharded_as_the_new_run_shards_them(folder, runs, monkeypatch):
+  """On eight devices, with fsdp=4; no device is sent more than its share, and the bits are those on one device."""
+  options = dict(SHAPE, method="lora", warm_start_from=str(runs("lora").workdir))
+  shares, place = [], warm_start._place
+
+  def watched(mesh, array, spec):
+    placed = place(mesh, array, spec)
+    shares.append((array.size, placed.addressable_shards[0].data.size))
+    return placed
+
+  monkeypatch.setattr(warm_start, "_place", watched)
+  states = []
+  for mesh, layout in (
+    (small_model.mesh(1), dict(devices=1)),
+    (small_model.mesh(8, fsdp=4), dict(sharding__fsdp=4, sharding__trained="sharded", sharding__frozen="sharded")),
+  ):
+    config = resolved(folder, **options | layout)
+    phase = phases.build_phase(config, mesh)
+    states.append(warm_start.Source(config, phase, mesh).state())
+    kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+    assert kind(states[-1]) == kind(phase.abstract)
+  assert same_bits(*(host((state.params, state.frozen)) for state in states))
+  alone, sharded = shares[: len(shares) // 2], shares[len(shares) // 2 :]
+  assert all(share == size for size, share in alone) and all(4 * share == size for size, share in sharded)
+
+
+def test_a_run_of_another_version_is_refused_with_the_missing_key(folder, runs, tmp_path):
+  for name in ("config.json", "tokenizer.model", "checkpoints"):
+    source = runs("lora").workdir / name
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+  saved = json.loads((tmp_path / "config.json").read_text())
+  del saved["config"]["switch"]
+  (tmp_path / "config.json").write_text(json.dumps(saved))
+  refused(folder, tmp_path, f"the run in {tmp_path} was made by another version of the code: a key of its config is")
+
+
 def test_a_run_from_another_begins_at_step_0(folder, runs):
   """… with the other's weights: first row, first learning rate, horizon of its own. It is continued like any other."""
   source = runs("full")
@@ -355,7 +391,7 @@ def hugging_face(folder, runs):
   there = folder / "hugging-face"
   there.mkdir()
   config, run = resolved(folder, devices=1), runs("full")
-  huggingface.write(there, dict(config.model), run.saved[STEPS].params, 16, run.workdir / "tokenizer.model")
+  huggingface.write_folder(there, dict(config.model), run.saved[STEPS].params, 16, run.workdir / "tokenizer.model")
   return there
 
 
