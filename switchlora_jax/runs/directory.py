@@ -101,6 +101,12 @@ def _check_same_run(workdir: Path, saved: dict, config):
     changed = [change for change in changed if not change.startswith("data.path:")]
   if not changed:
     return
+  if keys := sorted((flatten(saved["config"]).keys() ^ flatten(config).keys()) - set(FREE)):
+    raise UserError(
+      f"--workdir={workdir} holds a run of another version of the code, whose config differs in the keys "
+      f"{', '.join(keys)}; continue it with the code that made it (git revision {saved['git_revision']}), or choose a "
+      f"new --workdir"
+    )
   before, now = saved["config"]["steps"], config.steps
   if now > before and all(change.startswith("steps:") for change in changed):
     log.warning(

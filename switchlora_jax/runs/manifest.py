@@ -77,9 +77,8 @@ def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
   manifest, (process, processes) = read(folder), share
   with ThreadPoolExecutor(READERS) as pool:
     names = list(manifest.files)[process::processes]
-    wrong = [
-      error for error in pool.map(lambda name: _difference(folder / name, *manifest.files[name]), names) if error
-    ]
+    differences = pool.map(lambda name: _difference(folder / name, *manifest.files[name]), names)
+    wrong = [difference for difference in differences if difference]
   if wrong:
     raise Damaged(wrong[0].removeprefix(f"{folder}/") + (f", and {len(wrong) - 1} more files" if wrong[1:] else ""))
   return manifest

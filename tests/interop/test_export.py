@@ -1,4 +1,4 @@
-"""Runs in mid-training as Hugging Face folders: the function is the run's, or it is not called an export."""
+"""Exports of runs compute the function of the run, or they fail."""
 
 import functools
 import json
@@ -32,8 +32,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "full"])
-def test_an_export_is_the_run(run, tmp_path, method):
-  """The same function as the run's own model; another than the bare base's, by the norms that are reported."""
+def test_an_export_computes_the_function_of_the_run(run, tmp_path, method):
+  """The same function as the run's own model, and not that of its base kernels alone."""
   done = export.export(run(method), tmp_path / "out")
   assert done.difference <= 1e-5 and done.remarks == []
   assert done.origin == f"{run(method)}, {method}, step 4 of 12"
@@ -103,7 +103,7 @@ def not_a_number(model, opened):
 
 @pytest.mark.parametrize("wrong", [bare_base, heads_swapped, not_a_number])
 def test_wrong_weights_are_refused(run, tmp_path, monkeypatch, wrong):
-  """They stay under the other name, and the next export takes its place."""
+  """They stay under the temporary name, and the next export replaces them."""
   merge = pretrained.merge
   monkeypatch.setattr(pretrained, "merge", lambda opened: wrong(merge(opened), opened))
   with pytest.raises(UserError, match=r"its logits differ from the run's by .*, more than 1e-04.*must not be used"):
@@ -138,14 +138,13 @@ def test_only_an_earlier_export_is_replaced(run, tmp_path):
   refused(tmp_path / "new", "new.unverified must be new, empty")
 
 
-def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
+def test_a_read_only_folder_is_refused(run, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"--out=.*/file/out cannot be written \(Not a directory\)"):
     export.export(run("lora"), tmp_path / "file" / "out")
 
 
-def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
-  """And the earlier export is still there."""
+def test_a_full_disk_is_an_error_and_keeps_the_earlier_export(run, tmp_path, monkeypatch):
   export.export(run("lora"), tmp_path / "out")
   before = contents(tmp_path / "out")
 
@@ -159,7 +158,7 @@ def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
 
 
 def test_a_link_is_followed(run, tmp_path):
-  """To a folder on a larger disk, say."""
+  """Say to a folder on a larger disk."""
   (tmp_path / "far").mkdir()
   (tmp_path / "out").symlink_to(tmp_path / "far")
   export.export(run("lora"), tmp_path / "out")
@@ -175,7 +174,7 @@ def test_the_root_is_refused(run):
 
 
 @pytest.mark.parametrize("method", ["switchlora", "full"])
-def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
+def test_the_command_reports_the_export(run, tmp_path, capsys, method):
   with imported("export", f"--run={run(method)}", f"--out={tmp_path / 'out'}") as command:
     command.main()
   said = capsys.readouterr().out
@@ -187,7 +186,7 @@ def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
   assert said.endswith(f"saved in: {tmp_path / 'out'} ({', '.join(sorted(export.FILES))})\n")
 
 
-def test_the_command_exports_no_foreign_directory(run, tmp_path):
+def test_the_command_refuses_a_directory_without_a_run(run, tmp_path):
   (tmp_path / "config.json").write_text("{}")
   for source in (tmp_path, tmp_path / "nowhere"):
     with imported("export", f"--run={source}", f"--out={tmp_path / 'out'}") as command, pytest.raises(UserError):
@@ -195,7 +194,7 @@ def test_the_command_exports_no_foreign_directory(run, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_the_command_wants_both_folders(run):
+def test_the_command_requires_both_flags(run):
   for given, missing in (([], "run"), (["--run=somewhere"], "out")):
     with imported("export", *given) as command, pytest.raises(UserError, match=f"--{missing} is missing"):
       command.main()

@@ -28,19 +28,19 @@ HEAD, EMBED, Q1 = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1
 
 @pytest.fixture
 def folder(tmp_path):
-  """A copy of the folder of `transformers`, to be changed."""
+  """A copy of the folder that `transformers` wrote."""
   return shutil.copytree(THEIRS, tmp_path / "theirs")
 
 
 def say(folder, **changes):
-  """Change keys of config.json; None takes one away."""
+  """Changes keys of config.json; None removes a key."""
   path = folder / "config.json"
   said = json.loads(path.read_text()) | changes
   path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
 
 
 def store(folder, change):
-  """Write the tensors of a folder anew, changed in place by a function of {name: array}."""
+  """Rewrites the tensors of a folder, changed in place by a function of {name: array}."""
   tensors = load_file(folder / "model.safetensors")
   change(tensors)
   save_file(tensors, folder / "model.safetensors")
@@ -63,8 +63,8 @@ def random_weights(sizes, seed=0):
 # --- what transformers computes -----------------------------------------------------------------------------------
 
 
-def test_the_logits_are_theirs(golden):
-  """Float32 sums in another order: each is 1.3·10⁻⁵ from what float64 gives."""
+def test_logits_agree_with_transformers(golden):
+  """Up to the order of float32 sums: each differs from float64 by 1.3·10⁻⁵."""
   recorded, _ = golden("huggingface")
   weights = read(THEIRS)
   assert np.abs(recorded["logits"]).max() > 4
@@ -91,8 +91,8 @@ def test_transformers_reads_what_we_write(tmp_path):
   np.testing.assert_allclose(logits(weights, tokens), expected, rtol=0, atol=1e-4)
 
 
-def test_what_we_write_is_what_they_write(tmp_path):
-  """The same tensors to the bit, and a config.json that agrees with theirs on all that it says."""
+def test_a_written_folder_matches_one_of_transformers(tmp_path):
+  """The tensors are bitwise the same, and every key of our config.json agrees with theirs."""
   huggingface.write_folder(tmp_path, SIZES, read(THEIRS), 32, THEIRS / "bpe.model")
   assert same_bits(load_file(tmp_path / "model.safetensors"), load_file(THEIRS / "model.safetensors"))
   ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, THEIRS))
@@ -161,7 +161,7 @@ def test_a_tied_head_is_a_copy_of_the_embedding(folder, twice):
   assert not np.array_equal(whole["head"]["kernel"], whole["embed"]["embedding"].T)
 
 
-def test_what_old_folders_say_and_keep(folder):
+def test_keys_and_tensors_of_old_folders_are_accepted(folder):
   """The older rotary key, keys left at their default, and a tensor that is computed anyway."""
   say(folder, rope_parameters=None, rope_theta=10000.0, num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
   extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}

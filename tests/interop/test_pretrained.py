@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def largest_difference(model, opened):
-  """Of logits, between plain weights and the run's own model."""
+  """Largest difference of logits between plain weights and the run's own model."""
   tokens = np.arange(48).reshape(3, 16) * 7 % 320
   ours = np.asarray(opened.model.apply({"params": opened.params, "frozen": opened.frozen}, tokens))
   plain = make_model(model.sizes, dtype=ours.dtype, param_dtype=ours.dtype)
@@ -89,7 +89,7 @@ def test_a_run_in_float64_is_read_in_float64(tmp_path):
     assert largest_difference(model, opened) < 1e-13
 
 
-def test_a_folder_of_hugging_face_is_read():
+def test_a_hugging_face_folder_is_read():
   folder = GOLDEN / "huggingface"
   model = pretrained.read(pretrained.inspect(folder))
   assert (model.sizes["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))

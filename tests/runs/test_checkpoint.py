@@ -1,4 +1,4 @@
-"""What is read back is what was saved, or it is refused by name."""
+"""A restored state equals the saved one bit by bit, or the checkpoint is refused by name."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def test_the_newest_state_comes_back_bit_by_bit(directory):
   assert restored["params"]["a"].sharding == some_state(4)["params"]["a"].sharding
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_restoring_from_an_empty_directory_returns_none(tmp_path):
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
     assert checkpoints.restore(lambda _: abstract(some_state(0))) is None
 
@@ -126,7 +126,7 @@ def truncate(path):
 @pytest.mark.parametrize(
   "damage", [flip_a_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"]
 )
-def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(directory, caplog, damage):
   damage(largest_file(directory / "4"))
   with Checkpoints(directory, keep=3) as checkpoints:
     restored = checkpoints.restore(lambda _: abstract(some_state(0)))
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage
     assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(40))
 
 
-def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
+def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(directory):
   for step in (2, 3, 4):
     truncate(largest_file(directory / str(step)))
   with (
@@ -149,7 +149,7 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
   assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
 
-def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
+def test_a_state_of_another_version_is_distinguished_from_damage(directory):
   like = abstract(some_state(0))
   like["params"]["b"] = {"new": like["params"]["b"]}
   with (
@@ -168,7 +168,7 @@ def test_an_unfinished_save_is_not_a_checkpoint(directory):
 
 @contextlib.contextmanager
 def no_file_larger_than(size: int):
-  """As on a disk that is full, but for small files."""
+  """Larger files fail as on a full disk."""
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
   try:
     yield
@@ -179,8 +179,8 @@ def no_file_larger_than(size: int):
 FULL = r"step 5 could not be saved in \S+: File too large; that of step 4 is complete; free space .* from step 4"
 
 
-def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplog):
-  """Not when the next one is due; nothing is lost but this one, and once there is room all is well."""
+def test_a_failed_save_is_reported_at_the_next_check(directory, caplog):
+  """Before the next save is due; the earlier checkpoints stay, and with space the next save succeeds."""
   with Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.check()
     with no_file_larger_than(20_000), pytest.raises(UserError, match=FULL):
@@ -196,28 +196,28 @@ def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplo
   assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
 
 
-def test_the_last_save_is_not_lost_in_silence(directory):
-  """After which there is no step that would ask."""
+def test_a_failure_of_the_last_save_is_reported(directory):
+  """No later step would check it."""
   with pytest.raises(UserError, match=FULL), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.save(5, some_state(5))
 
 
-def test_the_first_save_that_fails_says_that_there_is_none(tmp_path):
+def test_a_failure_of_the_first_save_is_reported(tmp_path):
   (tmp_path / "checkpoints").touch()
   said = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, said:
     checkpoints.save(5, some_state(5))
 
 
-def test_a_save_that_fails_does_not_hide_what_ended_the_run(directory, caplog):
+def test_a_failed_save_does_not_hide_the_exception_that_ended_the_run(directory, caplog):
   with pytest.raises(KeyError), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.save(5, some_state(5))
     raise KeyError
   assert "checkpoint of step 5 could not be saved" in caplog.text
 
 
-def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
-  """The new one is saved, and what is left of the old one is no checkpoint."""
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
+  """The new checkpoint is saved, and the remainder of the old one is not taken for a checkpoint."""
 
   def busy(*_, **__):
     raise OSError(39, "Directory not empty")
@@ -234,7 +234,7 @@ def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monke
   assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
 
 
-def test_an_old_one_goes_when_the_names_of_the_newer_ones_are_on_the_disk(directory, monkeypatch):
+def test_an_old_checkpoint_is_removed_after_the_directory_is_synced(directory, monkeypatch):
   done, sync, rmtree = [], manifest.sync, shutil.rmtree
   monkeypatch.setattr(manifest, "sync", lambda path: (done.append(path), sync(path)))
   monkeypatch.setattr(shutil, "rmtree", lambda path: (done.append(path), rmtree(path)))
@@ -246,7 +246,7 @@ def test_an_old_one_goes_when_the_names_of_the_newer_ones_are_on_the_disk(direct
 
 
 @pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
-def test_what_finds_no_room_is_not_damaged(directory, monkeypatch, error):
+def test_running_out_of_memory_is_not_taken_for_damage(directory, monkeypatch, error):
   def fail(*_):
     raise error
 
@@ -257,7 +257,7 @@ def test_what_finds_no_room_is_not_damaged(directory, monkeypatch, error):
     assert checkpoints.steps() == [2, 3, 4]
 
 
-def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monkeypatch):
+def test_a_manifest_that_cannot_be_written_fails_the_save(directory, monkeypatch):
   def full(*_):
     raise OSError(28, "No space left on device")
 
@@ -267,8 +267,8 @@ def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monk
   assert not (directory / "5").exists()
 
 
-def test_what_was_written_otherwise_than_the_files_say_is_found_by_the_arrays(directory, caplog):
-  """The files are whole, and hold another state than the devices did."""
+def test_array_checksums_find_what_file_checksums_cannot(directory, caplog):
+  """The files match their checksums, but hold another state than the devices did."""
   shutil.rmtree(directory / "4" / "state")
   shutil.copytree(directory / "3" / "state", directory / "4" / "state")
   manifest.write(directory / "4", 4, manifest.read(directory / "4").arrays)
@@ -277,8 +277,8 @@ def test_what_was_written_otherwise_than_the_files_say_is_found_by_the_arrays(di
   assert "step 4 is damaged (ValueError: checksum or shape of" in caplog.text
 
 
-def test_anothers_checkpoints_are_not_touched(directory):
-  """Not even what a save has left half written there: it may be one that goes on."""
+def test_checkpoints_of_another_run_are_not_modified(directory):
+  """Not even half-written ones: their save may still be running."""
   (directory / "5.orbax-checkpoint-tmp").mkdir()
   (directory / "6").mkdir()
   before = {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
@@ -287,7 +287,7 @@ def test_anothers_checkpoints_are_not_touched(directory):
   assert {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]} == before
 
 
-def test_a_save_keeps_the_values_of_its_moment(tmp_path):
+def test_a_save_writes_the_values_at_its_start(tmp_path):
   """The arrays are donated to the next step while the save still runs."""
   state = jax.device_put({"x": jnp.ones((2000, 500))}, replicated(make_mesh()))
   forward = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
