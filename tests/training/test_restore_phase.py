@@ -16,7 +16,7 @@ from switchlora_jax.training.phases import restore_phase
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """(directory, state after step 7) of a run of which no step was made; its warm start ends at step 5."""
+  """(directory, state after step 7) of a run that made no step; its full-rank phase ends at step 5."""
   folder = tmp_path_factory.mktemp("run")
   config = resolved(folder, warm_start_steps=5, candidates_dtype="bfloat16")
   saved = {"config": config.to_dict(), "data_fingerprint": "abc", "devices": "8 × cpu"}
@@ -32,8 +32,8 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_only_the_weights_are_restored(run, devices):
-  made, state = restore_phase(open_run(run[0]), None, make_mesh(jax.devices()[:devices]))
-  assert (int(state.step), made.start) == (7, 5)
+  phase, state = restore_phase(open_run(run[0]), None, make_mesh(jax.devices()[:devices]))
+  assert (int(state.step), phase.start) == (7, 5)
   assert same_bits((state.params, state.frozen), (run[1].params, run[1].frozen))
   assert len(jax.tree.leaves(run[1].candidates)) > 0 < len(jax.tree.leaves(run[1].opt_state))
   assert set(state._fields) == {"step", "params", "frozen"}
@@ -45,5 +45,5 @@ def test_the_whole_state_is_restored_on_request(run):
 
 
 def test_a_step_of_the_full_rank_phase_comes_with_that_phase(run):
-  made, state = restore_phase(open_run(run[0]), 4, make_mesh())
-  assert (int(state.step), made.start, made.scale, state.frozen) == (4, 0, None, {})
+  phase, state = restore_phase(open_run(run[0]), 4, make_mesh())
+  assert (int(state.step), phase.start, phase.scale, state.frozen) == (4, 0, None, {})
