@@ -297,7 +297,7 @@ def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, me
 
 
 def test_weights_of_another_run_are_sharded_as_the_new_run_shards_them(folder, runs, monkeypatch):
-  """On eight devices, with fsdp=4; no device is sent more than its share, and the bits are those on one device."""
+  """On eight devices, with fsdp=4; no device is sent more than its share, and the weights are those on one device."""
   options = dict(SHAPE, method="lora", warm_start_from=str(runs("lora").workdir))
   shares, place = [], warm_start._place
 
@@ -317,7 +317,12 @@ def test_weights_of_another_run_are_sharded_as_the_new_run_shards_them(folder, r
     states.append(warm_start.Source(config, phase, mesh).state())
     kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
     assert kind(states[-1]) == kind(phase.abstract)
-  assert same_bits(*(host((state.params, state.frozen)) for state in states))
+  left, right = map(host, states)
+  assert same_bits(left.params, right.params)
+  for one, other in zip(*map(jax.tree.leaves, (left.frozen, right.frozen)), strict=True):
+    np.testing.assert_allclose(
+      one, other, rtol=0, atol=2**-22
+    )  # sums over the rank, which is split, of kernels below 1
   alone, sharded = shares[: len(shares) // 2], shares[len(shares) // 2 :]
   assert all(share == size for size, share in alone) and all(4 * share == size for size, share in sharded)
 
