@@ -19,12 +19,11 @@ from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.data import shards as packed
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import saved_run
-from switchlora_jax.interop.saved_run import SavedRun
 from switchlora_jax.parallel.sharding import make_mesh
-from switchlora_jax.runs.directory import flatten
+from switchlora_jax.runs.directory import SavedRun, flatten, open_run
 from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training.evaluation import first, validate
+from switchlora_jax.training.phases import restore_phase
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
 CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of a checkpoint; default: the newest undamaged one")
@@ -54,7 +53,7 @@ def open_flagged_run() -> SavedRun:
   if RUN.value is None:
     raise UserError("--run is missing: give the directory of a trained run, for example --run=runs/tiny")
   cli.check_json(JSON.value)
-  run = saved_run.open_run(Path(RUN.value).expanduser())
+  run = open_run(Path(RUN.value).expanduser())
   if missing := sorted(flatten(get_config()).keys() - flatten(run.config).keys()):
     raise UserError(
       f"the run in {run.directory} was made by another version of the code: its config has no {', '.join(missing)}; "
@@ -98,7 +97,7 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
       f"--data (={DATA.value!r}) must be a glob of files or a folder written by experiments.prepare_data; this "
       f"folder has no {packed.MANIFEST}; give its files, as in --data='{folder}/*', or complete its preparation"
     )
-  if manifest["tokenizer"] != packed.checksum(run.tokenizer):
+  if manifest["tokenizer"] != packed.file_sha256(run.tokenizer):
     raise UserError(
       f"--data (={DATA.value!r}) must be prepared with the tokenizer of the run, but has another; "
       f"prepare the text with --tokenizer={run.tokenizer}, or give its files"
@@ -130,7 +129,7 @@ def evaluate_text(run: SavedRun, text: EvalText) -> dict:
   """Evaluate a checkpoint on a text; returns all results as plain JSON values."""
   config, devices = run.config, jax.device_count()
   mesh = make_mesh(fsdp=math.gcd(config.sharding.fsdp, devices))
-  phase, state = saved_run.restore(run, CHECKPOINT.value, mesh)
+  phase, state = restore_phase(run, CHECKPOINT.value, mesh)
   # The number of sequences per device is that of training: results are bitwise equal on any number of devices.
   share = max(1, config.batch_size // (config.accumulation * run.devices))
   with jax.set_mesh(mesh):

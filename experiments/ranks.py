@@ -9,7 +9,7 @@ from absl import flags
 
 from experiments.common import cli, spectra
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import saved_run
+from switchlora_jax.runs.directory import open_run
 
 RUN = flags.DEFINE_multi_string("run", [], "directory of a run: its --workdir; repeat for several")
 OUT = flags.DEFINE_string("out", "runs/ranks", "directory for ranks.json, weights.png and learnt.png; created")
@@ -20,7 +20,7 @@ def main():
   directories = [Path(run).expanduser() for run in RUN.value]
   if not directories:
     raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny; repeat it for several")
-  runs = [saved_run.open_run(directory) for directory in directories]
+  runs = [open_run(directory) for directory in directories]
   names = [directory.name for directory in directories]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise UserError(f"--run is given twice with the name {', '.join(twice)}; names must tell the runs apart")

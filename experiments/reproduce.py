@@ -21,7 +21,7 @@ from experiments.common.sweep import BaseConfig, Trial, TrialResult, Variant
 from experiments.paper import items, studies
 from switchlora_jax.errors import UserError, to_stderr
 from switchlora_jax.glue import tasks as glue
-from switchlora_jax.interop import saved_run
+from switchlora_jax.runs.directory import open_run
 
 ITEM = flags.DEFINE_string("item", None, f"table or figure to reproduce, one of {', '.join(items.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
@@ -155,7 +155,7 @@ def main():
   if item.glue:
     print_glue(item, trial_results, options["workdir"])
   if item.spectra:
-    spectra.conclude([saved_run.open_run(result.workdir) for result in trial_results], options["workdir"])
+    spectra.conclude([open_run(result.workdir) for result in trial_results], options["workdir"])
 
 
 if __name__ == "__main__":

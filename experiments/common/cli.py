@@ -152,6 +152,7 @@ def _exit_on_errors(main, continues: bool = False):
   """Call `main()`; turn errors that a user can fix into a sentence and an exit code, see `run`."""
   absl.logging.set_verbosity(absl.logging.WARNING)
   absl.logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+  sys.unraisablehook = _report_unraisable
   try:
     main()
   except UserError as error:
@@ -171,6 +172,12 @@ def _exit_on_errors(main, continues: bool = False):
   except KeyboardInterrupt:
     to_stderr("stopped; the same command continues from the last saved state, if any" if continues else "interrupted")
     sys.exit(130)
+
+
+def _report_unraisable(unraisable):
+  """Python's hook, but silent on what tensorstore raises for each array in flight when a save fails."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _exit_with_error(sentence: str):

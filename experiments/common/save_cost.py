@@ -11,12 +11,13 @@ from typing import NamedTuple
 import jax
 
 from experiments.common import cli
-from switchlora_jax.interop import saved_run
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs import manifest
+from switchlora_jax.runs.array_checksums import array_checksums
 from switchlora_jax.runs.checkpoint import Checkpoints
-from switchlora_jax.runs.checksums import named_checksums
+from switchlora_jax.runs.directory import open_run
 from switchlora_jax.training.metrics import progress_bar
+from switchlora_jax.training.phases import restore_phase
 
 
 class SaveTimes(NamedTuple):
@@ -49,10 +50,10 @@ def cost_report(directory: Path, times: int) -> str:
   Raises:
     UserError: the directory is not that of a run, or has no readable checkpoint.
   """
-  run = saved_run.open_run(directory)
+  run = open_run(directory)
   cli.set_precision(run.config)
   mesh = make_mesh(fsdp=math.gcd(run.config.sharding.fsdp, jax.device_count()))
-  _, state = saved_run.restore(run, None, mesh, whole=True)
+  _, state = restore_phase(run, None, mesh, whole=True)
   with tempfile.TemporaryDirectory(prefix="cost-", dir=directory) as folder:
     size, saves = time_saves(state, Path(folder) / "checkpoints", times)
   devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
@@ -65,7 +66,7 @@ def time_saves(state, folder: Path, times: int) -> tuple[int, list[SaveTimes]]:
   saves = []
   with TimedCheckpoints(folder, keep=1) as checkpoints, progress_bar(times, what="save", unit="save") as bar:
     for step in range(times + 1):
-      arrays = elapsed_seconds(lambda: named_checksums(state))
+      arrays = elapsed_seconds(lambda: array_checksums(state))
       whole = elapsed_seconds(lambda step=step: (checkpoints.save(step, state), checkpoints.wait()))
       os.sync()  # a restore happens in a new process, when the disk has finished the save
       verify = elapsed_seconds(lambda step=step: manifest.verify(folder / str(step)))

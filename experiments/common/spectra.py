@@ -16,11 +16,10 @@ from experiments.common.figures import line_style, save_figure
 from experiments.common.results import markdown
 from switchlora_jax.analysis.ranks import KINDS, effective_ranks, ranks, singular_values
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import saved_run
-from switchlora_jax.interop.pretrained import exactly
-from switchlora_jax.interop.saved_run import SavedRun
+from switchlora_jax.interop.pretrained import full_precision, restore_weights
 from switchlora_jax.models import weights
 from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.runs.directory import SavedRun
 from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training import metrics
 from switchlora_jax.training.phases import build_phases
@@ -61,7 +60,7 @@ def measure_spectra(run: SavedRun) -> dict[str, Any]:
 
 def initial_kernels(run: SavedRun) -> dict[str, np.ndarray] | None:
   """`merged_kernels` at step 0, recomputed from the seed; None if the run started from other weights."""
-  with saved_run.keys_of(run), exactly(run.config.param_dtype):
+  with run.missing_key_as_error(), full_precision(run.config.param_dtype):
     first = build_phases(run.config, one_device())[0]
     return None if run.config.warm_start_from else merged_kernels(first.create(), first.scale)
 
@@ -75,9 +74,9 @@ def kernels_over_training(run: SavedRun) -> Iterator[tuple[int, dict[str, np.nda
   failures = []
   for step in run.steps:
     try:
-      with exactly(run.config.param_dtype):
-        phase, state = saved_run.restore(run, step, one_device())
-        found = merged_kernels(state, phase.scale)
+      with full_precision(run.config.param_dtype):
+        state = restore_weights(run, step)
+        found = merged_kernels(state, state.scale)
     except UserError as error:
       log.warning("step %d is skipped: %s", step, error)
       failures.append(error)

@@ -18,7 +18,7 @@ from switchlora_jax.data.preparation import TRAIN, Request
 from switchlora_jax.data.shards import Rows
 from switchlora_jax.data.stream import Stream
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import checksum
+from switchlora_jax.runs.files import file_sha256
 
 HELD_OUT = 100  # one row in so many validates where the text has no validation files
 FLAGS = ("--config.data.path", "--config.data.eval_path")
@@ -133,7 +133,7 @@ def _check_prepared(config) -> None:
     )
   if data.tokenizer:
     tokenizer.load_tokenizer(_expanded(data.tokenizer))
-    if checksum(_expanded(data.tokenizer)) != manifest["tokenizer"]:
+    if file_sha256(_expanded(data.tokenizer)) != manifest["tokenizer"]:
       raise UserError(
         f"--config.data.tokenizer (={data.tokenizer!r}) is not the tokenizer that {folder} was prepared with; "
         "leave it out, or prepare the text with it"

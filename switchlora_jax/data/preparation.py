@@ -20,8 +20,14 @@ from switchlora_jax.data.corpus import Corpus
 from switchlora_jax.data.packing import Encoded, Position, Split
 from switchlora_jax.data.shards import MANIFEST, TOKENIZER, read_manifest
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import checksum, read_json, write_bytes, write_json
-from switchlora_jax.runs.lock import Taken, alone
+from switchlora_jax.runs.files import (
+  LockTaken,
+  exclusive_lock,
+  file_sha256,
+  read_checksummed_json,
+  write_bytes,
+  write_checksummed_json,
+)
 
 PROGRESS = "progress.json"
 TRAIN = "train:"  # before the number of pieces of a tokenizer that is trained on the text
@@ -45,7 +51,7 @@ class Request(NamedTuple):
   def facts(self) -> dict:
     """The same as JSON gives it back, with a checksum for the tokenizer's file."""
     trained = self.tokenizer.startswith(TRAIN)
-    facts = self._asdict() | {"tokenizer": self.tokenizer if trained else checksum(Path(self.tokenizer))}
+    facts = self._asdict() | {"tokenizer": self.tokenizer if trained else file_sha256(Path(self.tokenizer))}
     return json.loads(json.dumps(facts))
 
 
@@ -84,9 +90,9 @@ def _is_done(folder: Path) -> bool:
 def _alone(folder: Path, wait: bool) -> Iterator[None]:
   """While no other process fills the folder."""
   try:
-    with alone(folder, wait=wait):
+    with exclusive_lock(folder, wait=wait):
       yield
-  except Taken as holder:
+  except LockTaken as holder:
     raise UserError(
       f"another process is filling {folder}; wait until it ends, or choose another directory ({holder})"
     ) from None
@@ -105,7 +111,7 @@ class _Preparation:
   def __init__(self, folder: Path, request: Request, progress: bool):
     self._folder, self._request, self._shown = folder, request, progress
     self._facts = request.facts()
-    saved = read_json(folder / PROGRESS) or {"request": self._facts}
+    saved = read_checksummed_json(folder / PROGRESS) or {"request": self._facts}
     _check_request(folder, saved["request"], self._facts)
     self._splits = {name: _split(saved.get(name, {})) for name in ("train", "valid")}
 
@@ -118,17 +124,19 @@ class _Preparation:
       self._fill("valid", corpus.valid, model, None)
     manifest = {
       "request": self._facts,
-      "tokenizer": checksum(self._folder / TOKENIZER),
+      "tokenizer": file_sha256(self._folder / TOKENIZER),
       "train": _sizes(self._splits["train"]),
       "valid": _sizes(self._splits["valid"]) if corpus.valid is not None else None,
       "notes": dict(corpus.notes),
     }
-    write_json(self._folder / MANIFEST, manifest)
+    write_checksummed_json(self._folder / MANIFEST, manifest)
     (self._folder / PROGRESS).unlink()
     return manifest
 
   def _save(self):
-    write_json(self._folder / PROGRESS, {"request": self._facts} | {k: asdict(v) for k, v in self._splits.items()})
+    write_checksummed_json(
+      self._folder / PROGRESS, {"request": self._facts} | {k: asdict(v) for k, v in self._splits.items()}
+    )
 
   def _put_tokenizer(self, corpus: Corpus):
     """The tokenizer of the folder, which is made or copied there first."""

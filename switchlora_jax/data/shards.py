@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import checksum, read_json, write_bytes
+from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -95,7 +95,7 @@ def write_shard(path: Path, rows: np.ndarray) -> Shard:
 
 def read_manifest(folder: Path) -> dict | None:
   """What a finished folder says of itself; None where it is not finished."""
-  return read_json(folder / MANIFEST)
+  return read_checksummed_json(folder / MANIFEST)
 
 
 def fingerprint(manifest: dict) -> str:
@@ -129,7 +129,7 @@ def verify(folder: Path, manifest: dict, progress: bool, share: tuple[int, int] 
 
 def _check(path: Path, sha256: str):
   try:
-    found = checksum(path)
+    found = file_sha256(path)
   except OSError as error:
     found = error.strerror
   if found != sha256:

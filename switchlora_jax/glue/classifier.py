@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from switchlora_jax.glue.examples import Batch, Examples, batch, epoch_of
 from switchlora_jax.models import LLaMA, make_model
 from switchlora_jax.models.llama import INIT
+from switchlora_jax.runs.files import atomic_writer
 
 EVALUATED = 64  # rows at a time
 ADAM = optax.scale_by_adam()  # which AdamW is without weight decay
@@ -157,10 +158,8 @@ def evaluate(classifier: Classifier, params, examples: Examples) -> np.ndarray:
 
 def save(path: Path, params: dict):
   """Write params as a NumPy archive, an array for each path: `blocks/q/kernel`; an older one is kept until then."""
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
+  with atomic_writer(path) as file:
     np.savez(file, **flatten_dict(params, sep="/"))
-  temporary.replace(path)
 
 
 def load(path: Path) -> dict:

@@ -1,4 +1,8 @@
-"""A run as a Hugging Face LLaMA folder: merged, written under another name, read back, compared, and then renamed."""
+"""Exports a run as a Hugging Face LLaMA folder.
+
+The weights are merged and written under a temporary name; the folder is read back and its logits are compared with the
+run's before it is renamed.
+"""
 
 import json
 import shutil
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 
 from switchlora_jax.errors import UserError
@@ -15,9 +20,10 @@ from switchlora_jax.interop import huggingface, pretrained
 from switchlora_jax.lowrank.kernel_storage import KERNEL, bases
 from switchlora_jax.lowrank.layers import merge
 from switchlora_jax.models import make_model
+from switchlora_jax.models.weights import ADAPTER
 from switchlora_jax.runs import directory as run_directory
 
-RECORD = "export.json"  # by which an export knows its own folder
+RECORD = "export.json"  # marks a folder as an earlier export
 FILES = {
   "model.safetensors",
   "config.json",
@@ -27,18 +33,18 @@ FILES = {
   "tokenizer_config.json",
   RECORD,
 }
-TOLERANCE = 1e-4  # of logits, absolute
-ROWS, LENGTH = 4, 64  # of the random ids that logits are compared on; shorter where the run's rows are
+TOLERANCE = 1e-4  # absolute, of logits
+SEQUENCES, LENGTH = 4, 64  # of the random ids that logits are compared on; at most the run's seq_len
 
 
 class Exported(NamedTuple):
-  """What an export hands to its report.
+  """The result of an export.
 
   Attributes:
     origin: the run and the step.
     difference: largest absolute difference of logits between the folder and the run's own model.
-    adapters: {kind of layer: ‖s·AᵀB‖ / ‖base‖} over all layers of a kind; {} where there are no adapters.
-    remarks: sentences on the tokenizer.
+    adapters: {kind of layer: ‖s·AᵀB‖ / ‖base‖} over all layers of a kind; {} without adapters.
+    remarks: sentences on the tokenizer; see `tokenizer_json.convert`.
   """
 
   origin: str
@@ -48,26 +54,25 @@ class Exported(NamedTuple):
 
 
 def export(run_folder: Path, out: Path) -> Exported:
-  """Export the newest good checkpoint of a run to `out`, which exists afterwards only if it was found right.
+  """Exports the newest good checkpoint of a run to the folder `out`, which is created only if the logits agree.
 
   Raises:
-    UserError: before anything is written where there is no such run or `out` is another's; after it where the
-      folder's logits are not the run's.
+    UserError: there is no such run, `out` holds other files, or the logits of the written folder differ from the run's.
   """
-  out = out.resolve()  # a link stays one, to the new folder
+  out = out.resolve()  # if it is a link, the target is replaced
   check_out(out, [RECORD])
   unverified = out.with_name(out.name + ".unverified")
   check_out(unverified, [])
-  run = pretrained.open_run(run_folder)
-  model = pretrained.merge(run)
+  weights = pretrained.restore_weights(run_directory.open_run(run_folder))
+  model = pretrained.merge(weights)
   shutil.rmtree(unverified, ignore_errors=True)
   try:
     unverified.mkdir(parents=True)
-    remarks = huggingface.write(unverified, model.sizes, model.weights, model.seq_len, model.tokenizer)
-  except (OSError, SafetensorError) as error:  # the latter of a full disk, too
+    remarks = huggingface.write_folder(unverified, model.sizes, model.weights, model.seq_len, model.tokenizer)
+  except (OSError, SafetensorError) as error:  # safetensors raises the latter on a full disk
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"--out={out} cannot be written ({reason}); choose a directory that can") from error
-  difference = largest_difference(run, unverified)
+  difference = largest_difference(weights, unverified)
   if not difference <= TOLERANCE:
     raise UserError(
       f"the export of {model.origin} is wrong: its logits differ from the run's by {difference:.1e}, more than "
@@ -77,11 +82,11 @@ def export(run_folder: Path, out: Path) -> Exported:
   (unverified / RECORD).write_text(json.dumps(record | {"git_revision": run_directory.git_revision()}, indent=2) + "\n")
   shutil.rmtree(out, ignore_errors=True)
   unverified.rename(out)
-  return Exported(model.origin, difference, adapter_norms(run), remarks)
+  return Exported(model.origin, difference, adapter_norms(weights), remarks)
 
 
 def check_out(folder: Path, needed: list[str]):
-  """Raise `UserError` unless the folder is missing, empty, or all that is in it are an export's files."""
+  """Raises `UserError` unless the folder is missing, empty, or holds only files of an export, the `needed` ones too."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} must be a folder to write to; it is a file; choose another --out")
   names = {path.name for path in folder.glob("*")}
@@ -90,16 +95,16 @@ def check_out(folder: Path, needed: list[str]):
     raise UserError(f"{folder} must be new, empty or an earlier export; it holds {found}; choose another --out")
 
 
-def largest_difference(run: pretrained.Run, folder: Path) -> float:
-  """Largest absolute difference of logits on random ids: the folder read back, and the run as training applies it.
+def largest_difference(weights: pretrained.RunWeights, folder: Path) -> float:
+  """Largest absolute difference of float32 logits on random ids between a folder that was written and the run.
 
-  In float32: adapters and base are apart in the run's model, and merged in the folder.
+  The run's model applies base kernels and adapters apart, as in training; the folder has them merged.
   """
-  model = pretrained.load_folder(folder)
-  shape = (ROWS, min(LENGTH, model.seq_len))
+  model = pretrained.read(huggingface.inspect_folder(folder))
+  shape = (SEQUENCES, min(LENGTH, model.seq_len))
   tokens = np.random.default_rng(0).integers(0, model.sizes["vocab_size"], shape)
-  with pretrained.exactly(run.config.param_dtype):
-    ours = _logits(run.phase.model, {"params": run.state.params, "frozen": run.state.frozen}, tokens)
+  with pretrained.full_precision(weights.run.config.param_dtype):
+    ours = _logits(weights.model, {"params": weights.params, "frozen": weights.frozen}, tokens)
     theirs = _logits(make_model(model.sizes), {"params": model.weights}, tokens)
   return float(np.abs(ours - theirs).max())
 
@@ -108,20 +113,17 @@ def _logits(model, variables, tokens) -> np.ndarray:
   return np.asarray(jax.jit(model.apply)(variables, jnp.asarray(tokens, jnp.int32)), np.float64)
 
 
-def adapter_norms(run: pretrained.Run) -> dict[str, float]:
+def adapter_norms(weights: pretrained.RunWeights) -> dict[str, float]:
   """{kind of layer: ‖s·AᵀB‖ / ‖base‖}, Frobenius norms over all layers of the kind."""
 
   @jax.jit
   def ratio(kernel, lora_a, lora_b):
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, lora_a.dtype))
-    product = merge(kernel, lora_a, lora_b, run.phase.scale) - kernel
+    product = merge(kernel, lora_a, lora_b, weights.scale) - kernel
     return jnp.linalg.norm(product.ravel()) / jnp.linalg.norm(kernel.ravel())
 
-  found = {}
-  with pretrained.exactly(run.config.param_dtype):
-    for path, base in bases(run.state.frozen).items():
-      layer = run.state.params
-      for name in path:
-        layer = layer[name]
-      found[path[-1]] = float(ratio(base[KERNEL], layer["lora_a"], layer["lora_b"]))
+  params, found = flatten_dict(weights.params), {}
+  with pretrained.full_precision(weights.run.config.param_dtype):
+    for path, base in bases(weights.frozen).items():
+      found[path[-1]] = float(ratio(base[KERNEL], *(params[*path, name] for name in ADAPTER)))
   return found

@@ -1,7 +1,8 @@
-"""Plain weights as a Hugging Face LLaMA folder, and such a folder as plain weights.
+"""Writes plain weights as a Hugging Face LLaMA folder, and reads such a folder.
 
-Their tensors are PyTorch's: the weight of a linear layer is [out, in], our kernel transposed, and layers are not
-stacked. Their rotary positions turn the two halves of a head, as ours do, so nothing is permuted.
+Tensors follow PyTorch there: the weight of a linear layer is [out, in], the transpose of our kernel, and layers are not
+stacked. Both rotate the two halves of a head for rotary positions, so nothing is permuted. A folder has one safetensors
+file, or several and an index.
 """
 
 import json
@@ -12,21 +13,23 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import tensor_files, tokenizer_json
+from switchlora_jax.interop import tokenizer_json
 from switchlora_jax.interop.tokenizer_json import TOKENIZER
 from switchlora_jax.models.llama import EPSILON, ROPE_BASE
+from switchlora_jax.runs.files import read_json_object
 
-SIZES = {  # ours: theirs
+SIZES = {  # our name: the name in config.json
   "vocab_size": "vocab_size",
   "hidden_size": "hidden_size",
   "intermediate_size": "intermediate_size",
   "num_layers": "num_hidden_layers",
   "num_heads": "num_attention_heads",
 }
-FIXED = {  # what our model is, in their words; their defaults, too: a config.json may leave them out
+FIXED = {  # constants of our model; they are also the defaults of `transformers`, so a config.json may omit them
   "hidden_act": "silu",
   "rms_norm_eps": EPSILON,
   "rope_theta": ROPE_BASE,
@@ -43,18 +46,21 @@ NAMES = {
   "head/kernel": "lm_head.weight",
 }
 HEAD, TIED = NAMES["head/kernel"], "tie_word_embeddings"
-COMPUTED = "rotary_emb.inv_freq"  # a tensor that old folders keep and nothing needs
+COMPUTED = "rotary_emb.inv_freq"  # a tensor in old folders that is computed rather than read
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STORED = ("F32", "F16", "BF16")  # safetensors' names of the dtypes that can be read
+SHOWN = 8  # tensor names in an error message, at most
 
 
 class Folder(NamedTuple):
-  """What a Hugging Face LLaMA folder says, its tensors checked but not read.
+  """A Hugging Face LLaMA folder whose tensor names and shapes were checked; no tensor was read.
 
   Attributes:
-    path: of the folder.
+    path: the folder.
     sizes: vocab_size, hidden_size, intermediate_size, num_layers, num_heads.
     seq_len: max_position_embeddings.
-    files: {tensor: the file that has it}.
-    tokenizer: its SentencePiece model; None where it has another kind of tokenizer.
+    files: {name of a tensor: the file that holds it}.
+    tokenizer: its SentencePiece model; None if it has another kind of tokenizer.
   """
 
   path: Path
@@ -65,18 +71,24 @@ class Folder(NamedTuple):
 
 
 def is_folder(path: Path) -> bool:
-  """Whether the directory is of a Hugging Face model, LLaMA or not: its config.json says which."""
-  return (path / "config.json").exists() and "model_type" in tensor_files.read_json(path / "config.json")
+  """Whether a directory holds a Hugging Face model, LLaMA or not: its config.json has a `model_type`."""
+  return (path / "config.json").exists() and "model_type" in read_json_object(path / "config.json")
 
 
-# --- there --------------------------------------------------------------------------------------------------------
+# --- write --------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, sizes: dict[str, int], weights: dict, seq_len: int, tokenizer: Path) -> list[str]:
-  """Fill a folder with the model in float32 and its tokenizer; the same model gives the same bytes.
+def write_folder(folder: Path, sizes: dict[str, int], weights: dict, seq_len: int, tokenizer: Path) -> list[str]:
+  """Writes a model in float32 and its tokenizer to an existing folder; the same model gives the same bytes.
 
+  Args:
+    folder: to write to.
+    sizes: as in `Folder`.
+    weights: plain weights.
+    seq_len: max_position_embeddings.
+    tokenizer: a SentencePiece model.
   Returns:
-    What of the tokenizer `transformers` will not do as SentencePiece does, a sentence each.
+    One sentence per difference between SentencePiece and the converted tokenizer; see `tokenizer_json.convert`.
   """
   (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
   converted, remarks = tokenizer_json.convert(tokenizer, seq_len)
@@ -85,13 +97,13 @@ def write(folder: Path, sizes: dict[str, int], weights: dict, seq_len: int, toke
   for name, content in contents.items():
     indent = None if name == "tokenizer.json" else 2
     (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
-  save_file(tensors(weights), folder / tensor_files.SINGLE, metadata={"format": "pt"})
-  shutil.copymode(folder / "config.json", folder / tensor_files.SINGLE)  # else its owner alone could read it
+  save_file(tensors(weights), folder / SINGLE, metadata={"format": "pt"})
+  shutil.copymode(folder / "config.json", folder / SINGLE)  # safetensors makes it readable by its owner alone
   return remarks
 
 
 def config(sizes: dict[str, int], seq_len: int) -> dict:
-  """Of config.json, all but the ids of special tokens."""
+  """The contents of config.json, without the ids of special tokens."""
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -106,7 +118,7 @@ def config(sizes: dict[str, int], seq_len: int) -> dict:
 
 
 def tensors(weights: dict) -> dict[str, np.ndarray]:
-  """Plain weights, each under its Hugging Face name, float32."""
+  """{Hugging Face name: float32 array} of plain weights."""
   named = {}
   for path, array in flatten_dict(weights, sep="/").items():
     for number, layer in enumerate(_layers(path, array)):
@@ -115,36 +127,37 @@ def tensors(weights: dict) -> dict[str, np.ndarray]:
   return named
 
 
-# --- and back -----------------------------------------------------------------------------------------------------
+# --- read ---------------------------------------------------------------------------------------------------------
 
 
-def inspect(path: Path) -> Folder:
-  """What a folder holds, if it is a LLaMA as ours; no tensor is read.
+def inspect_folder(path: Path) -> Folder:
+  """Checks the config.json of a folder and the names and shapes of its tensors; reads no tensor.
 
   Raises:
-    UserError: it is another model, wants what ours has not, or its tensors are not those of its config.json.
+    UserError: it holds another kind of model, a LLaMA with features that ours lacks, or tensors that do not match its
+      config.json.
   """
-  said = tensor_files.read_json(path / "config.json")
-  sizes = _sizes(path, said)
-  _check_kind(path, said)
-  found = {name: there for name, there in tensor_files.find(path).items() if not name.endswith(COMPUTED)}
-  expected = _their_shapes(sizes)
-  if said.get(TIED):  # the head is the embedding, which some folders store twice
+  config = read_json_object(path / "config.json")
+  sizes = _sizes(path, config)
+  _check_kind(path, config)
+  found = {name: tensor for name, tensor in _find_tensors(path).items() if not name.endswith(COMPUTED)}
+  expected = _expected_shapes(sizes)
+  if config.get(TIED):  # the head is the embedding, which some folders store twice
     found.pop(HEAD, None)
     del expected[HEAD]
-  _check_tensors(path, {name: there.shape for name, there in found.items()}, expected)
-  files = {name: there.file for name, there in found.items()}
+  _check_tensors(path, {name: tensor.shape for name, tensor in found.items()}, expected)
+  files = {name: tensor.file for name, tensor in found.items()}
   tokenizer = path / TOKENIZER
-  return Folder(path, sizes, said["max_position_embeddings"], files, tokenizer if tokenizer.exists() else None)
+  return Folder(path, sizes, config["max_position_embeddings"], files, tokenizer if tokenizer.exists() else None)
 
 
-def read(folder: Folder) -> dict:
-  """The plain weights in a folder, NumPy arrays in float32; a head tied to the embedding becomes a copy of it."""
+def read_weights(folder: Folder) -> dict:
+  """The plain weights of a folder as NumPy arrays in float32; a head tied to the embedding becomes a copy of it."""
   names = NAMES if HEAD in folder.files else NAMES | {"head/kernel": NAMES["embed/embedding"]}
-  handles = {file: tensor_files.opened(file) for file in set(folder.files.values())}
+  handles = {file: _open_tensors(file) for file in set(folder.files.values())}
   weights = {}
-  for path, like in flatten_dict(shapes(folder.sizes), sep="/").items():
-    weights[path] = np.empty(like.shape, like.dtype)
+  for path, shape in flatten_dict(shapes(folder.sizes), sep="/").items():
+    weights[path] = np.empty(shape.shape, shape.dtype)
     for number, layer in enumerate(_layers(path, weights[path])):
       name = names[path].format(number)
       array = handles[folder.files[name]].get_tensor(name)
@@ -163,51 +176,108 @@ def shapes(sizes: dict[str, int]) -> dict:
   return unflatten_dict({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in found.items()}, sep="/")
 
 
-def _their_shapes(sizes) -> dict[str, tuple[int, ...]]:
-  found = {}
-  for path, like in flatten_dict(shapes(sizes), sep="/").items():
-    shape = like.shape[1:] if path.startswith("blocks/") else like.shape
-    count = sizes["num_layers"] if path.startswith("blocks/") else 1
+def _expected_shapes(sizes) -> dict[str, tuple[int, ...]]:
+  """{Hugging Face name: shape} of the tensors of a model."""
+  expected = {}
+  for path, leaf in flatten_dict(shapes(sizes), sep="/").items():
+    stacked = path.startswith("blocks/")
+    shape = leaf.shape[1:] if stacked else leaf.shape
     shape = shape[::-1] if path.endswith("kernel") else shape
-    found |= {NAMES[path].format(number): shape for number in range(count)}
-  return found
+    expected |= {NAMES[path].format(number): shape for number in range(sizes["num_layers"] if stacked else 1)}
+  return expected
 
 
 def _layers(path: str, array):
-  """The arrays that theirs are: each layer's, where ours are stacked."""
+  """The arrays that Hugging Face stores separately: one per layer if ours is stacked, else the array itself."""
   return array if path.startswith("blocks/") else array[None]
 
 
-def _sizes(path: Path, said: dict) -> dict[str, int]:
-  if said.get("model_type") != "llama":
-    raise UserError(f"{path} must hold a LLaMA (model_type 'llama'); its config.json says {said.get('model_type')!r}")
-  wanted = (*SIZES.values(), "max_position_embeddings")
-  if missing := [key for key in wanted if not (isinstance(said.get(key), int) and said[key] > 0)]:
-    raise UserError(f"{path / 'config.json'} must say {', '.join(missing)} as positive whole numbers; it does not")
-  return {ours: said[theirs] for ours, theirs in SIZES.items()}
+def _sizes(path: Path, config: dict) -> dict[str, int]:
+  if config.get("model_type") != "llama":
+    raise UserError(
+      f"{path} must hold a LLaMA (model_type 'llama'); its config.json has model_type {config.get('model_type')!r}"
+    )
+  keys = (*SIZES.values(), "max_position_embeddings")
+  if missing := [key for key in keys if not (isinstance(config.get(key), int) and config[key] > 0)]:
+    raise UserError(f"{path / 'config.json'} must give {', '.join(missing)} as positive integers; it does not")
+  return {ours: config[theirs] for ours, theirs in SIZES.items()}
 
 
-def _check_kind(path: Path, said: dict):
-  """Raise `UserError`, with each key that asks for what our model has not."""
-  rotary = (said.get("rope_scaling") or {}) | (said.get("rope_parameters") or {})  # the older and the newer key
-  heads = said["num_attention_heads"]
-  expected = FIXED | {"num_key_value_heads": heads, "head_dim": said["hidden_size"] // heads, "rope_type": "default"}
-  given = said | {"rope_type": rotary.get("type", "default")} | rotary
+def _check_kind(path: Path, config: dict):
+  """Raises `UserError` with each key that asks for a feature that our model lacks."""
+  rotary = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})  # the older and the newer key
+  heads = config["num_attention_heads"]
+  expected = FIXED | {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads, "rope_type": "default"}
+  given = config | {"rope_type": rotary.get("type", "default")} | rotary
   found = expected | {key: value for key, value in given.items() if value is not None and key in expected}
   wrong = [f"{key} is {found[key]!r} there, {expected[key]!r} here" for key in expected if found[key] != expected[key]]
   if wrong:
     raise UserError(
-      f"the model in {path} is a LLaMA of another kind than can be read: {'; '.join(wrong)}; there are no biases, no "
-      f"grouped-query attention, no scaled rotary positions and no other activation or constants here"
+      f"the model in {path} is a kind of LLaMA that cannot be read: {'; '.join(wrong)}; biases, grouped-query "
+      f"attention, scaled rotary positions and other activations or constants are not supported"
     )
 
 
 def _check_tensors(path: Path, found: dict, expected: dict):
-  """Raise `UserError` with the names of tensors that are missing, too many or of another shape."""
+  """Raises `UserError` with the names of tensors that are missing, unexpected or of another shape."""
   missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
   other = [f"{name} {found[name]} for {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
-  kinds = {"missing": missing, "not of such a model": extra, "of another shape": other}
-  if wrong := [f"{kind}: {tensor_files.some(names)}" for kind, names in kinds.items() if names]:
+  kinds = {"missing": missing, "unexpected": extra, "of another shape": other}
+  if wrong := [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]:
     raise UserError(
       f"the tensors in {path} must be those of the LLaMA that its config.json describes; {'; '.join(wrong)}"
     )
+
+
+class _Tensor(NamedTuple):
+  """The file that holds a tensor, and its shape."""
+
+  file: Path
+  shape: tuple[int, ...]
+
+
+def _find_tensors(folder: Path) -> dict[str, _Tensor]:
+  """{name: tensor} of all safetensors files of a folder.
+
+  Raises:
+    UserError: a file is missing or damaged, or a tensor is not stored as a float of 16 or 32 bits.
+  """
+  found = {}
+  for path in _tensor_files(folder):
+    with _open_tensors(path) as file:
+      for name in file.keys():  # noqa: SIM118, not a dict
+        part = file.get_slice(name)
+        if part.get_dtype() not in STORED:
+          raise UserError(f"{name} in {path} must be stored as {', '.join(STORED)}; it is {part.get_dtype()}")
+        found[name] = _Tensor(path, tuple(part.get_shape()))
+  return found
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+  if (folder / SINGLE).exists():
+    return [folder / SINGLE]
+  if not (folder / INDEX).exists():
+    raise UserError(
+      f"{folder} must hold {SINGLE} or {INDEX}, and neither is there; save the model with safe_serialization=True"
+    )
+  try:
+    names = sorted(set(read_json_object(folder / INDEX)["weight_map"].values()))
+  except (KeyError, AttributeError) as error:
+    raise UserError(f"{folder / INDEX} must have a weight_map, from tensors to files; download it again") from error
+  if missing := [name for name in names if not (folder / name).exists()]:
+    raise UserError(f"{folder} must hold all files that its {INDEX} names; download {_some(missing)} again")
+  return [folder / name for name in names]
+
+
+def _open_tensors(path: Path):
+  """A safetensors file as a context manager; its `get_tensor(name)` returns a NumPy array."""
+  try:
+    return safe_open(path, "np")
+  except (SafetensorError, OSError) as error:
+    raise UserError(f"{path} must be a safetensors file; it cannot be read ({error}); download it again") from error
+
+
+def _some(names: list[str]) -> str:
+  """The first `SHOWN` names, for an error message."""
+  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  return ", ".join(names[:SHOWN]) + more

@@ -1,38 +1,47 @@
-"""A model that was trained before, as plain weights: what export, generation, fine-tuning and analysis start from."""
+"""Opens a model that was saved before, a run or a Hugging Face LLaMA folder, and reads its plain weights.
+
+`inspect` reads descriptions alone, `read` the weights as well; `load` is both, for commands that also need the
+tokenizer. Plain weights are the `params` of the full-rank model (`models.weights`). Every process that calls these
+functions reads the files and holds the whole model in host memory.
+"""
 
 import contextlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import FrozenConfigDict
 
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import huggingface, saved_run, tokenizer_json
+from switchlora_jax.interop import huggingface, tokenizer_json
+from switchlora_jax.lowrank import kernel_storage
 from switchlora_jax.lowrank.kernel_storage import KERNEL, bases
-from switchlora_jax.methods.base import TrainState
-from switchlora_jax.models import weights
-from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.lowrank.layers import merge as merge_kernel
+from switchlora_jax.methods import METHODS, config_at
+from switchlora_jax.methods.base import dtypes
+from switchlora_jax.models import LLaMA, make_model
+from switchlora_jax.models.weights import ADAPTER
 from switchlora_jax.runs import directory as run_directory
-from switchlora_jax.training.phases import Phase
+from switchlora_jax.runs.checkpoint import Checkpoints, Weights
+from switchlora_jax.runs.directory import SavedRun
 
 
 class Pretrained(NamedTuple):
-  """A model's function, whatever method trained it.
+  """A pre-trained model, independent of the method that trained it.
 
   Attributes:
     sizes: vocab_size, hidden_size, intermediate_size, num_layers, num_heads.
-    weights: the `params` of the full-rank model, adapters merged in; NumPy arrays, float32 (float64 if stored so).
-    tokenizer: the SentencePiece model of its tokens; None where a Hugging Face folder has none.
-    origin: what it is, for messages: `runs/tiny, switchlora, step 1000 of 2000`.
-    seq_len: tokens of the rows that it was trained on.
-    method: that trained it; None where a Hugging Face folder does not say.
-    prefix: token ids that stood before every text in training, as those of LLaMA 1 begin with BOS; ours have none.
+    weights: plain weights, adapters merged in; NumPy arrays in float32, or float64 if they were stored so.
+    tokenizer: the SentencePiece model of its token ids; None if a Hugging Face folder has none.
+    origin: a description for messages, say `runs/tiny, switchlora, step 1000 of 2000`.
+    seq_len: tokens per sequence in training.
+    method: that trained it; None for a Hugging Face folder.
+    prefix: token ids that preceded every text in training: LLaMA 1 begins with BOS; runs of this package have none.
   """
 
   sizes: dict[str, int]
@@ -44,91 +53,143 @@ class Pretrained(NamedTuple):
   prefix: tuple[int, ...] = ()
 
 
-class Run(NamedTuple):
-  """A run's newest good checkpoint on one device, to be computed in float32 (float64 if stored so).
+class RunWeights(NamedTuple):
+  """A checkpoint of a run as the run applies it, with adapters apart from their base kernels.
 
   Attributes:
-    directory: of the run. config: its config, but for the layout and `dtype`.
-    program: of the phase in which it was saved. state: what was saved, its weights alone.
+    run: the run. step: the step of the checkpoint.
+    model: the LLaMA of the phase that made it, which computes in float32, or float64 if the weights are stored so.
+    params, frozen: the collections of the model; NumPy arrays in the dtypes of the checkpoint.
+    scale: s = α/r of the adapters; None if there are none.
   """
 
-  directory: Path
-  config: FrozenConfigDict
-  phase: Phase
-  state: TrainState
+  run: SavedRun
+  step: int
+  model: LLaMA
+  params: Any
+  frozen: Any
+  scale: float | None
 
 
-def load(path: Path) -> Pretrained:
-  """The model in the directory of a run, or in a Hugging Face LLaMA folder with the SentencePiece file of its tokens.
+def inspect(path: Path) -> SavedRun | huggingface.Folder:
+  """Opens a run or a Hugging Face LLaMA folder without reading its weights; both have `sizes` and `tokenizer`.
 
   Raises:
-    UserError: it is neither, or cannot be read; says why.
+    UserError: it is neither, the run has no checkpoint, or the folder holds another kind of model.
   """
   if huggingface.is_folder(path):
-    model = load_folder(path)
-    _check_tokenizer(path, model)
-    return model
+    return huggingface.inspect_folder(path)
   if run_directory.read(path) is None:
     raise UserError(
       f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder "
-      f"(config.json, model.safetensors); it is neither"
+      f"(config.json, model.safetensors); {'it is neither' if path.is_dir() else 'there is no such directory'}"
     )
-  return load_run(path)
+  return run_directory.open_run(path)
 
 
-def _check_tokenizer(path: Path, model: Pretrained):
-  """Raise `UserError` unless a folder has a tokenizer, all of whose ids the model knows: others would give NaN."""
-  if model.tokenizer is None:
-    raise UserError(f"{path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; put it there")
-  pieces, embeddings = load_tokenizer(model.tokenizer).get_piece_size(), model.sizes["vocab_size"]
+def read(source: SavedRun | huggingface.Folder, *, residual: bool = False) -> Pretrained:
+  """Reads the plain weights of what `inspect` opened; of a run, those of its newest good checkpoint.
+
+  Args:
+    residual: see `merge`.
+  Raises:
+    UserError: no checkpoint of the run can be restored, or a key is missing in its config.
+  """
+  if isinstance(source, SavedRun):
+    return merge(restore_weights(source), residual=residual)
+  weights, prefix = huggingface.read_weights(source), tokenizer_json.prefix(source.path)
+  return Pretrained(source.sizes, weights, source.tokenizer, str(source.path), source.seq_len, None, prefix)
+
+
+def load(path: Path) -> Pretrained:
+  """The model in the directory of a run, or in a Hugging Face LLaMA folder that has a SentencePiece tokenizer.
+
+  Raises:
+    UserError: as `inspect` and `read`, or the folder has no tokenizer that fits its model.
+  """
+  source = inspect(path)
+  if isinstance(source, huggingface.Folder):
+    _check_tokenizer(source)
+  return read(source)
+
+
+def _check_tokenizer(folder: huggingface.Folder):
+  """Raises `UserError` unless a folder has a tokenizer whose ids all have an embedding: others would give NaN."""
+  if folder.tokenizer is None:
+    raise UserError(
+      f"{folder.path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; put it there"
+    )
+  pieces, embeddings = load_tokenizer(folder.tokenizer).get_piece_size(), folder.sizes["vocab_size"]
   if pieces > embeddings:
     raise UserError(
-      f"the tokenizer in {path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
+      f"the tokenizer in {folder.path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
       "put the one there that the model was trained with"
     )
 
 
-def load_folder(path: Path) -> Pretrained:
-  """The model in a Hugging Face LLaMA folder; see `huggingface.inspect` for the errors."""
-  folder = huggingface.inspect(path)
-  weights, prefix = huggingface.read(folder), tokenizer_json.prefix(path)
-  return Pretrained(folder.sizes, weights, folder.tokenizer, str(path), folder.seq_len, None, prefix)
+def restore_weights(run: SavedRun, step: int | None = None) -> RunWeights:
+  """Restores the weights of a checkpoint into host memory; optimizer state and candidates are not read.
 
-
-def load_run(directory: Path) -> Pretrained:
-  """The model of a run's newest good checkpoint; see `open_run` for the errors."""
-  return merge(open_run(directory))
-
-
-def open_run(directory: Path) -> Run:
-  """A run's newest good checkpoint; see `saved_run` for the errors."""
-  saved = saved_run.open_run(directory).alone()
-  with saved_run.keys_of(saved):
-    dtype = "float64" if saved.config.param_dtype == "float64" else "float32"
-  config = FrozenConfigDict(saved.config.to_dict() | {"dtype": dtype})
-  with exactly(config.param_dtype):
-    phase, state = saved_run.restore(saved._replace(config=config), None, make_mesh(jax.devices()[:1]))
-  return Run(directory, config, phase, state)
-
-
-def merge(run: Run) -> Pretrained:
-  """The function of a run as plain weights, merged in float32 or wider.
-
-  Where kernels are stored in 16 bits and a tail, the tail is left out, as the forward pass of training leaves it out.
+  Args:
+    step: one of `run.steps`; the newest good one by default.
+  Raises:
+    UserError: no checkpoint can be restored, or a key is missing in the run's config.
   """
-  frozen = unflatten_dict({(*path, KERNEL): base[KERNEL] for path, base in bases(run.state.frozen).items()})
-  wide = partial(jax.tree.map, lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-  with exactly(run.config.param_dtype):
-    merged = jax.jit(lambda params, frozen: weights.merged(wide(params), wide(frozen), run.phase.scale))
-    plain = jax.tree.map(np.asarray, merged(run.state.params, frozen))
-  origin = f"{run.directory}, {run.config.method}, step {int(run.state.step)} of {run.config.steps}"
-  config, tokenizer = run.config, run.directory / "tokenizer.model"
-  return Pretrained(dict(config.model), plain, tokenizer, origin, config.seq_len, config.method)
+  model_at = lambda step: _model_and_scale(config_at(run.config, step))
+  with run.missing_key_as_error():
+    model_at(run.steps[-1])  # raises here, rather than in `restore`, which would call the checkpoint damaged
+  with full_precision(run.config.param_dtype), Checkpoints(run.directory / "checkpoints") as checkpoints:
+    found = checkpoints.restore(lambda step: _abstract_weights(model_at(step)[0]), step, partial=True)
+  if found is None:
+    raise UserError(f"the checkpoints of the run in {run.directory} were removed while it was read; read it again")
+  model, scale = model_at(int(found.step))
+  return RunWeights(run, int(found.step), model, found.params, found.frozen, scale)
+
+
+def _model_and_scale(config) -> tuple[LLaMA, float | None]:
+  """The model that a config trains, computing in float32 or float64, and the scale of its adapters."""
+  dtype = "float64" if config.param_dtype == "float64" else "float32"
+  config = FrozenConfigDict(config.to_dict() | {"dtype": dtype})
+  method = METHODS[config.method].build(config)
+  return make_model(config.model, method.dense, **dtypes(config)), method.scale
+
+
+def _abstract_weights(model: LLaMA) -> Weights:
+  """The weights as ShapeDtypeStructs, which are restored as NumPy arrays."""
+  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+  return Weights(jax.ShapeDtypeStruct((), jnp.int32), variables["params"], variables.get("frozen", {}))
+
+
+def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
+  """The plain weights of a checkpoint, merged in float32 or wider, one kernel at a time.
+
+  Args:
+    residual: whether to add the int8 residual of a kernel that is stored in bfloat16. The forward pass of training does
+      not read it, so the function of the run is the one without; a run that goes on from the weights needs it.
+  """
+  run, plain = found.run, {}
+  params = flatten_dict(found.params)
+  with full_precision(run.config.param_dtype):
+    for path, base in bases(found.frozen).items():
+      kernel = _wide(kernel_storage.read(base) if residual else base[KERNEL])
+      adapter = (_wide(params.pop((*path, name))) for name in ADAPTER)
+      plain[*path, KERNEL] = np.asarray(_merge_kernel(kernel, *adapter, scale=found.scale))
+    plain |= {path: _wide(value) for path, value in params.items()}
+  origin = f"{run.directory}, {run.config.method}, step {found.step} of {run.config.steps}"
+  return Pretrained(run.sizes, unflatten_dict(plain), run.tokenizer, origin, run.config.seq_len, run.config.method)
+
+
+_merge_kernel = partial(jax.jit, static_argnames="scale")(merge_kernel)
+
+
+def _wide(array) -> np.ndarray:
+  """A NumPy array in float32, or float64 if it was."""
+  return np.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
 
 
 @contextlib.contextmanager
-def exactly(param_dtype: str):
-  """float64 where a run is stored so, and products of float32 in float32, which GPUs would round before."""
+def full_precision(param_dtype: str):
+  """Enables float64 if weights are stored so, and float32 products in float32, which GPUs would round to TF32."""
   wide = jax.config.jax_enable_x64 or param_dtype == "float64"
   with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
     yield

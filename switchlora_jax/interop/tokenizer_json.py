@@ -1,7 +1,7 @@
-"""A SentencePiece model as the `tokenizer.json` that `transformers` loads, with the same ids for the same text.
+"""Converts a SentencePiece model to the `tokenizer.json` that `transformers` loads, with the same ids for a text.
 
-Written by hand from SentencePiece's own file, because the tokenizer classes of `transformers` for LLaMA and T5 each
-build a normalizer of their own, which adds a space that ours does not, or drops spaces that ours keeps.
+The conversion is ours because the classes of `transformers` for LLaMA and T5 each build a normalizer of their own:
+it adds a space that SentencePiece does not add, or drops spaces that it keeps.
 """
 
 import base64
@@ -10,30 +10,36 @@ from pathlib import Path
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from switchlora_jax.data.tokenizer import load_tokenizer
-from switchlora_jax.interop.tensor_files import read_json
+from switchlora_jax.runs.files import read_json_object
 
 Piece, Trainer = proto.ModelProto.SentencePiece, proto.TrainerSpec
-TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a folder
-SPACE = "▁"  # SentencePiece's
-ALMOST = (
-  "tokenizer.json only approximates a tokenizer of this kind: in transformers the literal text of a special piece, say "
-  "</s>, is read as that piece, and rare text, say a letter with two accents or a "
-  "long run of one letter, may get other ids than in training"
+TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a Hugging Face folder
+SPACE = "▁"  # stands for a space in SentencePiece
+APPROXIMATE = (
+  "tokenizer.json only approximates a tokenizer of this kind: transformers encodes the literal text of a special "
+  "piece, say </s>, as that piece, and rare text, say a letter with two accents or a long run of one letter, may get "
+  "other ids than in training"
 )
 
 
 def special_ids(path: Path) -> dict[str, int | None]:
-  """{pad_token_id, bos_token_id, eos_token_id} of a SentencePiece model; None where it has no such piece."""
+  """bos_token_id, eos_token_id and pad_token_id of a SentencePiece model; None for a piece that it lacks."""
   model = load_tokenizer(path)
   ids = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": model.pad_id()}
   return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
 def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
-  """({file: its contents} of tokenizer.json and tokenizer_config.json, remarks): a sentence where ids may differ.
+  """Converts a SentencePiece model.
 
-  A byte-pair model as `tokenizer.train_tokenizer` makes it gives the same ids for any text. A kind of model that
-  cannot be written so gives no files, and the remark says it.
+  A byte-pair model from `data.tokenizer.train_tokenizer` gives the same ids for any text.
+
+  Args:
+    path: of the SentencePiece model.
+    seq_len: model_max_length.
+  Returns:
+    ({file name: contents}, remarks): tokenizer.json and tokenizer_config.json, or no files if the kind of model cannot
+    be converted; a remark per reason why ids may differ or files are missing.
   """
   model = proto.ModelProto.FromString(path.read_bytes())
   if reason := _inconvertible(model):
@@ -51,18 +57,18 @@ def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
   }
   exact = _is_byte_pair(model) and not model.normalizer_spec.precompiled_charsmap
   files = {"tokenizer.json": contents, CONFIG: _config(path, model, seq_len)}
-  return files, [] if exact else [ALMOST]
+  return files, [] if exact else [APPROXIMATE]
 
 
 def prefix(folder: Path) -> tuple[int, ...]:
-  """The ids that `transformers` puts before a text: BOS if tokenizer_config.json asks for it, or LLaMA's class, which
-  does so unless it is told not to.
+  """The ids that `transformers` prepends to a text: BOS if tokenizer_config.json has `add_bos_token`, or if it names
+  LLaMA's tokenizer class, for which BOS is the default.
   """
   if not (folder / CONFIG).exists() or not (folder / TOKENIZER).exists():
     return ()
-  said, bos = read_json(folder / CONFIG), load_tokenizer(folder / TOKENIZER).bos_id()
-  asked = said.get("add_bos_token", said.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"))
-  return (bos,) if asked and bos >= 0 else ()
+  config, bos = read_json_object(folder / CONFIG), load_tokenizer(folder / TOKENIZER).bos_id()
+  add_bos = config.get("add_bos_token", config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"))
+  return (bos,) if add_bos and bos >= 0 else ()
 
 
 def _is_byte_pair(model) -> bool:
@@ -70,26 +76,26 @@ def _is_byte_pair(model) -> bool:
 
 
 def _inconvertible(model) -> str | None:
-  """What keeps a model from being a tokenizer.json."""
+  """The reason why a model cannot be converted, or None."""
   trainer, kinds = model.trainer_spec, {piece.type for piece in model.pieces}
   if trainer.model_type not in (Trainer.BPE, Trainer.UNIGRAM):
     return f"is a model of {Trainer.ModelType.Name(trainer.model_type).lower()}s"
   if trainer.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces:
     return "does not write a space before a word"
   if _is_byte_pair(model) and kinds & {Piece.USER_DEFINED, Piece.UNUSED}:
-    return "has pieces that its user defined"
+    return "has user-defined pieces"
   return None
 
 
 def _config(path: Path, model, seq_len: int) -> dict:
-  """tokenizer_config.json; LLaMA's own class would ignore the normalizer."""
+  """The contents of tokenizer_config.json; LLaMA's tokenizer class would ignore the normalizer."""
   special = special_ids(path)
   names = {name.removesuffix("_id"): model.pieces[i].piece for name, i in special.items() if i is not None}
   return {
     "tokenizer_class": "PreTrainedTokenizerFast",
     **names,
     "unk_token": model.pieces[model.trainer_spec.unk_id].piece,
-    "split_special_tokens": True,  # the text </s> is five characters, as SentencePiece has it
+    "split_special_tokens": True,  # the text </s> is encoded as its characters, as in SentencePiece
     "clean_up_tokenization_spaces": False,
     "model_max_length": seq_len,
   }
@@ -100,7 +106,7 @@ def _replace(pattern: dict, content: str) -> dict:
 
 
 def _normalizers(spec) -> list[dict]:
-  """In SentencePiece's order; only U+0020 counts as a space there."""
+  """Normalizers in SentencePiece's order; it treats only U+0020 as a space."""
   found = []
   if spec.precompiled_charsmap:
     charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
@@ -123,7 +129,7 @@ def _decoders(model) -> list[dict]:
 
 
 def _byte_pair(model) -> dict:
-  """Two neighbours merge where both and what they make are ordinary pieces; the best score first."""
+  """Merges of two ordinary pieces whose concatenation is an ordinary piece, in descending order of its score."""
   ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
   scores = {piece.piece: piece.score for piece in model.pieces if piece.type == Piece.NORMAL}
   cuts = ((piece, piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece)))

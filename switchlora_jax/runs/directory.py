@@ -1,4 +1,7 @@
-"""What a run leaves in its `--workdir` besides checkpoints: config, tokenizer, and the rules for continuing."""
+"""The directory of a run: config.json, tokenizer, lock, the rules for continuing it, and reading it as a saved run.
+
+Checkpoints are in `runs.checkpoint`, metrics.jsonl in `training.metrics`.
+"""
 
 import contextlib
 import json
@@ -8,19 +11,20 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs import lock
-from switchlora_jax.runs.files import replace_text, write_bytes
+from switchlora_jax.runs import manifest
+from switchlora_jax.runs.files import LOCK_NAME, LockTaken, exclusive_lock, replace_text, write_bytes
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 KEYS = {"config", "data_fingerprint", "versions", "devices", "git_revision"}  # of config.json
 
-# What may differ when a run is continued: none of it changes what the run computes, but the layout the order of sums.
+# Config keys that may change on resume. None changes what the run computes; sharding changes only the summation order.
 FREE = (
   "eval_every",
   "checkpoint_every",
@@ -36,13 +40,13 @@ FREE = (
 
 
 def prepare(workdir: Path, config) -> None:
-  """Make sure that `workdir` can be written and holds no other run.
+  """Checks that `workdir` is writable and holds no run with another config; creates it if needed.
 
-  A larger `steps` than before is allowed: it extends a run, with a warning, since the schedules then
-  have another horizon than the steps already done.
+  A larger `steps` is allowed: it extends the run, with a warning, because the schedules then have another horizon than
+  the steps already done.
 
   Raises:
-    UserError: not writable, or it holds a run with another config; names the keys.
+    UserError: the directory is not writable, or it holds a run with another config; the message names the keys.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -54,56 +58,66 @@ def prepare(workdir: Path, config) -> None:
   saved = read(workdir)
   if saved is None:
     if (workdir / "checkpoints").exists():
-      raise UserError(f"--workdir={workdir} has checkpoints but no config.json to say of what; choose a new --workdir")
+      raise UserError(
+        f"--workdir={workdir} has checkpoints but no config.json; restore that file, or choose a new --workdir"
+      )
     return
   _check_same_run(workdir, saved, config)
-  for what, now in (versions() | {"devices": devices()}).items():
-    if (then := (saved["versions"] | saved)[what]) != now:
-      log.warning("%s: %s when this run started and %s now; the rest may differ in its bits", what, then, now)
+  for name, now in (versions() | {"devices": devices()}).items():
+    if (before := (saved["versions"] | saved).get(name)) != now:
+      log.warning("%s: %s when this run started and %s now; results may differ in the last bits", name, before, now)
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
-  """While no other run trains in `workdir`, which was prepared; those that only read it need not ask.
+def locked(workdir: Path) -> Iterator[None]:
+  """Holds the lock of a run that trains in `workdir`; reading a run needs no lock.
 
-  Every process of a run calls it, process 0 first: each has a lock of its own, so that one that outlived its run is
-  found as well.
+  Every process of a run calls it, process 0 first. Each process has a lock of its own, so that a process that outlived
+  its run is detected as well.
 
   Raises:
-    UserError: another one does; says which process.
+    UserError: another run trains there; the message names its process.
   """
   here = jax.process_index()
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(lock.alone(workdir, wait=False, name=f"{lock.NAME}.{here}" if here else lock.NAME))
-      for other in [] if here else workdir.glob(f"{lock.NAME}.*"):  # of a run with any number of processes
-        with lock.alone(workdir, wait=False, name=other.name):
+      stack.enter_context(exclusive_lock(workdir, wait=False, name=f"{LOCK_NAME}.{here}" if here else LOCK_NAME))
+      for other in [] if here else workdir.glob(f"{LOCK_NAME}.*"):  # of a run with any number of processes
+        with exclusive_lock(workdir, wait=False, name=other.name):
           pass
-    except lock.Taken as holder:
+    except LockTaken as holder:
       raise UserError(
         f"another run trains in --workdir={workdir} ({holder}); wait until it ends, end it, or choose a new --workdir"
       ) from None
-    except OSError as error:  # some file systems of clusters
+    except OSError as error:  # some network file systems have no locks
       if not here:
-        log.warning("%s cannot be locked (%s); see that no other run trains in it", workdir, error.strerror)
+        log.warning("%s cannot be locked (%s); make sure that no other run trains in it", workdir, error.strerror)
     yield
 
 
 def _check_same_run(workdir: Path, saved: dict, config):
   changed = differences(saved["config"], config.to_dict())
-  if saved["config"]["data"]["source"] == config.data.source == "prepared":  # it may lie elsewhere: `record` knows it
+  if saved["config"]["data"]["source"] == config.data.source == "prepared":  # may have moved: `record` compares data
     changed = [change for change in changed if not change.startswith("data.path:")]
   if not changed:
     return
-  then, now = saved["config"]["steps"], config.steps
-  if now > then and all(change.startswith("steps:") for change in changed):
-    log.warning("extending the run from %d to %d steps: learning rate and switching follow the new horizon", then, now)
+  if keys := sorted((flatten(saved["config"]).keys() ^ flatten(config).keys()) - set(FREE)):
+    raise UserError(
+      f"--workdir={workdir} holds a run of another version of the code, whose config differs in the keys "
+      f"{', '.join(keys)}; continue it with the code that made it (git revision {saved['git_revision']}), or choose a "
+      f"new --workdir"
+    )
+  before, now = saved["config"]["steps"], config.steps
+  if now > before and all(change.startswith("steps:") for change in changed):
+    log.warning(
+      "extending the run from %d to %d steps: learning rate and switching follow the new horizon", before, now
+    )
     return
   raise another_run(f"--workdir={workdir}", changed)
 
 
 def another_run(where, changed: list[str]) -> UserError:
-  """The sentence for a directory that holds a run whose config has `changed`, as from `differences`."""
+  """The error for a directory that holds a run with another config; `changed` is from `differences`."""
   return UserError(
     f"{where} holds a run with another config ({'; '.join(changed)}); "
     f"choose a new --workdir, or set these keys as they were to continue it"
@@ -111,7 +125,7 @@ def another_run(where, changed: list[str]) -> UserError:
 
 
 def read(workdir: Path) -> dict | None:
-  """The contents of config.json, or None where there is none."""
+  """The contents of config.json, or None if there is no such file."""
   path = workdir / "config.json"
   if not path.exists():
     return None
@@ -127,7 +141,12 @@ def read(workdir: Path) -> dict | None:
 
 
 def check_is_run(named: str, directory: Path, *parts: str) -> None:
-  """Raise `UserError` unless the directory, which a user `named` so, holds config.json and these parts of a run."""
+  """Raises `UserError` unless the directory holds config.json and the given parts of a run.
+
+  Args:
+    named: how the user named the directory, say `--run=runs/tiny`.
+    parts: names of files or folders, say `checkpoints`.
+  """
   *first, last = "config.json", *parts
   if not all((directory / part).exists() for part in (*first, last)):
     raise UserError(
@@ -137,7 +156,7 @@ def check_is_run(named: str, directory: Path, *parts: str) -> None:
 
 
 def record(workdir: Path, config, dataset) -> None:
-  """Write config.json and the tokenizer of a new run, once its data are known; check those of an old one.
+  """Writes config.json and the tokenizer of a new run; compares the data fingerprint of an existing one.
 
   Raises:
     UserError: the run was started on other data.
@@ -146,22 +165,22 @@ def record(workdir: Path, config, dataset) -> None:
   check_same_data(workdir, saved, dataset.fingerprint)
   if not saved:
     write_bytes(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
-    now = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
-    _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | now)
+    environment = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
+    _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | environment)
 
 
 def check_same_data(workdir: Path, saved: dict | None, fingerprint: str) -> None:
-  """Raise `UserError` where the run that lies in `workdir`, if any does, was started on other data than these."""
+  """Raises `UserError` if `workdir` holds a run (`saved`, its config.json) that was started on other data."""
   if saved and saved["data_fingerprint"] != fingerprint:
     raise UserError(
-      f"the data are not those that the run in {workdir} was started on (fingerprint {fingerprint}, then "
-      f"{saved['data_fingerprint']}); restore the files, the packages and the code of then (git revision "
-      f"{saved['git_revision']}), or choose a new --workdir"
+      f"the run in {workdir} was started on other data (fingerprint {saved['data_fingerprint']}, now {fingerprint}); "
+      f"restore the files, the packages and the code that it was started with (git revision {saved['git_revision']}), "
+      f"or choose a new --workdir"
     )
 
 
 def check_shared(workdir: Path) -> None:
-  """Raise `UserError` unless this process sees what process 0 has recorded."""
+  """Raises `UserError` unless this process sees the config.json that process 0 wrote."""
   if read(workdir) is None:
     raise UserError(
       f"--workdir={workdir} holds no config.json here, though process 0 has written one; all processes must share "
@@ -170,10 +189,12 @@ def check_shared(workdir: Path) -> None:
 
 
 def update(workdir: Path, config) -> None:
-  """Let config.json say what the checkpoint about to be saved was trained with, where a run was extended."""
+  """Updates config.json if the run was extended, before a checkpoint of the new config is saved."""
   saved = read(workdir)
   if saved is None:
-    raise UserError(f"{workdir / 'config.json'} was removed under the run; put it back, and the same command continues")
+    raise UserError(
+      f"{workdir / 'config.json'} was removed while the run trained; put it back, and the same command continues"
+    )
   if saved["config"] != config.to_dict():
     _write(workdir, saved | {"config": config.to_dict(), "git_revision": git_revision()})
 
@@ -183,17 +204,17 @@ def _write(workdir: Path, contents: dict):
 
 
 def devices() -> str:
-  """How many of which kind: another number sums in another order."""
+  """Number and kind of devices; the order of sums depends on the number."""
   return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
 
 
 def versions() -> dict[str, str]:
-  """Of Python and of the packages that can change a number."""
+  """Versions of Python and of the packages that can change results."""
   return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
 def git_revision() -> str | None:
-  """The commit of the code that runs, or None outside a repository."""
+  """The git commit of this code, or None outside a repository."""
   try:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -202,7 +223,7 @@ def git_revision() -> str | None:
 
 
 def flatten(config) -> dict:
-  """{"model.hidden_size": 128, …}"""
+  """{"model.hidden_size": 128, …}: the leaves of a nested config under dotted keys."""
   flat = {}
   for key, value in config.items():
     nested = isinstance(value, (dict, ConfigDict, FrozenConfigDict))
@@ -211,7 +232,78 @@ def flatten(config) -> dict:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """Keys whose change makes another run, as `key: old → new`; both are plain dicts of resolved configs."""
+  """Changed keys that make it another run, as `key: old → new`; both arguments are plain dicts of resolved configs."""
   old, new = flatten(old), flatten(new)
   keys = sorted((old.keys() | new.keys()) - set(FREE))
   return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+class SavedRun(NamedTuple):
+  """The directory of a run that is only read.
+
+  Attributes:
+    directory: the --workdir of the run.
+    config: its resolved config, as it was saved.
+    fingerprint: of its training data.
+    devices: number of devices that it was started on.
+    revision: git commit of the code that started it or saved it last, or None.
+    steps: the steps that have a checkpoint, in ascending order; at least one.
+  """
+
+  directory: Path
+  config: FrozenConfigDict
+  fingerprint: str
+  devices: int
+  revision: str | None
+  steps: list[int]
+
+  @property
+  def tokenizer(self) -> Path:
+    """The SentencePiece model of its token ids."""
+    return self.directory / "tokenizer.model"
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """vocab_size, hidden_size, intermediate_size, num_layers, num_heads."""
+    with self.missing_key_as_error():
+      return self.config.model.to_dict()
+
+  def alone(self) -> "SavedRun":
+    """The same run with the sharding of a single device."""
+    with self.missing_key_as_error():
+      layout = self.config.sharding.to_dict() | {"fsdp": 1, "frozen": "replicated"}
+    return self._replace(config=FrozenConfigDict(self.config.to_dict() | {"sharding": layout}))
+
+  def check_step(self, step: int, flag: str) -> None:
+    """Raises `UserError` unless there is a checkpoint of `step`, the value of the command line's `flag`."""
+    if step not in self.steps:
+      raise UserError(
+        f"{flag} (={step}) must be a step of which the run in {self.directory} has a checkpoint: "
+        f"{', '.join(map(str, self.steps))}; name one of them, or none for the newest"
+      )
+
+  @contextlib.contextmanager
+  def missing_key_as_error(self) -> Iterator[None]:
+    """Turns a lookup of a key that the saved config lacks into a `UserError` with the key and the git revision."""
+    try:
+      yield
+    except (AttributeError, KeyError) as error:
+      raise UserError(
+        f"the run in {self.directory} was made by another version of the code: a key of its config is missing "
+        f"({error}); read it with the code that made it (git revision {self.revision})"
+      ) from error
+
+
+def open_run(directory: Path) -> SavedRun:
+  """Opens the directory of a run for reading.
+
+  Raises:
+    UserError: it does not hold a run, or nothing was saved yet.
+  """
+  check_is_run(f"{directory}", directory, "tokenizer.model")
+  saved = read(directory)
+  if not (steps := manifest.finished(directory / "checkpoints")):
+    raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")
+  devices = int(saved["devices"].split()[0])
+  config = FrozenConfigDict(saved["config"])
+  return SavedRun(directory, config, saved["data_fingerprint"], devices, saved["git_revision"], steps)

@@ -1,11 +1,12 @@
-"""What a finished checkpoint says of itself: the size and checksum of every file, and a checksum of every array.
+"""The manifest of a checkpoint: size and XXH3 of every file, and the checksum of every array.
 
-`manifest.json` is written last, into the directory of its step while that still has a temporary name: whatever has the
-name of a step and no manifest is no checkpoint. It lies with the files it speaks of, so that the two are copied,
-moved and removed together. It covers `state/`, all that is ever read; what orbax writes beside it after the manifest
-(`_CHECKPOINT_METADATA`, `commit_success.txt`) is not.
+`manifest.json` is written last, into the directory of a step that still has a temporary name; a step directory without
+a manifest is incomplete. It lies beside the files that it covers, so that both are copied, moved and removed together.
+It covers `state/`, which is all that a restore reads; what orbax writes beside it later (`_CHECKPOINT_METADATA`,
+`commit_success.txt`) is not covered. The `manifest.json` of prepared data (`data.shards`) is another format.
 
-Nothing here needs a device. The checksum of a file is XXH3: as fast as the file is read, which CRC-32 is not.
+Nothing here needs a device. XXH3 is as fast as the files are read, which CRC-32 is not; see `runs.files` for the other
+kinds of checksums.
 """
 
 import datetime
@@ -19,26 +20,27 @@ from typing import NamedTuple
 import xxhash
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import read_json, write_json
+from switchlora_jax.runs.files import read_checksummed_json, write_checksummed_json
 
 NAME = "manifest.json"
 COVERED = "state"
-CHUNK = 1 << 18  # bytes read at a time: they stay in the cache of a core until they are summed
-TRIES, PAUSE = 3, 1.0  # of a file that cannot be read just now, as on network drives; seconds between them
-READERS = 4  # threads; the files of a small state are read sooner than more of them are started
+CHUNK = 1 << 18  # bytes per read; a chunk stays in the cache of a core until it is hashed
+TRIES, PAUSE = 3, 1.0  # attempts at a file that is temporarily unreadable, as on network drives; seconds in between
+READERS = 4  # threads; starting more of them takes longer than reading the files of a small state
 
 
 class Damaged(ValueError):
-  """A directory with the name of a step is not what was saved; says how."""
+  """A step directory is incomplete, or differs from its manifest; the message names the first difference."""
 
 
 class Manifest(NamedTuple):
-  """What a checkpoint says of itself.
+  """The contents of the manifest of a checkpoint.
 
   Attributes:
-    step: the state is that before it. saved: when, ISO 8601 in UTC.
-    files: {path within the directory of the step: [bytes, XXH3 in hexadecimal]}.
-    arrays: {path of the leaf: [checksum, *shape]}, as from `checksums.named_checksums`.
+    step: number of steps done; the state is the one before step `step`.
+    saved: time of the save, ISO 8601 in UTC.
+    files: {path relative to the step directory: [bytes, XXH3 in hexadecimal]}.
+    arrays: {path of the leaf: [checksum, *shape]}, as from `array_checksums`.
   """
 
   step: int
@@ -48,67 +50,69 @@ class Manifest(NamedTuple):
 
   @property
   def size(self) -> int:
-    """Bytes of all files."""
+    """Total bytes of all files."""
     return sum(size for size, _ in self.files.values())
 
 
 def write(folder: Path, step: int, arrays: dict[str, list[int]]) -> None:
-  """Finish the checkpoint in `folder`: bring all of it to the disk, the manifest last."""
+  """Completes the checkpoint in `folder`: syncs its files to the disk, then writes the manifest."""
   paths = [folder / COVERED, *sorted((folder / COVERED).rglob("*"))]
   with ThreadPoolExecutor(READERS) as pool:
-    found = pool.map(_sync_and_measure, paths)
-    files = {str(path.relative_to(folder)): of for path, of in zip(paths, found, strict=True) if of}
+    entries = pool.map(_sync_and_hash, paths)
+    files = {str(path.relative_to(folder)): entry for path, entry in zip(paths, entries, strict=True) if entry}
   saved = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  write_json(folder / NAME, Manifest(step, saved, files, arrays)._asdict())
+  write_checksummed_json(folder / NAME, Manifest(step, saved, files, arrays)._asdict())
   sync(folder)
 
 
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
-  """Compare the files of a checkpoint with its manifest, which is returned.
+  """Compares the files of a checkpoint with its manifest, and returns the manifest.
 
   Args:
-    share: (number of a process, of how many), which looks at its share of the files.
+    folder: the step directory.
+    share: (process index, number of processes): the process checks every `share[1]`-th file.
   Raises:
-    Damaged: the save did not end, or a file is missing or not what was written; names one.
+    Damaged: the save did not finish, or a file is missing or differs; the message names one file.
   """
   manifest, (process, processes) = read(folder), share
   with ThreadPoolExecutor(READERS) as pool:
     names = list(manifest.files)[process::processes]
-    wrong = [found for found in pool.map(lambda name: _wrong(folder / name, *manifest.files[name]), names) if found]
+    differences = pool.map(lambda name: _difference(folder / name, *manifest.files[name]), names)
+    wrong = [difference for difference in differences if difference]
   if wrong:
     raise Damaged(wrong[0].removeprefix(f"{folder}/") + (f", and {len(wrong) - 1} more files" if wrong[1:] else ""))
   return manifest
 
 
 def read(folder: Path) -> Manifest:
-  """The manifest of a checkpoint, without a look at its files; raises `Damaged`."""
+  """Reads the manifest of a checkpoint without checking its files; raises `Damaged`."""
   try:
-    found = read_json(folder / NAME)
-    manifest = found and Manifest(**found)
+    contents = read_checksummed_json(folder / NAME)
+    manifest = contents and Manifest(**contents)
   except (UserError, TypeError):
     raise Damaged(f"{NAME} is not what was written") from None
   if manifest is None:
-    raise Damaged(f"it has no {NAME}: the save did not end, or was made by code that wrote none")
+    raise Damaged(f"it has no {NAME}: the save did not finish, or the code that saved it wrote no manifests")
   if str(manifest.step) != folder.name:
     raise Damaged(f"{NAME} is that of step {manifest.step}")
-  if elsewhere := [name for name in manifest.files if not name.startswith(f"{COVERED}/") or ".." in name.split("/")]:
-    raise Damaged(f"{NAME} names files outside of {COVERED}/, such as {elsewhere[0]}")
+  if outside := [name for name in manifest.files if not name.startswith(f"{COVERED}/") or ".." in name.split("/")]:
+    raise Damaged(f"{NAME} names files outside of {COVERED}/, such as {outside[0]}")
   return manifest
 
 
 def directories(checkpoints: Path) -> dict[int, Path]:
-  """{step: its directory}, finished or not, oldest first."""
+  """{step: its directory}, complete or not, in the order of steps."""
   named = [path for path in checkpoints.glob("*") if re.fullmatch(r"0|[1-9]\d*", path.name)]
   return {int(path.name): path for path in sorted(named, key=lambda path: int(path.name))}
 
 
 def finished(checkpoints: Path) -> list[int]:
-  """The steps that have a manifest, oldest first."""
+  """The steps of the directories that have a manifest, in ascending order."""
   return [step for step, folder in directories(checkpoints).items() if (folder / NAME).exists()]
 
 
 def sync(directory: Path) -> None:
-  """Bring the names in a directory to the disk."""
+  """Syncs the entries of a directory to the disk."""
   descriptor = os.open(directory, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -116,15 +120,16 @@ def sync(directory: Path) -> None:
     os.close(descriptor)
 
 
-def _sync_and_measure(path: Path) -> tuple[int, str] | None:
+def _sync_and_hash(path: Path) -> tuple[int, str] | None:
+  """(bytes, XXH3) of a file; None for a directory."""
   if path.is_dir():
     return sync(path)
   with path.open("rb") as file:
-    os.fsync(file.fileno())  # tensorstore has done so for its own; orbax not for what it writes around them
-  return path.stat().st_size, _checksum(path)
+    os.fsync(file.fileno())  # tensorstore syncs its own files; orbax does not sync those that it adds
+  return path.stat().st_size, _file_xxh3(path)
 
 
-def _checksum(path: Path) -> str:
+def _file_xxh3(path: Path) -> str:
   digest, chunk = xxhash.xxh3_64(), memoryview(bytearray(CHUNK))
   with path.open("rb", buffering=0) as file:
     while count := file.readinto(chunk):
@@ -132,14 +137,14 @@ def _checksum(path: Path) -> str:
   return digest.hexdigest()
 
 
-def _wrong(path: Path, size: int, checksum: str) -> str | None:
-  """What is wrong with a file, or None."""
-  for left in reversed(range(TRIES)):
+def _difference(path: Path, size: int, checksum: str) -> str | None:
+  """How a file differs from its entry in the manifest; None if it does not."""
+  for tries_left in reversed(range(TRIES)):
     try:
       if (found := path.stat().st_size) != size:
         return f"{path} has {found:,} bytes of {size:,}"
-      return None if _checksum(path) == checksum else f"{path} is not what was written"
+      return None if _file_xxh3(path) == checksum else f"{path} is not what was written"
     except OSError as error:
-      if not left or isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+      if not tries_left or isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         return f"{path}: {error.strerror}"
       time.sleep(PAUSE)

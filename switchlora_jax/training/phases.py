@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import FrozenConfigDict
 
-from switchlora_jax.methods import METHODS, full
+from switchlora_jax.methods import METHODS, full_rank_config
 from switchlora_jax.methods.base import TrainState, dtypes
 from switchlora_jax.models import LLaMA, make_model
 from switchlora_jax.parallel.sharding import by_rows, placement
+from switchlora_jax.runs.checkpoint import Checkpoints, weights_of
+from switchlora_jax.runs.directory import SavedRun
 from switchlora_jax.training.anomalies import initial_spike_state
 from switchlora_jax.training.evaluation import make_eval_step
 from switchlora_jax.training.step import make_train_step
@@ -57,20 +58,22 @@ def phase_at(phases: list[Phase], step: int) -> Phase:
   return [phase for phase in phases if phase.start < max(step, 1)][-1]
 
 
-def full_rank_config(config) -> FrozenConfigDict:
-  """The config of the full-rank phase, over the same horizon as the run.
+def restore_phase(run: SavedRun, step: int | None, mesh, whole: bool = False):
+  """The compiled phase that made a checkpoint of a run, and the state of the checkpoint on `mesh`.
 
-  Learning rate and warm-up are those of `warm_start_learning_rate` and `warm_start_warmup_steps`; the end of the
-  cosine is full's own whatever `min_lr_ratio` says, which is of what comes after (GaLore's 0.1 by default).
+  Args:
+    run: as from `runs.directory.open_run`.
+    step: one of `run.steps`; the newest good one by default.
+    whole: whether to restore the whole `TrainState` rather than its `runs.checkpoint.Weights`.
+  Raises:
+    UserError: a key is missing in the run's config, or the checkpoint cannot be restored.
   """
-  plain = config.to_dict() | {
-    "method": "full",
-    "learning_rate": config.warm_start_learning_rate,
-    "warmup_steps": config.warm_start_warmup_steps,
-    "min_lr_ratio": full.MIN_LR_RATIO,
-    "warm_start_steps": 0,
-  }
-  return FrozenConfigDict(plain)
+  with run.missing_key_as_error():
+    phases = build_phases(run.config, mesh)
+  part = (lambda abstract: abstract) if whole else weights_of
+  with Checkpoints(run.directory / "checkpoints") as checkpoints:
+    state = checkpoints.restore(lambda step: part(phase_at(phases, step).abstract), step, partial=not whole)
+  return phase_at(phases, int(state.step)), state
 
 
 def create_state(model, tx, seed: int, window: int) -> TrainState:

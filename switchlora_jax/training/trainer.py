@@ -53,7 +53,7 @@ def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
     stack.enter_context(watchdog.telling())
     processes.on_all_processes(lambda: dataset.check(config))
     processes.on_first_process(lambda: run_directory.prepare(workdir, config))
-    processes.first_then_others(lambda: stack.enter_context(run_directory.held(workdir)))
+    processes.first_then_others(lambda: stack.enter_context(run_directory.locked(workdir)))
     return _train(config, workdir, watchdog, preemption)
 
 

@@ -17,7 +17,7 @@ from tiny import packing_in, rows_of, sentences, write_lines
 from switchlora_jax.data import corpus, preparation, shards, tokenizer
 from switchlora_jax.data.preparation import Request
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import checksum
+from switchlora_jax.runs.files import file_sha256
 
 LENGTH, GROUP, SHARD = 8, 120, 256
 LONG = "".join(sentences(500, 520)).replace("\n", " ")  # longer than a group, without a line's end
@@ -135,7 +135,7 @@ def test_a_finished_folder_holds_a_manifest_shards_and_the_tokenizer(made):
   manifest = shards.read_manifest(folder)
   assert manifest["request"] == {
     "text": "text",
-    "tokenizer": checksum(made.model),
+    "tokenizer": file_sha256(made.model),
     "seq_len": LENGTH,
     "take": None,
   }
@@ -171,7 +171,9 @@ def test_a_tokenizer_is_trained_where_none_is_given(made, tmp_path):
   folder, manifest = made.prepare("trained", tokenizer="train:300")
   tokenizer.train_tokenizer(TRAIN, 300, tmp_path / "same.model")
   assert (folder / "tokenizer.model").read_bytes() == (tmp_path / "same.model").read_bytes()
-  assert manifest["request"]["tokenizer"] == "train:300" and manifest["tokenizer"] == checksum(tmp_path / "same.model")
+  assert manifest["request"]["tokenizer"] == "train:300" and manifest["tokenizer"] == file_sha256(
+    tmp_path / "same.model"
+  )
 
 
 def test_a_tokenizer_is_trained_once(text, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from switchlora_jax.data import shards
 from switchlora_jax.data.shards import MANIFEST, TOKENIZER, Rows
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import checksum, read_json, write_bytes, write_json
+from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes, write_checksummed_json
 
 
 def folder_of(tmp_path, counts=(3, 3, 2), seq_len=4):
@@ -19,8 +19,8 @@ def folder_of(tmp_path, counts=(3, 3, 2), seq_len=4):
   pieces = np.split(array, np.cumsum(counts)[:-1])
   (tmp_path / TOKENIZER).write_bytes(b"a model")
   written = [shards.write_shard(tmp_path / f"train-{n:05}.npy", piece) for n, piece in enumerate(pieces)]
-  manifest = {"tokenizer": checksum(tmp_path / TOKENIZER), "train": {"rows": len(array), "shards": written}}
-  write_json(tmp_path / MANIFEST, manifest | {"valid": None})
+  manifest = {"tokenizer": file_sha256(tmp_path / TOKENIZER), "train": {"rows": len(array), "shards": written}}
+  write_checksummed_json(tmp_path / MANIFEST, manifest | {"valid": None})
   return shards.read_manifest(tmp_path), array
 
 
@@ -91,9 +91,9 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
 
 def test_json_comes_back(tmp_path):
   contents = {"a": [1, 2.5, None], "b": {"é": "x"}}
-  write_json(tmp_path / "file", contents)
-  assert read_json(tmp_path / "file") == contents
-  assert read_json(tmp_path / "none") is None
+  write_checksummed_json(tmp_path / "file", contents)
+  assert read_checksummed_json(tmp_path / "file") == contents
+  assert read_checksummed_json(tmp_path / "none") is None
 
 
 @settings(deadline=None)
@@ -101,12 +101,12 @@ def test_json_comes_back(tmp_path):
 def test_no_change_of_a_manifest_goes_unnoticed(tmp_path_factory, place, byte):
   path = tmp_path_factory.getbasetemp() / "changed.json"
   contents = {"request": {"seq_len": 16}, "train": {"rows": 12345, "shards": [["a", 12345, "f" * 64]]}}
-  write_json(path, contents)
+  write_checksummed_json(path, contents)
   changed = bytearray(path.read_bytes())
   changed[int(place * len(changed))] = byte
   path.write_bytes(changed)
   try:
-    assert read_json(path) == contents  # white space
+    assert read_checksummed_json(path) == contents  # white space
   except UserError as error:
     assert re.search(
       r"changed\.json is not the JSON that was written \(.*\); delete .*, and prepare it again", str(error)

@@ -55,7 +55,7 @@ def test_checkpoints_that_cannot_be_restored_are_listed(run, capsys):
   said = {line.split()[0]: line for line in lines if line}
   assert said["5"].endswith("  good") and said["15"].endswith("  good")
   assert said["10"].endswith("  state/data is not what was written")
-  assert "the save did not end" in said["20"]
+  assert "the save did not finish" in said["20"]
   assert "incomplete: a save in progress, or left by a killed run" in said["25.orbax-checkpoint-tmp"]
   assert "moved aside" in said["../damaged-5-0"]
   assert lines[-1].startswith("2 cannot be restored;")
@@ -105,4 +105,4 @@ def test_the_command_needs_no_device(run):
   command = [sys.executable, "-m", "experiments.checkpoints", f"--run={run}"]
   environment = os.environ | {"JAX_PLATFORMS": "none"}
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-  assert done.returncode == 1 and "Traceback" not in done.stderr and "the save did not end" in done.stdout
+  assert done.returncode == 1 and "Traceback" not in done.stderr and "the save did not finish" in done.stdout

@@ -22,8 +22,8 @@ from switchlora_jax.config import resolve
 from switchlora_jax.data import batches, dataset
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import manifest
+from switchlora_jax.runs.array_checksums import array_checksums
 from switchlora_jax.runs.checkpoint import Checkpoints
-from switchlora_jax.runs.checksums import named_checksums
 from switchlora_jax.training import metrics, trainer
 from switchlora_jax.training.phases import build_phase
 
@@ -229,7 +229,7 @@ def test_another_seed_would_be_seen(runs):
 @pytest.mark.parametrize("devices", [8, 1])
 def test_a_checkpoint_of_two_processes_comes_back_on_one(runs, devices):
   state = state_of(runs.apart, runs.config, devices)
-  assert int(state.step) == 12 and named_checksums(state) == manifest.read(runs.apart / "checkpoints" / "12").arrays
+  assert int(state.step) == 12 and array_checksums(state) == manifest.read(runs.apart / "checkpoints" / "12").arrays
   assert state.params["embed"]["embedding"].sharding.device_set == set(jax.devices()[:devices])
 
 

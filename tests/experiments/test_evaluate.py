@@ -15,12 +15,13 @@ from tiny import resolved, write_text
 
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import saved_run
 from switchlora_jax.models.loss import row_losses
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs.directory import open_run
 from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training.evaluation import summary
+from switchlora_jax.training.phases import restore_phase
 
 RUNS = {
   **{method: dict(method=method) for method in ("full", "lora", "switchlora", "relora", "galore")},
@@ -95,7 +96,7 @@ def logged(run: Path) -> dict[int, dict]:
 def fails(sentence: str, *arguments):
   """The command ends with this sentence, before the weights are read."""
   with imported("evaluate", *arguments) as module, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(module.saved_run, "restore", lambda *_: pytest.fail("read the weights before it was checked"))
+    patch.setattr(module, "restore_phase", lambda *_: pytest.fail("read the weights before it was checked"))
     with pytest.raises(UserError, match=sentence):
       module.main()
 
@@ -143,13 +144,13 @@ def test_the_run_directory_is_unchanged(trained, tmp_path):
 
 def direct(run: Path, rows) -> np.ndarray:
   """The losses of rows, computed at once."""
-  phase, state = saved_run.restore(saved_run.open_run(run), None, make_mesh(jax.devices()[:1]))
+  phase, state = restore_phase(open_run(run), None, make_mesh(jax.devices()[:1]))
   return np.asarray(row_losses(phase.model, state.params, state.frozen, np.asarray(rows, np.int32)))
 
 
 def test_tokens_limits_the_sequences(trained, tmp_path):
   run = trained("switchlora")
-  own = dataset.prepare(saved_run.open_run(run).config)
+  own = dataset.prepare(open_run(run).config)
   found = evaluate(tmp_path, run, "--tokens=95")
   assert (found["rows"], found["tokens"]) == (5, 80)
   expected = summary(direct(run, own.valid[:5]), own.bytes_per_token)
@@ -161,7 +162,7 @@ def test_a_glob_is_tokenised_with_the_run_s_tokenizer(trained, tmp_path):
   texts = [f"the frozen weight number {i} absorbs what was switched away" for i in range(40)]
   (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:20]))
   (tmp_path / "b.txt").write_text(texts[20] + " é€")
-  model = saved_run.open_run(run).tokenizer
+  model = open_run(run).tokenizer
   tokens = []
   processor = dataset.tokenizer.load_tokenizer(model)
   for text in [*texts[:20], texts[20] + " é€"]:

@@ -97,7 +97,7 @@ def test_predictions_and_the_best_weights_have_the_score(folder, results, name):
 
   rows = glue.read(task, str(folder / "glue"))["dev"]
   np.testing.assert_array_equal(rows.labels, labels)
-  model = pretrained.load_run(folder / "run")
+  model = pretrained.load(folder / "run")
   dev = examples.encode(rows, load_tokenizer(model.tokenizer), 64)
   params = classifier.load(folder / "out" / "run" / name / "best.npz")
   outputs = classifier.evaluate(classifier.build(task.outputs, **model.sizes), params, dev)

@@ -31,7 +31,7 @@ def said(capsys, *flags):
 
 def without_cache(run, prompt):
   """The likeliest text to the end of a row, of the run's newest checkpoint, the whole row run again for each token."""
-  found = pretrained.load_run(run)
+  found = pretrained.load(run)
   tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(found.tokenizer))
   plain = resolved(run.parent, 1, method="full")
   model = phases.build_phase(plain, small_model.mesh(1)).model

@@ -15,7 +15,8 @@ from tiny import resolved
 from experiments.common import spectra
 from switchlora_jax.analysis.ranks import KINDS
 from switchlora_jax.errors import UserError
-from switchlora_jax.interop import pretrained, saved_run
+from switchlora_jax.interop import pretrained
+from switchlora_jax.runs.directory import open_run
 from switchlora_jax.training import trainer
 
 RANK, WIDTH, LAYERS = 2, 16, 2
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(folder):
   """{name: what is measured of the run}."""
-  return {name: spectra.measure_spectra(saved_run.open_run(folder / name)) for name in RUNS}
+  return {name: spectra.measure_spectra(open_run(folder / name)) for name in RUNS}
 
 
 def learnt_rank(run, step=12) -> np.ndarray:
@@ -64,7 +65,7 @@ def test_switching_goes_beyond_that_and_full_rank_is_full(measured):
 
 def test_weights_are_the_merged_ones_of_the_newest_checkpoint(folder, measured):
   for name, run in measured.items():
-    blocks = pretrained.load_run(folder / name).weights["blocks"]
+    blocks = pretrained.load(folder / name).weights["blocks"]
     for kind in KINDS:
       expected = np.linalg.svd(np.asarray(blocks[kind]["kernel"], np.float64), compute_uv=False)
       found = np.array(run["weights"][kind]["singular_values"])
@@ -106,7 +107,7 @@ def test_a_run_from_anothers_weights_has_no_start(folder, tmp_path, capsys):
   saved["config"]["warm_start_from"] = str(folder / "full")
   (directory / "config.json").unlink()
   (directory / "config.json").write_text(json.dumps(saved))
-  spectra.conclude([saved_run.open_run(directory)], tmp_path / "out")
+  spectra.conclude([open_run(directory)], tmp_path / "out")
   text = capsys.readouterr().out
   assert "warm: W − W₀ is not measured: it started from another run's weights" in text
   assert "effective rank of W |" in text and "W₀ |" not in text
@@ -117,14 +118,14 @@ def test_a_run_in_float64_is_measured(tmp_path):
   """In float32 none of its checksums would be right."""
   with jax.enable_x64(True):
     workdir = tiny.saved_run(tmp_path / "run", dtype="float64", param_dtype="float64", method="lora")
-  found = spectra.measure_spectra(saved_run.open_run(workdir))
+  found = spectra.measure_spectra(open_run(workdir))
   assert np.all(learnt_rank(found, step=0) == 4) and found["rank"] == 4
 
 
 def test_damaged_checkpoints_are_left_out(folder, tmp_path, caplog):
   """And it is an error only where no other is there."""
   workdir = shutil.copytree(folder / "lora", tmp_path / "run")
-  run, files = saved_run.open_run(workdir), lambda step: (workdir / "checkpoints" / str(step)).rglob("*")
+  run, files = open_run(workdir), lambda step: (workdir / "checkpoints" / str(step)).rglob("*")
   damage = lambda step: [path.write_bytes(b"") for path in files(step) if path.is_file()]
   damage(12)
   found = spectra.measure_spectra(run)
@@ -136,10 +137,10 @@ def test_damaged_checkpoints_are_left_out(folder, tmp_path, caplog):
 
 @pytest.mark.parametrize("key", ["param_dtype", "warm_start_from", "relora"])
 def test_a_run_of_other_code_is_a_sentence(folder, key):
-  run = saved_run.open_run(folder / "lora")
+  run = open_run(folder / "lora")
   config = run.config.to_dict() | {"method": "relora"}
   del config[key]
-  with pytest.raises(UserError, match="was made by other code: a key of its config is missing"):
+  with pytest.raises(UserError, match="was made by another version of the code: a key of its config is missing"):
     spectra.measure_spectra(run._replace(config=FrozenConfigDict(config)))
 
 

@@ -149,8 +149,8 @@ def test_a_full_disk_is_said_at_once_and_loses_one_save(whole, tmp_path):
   run = start(small(folder), workdir, fault="test_checkpoints_hurt:fill_the_disk=10,50000")
   assert run.end() == 2
   assert re.search(
-    r"error: the checkpoint of step 10 could not be saved in \S+: File too large; that of step 5 is whole; "
-    r"make room .* the same command continues from step 5$", run.said(), re.M,
+    r"error: the checkpoint of step 10 could not be saved in \S+: File too large; that of step 5 is complete; "
+    r"free space .* the same command continues from step 5$", run.said(), re.M,
   ), run.said()  # fmt: skip
   assert saved_steps(workdir) == [5] and last_step(workdir) <= 15
   finish(small(folder), workdir)

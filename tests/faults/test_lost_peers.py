@@ -124,7 +124,8 @@ def test_a_disk_that_is_full_for_one_of_two(tmp_path):
   codes = [run.end() for run in pair]
   assert 0 not in codes
   assert re.search(
-    "error: the checkpoint of step 10 could not be saved in .*File too large; that of step 5 is whole", pair[1].said()
+    "error: the checkpoint of step 10 could not be saved in .*File too large; that of step 5 is complete",
+    pair[1].said(),
   ), pair[1].said()
   assert "Traceback" not in pair[1].said()
   assert saved_steps(tmp_path / "pair") == [5]

@@ -1,4 +1,4 @@
-"""Runs in mid-training as Hugging Face folders: the function is the run's, or it is not called an export."""
+"""Exports of runs compute the function of the run, or they fail."""
 
 import functools
 import json
@@ -15,6 +15,7 @@ from tiny import saved_run
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import export, huggingface, pretrained
 from switchlora_jax.models.weights import flatten_dict
+from switchlora_jax.runs.directory import open_run
 
 KINDS = {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -31,8 +32,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "full"])
-def test_an_export_is_the_run(run, tmp_path, method):
-  """The same function as the run's own model; another than the bare base's, by the norms that are reported."""
+def test_an_export_computes_the_function_of_the_run(run, tmp_path, method):
+  """The same function as the run's own model, and not that of its base kernels alone."""
   done = export.export(run(method), tmp_path / "out")
   assert done.difference <= 1e-5 and done.remarks == []
   assert done.origin == f"{run(method)}, {method}, step 4 of 12"
@@ -43,7 +44,7 @@ def test_an_export_is_the_run(run, tmp_path, method):
   if method == "full":
     assert done.adapters == {}
     return
-  state = pretrained.open_run(run(method)).state
+  state = pretrained.restore_weights(open_run(run(method)))
   merged, base = flatten_dict(pretrained.load(tmp_path / "out").weights), flatten_dict(state.frozen)
   assert set(done.adapters) == KINDS
   for path, kernel in base.items():
@@ -57,12 +58,14 @@ def test_transformers_computes_what_the_run_does(run, tmp_path, method):
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
   export.export(run(method), tmp_path / "out")
-  model, opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), pretrained.open_run(run(method))
+  model, opened = (
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+    pretrained.restore_weights(open_run(run(method))),
+  )
   tokens = np.random.default_rng(1).integers(0, 320, (2, 16))
   with torch.no_grad():
     theirs = model(torch.tensor(tokens)).logits.numpy()
-  variables = {"params": opened.state.params, "frozen": opened.state.frozen}
-  ours = np.asarray(opened.phase.model.apply(variables, tokens))
+  ours = np.asarray(opened.model.apply({"params": opened.params, "frozen": opened.frozen}, tokens))
   assert np.abs(ours).max() > 0.1
   np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
   text = "12: the model learns\n  a low rank\tupdate é"
@@ -74,7 +77,7 @@ def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
   export.export(run("switchlora"), tmp_path / "out")
   model = pretrained.load(tmp_path / "out")
   (tmp_path / "again").mkdir()
-  huggingface.write(tmp_path / "again", model.sizes, model.weights, model.seq_len, model.tokenizer)
+  huggingface.write_folder(tmp_path / "again", model.sizes, model.weights, model.seq_len, model.tokenizer)
   first = contents(tmp_path / "out")
   del first["export.json"]
   assert contents(tmp_path / "again") == first
@@ -85,7 +88,7 @@ def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
 
 def bare_base(model, opened):
   """The base alone in place of the merged weights."""
-  blocks = {name: opened.state.frozen["blocks"].get(name, layer) for name, layer in model.weights["blocks"].items()}
+  blocks = {name: opened.frozen["blocks"].get(name, layer) for name, layer in model.weights["blocks"].items()}
   return model._replace(weights=model.weights | {"blocks": jax.tree.map(np.asarray, blocks)})
 
 
@@ -100,7 +103,7 @@ def not_a_number(model, opened):
 
 @pytest.mark.parametrize("wrong", [bare_base, heads_swapped, not_a_number])
 def test_wrong_weights_are_refused(run, tmp_path, monkeypatch, wrong):
-  """They stay under the other name, and the next export takes its place."""
+  """They stay under the temporary name, and the next export replaces them."""
   merge = pretrained.merge
   monkeypatch.setattr(pretrained, "merge", lambda opened: wrong(merge(opened), opened))
   with pytest.raises(UserError, match=r"its logits differ from the run's by .*, more than 1e-04.*must not be used"):
@@ -135,14 +138,13 @@ def test_only_an_earlier_export_is_replaced(run, tmp_path):
   refused(tmp_path / "new", "new.unverified must be new, empty")
 
 
-def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
+def test_a_read_only_folder_is_refused(run, tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"--out=.*/file/out cannot be written \(Not a directory\)"):
     export.export(run("lora"), tmp_path / "file" / "out")
 
 
-def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
-  """And the earlier export is still there."""
+def test_a_full_disk_is_an_error_and_keeps_the_earlier_export(run, tmp_path, monkeypatch):
   export.export(run("lora"), tmp_path / "out")
   before = contents(tmp_path / "out")
 
@@ -156,7 +158,7 @@ def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
 
 
 def test_a_link_is_followed(run, tmp_path):
-  """To a folder on a larger disk, say."""
+  """Say to a folder on a larger disk."""
   (tmp_path / "far").mkdir()
   (tmp_path / "out").symlink_to(tmp_path / "far")
   export.export(run("lora"), tmp_path / "out")
@@ -172,7 +174,7 @@ def test_the_root_is_refused(run):
 
 
 @pytest.mark.parametrize("method", ["switchlora", "full"])
-def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
+def test_the_command_reports_the_export(run, tmp_path, capsys, method):
   with imported("export", f"--run={run(method)}", f"--out={tmp_path / 'out'}") as command:
     command.main()
   said = capsys.readouterr().out
@@ -184,7 +186,7 @@ def test_the_command_says_what_it_did(run, tmp_path, capsys, method):
   assert said.endswith(f"saved in: {tmp_path / 'out'} ({', '.join(sorted(export.FILES))})\n")
 
 
-def test_the_command_exports_no_foreign_directory(run, tmp_path):
+def test_the_command_refuses_a_directory_without_a_run(run, tmp_path):
   (tmp_path / "config.json").write_text("{}")
   for source in (tmp_path, tmp_path / "nowhere"):
     with imported("export", f"--run={source}", f"--out={tmp_path / 'out'}") as command, pytest.raises(UserError):
@@ -192,7 +194,7 @@ def test_the_command_exports_no_foreign_directory(run, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_the_command_wants_both_folders(run):
+def test_the_command_requires_both_flags(run):
   for given, missing in (([], "run"), (["--run=somewhere"], "out")):
     with imported("export", *given) as command, pytest.raises(UserError, match=f"--{missing} is missing"):
       command.main()

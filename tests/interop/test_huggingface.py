@@ -28,26 +28,26 @@ HEAD, EMBED, Q1 = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1
 
 @pytest.fixture
 def folder(tmp_path):
-  """A copy of the folder of `transformers`, to be changed."""
+  """A copy of the folder that `transformers` wrote."""
   return shutil.copytree(THEIRS, tmp_path / "theirs")
 
 
 def say(folder, **changes):
-  """Change keys of config.json; None takes one away."""
+  """Changes keys of config.json; None removes a key."""
   path = folder / "config.json"
   said = json.loads(path.read_text()) | changes
   path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
 
 
 def store(folder, change):
-  """Write the tensors of a folder anew, changed in place by a function of {name: array}."""
+  """Rewrites the tensors of a folder, changed in place by a function of {name: array}."""
   tensors = load_file(folder / "model.safetensors")
   change(tensors)
   save_file(tensors, folder / "model.safetensors")
 
 
 def read(folder):
-  return huggingface.read(huggingface.inspect(folder))
+  return huggingface.read_weights(huggingface.inspect_folder(folder))
 
 
 def logits(weights, tokens):
@@ -63,8 +63,8 @@ def random_weights(sizes, seed=0):
 # --- what transformers computes -----------------------------------------------------------------------------------
 
 
-def test_the_logits_are_theirs(golden):
-  """Float32 sums in another order: each is 1.3·10⁻⁵ from what float64 gives."""
+def test_logits_agree_with_transformers(golden):
+  """Up to the order of float32 sums: each differs from float64 by 1.3·10⁻⁵."""
   recorded, _ = golden("huggingface")
   weights = read(THEIRS)
   assert np.abs(recorded["logits"]).max() > 4
@@ -80,7 +80,7 @@ def test_transformers_reads_what_we_write(tmp_path):
   from transformers import LlamaForCausalLM
 
   weights = jax.tree.map(lambda x: 0.3 * x, random_weights(SIZES))
-  huggingface.write(tmp_path, SIZES, weights, 32, THEIRS / "bpe.model")
+  huggingface.write_folder(tmp_path, SIZES, weights, 32, THEIRS / "bpe.model")
   model = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto")
   assert model.dtype == torch.float32 and model.config.bos_token_id is None and model.config.eos_token_id == 1
   assert model.generation_config.eos_token_id == 1 and model.config.max_position_embeddings == 32
@@ -91,9 +91,9 @@ def test_transformers_reads_what_we_write(tmp_path):
   np.testing.assert_allclose(logits(weights, tokens), expected, rtol=0, atol=1e-4)
 
 
-def test_what_we_write_is_what_they_write(tmp_path):
-  """The same tensors to the bit, and a config.json that agrees with theirs on all that it says."""
-  huggingface.write(tmp_path, SIZES, read(THEIRS), 32, THEIRS / "bpe.model")
+def test_a_written_folder_matches_one_of_transformers(tmp_path):
+  """The tensors are bitwise the same, and every key of our config.json agrees with theirs."""
+  huggingface.write_folder(tmp_path, SIZES, read(THEIRS), 32, THEIRS / "bpe.model")
   assert same_bits(load_file(tmp_path / "model.safetensors"), load_file(THEIRS / "model.safetensors"))
   ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, THEIRS))
   assert theirs["rope_parameters"] == {"rope_type": "default", "rope_theta": ours.pop("rope_theta")}
@@ -114,11 +114,11 @@ def test_what_we_write_is_what_they_write(tmp_path):
 def test_writing_reading_and_writing_again_gives_the_same(tmp_path_factory, sizes, layers, heads):
   sizes = sizes | {"hidden_size": heads[0], "num_heads": heads[1], "num_layers": layers}
   weights, folders = random_weights(sizes), [tmp_path_factory.mktemp("there") for _ in range(2)]
-  huggingface.write(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
-  back = pretrained.load_folder(folders[0])
+  huggingface.write_folder(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
+  back = pretrained.read(pretrained.inspect(folders[0]))
   assert same_bits(back.weights, weights) and (back.sizes, back.seq_len) == (sizes, 7)
   assert back.tokenizer == folders[0] / "tokenizer.model"
-  huggingface.write(folders[1], back.sizes, back.weights, back.seq_len, back.tokenizer)
+  huggingface.write_folder(folders[1], back.sizes, back.weights, back.seq_len, back.tokenizer)
   assert sorted(p.name for p in folders[0].iterdir()) == sorted(p.name for p in folders[1].iterdir())
   assert all(path.read_bytes() == (folders[1] / path.name).read_bytes() for path in folders[0].iterdir())
 
@@ -161,7 +161,7 @@ def test_a_tied_head_is_a_copy_of_the_embedding(folder, twice):
   assert not np.array_equal(whole["head"]["kernel"], whole["embed"]["embedding"].T)
 
 
-def test_what_old_folders_say_and_keep(folder):
+def test_keys_and_tensors_of_old_folders_are_accepted(folder):
   """The older rotary key, keys left at their default, and a tensor that is computed anyway."""
   say(folder, rope_parameters=None, rope_theta=10000.0, num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
   extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
@@ -174,7 +174,7 @@ def test_what_old_folders_say_and_keep(folder):
 
 def refused(folder, sentence):
   with pytest.raises(UserError) as caught:
-    huggingface.inspect(folder)
+    huggingface.inspect_folder(folder)
   assert sentence in str(caught.value) and str(folder) in str(caught.value)
 
 
@@ -194,8 +194,8 @@ def refused(folder, sentence):
       {"rope_theta": 5e5, "rope_type": "llama3"},
       "rope_theta is 500000.0 there, 10000.0 here; rope_",
     ),
-    ("model_type", "mistral", "must hold a LLaMA (model_type 'llama'); its config.json says 'mistral'"),
-    ("hidden_size", None, "must say hidden_size as positive whole numbers"),
+    ("model_type", "mistral", "must hold a LLaMA (model_type 'llama'); its config.json has model_type 'mistral'"),
+    ("hidden_size", None, "must give hidden_size as positive integers"),
   ],
 )
 def test_another_kind_of_model_is_refused(folder, key, value, sentence):
@@ -212,9 +212,7 @@ def test_other_tensors_are_refused_by_name(folder):
     del tensors[Q1]
 
   store(folder, change)
-  refused(
-    folder, f"missing: {Q1}; not of such a model: model.layers.0.self_attn.q_proj.bias; of another shape: {HEAD} "
-  )
+  refused(folder, f"missing: {Q1}; unexpected: model.layers.0.self_attn.q_proj.bias; of another shape: {HEAD} ")
 
 
 def test_another_number_of_layers_is_refused(folder):
@@ -222,7 +220,7 @@ def test_another_number_of_layers_is_refused(folder):
   refused(folder, "missing: model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, ")
   refused(folder, "model.layers.2.self_attn.q_proj.weight and 1 more")
   say(folder, num_hidden_layers=1)
-  refused(folder, "not of such a model: model.layers.1.")
+  refused(folder, "unexpected: model.layers.1.")
 
 
 def test_damaged_files_are_refused(folder):

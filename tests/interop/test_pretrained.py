@@ -1,4 +1,4 @@
-"""Plain weights of what was trained before, wherever it lies, with the function that was trained."""
+"""Plain weights of a run or of a Hugging Face folder compute the function that was trained."""
 
 import functools
 import json
@@ -13,7 +13,9 @@ from tiny import saved_run
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import pretrained
+from switchlora_jax.lowrank import kernel_storage
 from switchlora_jax.models import make_model
+from switchlora_jax.runs.directory import open_run
 
 SIZES = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2}
 
@@ -26,10 +28,9 @@ def run(tmp_path_factory):
 
 
 def largest_difference(model, opened):
-  """Of logits, between plain weights and the run's own model."""
+  """Largest difference of logits between plain weights and the run's own model."""
   tokens = np.arange(48).reshape(3, 16) * 7 % 320
-  variables = {"params": opened.state.params, "frozen": opened.state.frozen}
-  ours = np.asarray(opened.phase.model.apply(variables, tokens))
+  ours = np.asarray(opened.model.apply({"params": opened.params, "frozen": opened.frozen}, tokens))
   plain = make_model(model.sizes, dtype=ours.dtype, param_dtype=ours.dtype)
   assert np.abs(ours).max() > 0.1
   return np.abs(np.asarray(plain.apply({"params": model.weights}, tokens)) - ours).max()
@@ -42,40 +43,62 @@ def test_a_run_is_read_with_its_function(run):
   assert model.origin == f"{run()}, switchlora, step 0 of 12"
   assert {type(x) for x in jax.tree.leaves(model.weights)} == {np.ndarray}
   assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float32"}
-  opened = pretrained.open_run(run())
+  opened = pretrained.restore_weights(open_run(run()))
   assert largest_difference(model, opened) < 1e-5
-  base = model._replace(weights=model.weights | {"blocks": model.weights["blocks"] | opened.state.frozen["blocks"]})
+  base = model._replace(weights=model.weights | {"blocks": model.weights["blocks"] | opened.frozen["blocks"]})
   assert largest_difference(base, opened) > 0.01
 
 
 @pytest.mark.parametrize("stored", [{"frozen_dtype": "bfloat16"}, {"param_dtype": "bfloat16"}], ids=str)
 def test_weights_stored_in_16_bits_are_merged_in_32(tmp_path, stored):
-  """As the forward pass does, which reads kernels without their tails."""
+  """Without residuals, as in the forward pass."""
   workdir = saved_run(tmp_path / "run", **stored)
-  model, opened = pretrained.load(workdir), pretrained.open_run(workdir)
+  model, opened = pretrained.load(workdir), pretrained.restore_weights(open_run(workdir))
   assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float32"}
   assert largest_difference(model, opened) < 1e-5
+
+
+def test_the_residual_of_a_kernel_is_added_on_request(tmp_path):
+  """The merged kernel then is the sum of the exact kernel and the product of the adapters."""
+  opened = pretrained.restore_weights(open_run(saved_run(tmp_path / "run", steps=3, frozen_dtype="bfloat16")))
+  frozen = opened.frozen["blocks"]["q"]
+  assert set(frozen) == {"kernel", "kernel_tail"} and np.any(frozen["kernel_tail"])
+  kernels = [pretrained.merge(opened, residual=flag).weights["blocks"]["q"]["kernel"] for flag in (False, True)]
+  expected = np.asarray(kernel_storage.read(frozen)) - np.asarray(frozen["kernel"], np.float32)
+  np.testing.assert_allclose(kernels[1] - kernels[0], expected, rtol=0, atol=2**-22)
+  assert np.abs(expected).max() > 2**-14
+
+
+def test_a_run_with_a_warm_start_is_read_in_the_phase_of_its_checkpoint(tmp_path):
+  """A checkpoint of the full-rank phase has no adapters."""
+  workdir = saved_run(tmp_path / "run", method="full")
+  saved = json.loads((workdir / "config.json").read_text())
+  saved["config"] |= {"method": "lora", "warm_start_steps": 3}
+  (workdir / "config.json").write_text(json.dumps(saved))
+  opened = pretrained.restore_weights(open_run(workdir))
+  assert (opened.step, opened.frozen, opened.scale) == (0, {}, None)
+  assert largest_difference(pretrained.load(workdir), opened) == 0
 
 
 def test_a_run_in_float64_is_read_in_float64(tmp_path):
   with jax.enable_x64(True):
     workdir = saved_run(tmp_path / "run", dtype="float64", param_dtype="float64", method="lora")
-  model, opened = pretrained.load(workdir), pretrained.open_run(workdir)
+  model, opened = pretrained.load(workdir), pretrained.restore_weights(open_run(workdir))
   assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float64"}
-  with pretrained.exactly("float64"):
+  with pretrained.full_precision("float64"):
     assert largest_difference(model, opened) < 1e-13
 
 
-def test_a_folder_of_hugging_face_is_read():
+def test_a_hugging_face_folder_is_read():
   folder = GOLDEN / "huggingface"
-  model = pretrained.load_folder(folder)
+  model = pretrained.read(pretrained.inspect(folder))
   assert (model.sizes["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))
   with pytest.raises(UserError, match=r"must hold tokenizer\.model, the SentencePiece file"):
     pretrained.load(folder)
 
 
 def test_the_tokenizer_of_a_folder_fits_its_model(run, tmp_path):
-  """The ids of a larger one would be read beside the embeddings, as NaN, of which text can be drawn."""
+  """Ids beyond the embeddings would be read as NaN, and text could still be sampled."""
   folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # of 64 ids
   shutil.copy(run() / "tokenizer.model", folder)
   refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; put the one there")
@@ -98,11 +121,13 @@ def refused(path, sentence):
   with pytest.raises(UserError) as caught:
     pretrained.load(path)
   assert sentence in str(caught.value) and str(path) in str(caught.value)
-  assert sorted(path.rglob("*")) == before, "what is not ours is left as it was"
+  assert sorted(path.rglob("*")) == before, "the files must stay as they were"
 
 
-def test_what_is_neither_is_refused(run, tmp_path):
-  refused(tmp_path / "nowhere", "must be the directory of a run that has saved a checkpoint")
+def test_a_path_that_is_neither_is_refused(run, tmp_path):
+  nowhere = "must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder"
+  refused(tmp_path / "nowhere", nowhere)
+  refused(tmp_path / "nowhere", "; there is no such directory")
   refused(tmp_path, "or a Hugging Face LLaMA folder (config.json, model.safetensors); it is neither")
   shutil.copy(run() / "config.json", tmp_path)
   refused(tmp_path, "with its config.json and tokenizer.model; they are not there")
@@ -118,11 +143,11 @@ def test_a_run_that_has_saved_nothing_is_refused(run, tmp_path):
   refused(workdir, "has saved no checkpoint yet; let it train longer")
 
 
-@pytest.mark.parametrize("key", ["param_dtype", "sharding", "relora"])
-def test_a_run_of_other_code_is_refused(run, tmp_path, key):
+@pytest.mark.parametrize("key", ["param_dtype", "model", "relora"])
+def test_a_run_of_another_version_is_refused(run, tmp_path, key):
   other = shutil.copytree(run(), tmp_path / "other")
   saved = json.loads((other / "config.json").read_text())
   del saved["config"][key]
   saved["config"]["method"] = "relora"
   (other / "config.json").write_text(json.dumps(saved))
-  refused(other, "was made by other code: a key of its config is missing")
+  refused(other, "was made by another version of the code: a key of its config is missing")

@@ -1,4 +1,4 @@
-"""A SentencePiece model as tokenizer.json: the ids that `transformers` gives with it are SentencePiece's."""
+"""With a converted tokenizer.json, `transformers` gives the ids of SentencePiece."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ with_transformers = functools.partial(
 
 @pytest.mark.parametrize("path", [BPE, UNIGRAM], ids=["bpe", "unigram"])
 def test_the_ids_that_transformers_gave_are_sentencepieces(golden, path):
-  """Recorded with these very files. The text of special pieces is the exception of unigram models, and announced."""
+  """The ids were recorded with these files. Unigram models differ on the text of special pieces, as a remark says."""
   recorded, said = golden("huggingface")
   files, _ = tokenizer_json.convert(path, 32)
   for name, content in files.items():
@@ -114,14 +114,14 @@ def test_special_pieces(tmp_path):
     (None, ()),
   ],
 )
-def test_what_stands_before_a_text(tmp_path, said, prefix):
+def test_prefix_of_a_text(tmp_path, said, prefix):
   made(tmp_path / "tokenizer.model")  # its BOS is 1
   if said is not None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
   assert tokenizer_json.prefix(tmp_path) == prefix
 
 
-def test_nothing_stands_before_a_text_of_ours_and_without_a_bos(tmp_path):
+def test_there_is_no_prefix_without_bos_or_in_our_own_folders(tmp_path):
   (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
   assert tokenizer_json.prefix(tmp_path) == (), "no tokenizer.model"
   (tmp_path / "tokenizer.model").write_bytes(BPE.read_bytes())  # it has no BOS
@@ -131,7 +131,7 @@ def test_nothing_stands_before_a_text_of_ours_and_without_a_bos(tmp_path):
   assert tokenizer_json.prefix(tmp_path) == (), "an export of ours was trained without"
 
 
-def test_what_is_only_near_is_said(tmp_path):
+def test_an_approximate_conversion_has_a_remark(tmp_path):
   assert tokenizer_json.convert(BPE, 8)[1] == []
   for path in (UNIGRAM, made(tmp_path / "nfkc.model", normalization_rule_name="nfkc")):
     files, remarks = tokenizer_json.convert(path, 8)
@@ -145,9 +145,9 @@ def test_what_is_only_near_is_said(tmp_path):
     ({"model_type": "word"}, "it is a model of words"),
     ({"model_type": "char"}, "it is a model of chars"),
     ({"treat_whitespace_as_suffix": True}, "it does not write a space before a word"),
-    ({"user_defined_symbols": ["<mine>"]}, "it has pieces that its user defined"),
+    ({"user_defined_symbols": ["<mine>"]}, "it has user-defined pieces"),
   ],
 )
-def test_what_cannot_be_written_is_said(tmp_path, options, reason):
+def test_a_tokenizer_that_cannot_be_converted_has_a_remark(tmp_path, options, reason):
   files, (remark,) = tokenizer_json.convert(made(tmp_path / "other.model", **options), 8)
   assert files == {} and reason in remark and "load it with sentencepiece" in remark

@@ -1,4 +1,4 @@
-"""What is read back is what was saved, or it is refused by name."""
+"""A restored state equals the saved one bit by bit, or the checkpoint is refused by name."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import pytest
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh, replicated
 from switchlora_jax.runs import manifest
-from switchlora_jax.runs.checkpoint import LEFT_OUT, REMOVED, Checkpoints
+from switchlora_jax.runs.checkpoint import REMOVED, Checkpoints
 
 
 def some_state(seed: int):
@@ -54,27 +54,59 @@ def test_the_newest_state_comes_back_bit_by_bit(directory):
   assert restored["params"]["a"].sharding == some_state(4)["params"]["a"].sharding
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_restoring_from_an_empty_directory_returns_none(tmp_path):
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
     assert checkpoints.restore(lambda _: abstract(some_state(0))) is None
 
 
-def test_a_step_can_be_named_and_arrays_left_out(directory):
-  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+def test_a_step_and_a_part_of_the_state_can_be_restored(directory):
+  part = {name: value for name, value in abstract(some_state(0)).items() if name in ("params", "candidates")}
+  expected = {"params": some_state(3)["params"], "candidates": {}}
   with Checkpoints(directory) as checkpoints:
-    restored = checkpoints.restore(lambda _: wanted, step=3)
-  assert restored["frozen"] == {"kernel_tail": None}
-  assert_same(restored, some_state(3) | {"frozen": {"kernel_tail": None}})
+    restored = checkpoints.restore(lambda _: part, step=3, partial=True)
+  assert jax.tree.structure(restored) == jax.tree.structure(expected)
+  assert_same(restored, expected)
 
 
-def test_what_is_read_beside_what_is_left_out_is_compared_with_its_checksum(directory):
+def test_arrays_without_a_sharding_are_restored_as_numpy_arrays(directory):
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), some_state(0))
+  with Checkpoints(directory) as checkpoints:
+    restored = checkpoints.restore(lambda _: like)
+  assert {type(x) for x in jax.tree.leaves(restored)} == {np.ndarray}
+  assert restored["params"]["b"].dtype == jnp.bfloat16
+  assert_same(restored, some_state(4))
   flip_a_bit(largest_file(directory / "4"))
-  wanted = abstract(some_state(0)) | {"frozen": {"kernel_tail": LEFT_OUT}}
+  with Checkpoints(directory) as checkpoints:
+    assert_same(checkpoints.restore(lambda _: like), some_state(3))
+
+
+def test_a_partial_state_that_the_checkpoint_does_not_have_is_refused(directory):
+  """A missing, an additional and a renamed array in the part that is read; the rest is not compared."""
+  state = abstract(some_state(0))
+  leaf = state["params"]["b"]
+  for params in ({"a": state["params"]["a"]}, state["params"] | {"c": leaf}, {"a": state["params"]["a"], "c": leaf}):
+    with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match=r"another version of the code saved it"):
+      checkpoints.restore(lambda _, params=params: {"params": params}, partial=True)
+  with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match=r"another version of the code saved it"):
+    checkpoints.restore(lambda _: {"params": state["params"]})  # not partial
+
+
+def test_a_damaged_array_in_the_part_that_is_read_is_refused(directory):
+  flip_a_bit(largest_file(directory / "4"))
+  part = {"params": abstract(some_state(0))["params"]}
   with Checkpoints(directory) as checkpoints:
     with pytest.raises(UserError, match=r"step 4: .*; choose another"):
-      checkpoints.restore(lambda _: wanted, step=4)
-    assert_same(checkpoints.restore(lambda _: wanted)["params"], some_state(3)["params"])
-  assert (directory / "4").exists(), "it is another's"
+      checkpoints.restore(lambda _: part, step=4, partial=True)
+    assert_same(checkpoints.restore(lambda _: part, partial=True), {"params": some_state(3)["params"]})
+  assert (directory / "4").exists(), "a checkpoint of another run must stay"
+
+
+def test_another_shape_is_refused_by_name(directory):
+  like = abstract(some_state(0))
+  like["params"]["a"] = jax.ShapeDtypeStruct((300, 41), jnp.float32, sharding=like["params"]["a"].sharding)
+  sentence = r"\['params'\]\['a'\] has the shape \[300, 40\] there and \[300, 41\] in this code's state"
+  with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match=sentence):
+    checkpoints.restore(lambda _: like)
 
 
 def largest_file(folder):
@@ -94,7 +126,7 @@ def truncate(path):
 @pytest.mark.parametrize(
   "damage", [flip_a_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"]
 )
-def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(directory, caplog, damage):
   damage(largest_file(directory / "4"))
   with Checkpoints(directory, keep=3) as checkpoints:
     restored = checkpoints.restore(lambda _: abstract(some_state(0)))
@@ -106,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(directory, caplog, damage
     assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(40))
 
 
-def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
+def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(directory):
   for step in (2, 3, 4):
     truncate(largest_file(directory / str(step)))
   with (
@@ -117,12 +149,12 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(directory):
   assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
 
-def test_a_state_of_another_version_is_told_from_a_damaged_one(directory):
+def test_a_state_of_another_version_is_distinguished_from_damage(directory):
   like = abstract(some_state(0))
   like["params"]["b"] = {"new": like["params"]["b"]}
   with (
     Checkpoints(directory) as checkpoints,
-    pytest.raises(UserError, match=r"step 4: .*another version has saved it.*, or use the code that saved them"),
+    pytest.raises(UserError, match=r"step 4: .*another version of the code .*, or use the code that saved them"),
   ):
     checkpoints.restore(lambda _: like)
 
@@ -136,7 +168,7 @@ def test_an_unfinished_save_is_not_a_checkpoint(directory):
 
 @contextlib.contextmanager
 def no_file_larger_than(size: int):
-  """As on a disk that is full, but for small files."""
+  """Larger files fail as on a full disk."""
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
   try:
     yield
@@ -144,13 +176,11 @@ def no_file_larger_than(size: int):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-FULL = (
-  r"checkpoint of step 5 could not be saved in \S+: File too large; that of step 4 is whole; make room .* from step 4"
-)
+FULL = r"step 5 could not be saved in \S+: File too large; that of step 4 is complete; free space .* from step 4"
 
 
-def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplog):
-  """Not when the next one is due; nothing is lost but this one, and once there is room all is well."""
+def test_a_failed_save_is_reported_at_the_next_check(directory, caplog):
+  """Before the next save is due; the earlier checkpoints stay, and with space the next save succeeds."""
   with Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.check()
     with no_file_larger_than(20_000), pytest.raises(UserError, match=FULL):
@@ -166,28 +196,28 @@ def test_a_save_that_fails_is_a_sentence_as_soon_as_it_is_known(directory, caplo
   assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
 
 
-def test_the_last_save_is_not_lost_in_silence(directory):
-  """After which there is no step that would ask."""
+def test_a_failure_of_the_last_save_is_reported(directory):
+  """No later step would check it."""
   with pytest.raises(UserError, match=FULL), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.save(5, some_state(5))
 
 
-def test_the_first_save_that_fails_says_that_there_is_none(tmp_path):
+def test_a_failure_of_the_first_save_is_reported(tmp_path):
   (tmp_path / "checkpoints").touch()
   said = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
   with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, said:
     checkpoints.save(5, some_state(5))
 
 
-def test_a_save_that_fails_does_not_hide_what_ended_the_run(directory, caplog):
+def test_a_failed_save_does_not_hide_the_exception_that_ended_the_run(directory, caplog):
   with pytest.raises(KeyError), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.save(5, some_state(5))
     raise KeyError
   assert "checkpoint of step 5 could not be saved" in caplog.text
 
 
-def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
-  """The new one is saved, and what is left of the old one is no checkpoint."""
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
+  """The new checkpoint is saved, and the remainder of the old one is not taken for a checkpoint."""
 
   def busy(*_, **__):
     raise OSError(39, "Directory not empty")
@@ -204,7 +234,7 @@ def test_an_old_one_that_cannot_be_removed_is_a_warning(directory, caplog, monke
   assert sorted(path.name for path in directory.iterdir()) == ["3", "4", "5"]
 
 
-def test_an_old_one_goes_when_the_names_of_the_newer_ones_are_on_the_disk(directory, monkeypatch):
+def test_an_old_checkpoint_is_removed_after_the_directory_is_synced(directory, monkeypatch):
   done, sync, rmtree = [], manifest.sync, shutil.rmtree
   monkeypatch.setattr(manifest, "sync", lambda path: (done.append(path), sync(path)))
   monkeypatch.setattr(shutil, "rmtree", lambda path: (done.append(path), rmtree(path)))
@@ -216,7 +246,7 @@ def test_an_old_one_goes_when_the_names_of_the_newer_ones_are_on_the_disk(direct
 
 
 @pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
-def test_what_finds_no_room_is_not_damaged(directory, monkeypatch, error):
+def test_running_out_of_memory_is_not_taken_for_damage(directory, monkeypatch, error):
   def fail(*_):
     raise error
 
@@ -227,7 +257,7 @@ def test_what_finds_no_room_is_not_damaged(directory, monkeypatch, error):
     assert checkpoints.steps() == [2, 3, 4]
 
 
-def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monkeypatch):
+def test_a_manifest_that_cannot_be_written_fails_the_save(directory, monkeypatch):
   def full(*_):
     raise OSError(28, "No space left on device")
 
@@ -237,8 +267,8 @@ def test_a_manifest_that_cannot_be_written_is_a_save_that_failed(directory, monk
   assert not (directory / "5").exists()
 
 
-def test_what_was_written_otherwise_than_the_files_say_is_found_by_the_arrays(directory, caplog):
-  """The files are whole, and hold another state than the devices did."""
+def test_array_checksums_find_what_file_checksums_cannot(directory, caplog):
+  """The files match their checksums, but hold another state than the devices did."""
   shutil.rmtree(directory / "4" / "state")
   shutil.copytree(directory / "3" / "state", directory / "4" / "state")
   manifest.write(directory / "4", 4, manifest.read(directory / "4").arrays)
@@ -247,8 +277,8 @@ def test_what_was_written_otherwise_than_the_files_say_is_found_by_the_arrays(di
   assert "step 4 is damaged (ValueError: checksum or shape of" in caplog.text
 
 
-def test_anothers_checkpoints_are_not_touched(directory):
-  """Not even what a save has left half written there: it may be one that goes on."""
+def test_checkpoints_of_another_run_are_not_modified(directory):
+  """Not even half-written ones: their save may still be running."""
   (directory / "5.orbax-checkpoint-tmp").mkdir()
   (directory / "6").mkdir()
   before = {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}
@@ -257,7 +287,7 @@ def test_anothers_checkpoints_are_not_touched(directory):
   assert {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]} == before
 
 
-def test_a_save_keeps_the_values_of_its_moment(tmp_path):
+def test_a_save_writes_the_values_at_its_start(tmp_path):
   """The arrays are donated to the next step while the save still runs."""
   state = jax.device_put({"x": jnp.ones((2000, 500))}, replicated(make_mesh()))
   forward = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)

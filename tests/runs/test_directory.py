@@ -1,4 +1,4 @@
-"""Config and directory must fit together, and nothing half written is left."""
+"""The directory of a run: which config may continue it, its lock, and opening it for reading."""
 
 import errno
 import fcntl
@@ -13,7 +13,6 @@ from tiny import resolved
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import directory as run_directory
-from switchlora_jax.runs.files import replace_text
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def start(workdir, config, dataset):
   run_directory.record(workdir, config, dataset)
 
 
-def test_config_and_tokenizer_are_kept(tmp_path, dataset):
+def test_config_and_tokenizer_are_recorded(tmp_path, dataset):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   saved = run_directory.read(tmp_path / "run")
   assert saved["config"]["rank"] == 4
@@ -36,13 +35,13 @@ def test_config_and_tokenizer_are_kept(tmp_path, dataset):
   assert (tmp_path / "run" / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_what_changes_no_number_may_change(tmp_path, dataset, caplog):
+def test_keys_without_effect_on_results_may_change(tmp_path, dataset, caplog):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   start(tmp_path / "run", resolved(tmp_path, eval_every=3, checkpoint_every=2, hang_seconds=9.0), dataset)
   assert caplog.records == []
 
 
-def test_prepared_data_may_lie_elsewhere_and_text_may_not(tmp_path, dataset):
+def test_prepared_data_may_move_and_text_may_not(tmp_path, dataset):
   for source in ("prepared", "text"):
     first, second = (resolved(tmp_path, data__source=source, data__path=path) for path in ("here", "there"))
     start(tmp_path / source, first, dataset)
@@ -75,6 +74,17 @@ def test_another_run_is_refused(tmp_path, dataset):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path, rank=6, switch__interval=4))
 
 
+def test_a_run_whose_config_has_other_keys_is_refused_with_the_version_that_can_continue_it(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  path = tmp_path / "run" / "config.json"
+  saved = json.loads(path.read_text()) | {"git_revision": "0123abc"}
+  saved["config"]["an_old_key"] = saved["config"].pop("rank")
+  path.write_text(json.dumps(saved))
+  sentence = r"differs in the keys an_old_key, rank; continue it with .* \(git revision 0123abc\), or choose a new"
+  with pytest.raises(UserError, match=sentence):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
 def test_more_steps_extend_a_run_with_a_warning_and_fewer_are_refused(tmp_path, dataset, caplog):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   longer = resolved(tmp_path, steps=24)
@@ -90,11 +100,11 @@ def test_more_steps_extend_a_run_with_a_warning_and_fewer_are_refused(tmp_path, 
 def test_other_data_are_refused(tmp_path, dataset):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   dataset.fingerprint = "xyz"
-  with pytest.raises(UserError, match=r"fingerprint xyz, then abc"):
+  with pytest.raises(UserError, match=r"other data \(fingerprint abc, now xyz\)"):
     run_directory.record(tmp_path / "run", resolved(tmp_path), dataset)
 
 
-def test_other_versions_are_told(tmp_path, dataset, caplog):
+def test_other_package_versions_are_a_warning(tmp_path, dataset, caplog):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   path = tmp_path / "run" / "config.json"
   path.write_text(path.read_text().replace('"optax": "', '"optax": "0.'))
@@ -102,13 +112,13 @@ def test_other_versions_are_told(tmp_path, dataset, caplog):
   assert "optax: 0." in caplog.text and "devices" not in caplog.text
 
 
-def test_a_file_in_the_way_is_a_sentence(tmp_path):
+def test_a_file_in_place_of_the_directory_is_an_error(tmp_path):
   (tmp_path / "run").write_text("")
   with pytest.raises(UserError, match="cannot be written"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
-def test_a_directory_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+def test_a_read_only_directory_is_an_error(tmp_path, monkeypatch):
   def refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
 
@@ -124,61 +134,102 @@ def test_checkpoints_without_config_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("contents", ["{", "[]", "null", '{"architectures": ["LlamaForCausalLM"]}'])
-def test_a_broken_config_json_is_a_sentence(tmp_path, contents):
+def test_a_damaged_config_json_is_an_error(tmp_path, contents):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "config.json").write_text(contents)
   with pytest.raises(UserError, match=r"not the JSON that a run writes \(.*\); restore it, or name another directory"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
-def test_a_file_is_replaced_whole(tmp_path):
-  path = tmp_path / "file.json"
-  path.write_text("old")
-  replace_text(path, json.dumps({"new": 1}))
-  assert json.loads(path.read_text()) == {"new": 1}
-  assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_config_that_is_removed_under_the_run_is_a_sentence(tmp_path):
-  with pytest.raises(UserError, match=r"config.json was removed under the run; put it back"):
+def test_a_config_that_is_removed_while_the_run_trains_is_an_error(tmp_path):
+  with pytest.raises(UserError, match=r"config.json was removed while the run trained; put it back"):
     run_directory.update(tmp_path, None)
 
 
 def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(tmp_path):
   sentence = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
-  with run_directory.held(tmp_path), pytest.raises(UserError, match=sentence), run_directory.held(tmp_path):
+  with run_directory.locked(tmp_path), pytest.raises(UserError, match=sentence), run_directory.locked(tmp_path):
     pass
-  with run_directory.held(tmp_path):
+  with run_directory.locked(tmp_path):
     pass
 
 
-def test_any_process_of_a_run_that_still_lives_keeps_another_from_starting(tmp_path, monkeypatch):
+def test_a_surviving_process_of_an_earlier_run_prevents_a_new_one(tmp_path, monkeypatch):
   """The first one is gone; the relaunch may have fewer processes, or as many."""
   as_process = lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
   as_process(2)
   refused = lambda: pytest.raises(UserError, match=rf"another run trains .* \(process {os.getpid()} on ")
-  with run_directory.held(tmp_path):
-    with refused(), run_directory.held(tmp_path):
+  with run_directory.locked(tmp_path):
+    with refused(), run_directory.locked(tmp_path):
       pass
     as_process(0)
-    with refused(), run_directory.held(tmp_path):
+    with refused(), run_directory.locked(tmp_path):
       pass
-  with run_directory.held(tmp_path):
+  with run_directory.locked(tmp_path):
     for number in (1, 2):
       as_process(number)
-      with run_directory.held(tmp_path):
+      with run_directory.locked(tmp_path):
         pass
 
 
-def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
+def test_without_file_locks_a_run_continues_with_a_warning(tmp_path, monkeypatch, caplog):
   def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
   monkeypatch.setattr(fcntl, "flock", refuse)
-  with run_directory.held(tmp_path):
-    assert "cannot be locked (No locks available); see that no other run trains in it" in caplog.text
+  with run_directory.locked(tmp_path):
+    assert "cannot be locked (No locks available); make sure that no other run trains in it" in caplog.text
 
 
-def test_what_a_run_raises_is_not_taken_for_the_lock(tmp_path):
-  with pytest.raises(OSError, match="the disk"), run_directory.held(tmp_path):
+def test_an_exception_of_the_run_is_not_taken_for_one_of_the_lock(tmp_path):
+  with pytest.raises(OSError, match="the disk"), run_directory.locked(tmp_path):
     raise OSError("the disk")
+
+
+# --- a run that is only read --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path, dataset):
+  """The directory of a run with checkpoints of steps 4 and 7."""
+  workdir = tmp_path / "run"
+  start(workdir, resolved(tmp_path), dataset)
+  for step in (7, 4):
+    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    (workdir / "checkpoints" / str(step) / "manifest.json").touch()
+  (workdir / "checkpoints" / "9").mkdir()  # incomplete
+  return workdir
+
+
+def test_an_opened_run_has_the_facts_of_its_directory(saved):
+  run = run_directory.open_run(saved)
+  recorded = run_directory.read(saved)
+  assert (run.fingerprint, run.devices, run.revision, run.steps) == ("abc", 8, recorded["git_revision"], [4, 7])
+  assert run.config.to_dict() == recorded["config"]
+  assert run.sizes == recorded["config"]["model"]
+  assert run.tokenizer.read_bytes() == b"pieces"
+
+
+def test_a_step_without_a_checkpoint_is_refused(saved):
+  run = run_directory.open_run(saved)
+  run.check_step(4, "--step")
+  with pytest.raises(UserError, match=r"--step \(=5\) must be .*: 4, 7; name one of them"):
+    run.check_step(5, "--step")
+
+
+def test_a_directory_without_a_run_or_checkpoint_cannot_be_opened(saved, tmp_path):
+  for step in (4, 7):
+    (saved / "checkpoints" / str(step) / "manifest.json").unlink()
+  with pytest.raises(UserError, match="has saved no checkpoint yet; let it train longer"):
+    run_directory.open_run(saved)
+  (saved / "tokenizer.model").unlink()
+  for folder in (saved, tmp_path / "none"):
+    with pytest.raises(UserError, match=f"^{folder} must be the directory of a run"):
+      run_directory.open_run(folder)
+
+
+def test_a_key_that_the_saved_config_lacks_is_named_with_the_revision(saved):
+  run = run_directory.open_run(saved)._replace(revision="0123abc")
+  sentence = r"made by another version of the code: a key of its config is missing \(.*missing_key.*revision 0123abc\)"
+  with pytest.raises(UserError, match=sentence), run.missing_key_as_error():
+    _ = run.config.missing_key

@@ -1,4 +1,4 @@
-"""Full rank first: what is handed over, what starts afresh, and that a run may be stopped on either side of it."""
+"""Warm starts: what the hand-over keeps, what starts afresh, and resuming on either side of it."""
 
 import functools
 import json
@@ -31,13 +31,13 @@ SHAPE = dict(
 
 
 def scales(first):
-  """In place of the rank learnt, which takes long to compile: the scales it is given, of then and of now."""
+  """Stands in for the effective rank, which takes long to compile: returns the two scales that it is given."""
   return lambda params, frozen, scale: 100 * (first.scale or 0) + (scale or 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-  """One device, and no rank learnt."""
+  """One device, and no effective rank."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     patch.setattr(trainer, "make_learnt_rank", scales)
@@ -45,13 +45,13 @@ def quickly():
 
 
 def train(folder, name, **changes):
-  """A run in `folder / name`: its outcome, and what was seen on the way.
+  """Trains a run in `folder / name` and records what it did.
 
   Attributes:
     workdir, outcome: of the run.
     batches: (seed, step, rows) of each step.
     saved: {step: state} on the host.
-    handed: of each hand-over, the (state, program) before and after, on the host.
+    handed: of each hand-over, the (state, phase) before and after, on the host.
   """
   config, workdir = resolved(folder, devices=1, **SHAPE | changes), folder / name
   read, saved, handed = [], {}, []
@@ -81,13 +81,13 @@ def train(folder, name, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """With the text of all runs."""
+  """A folder with the text of all runs."""
   return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
 def runs(folder):
-  """From a method to its whole run, with a full-rank phase of K steps unless it is full; saved at every step."""
+  """From a method to its run, which has a full-rank phase of K steps unless it is full; it saves every step."""
   phase = lambda method: {} if method == "full" else PHASE
   return functools.cache(lambda method: train(folder, method, method=method, checkpoint_every=1, **phase(method)))
 
@@ -97,7 +97,7 @@ each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=("switchlora", "
 
 
 def lines(run, kind="loss"):
-  """The lines of metrics.jsonl, of training or (val_loss) of evaluation, but for what is a matter of time."""
+  """The lines of metrics.jsonl of training (`loss`) or evaluation (`val_loss`), without tokens_per_second."""
   rows = [row for row in metrics.read(run.workdir / "metrics.jsonl") if kind in row]
   return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
@@ -106,7 +106,7 @@ forwards = {}  # by the scale of the adapters, in which alone the models of this
 
 
 def logits(of, state, run):
-  """Of the first rows that the run was trained on."""
+  """Logits of the first batch of the run."""
   forward = jax.jit(lambda params, frozen, tokens: of.model.apply({"params": params, "frozen": frozen}, tokens))
   return np.asarray(forwards.setdefault(of.scale, forward)(state.params, state.frozen, run.batches[0][-1]))
 
@@ -116,16 +116,18 @@ def logits(of, state, run):
 
 @each
 def test_the_function_is_handed_over(runs, method):
-  """Kernels of at most 1 are rounded once at 2⁻²⁴ as W - s·BA, and once more in the sum; logits are below 1."""
+  """Kernels below 1 are rounded once at 2⁻²⁴ as W - s·BA and once in the sum; logits are below 1."""
   ((before, full), (after, low)), *more = runs(method).handed
   assert not more and (full.scale, low.start) == (None, K)
   expected = logits(full, before, runs(method))
   np.testing.assert_allclose(logits(low, after, runs(method)), expected, rtol=0, atol=2e-6)
-  assert np.abs(logits(full, host(full.create()), runs(method)) - expected).max() > 1e-3, "which has been trained"
+  assert np.abs(logits(full, host(full.create()), runs(method)) - expected).max() > 1e-3, (
+    "the state must have been trained"
+  )
 
 
 @each
-def test_moments_and_counts_start_afresh_and_the_rest_goes_on(runs, method):
+def test_optimizer_state_starts_afresh_and_other_parameters_are_kept(runs, method):
   ((before, _), (after, _)), *_ = runs(method).handed
   assert any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
@@ -144,7 +146,7 @@ def test_adapters_and_candidates_are_those_of_a_run_without_a_warm_start(runs):
   assert not same_bits(after.frozen, fresh.frozen)
 
 
-def test_counters_of_skipped_steps_go_on(runs):
+def test_counters_of_skipped_steps_are_kept(runs):
   ((before, full), (_, low)), *_ = runs("galore").handed
   known = before.spikes._replace(rollbacks=np.int32(1), offset=np.int32(4))
   counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2), spikes=known)
@@ -158,7 +160,7 @@ def test_counters_of_skipped_steps_go_on(runs):
 
 @each
 def test_the_first_steps_are_those_of_a_full_run(runs, method):
-  """… at the full method's learning rate over the same horizon; the next steps are not."""
+  """They have the full method's learning rate over the same horizon; later steps differ."""
   ours, full = lines(runs(method)), lines(runs("full"))
   assert ours[:K] == full[:K] and ours[K + 2]["loss"] != full[K + 2]["loss"]
   assert max(line["learning_rate"] for line in full) == np.float32(1e-3)
@@ -173,17 +175,17 @@ def test_data_do_not_depend_on_a_warm_start(runs, method):
 
 
 @each
-def test_the_learning_rate_climbs_again(runs, method):
-  """From 0, in as many steps as at the start (2); ReLoRA restarts at 8 besides."""
+def test_the_learning_rate_warms_up_again(runs, method):
+  """From 0 in as many steps as at the start (2); ReLoRA also restarts at 8."""
   rates = [line["learning_rate"] for line in lines(runs(method))]
   assert rates[0] == rates[K] == 0 < rates[K + 1] < rates[K + 2]
   np.testing.assert_allclose(rates[K + 1], rates[K + 2] / 2, rtol=1e-5)
   assert min(rates[1:K]) > 0 and [t for t in range(K + 1, STEPS) if rates[t] == 0] == [8] * (method == "relora")
-  assert max(rates[K:]) > 2 * max(rates[:K]) or method == "relora", "the method's own, at this point of the horizon"
+  assert max(rates[K:]) > 2 * max(rates[:K]) or method == "relora", "the method must use its own learning rate"
 
 
-def test_runs_that_warm_up_otherwise_share_their_full_rank_phase(folder, runs):
-  """A method's own warm-up, here none, is that of the hand-over alone."""
+def test_the_full_rank_phase_does_not_depend_on_the_warm_up_of_the_method(folder, runs):
+  """The method's own warm-up, here none, applies at the hand-over only."""
   run = train(folder, "at-once", method="lora", warmup_steps=0, warm_start_warmup_steps=2, checkpoint_every=K, **PHASE)
   assert lines(run)[:K] == lines(runs("full"))[:K] and same_bits(run.saved[K], runs("full").saved[K])
   rates = [line["learning_rate"] for line in lines(run)]
@@ -191,7 +193,7 @@ def test_runs_that_warm_up_otherwise_share_their_full_rank_phase(folder, runs):
 
 
 def adam_direction(state):
-  """What the learning rate multiplies, of the parameters without vectors and projections; from the new moments."""
+  """Adam's direction for the head, which has no LoRA vectors and no projection; from the moments after the step."""
   adam = state.opt_state
   count = adam.count["head"]["kernel"] if isinstance(adam.count, dict) else adam.count
   m, v = (np.asarray(moment["head"]["kernel"], np.float64) for moment in (adam.mu, adam.nu))
@@ -202,7 +204,7 @@ def adam_direction(state):
 
 @each
 def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(runs, method):
-  """Measured on the head: by how much of Adam's direction it moved."""
+  """Measured as the multiple of Adam's direction by which the head moved."""
   run, used = runs(method), [0.0]  # the first is 0; what was before it is not saved
   for t in range(2, STEPS + 1):
     before, after = run.handed[0][1][0] if t == K + 1 else run.saved[t - 1], run.saved[t]
@@ -223,8 +225,8 @@ def test_a_warm_start_as_long_as_the_run_is_full_rank(folder, runs, method):
 
 
 @each
-def test_evaluations_know_the_phase(runs, method):
-  """The rank learnt counts from the first program's weights, which have no adapters; those of now have a scale."""
+def test_evaluations_use_the_scale_of_their_phase(runs, method):
+  """The effective rank compares with the weights of the first phase, which has no adapters."""
   low = runs(method).outcome.phase
   evaluations = lines(runs(method), "val_loss")
   assert [line["step"] for line in evaluations] == [4, 8, 12]
@@ -237,7 +239,7 @@ def test_evaluations_know_the_phase(runs, method):
 
 
 def continued(folder, whole, method, step):
-  """The run that goes on from what a kill leaves right after the checkpoint of a step: lines of later steps, too."""
+  """Continues a copy of a run that was killed right after a checkpoint, with the lines of later steps still there."""
   workdir = folder / f"{method}-{step}"
   shutil.copytree(whole.workdir, workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
   for kept in (step - 1, step):
@@ -248,7 +250,7 @@ def continued(folder, whole, method, step):
 @each
 @pytest.mark.parametrize("step", [K - 1, K, K + 1])
 def test_a_stopped_run_continues_bit_by_bit(folder, runs, method, step):
-  """On either side of the hand-over, and where it is the next thing to be done."""
+  """Before, at and after the hand-over."""
   whole = runs(method)
   again = continued(folder, whole, method, step)
   assert again.outcome.first_step == step and len(again.handed) == (step <= K)
@@ -259,7 +261,7 @@ def test_a_stopped_run_continues_bit_by_bit(folder, runs, method, step):
 
 @each
 def test_steps_compile_once_per_phase(runs, method):
-  """… over all runs of this file, new and continued."""
+  """Across all runs of this file, new and continued."""
   _, (_, low) = runs(method).handed[0]
   assert low.step._cache_size() == runs("full").outcome.phase.step._cache_size() == 1
 
@@ -269,7 +271,7 @@ def test_steps_compile_once_per_phase(runs, method):
 
 @pytest.fixture(scope="module")
 def sources(folder, runs):
-  """{what it has saved last: (directory, program, state)}: full rank, a LoRA, or its full-rank phase, not yet over."""
+  """{name: (directory, phase, newest state)} of full rank, of LoRA, and of LoRA still in its full-rank phase."""
   full, lora = runs("full"), runs("lora")
   half = folder / "half"
   shutil.copytree(lora.workdir, half, ignore=shutil.ignore_patterns("checkpoints"))
@@ -280,7 +282,7 @@ def sources(folder, runs):
 
 @pytest.mark.parametrize(("source", "method"), [("full", "switchlora"), ("lora", "galore"), ("half", "galore")])
 def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, method):
-  """Of its newest checkpoint; all else is as at step 0."""
+  """The function of its newest checkpoint; everything else is as at step 0."""
   workdir, theirs, saved = sources[source]
   config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(workdir))
   ours = phases.build_phase(config, small_model.mesh(1))
@@ -291,11 +293,52 @@ def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, me
   assert kind(state) == kind(ours.abstract)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
   fresh = runs(method).handed[0][1][0]
-  assert same_bits(state.candidates, fresh.candidates), "drawn from the seed, as where full rank was within the run"
+  assert same_bits(state.candidates, fresh.candidates), "they must be drawn from the seed, as after a full-rank phase"
+
+
+def test_weights_of_another_run_are_sharded_as_the_new_run_shards_them(folder, runs, monkeypatch):
+  """On eight devices, with fsdp=4; no device is sent more than its share, and the weights are those on one device."""
+  options = dict(SHAPE, method="lora", warm_start_from=str(runs("lora").workdir))
+  shares, place = [], warm_start._place
+
+  def watched(mesh, array, spec):
+    placed = place(mesh, array, spec)
+    shares.append((array.size, placed.addressable_shards[0].data.size))
+    return placed
+
+  monkeypatch.setattr(warm_start, "_place", watched)
+  states = []
+  for mesh, layout in (
+    (small_model.mesh(1), dict(devices=1)),
+    (small_model.mesh(8, fsdp=4), dict(sharding__fsdp=4, sharding__trained="sharded", sharding__frozen="sharded")),
+  ):
+    config = resolved(folder, **options | layout)
+    phase = phases.build_phase(config, mesh)
+    states.append(warm_start.Source(config, phase, mesh).state())
+    kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+    assert kind(states[-1]) == kind(phase.abstract)
+  left, right = map(host, states)
+  assert same_bits(left.params, right.params)
+  for one, other in zip(*map(jax.tree.leaves, (left.frozen, right.frozen)), strict=True):
+    np.testing.assert_allclose(
+      one, other, rtol=0, atol=2**-22
+    )  # sums over the rank, which is split, of kernels below 1
+  alone, sharded = shares[: len(shares) // 2], shares[len(shares) // 2 :]
+  assert all(share == size for size, share in alone) and all(4 * share == size for size, share in sharded)
+
+
+def test_a_run_of_another_version_is_refused_with_the_missing_key(folder, runs, tmp_path):
+  for name in ("config.json", "tokenizer.model", "checkpoints"):
+    source = runs("lora").workdir / name
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+  saved = json.loads((tmp_path / "config.json").read_text())
+  del saved["config"]["switch"]
+  (tmp_path / "config.json").write_text(json.dumps(saved))
+  refused(folder, tmp_path, f"the run in {tmp_path} was made by another version of the code: a key of its config is")
 
 
 def test_a_run_from_another_begins_at_step_0(folder, runs):
-  """… with the other's weights: first row, first learning rate, horizon of its own. It is continued like any other."""
+  """It starts with the first batch and learning rate, has a horizon of its own, and is resumed like any run."""
   source = runs("full")
   begun = dict(method="full", warm_start_from=str(source.workdir))
   run = train(folder, "begun", **begun, checkpoint_every=1)
@@ -303,8 +346,8 @@ def test_a_run_from_another_begins_at_step_0(folder, runs):
   rates = [[line["learning_rate"] for line in lines(r)] for r in (run, source)]
   assert rates[0] == rates[1]
   losses = [[line["loss"] for line in lines(r)] for r in (run, source)]
-  assert losses[0][0] < losses[1][0] - 0.1, "the first rows have been seen before"
-  assert same_bits(run.saved[1].params, source.saved[STEPS].params), "which a learning rate of 0 leaves alone"
+  assert losses[0][0] < losses[1][0] - 0.1, "the source must have seen the first rows"
+  assert same_bits(run.saved[1].params, source.saved[STEPS].params), "a learning rate of 0 must keep them"
   assert all("learnt_rank" not in line for line in lines(run, "val_loss"))
 
   for later in range(8, STEPS + 1):
@@ -315,8 +358,8 @@ def test_a_run_from_another_begins_at_step_0(folder, runs):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(folder, runs, dtype):
-  """The other run's weights are cast; and it is needed until the first checkpoint only."""
+def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dtype):
+  """The weights are cast, and the other run is needed only until the first checkpoint."""
   others = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
   other = train(folder, f"other-than-{dtype}", method="full", param_dtype=others)
   options = dict(method="switchlora", param_dtype=dtype, warm_start_from=str(other.workdir), checkpoint_every=4)
@@ -332,11 +375,11 @@ def test_a_run_in_another_dtype_keeps_its_own_and_goes_on_without_the_other(fold
   assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
 
 
-def test_a_run_whose_kernels_are_in_16_bits_goes_on_bit_by_bit_and_hands_its_weights_on(folder):
+def test_a_run_with_kernels_in_16_bits_resumes_bit_by_bit_and_hands_on_its_exact_weights(folder):
   options = dict(method="switchlora", frozen_dtype="bfloat16", warm_start_steps=K, checkpoint_every=4)
   run = train(folder, "narrow", **options)
-  (before, _), (after, program_after) = run.handed[0]
-  plain = weights.merged(after.params, after.frozen, program_after.scale)
+  (before, _), (after, phase_after) = run.handed[0]
+  plain = weights.merged(after.params, after.frozen, phase_after.scale)
   for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(before.params), strict=True):
     np.testing.assert_allclose(left, right, rtol=0, atol=2**-16)  # of kernels below 1
   assert {str(x.dtype) for x in jax.tree.leaves(run.outcome.state.frozen)} == {"bfloat16", "int8"}
@@ -355,7 +398,7 @@ def hugging_face(folder, runs):
   there = folder / "hugging-face"
   there.mkdir()
   config, run = resolved(folder, devices=1), runs("full")
-  huggingface.write(there, dict(config.model), run.saved[STEPS].params, 16, run.workdir / "tokenizer.model")
+  huggingface.write_folder(there, dict(config.model), run.saved[STEPS].params, 16, run.workdir / "tokenizer.model")
   return there
 
 
@@ -372,7 +415,7 @@ def test_the_function_is_that_of_the_hugging_face_folder(folder, runs, hugging_f
 
 
 def test_a_run_from_a_hugging_face_folder_is_the_run_from_the_run(folder, runs, hugging_face):
-  """… whose weights it holds, to the bit; it is needed until the first checkpoint only."""
+  """Bit by bit, if the folder holds the weights of the run; it is needed only until the first checkpoint."""
   other = train(folder, "from-the-run", method="full", warm_start_from=str(runs("full").workdir))
   there = shutil.copytree(hugging_face, folder / "gone")
   options = dict(method="full", warm_start_from=str(there))
@@ -382,8 +425,8 @@ def test_a_run_from_a_hugging_face_folder_is_the_run_from_the_run(folder, runs, 
   assert same_bits(train(folder, "from-the-folder", **options).outcome.state, run.outcome.state)
 
 
-def test_a_run_killed_while_it_first_saved_takes_the_other_weights_again(folder, runs):
-  """A save that was not finished is no checkpoint: the run must not start from its seed in silence."""
+def test_a_run_killed_during_its_first_save_starts_from_its_source_again(folder, runs):
+  """An incomplete save is no checkpoint, and the run must not start from its seed."""
   begun = dict(method="full", warm_start_from=str(runs("full").workdir))
   whole = train(folder, "whole", **begun)
   shutil.copytree(whole.workdir, folder / "cut", ignore=shutil.ignore_patterns("checkpoints"))
@@ -391,7 +434,7 @@ def test_a_run_killed_while_it_first_saved_takes_the_other_weights_again(folder,
   assert same_bits(train(folder, "cut", **begun).outcome.state, whole.outcome.state)
 
 
-def test_another_runs_damaged_checkpoint_is_left_where_it_is(folder, runs, tmp_path, caplog):
+def test_a_damaged_checkpoint_of_the_source_is_not_moved(folder, runs, tmp_path, caplog):
   source = tmp_path / "source"
   shutil.copytree(runs("full").workdir, source)
   newest = source / "checkpoints" / str(STEPS)
@@ -407,7 +450,7 @@ def test_another_runs_damaged_checkpoint_is_left_where_it_is(folder, runs, tmp_p
 
 
 def refused(folder, source, sentence, **changes):
-  """A run from `source` ends with a sentence, and has trained nothing."""
+  """A run from `source` ends with a `UserError` that has the sentence, before it trains."""
   options = dict(method="full", warm_start_from=str(source)) | changes
   with pytest.raises(UserError) as caught:
     train(folder, "refused", **options)
@@ -416,26 +459,23 @@ def refused(folder, source, sentence, **changes):
 
 
 def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
-  refused(folder, tmp_path, f"warm_start_from={tmp_path}, unless it is a Hugging Face LLaMA folder, must be")
-  refused(
-    folder,
-    tmp_path / "nowhere",
-    "must be the directory of a run, with its config.json, checkpoints and tokenizer.model; there is no such directory",
-  )
+  named = lambda path: f"--config.warm_start_from: {path} must be the directory of a run"
+  either = " that has saved a checkpoint, or a Hugging Face LLaMA folder (config.json, model.safetensors); "
+  refused(folder, tmp_path, named(tmp_path) + either + "it is neither")
+  refused(folder, tmp_path / "nowhere", named(tmp_path / "nowhere") + either + "there is no such directory")
   shutil.copy(runs("full").workdir / "config.json", tmp_path)
-  refused(folder, tmp_path, "they are not there; give the --workdir of a run")
+  refused(folder, tmp_path, named(tmp_path) + ", with its config.json and tokenizer.model; they are not there; give")
 
 
 def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
   for name in ("config.json", "tokenizer.model"):
     shutil.copy(runs("full").workdir / name, tmp_path)
-  (tmp_path / "checkpoints").mkdir()
   refused(folder, tmp_path, f"the run in {tmp_path} has saved no checkpoint yet")
 
 
 @pytest.mark.parametrize("source", ["full", "lora", "hugging_face"])
 def test_other_sizes_are_refused_with_an_array_and_the_flags_that_set_them(folder, runs, hugging_face, source):
-  """The number of heads, too, which changes the function and no array."""
+  """So is another number of heads, which changes the function but no shape."""
   where = hugging_face if source == "hugging_face" else runs(source).workdir
   sentence = f"the model of --config.warm_start_from={where} has other sizes than this one"
   layers = ": blocks/attention_norm/scale is [2, 16] there and [3, 16] here"
