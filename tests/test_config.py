@@ -69,7 +69,7 @@ MISTAKES = {
   "rollbacks": (dict(spike__max_rollbacks=0), "spike.max_rollbacks (=0) must be at least 1; set"),
   "nothing frozen": (
     dict(method="full", frozen_dtype="bfloat16"),
-    "frozen_dtype (='bfloat16') is for the frozen kernels below adapters, and --config.method=full trains its kernels",
+    "frozen_dtype (='bfloat16') applies to the frozen kernels of layers with adapters, but --config.method=full",
   ),
   "nothing frozen either": (dict(method="galore", frozen_dtype="bfloat16"), "--config.method=galore trains its"),
   "rate is no number": (dict(learning_rate=float("nan")), "learning_rate (=nan) must be a finite number; set"),

@@ -118,7 +118,7 @@ def run_grid(base: Base, arms, *, seeds: int, workdir: Path, processes: int, rea
 
 def warnings(config) -> list[str]:
   """What a method warns of before a run of this config."""
-  return [line for line in METHODS[config.method].describe(config) if line.startswith("WARNING")]
+  return [f"WARNING: {text}" for text in METHODS[config.method].warnings(config)]
 
 
 def prepare_data(cells: list[Cell]) -> dict[str, str]:

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
-from switchlora_jax.lowrank.kernel_storage import KERNEL, bases
-from switchlora_jax.lowrank.layers import merge
+from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
+from switchlora_jax.lowrank.layers import ADAPTER, merge
 from switchlora_jax.models import make_model
 from switchlora_jax.runs import directory as run_directory
 
@@ -119,9 +119,9 @@ def adapter_norms(run: pretrained.Run) -> dict[str, float]:
 
   found = {}
   with pretrained.exactly(run.config.param_dtype):
-    for path, base in bases(run.state.frozen).items():
+    for path, base in frozen_layers(run.state.frozen).items():
       layer = run.state.params
       for name in path:
         layer = layer[name]
-      found[path[-1]] = float(ratio(base[KERNEL], layer["lora_a"], layer["lora_b"]))
+      found[path[-1]] = float(ratio(base[KERNEL], *(layer[name] for name in ADAPTER)))
   return found

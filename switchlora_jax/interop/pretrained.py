@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, saved_run, tokenizer_json
-from switchlora_jax.lowrank.kernel_storage import KERNEL, bases
+from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models import weights
 from switchlora_jax.parallel.sharding import make_mesh
@@ -116,7 +116,7 @@ def merge(run: Run) -> Pretrained:
 
   Where kernels are stored in 16 bits and a tail, the tail is left out, as the forward pass of training leaves it out.
   """
-  frozen = unflatten_dict({(*path, KERNEL): base[KERNEL] for path, base in bases(run.state.frozen).items()})
+  frozen = unflatten_dict({(*path, KERNEL): base[KERNEL] for path, base in frozen_layers(run.state.frozen).items()})
   wide = partial(jax.tree.map, lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)))
   with exactly(run.config.param_dtype):
     merged = jax.jit(lambda params, frozen: weights.merged(wide(params), wide(frozen), run.phase.scale))

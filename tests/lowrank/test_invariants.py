@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import same_bits
 
-from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
-from switchlora_jax.lowrank.spares import coverage, draw_picks
+from switchlora_jax.lowrank.spares import coverage, draw_spare_indices
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 SCALE = 0.5
@@ -41,9 +41,9 @@ def draw_layers(shape, dtype, seed):
   }  # fmt: skip
 
 
-def picks_at(step, candidates, schedule):
+def indices_at(step, candidates, schedule):
   """The spares that a run in random order takes at a step."""
-  return draw_picks(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
+  return draw_spare_indices(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
 
 
 @lru_cache
@@ -52,8 +52,8 @@ def switcher(interval, freeze_steps, random=False):
   schedule = SwitchSchedule(interval, freeze_steps, total_steps=10_000)
 
   def run(layers, uniforms, step, skip):
-    picks = picks_at(step, layers["candidates"], schedule) if random else None
-    plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, picks=picks, skip=skip)
+    indices = indices_at(step, layers["candidates"], schedule) if random else None
+    plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, spare_indices=indices, skip=skip)
     return switch(**layers, **plan)
 
   return jax.jit(run)
@@ -75,7 +75,7 @@ def history(shape, times, seed, dtype=np.float32, random=False, tails=False, nar
   """
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
   if tails:
-    head, tail = split(layers["frozen"]["kernel"])
+    head, tail = split_float32(layers["frozen"]["kernel"])
     layers["frozen"] = {"kernel": np.asarray(head), "kernel_tail": np.asarray(tail)}
   if narrow:
     layers["candidates"] |= {name: layers["candidates"][name].astype(jnp.bfloat16) for name in ("spare_a", "spare_b")}
@@ -99,7 +99,7 @@ def counts(before, after):
 
 def in_force(frozen, params):
   """W + s·BA in float64."""
-  kernel, a, b = (np.asarray(x, np.float64) for x in (read(frozen), params["lora_a"], params["lora_b"]))
+  kernel, a, b = (np.asarray(x, np.float64) for x in (load_kernel(frozen), params["lora_a"], params["lora_b"]))
   return kernel + SCALE * np.einsum("lrn,lrm->lnm", a, b)
 
 
@@ -228,7 +228,7 @@ def test_spares_drawn_at_random_are_those_that_are_loaded():
   in_order = history(shape, times, 5)
   for t, (before, after) in enumerate(history(shape, times, 5, random=True)):
     np.testing.assert_array_equal(counts(before, after), counts(*in_order[t]))
-    for side, offset, rows in zip("ab", (0, rank // 2), picks_at(t, before["candidates"], schedule)[()], strict=True):
+    for side, offset, rows in zip("ab", (0, rank // 2), indices_at(t, before["candidates"], schedule)[()], strict=True):
       differ = differ or np.any(after.params[f"lora_{side}"] != in_order[t][1].params[f"lora_{side}"])
       for layer, count in enumerate(counts(before, after)):
         slots = (before["candidates"]["cursor"][layer] + offset + np.arange(count)) % rank

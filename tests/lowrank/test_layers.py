@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_model import equations
 
-from switchlora_jax.lowrank.kernel_storage import read
+from switchlora_jax.lowrank.kernel_storage import load_kernel
 from switchlora_jax.lowrank.layers import (
   KERNEL_INIT,
   LoRADense,
@@ -204,9 +204,9 @@ NARROW_LAYER = SwitchLoRADense(**NARROW)
   ("layer", "tail"),
   [
     (LoRADense(**NARROW), False),
-    (LoRADense(**NARROW, kernel_tail=True), True),
+    (LoRADense(**NARROW, kernel_residual=True), True),
     (SwitchLoRADense(**NARROW), True),
-    (SwitchLoRADense(**NARROW, kernel_tail=False), False),
+    (SwitchLoRADense(**NARROW, kernel_residual=False), False),
     (SwitchLoRADense(**NARROW, param_dtype=jnp.bfloat16), False),  # nothing is stored more exactly
   ],
 )
@@ -221,7 +221,7 @@ def test_only_the_kernel_is_narrower_and_head_and_tail_are_the_wide_one():
   (kernel,) = wide.pop("frozen").values()
   base = narrow.pop("frozen")
   assert jax.tree.all(jax.tree.map(np.array_equal, wide, narrow))
-  np.testing.assert_allclose(read(base), kernel, rtol=2**-16)
+  np.testing.assert_allclose(load_kernel(base), kernel, rtol=2**-16)
   assert 2**-10 < np.abs(base["kernel"].astype(np.float32) / kernel - 1).max() < 2**-7
 
 
@@ -230,7 +230,7 @@ def test_the_function_is_that_of_the_head():
   variables = NARROW_LAYER.init(jax.random.key(1), x)
   y = NARROW_LAYER.apply(variables, x)
   lora_a, lora_b = (variables["params"][name] for name in ("lora_a", "lora_b"))
-  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), read(variables["frozen"])
+  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), load_kernel(variables["frozen"])
   np.testing.assert_array_equal(y, merged_dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
   assert np.abs(y - merged_dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale)).max() > 1e-5
   other = variables["frozen"] | {"kernel_tail": ~variables["frozen"]["kernel_tail"]}

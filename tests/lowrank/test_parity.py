@@ -8,8 +8,9 @@ import pytest
 import small_model
 
 from switchlora_jax.lowrank.layers import lora_vectors, merge, merged_dense
-from switchlora_jax.lowrank.optimizer import clip_by_global_norm, cosine_schedule, vector_adam
+from switchlora_jax.lowrank.optimizer import clip_by_global_norm, vector_adam
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
+from switchlora_jax.methods.schedules import cosine_schedule
 from switchlora_jax.models.loss import mean_loss, row_losses
 from switchlora_jax.parallel.sharding import replicated
 

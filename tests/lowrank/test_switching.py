@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_model import same_bits
 
-from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
 from switchlora_jax.lowrank.switching import (
   Layer,
@@ -128,7 +128,7 @@ def test_switch_count_rounds_up_as_often_as_the_fraction_says():
   assert set(np.unique(switch_count(uniforms, 2.0))) == {2}
 
 
-# --- telemetry ----------------------------------------------------------------------------------------------------
+# --- metrics ------------------------------------------------------------------------------------------------------
 
 
 def test_norm_squared_is_that_of_the_products(x64):
@@ -142,21 +142,21 @@ def test_norm_squared_is_that_of_the_products(x64):
 # --- what is and is not switched ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["head alone", "with a tail"])
+@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["kernel alone", "with a residual"])
 def test_a_kernel_in_16_bits_is_rounded_once_a_switch_however_many_vectors_move(tail, unit):
-  """To 8 bits of mantissa, or with a tail to 16; the function, which is the head's, to 8 before and after.
+  """To 8 bits of mantissa, or with a residual to 16; the function, which is the head's, to 8 before and after.
 
   Exact but for that and for 16 outer products of float32, which sum to less than 8.
   """
   keys = jax.random.split(jax.random.key(0), 5)
   shapes = ((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
   kernel, *vectors = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-  head, rest = split(kernel)
+  head, rest = split_float32(kernel)
   before = Layer(head, *vectors, rest if tail else None)
   after, _ = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
   assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not tail)
   product = lambda layers: np.einsum("krn,krm->nm", np.float64(layers.lora_a), np.float64(layers.lora_b)) / 16
-  old, new = (np.asarray(read(layers.base)[0], np.float64) for layers in (before, after))
+  old, new = (np.asarray(load_kernel(layers.frozen)[0], np.float64) for layers in (before, after))
   moved = product(before) - product(after)
   assert np.all(np.abs(new - old - moved) <= unit * np.abs(new) + 1e-5) and np.abs(moved).max() > 1
   assert np.abs(new - old - moved).max() > unit / 4, "which a kernel of float32 would keep"

@@ -60,7 +60,7 @@ def kinds(tree):
 
 
 def test_every_module_is_in_the_table_under_its_name():
-  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base"}
+  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base", "schedules"}
   assert {name: METHODS[name].__name__.split(".")[-1] for name in METHODS} == {name: name for name in modules}
 
 
@@ -70,7 +70,7 @@ def test_a_method_has_what_the_table_promises(method):
   assert module.__doc__.strip()
   assert module.LEARNING_RATE > 0 and 0 <= module.MIN_LR_RATIO <= 1
   assert module.check(config) is None
-  assert all(isinstance(line, str) and line.strip() for line in module.describe(config))
+  assert all(isinstance(line, str) and line.strip() for line in (*module.describe(config), *module.warnings(config)))
   built = module.build(config)
   assert isinstance(built, Method) and built.schedule(0) == 1e-2
   assert (built.scale is None) == (method in ("full", "galore"))
@@ -140,11 +140,12 @@ def test_a_step_that_is_not_finite_changes_nothing(method):
 
 
 def test_it_warns_of_kernels_that_drift():
-  told = lambda **changes: " ".join(switchlora.describe(small_model.config("switchlora", **changes)))
-  assert "WARNING: switching rounds bfloat16 base kernels" in told(param_dtype="bfloat16")
+  warnings = lambda **changes: switchlora.warnings(small_model.config("switchlora", **changes))
+  (warning,) = warnings(param_dtype="bfloat16")
+  assert warning.startswith("switching rounds bfloat16 base kernels")
   never = dict(param_dtype="bfloat16", switch__interval=0)
   for safe in (dict(), dict(frozen_dtype="bfloat16"), dict(param_dtype="bfloat16", frozen_dtype="float32"), never):
-    assert "WARNING" not in told(**safe)
+    assert warnings(**safe) == []
 
 
 @pytest.mark.parametrize("kernels", [{}, dict(frozen_dtype="bfloat16")], ids=["float32", "bfloat16"])
@@ -161,9 +162,9 @@ def test_an_interval_of_0_is_lora_to_the_bit(kernels):
 
 
 def layers_alone(**changes):
-  """The states before and after each of four steps of two stacked layers without a model, telemetry, masks' names.
+  """Train two stacked layers without a model for four steps, with the method's switch and optimizer.
 
-  Switch and optimizer are the method's own; the gradients are the parameters.
+  The gradients are the parameters. Returns the states before and after each step, the metrics, and the masks' names.
   """
   method = METHODS["switchlora"].build(small_model.config("switchlora", **changes))
   draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal((2, *shape)), jnp.float32)
@@ -222,22 +223,22 @@ def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
   class Drawn(BaseException):
     pass
 
-  def seen(*_, picks, **__):
-    raise Drawn(picks)
+  def seen(*_, spare_indices, **__):
+    raise Drawn(spare_indices)
 
-  def picks(step=0, **changes):
+  def indices(step=0, **changes):
     config = small_model.config("switchlora", **dict(switch__order="random") | changes)
     with pytest.raises(Drawn) as drawn:
       METHODS["switchlora"].build(config).before_update(state._replace(step=np.int32(step)), False)
     return drawn.value.args[0]
 
   monkeypatch.setattr(switchlora, "switch", seen)
-  assert len(picks()) == 7 and same_bits(picks(), picks())
-  assert not same_bits(picks(), picks(step=1)) and not same_bits(picks(), picks(seed=1))
-  assert picks(switch__order="sequential") is None
+  assert len(indices()) == 7 and same_bits(indices(), indices())
+  assert not same_bits(indices(), indices(step=1)) and not same_bits(indices(), indices(seed=1))
+  assert indices(switch__order="sequential") is None
 
 
-def test_telemetry_says_what_the_switch_did():
+def test_metrics_of_the_switch():
   """Rank 4 in 14 layers; what a step switches is frozen on the other side in this step and the next (N = 2)."""
   states, metrics = train(6, "switchlora")
   loads = [sum(layer["cursor"].sum() for layer in state.candidates["blocks"].values()) for state in states]

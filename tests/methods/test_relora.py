@@ -11,17 +11,13 @@ from small_model import host, same_bits
 
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import lora_vectors, merge, merged_dense
-from switchlora_jax.lowrank.optimizer import (
-  VectorAdamState,
-  cosine_schedule,
-  magnitude_mask,
-  prune_moments,
-  scale_by_vector_adam,
-)
+from switchlora_jax.lowrank.optimizer import VectorAdamState, scale_by_vector_adam
 from switchlora_jax.methods import METHODS, relora
 from switchlora_jax.methods.base import TrainState
+from switchlora_jax.methods.relora import magnitude_mask, prune_moments
+from switchlora_jax.methods.schedules import cosine_schedule
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.training.anomalies import initial_spike_state
 
@@ -54,7 +50,7 @@ def test_the_schedule_is_the_recorded_one(name, restarts, golden, x64):
 )
 def test_the_method_begins_with_a_warm_up_of_its_own_and_restarts_at_later_multiples(start, restarts, x64):
   shape = dict(steps=40, warmup_steps=3, relora__restart_every=10, relora__restart_warmup_steps=5)
-  expected = np.array(jax.vmap(cosine_schedule(1.0, 3, 40, end=0.1))(jnp.arange(41)))
+  expected = np.array(jax.vmap(cosine_schedule(1.0, 3, 40, final_ratio=0.1))(jnp.arange(41)))
   expected[start : start + 3] = expected[start + 3] * np.arange(3) / 3
   for t in restarts:
     expected[t : t + 5] = expected[t + 5] * np.arange(5) / 5
@@ -302,12 +298,14 @@ def test_a_restart_keeps_the_function_to_the_rounding_of_a_bfloat16_kernel():
 @pytest.mark.parametrize(("tail", "unit"), [(True, 2**-16), (False, 2**-8)], ids=["with a tail", "head alone"])
 def test_a_kernel_in_16_bits_takes_in_the_adapter_as_exactly_as_it_is_stored(tail, unit):
   state, _ = small_layers(small_model.config("relora", **SMALL))
-  head, rest = split(state.frozen["q"]["kernel"])
+  head, rest = split_float32(state.frozen["q"]["kernel"])
   base = {"kernel": head} | ({"kernel_tail": rest} if tail else {})
   frozen, draw = {"q": base}, lambda _, shape: jnp.zeros(shape)
   _, after = jax.jit(lambda *trees: relora.merge_adapters(*trees, draw, 0.5))(state.params, frozen)
-  expected = np.float64(read(base)) + 0.5 * np.einsum("lrn,lrm->lnm", *map(np.float64, state.params["q"].values()))
-  error = np.abs(np.float64(read(after["q"])) - expected)
+  expected = np.float64(load_kernel(base)) + 0.5 * np.einsum(
+    "lrn,lrm->lnm", *map(np.float64, state.params["q"].values())
+  )
+  error = np.abs(np.float64(load_kernel(after["q"])) - expected)
   assert np.all(error <= unit * np.abs(expected) + 1e-6) and error.max() > unit / 4
   assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, frozen)
 
@@ -490,11 +488,12 @@ def test_the_defaults_are_the_authors():
 
 def test_a_description_counts_the_restarts_and_warns():
   lines = lambda **changes: relora.describe(small_model.config("relora", **SMALL | changes))
+  warnings = lambda **changes: relora.warnings(small_model.config("relora", **SMALL | changes))
   count = lambda **changes: int(lines(**changes)[0].split()[4].rstrip(","))
-  assert lines(steps=14)[0] == "restarts in the run: 3, every 4 steps"
+  assert lines(steps=14) == ["restarts in the run: 3, every 4 steps"]
   assert [count(steps=steps) for steps in (4, 5, 6, 13, 14)] == [0, 0, 1, 2, 3], "a merge needs a step after it"
   assert [count(steps=14, warm_start_steps=start) for start in (3, 4, 8, 14)] == [3, 2, 1, 0]
   unwarmed, lora = "full-rank warm start", "without a restart this is LoRA"
-  assert unwarmed in lines()[-1] and len(lines()) == 2
-  assert len(lines(warm_start_steps=5)) == len(lines(warm_start_from="runs/full")) == 1
-  assert lora in lines(steps=4)[1] and unwarmed in lines(steps=4)[2]
+  assert len(warnings()) == 1 and unwarmed in warnings()[0]
+  assert warnings(warm_start_steps=5) == warnings(warm_start_from="runs/full") == []
+  assert lora in warnings(steps=4)[0] and unwarmed in warnings(steps=4)[1]
