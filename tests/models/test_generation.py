@@ -19,7 +19,7 @@ from switchlora_jax.data.tokenizer import train_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import LoRADense, adapter_scale
 from switchlora_jax.models import weights
-from switchlora_jax.models.generation import Sampling, advance, draw, generate, text_as_it_comes, truncated
+from switchlora_jax.models.generation import Sampling, advance, draw, generate, stream_text, truncated
 from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.parallel.sharding import Placement
 
@@ -168,7 +168,7 @@ def test_draws_are_as_frequent_as_they_are_likely(sampling):
 @pytest.mark.parametrize(
   ("sampling", "sentence"),
   [
-    (Sampling(-1), r"temperature \(=-1\) must be 0, .* or a number from 1e-6 on; try 0.7"),
+    (Sampling(-1), r"temperature \(=-1\) must be 0, .* or at least 1e-6; try 0.7"),
     (Sampling(1e-9), r"temperature \(=1e-09\)"),
     (Sampling(float("nan")), r"temperature \(=nan\)"),
     (Sampling(float("inf")), r"temperature \(=inf\)"),
@@ -204,7 +204,7 @@ def tokenizer(tmp_path_factory):
 def test_text_comes_in_whole_characters(tokenizer, text):
   tokens = tokenizer.encode(text)
   assume(tokenizer.decode(tokens) == text)  # not so for a few characters that SentencePiece takes for its own
-  parts = list(text_as_it_comes(tokenizer, tokens))
+  parts = list(stream_text(tokenizer, tokens))
   assert "".join(parts) == text
   assert ("\ufffd" in text) or all("\ufffd" not in part for part in parts)
 
@@ -213,7 +213,7 @@ def test_text_comes_in_whole_characters(tokenizer, text):
 @given(st.lists(st.integers(0, 299), max_size=30))
 def test_any_tokens_come_as_the_text_of_all(tokenizer, tokens):
   """Bytes that make no character, too."""
-  assert "".join(text_as_it_comes(tokenizer, tokens)) == tokenizer.decode(tokens)
+  assert "".join(stream_text(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
 def test_text_comes_as_soon_as_its_tokens(tokenizer):
@@ -226,6 +226,6 @@ def test_text_comes_as_soon_as_its_tokens(tokenizer):
       yield token
 
   parts = []
-  for part in text_as_it_comes(tokenizer, noted()):
+  for part in stream_text(tokenizer, noted()):
     parts.append(part)
   assert seen == [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens))]
