@@ -70,7 +70,7 @@ def test_greater_numbers_do_not_become_smaller(bits):
 @many
 @given(any_bits)
 @example([0x7F7F8000] * 64)
-def test_what_fits_into_24_bits_comes_back_to_the_bit(bits):
+def test_values_of_24_bits_are_restored_bitwise(bits):
   values = floats(np.asarray(bits, np.uint32) & np.uint32(0xFFFFFF00))
   values = np.where(np.isnan(values), np.float32(1), values)
   assert same_bits(JOIN(*SPLIT(values)), values)
@@ -90,7 +90,7 @@ def test_every_bfloat16_has_a_residual_of_0():
 @many
 @given(any_bits)
 @example([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF] * 8)
-def test_what_is_not_finite_does_not_become_finite(bits):
+def test_nan_and_infinity_remain_so(bits):
   values = floats(bits)
   kernel, residual = SPLIT(values)
   for kept in (np.asarray(kernel, np.float32), np.asarray(JOIN(kernel, residual))):

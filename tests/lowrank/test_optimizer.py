@@ -44,7 +44,7 @@ def masks(seed, rate=0.5):
 
 
 def run(tx, steps, dtype=jnp.float32, mask=None):
-  """Parameters and state after so many updates with random gradients, from a jitted update."""
+  """Parameters and state after a number of updates with random gradients, from a jitted update."""
   update = jax.jit(tx.update)
   params = draw(0, dtype)
   state = tx.init(params)
@@ -61,7 +61,7 @@ def run(tx, steps, dtype=jnp.float32, mask=None):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_with_resets_is_the_recorded_one(weight_decay, golden, x64):
   arrays, meta = golden("adam")
-  told = {k.split("step64_")[1]: v for k, v in arrays.items() if k.startswith(f"wd{weight_decay}_")}
+  ref = {k.split("step64_")[1]: v for k, v in arrays.items() if k.startswith(f"wd{weight_decay}_")}
   rows = {"lora_a": "A", "lora_b": "B", "plain": "P"}  # ours: theirs, with B's vectors in its columns
   turned = lambda x, theirs: x.T if theirs == "B" else x
   params = {ours: jnp.asarray(turned(arrays[f"{theirs}0"], theirs)) for ours, theirs in rows.items()}
@@ -83,8 +83,8 @@ def test_adam_with_resets_is_the_recorded_one(weight_decay, golden, x64):
     for ours, theirs in rows.items():
       expected = {"": params, "m": state[0].mu, "v": state[0].nu}
       for prefix, tree in expected.items():
-        np.testing.assert_allclose(tree[ours], turned(told[prefix + theirs][t], theirs), rtol=1e-12, atol=1e-14)
-      np.testing.assert_array_equal(state[0].count[ours].reshape(-1), told[f"step{theirs}"][t])
+        np.testing.assert_allclose(tree[ours], turned(ref[prefix + theirs][t], theirs), rtol=1e-12, atol=1e-14)
+      np.testing.assert_array_equal(state[0].count[ours].reshape(-1), ref[f"step{theirs}"][t])
 
 
 @pytest.mark.parametrize("freeze_steps", [5, 2, 1, -1])
@@ -92,8 +92,8 @@ def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
   """A constant gradient and one switch of slot 0 of A and 2 of B at step 10; -1 resets without freezing, our 0."""
   arrays, meta = golden("freeze")
   prefix = f"N{freeze_steps}_step64_"
-  told = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
-  grads = {"lora_a": jnp.asarray(told["gA"]), "lora_b": jnp.asarray(told["gB"].T)}
+  ref = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
+  grads = {"lora_a": jnp.asarray(ref["gA"]), "lora_b": jnp.asarray(ref["gB"].T)}
   tx = vector_adam(0.02, vectors=lora_vectors)
   state, update = tx.init(grads), jax.jit(tx.update)
   timers = {"lora_a": jnp.zeros(4, jnp.int32), "lora_b": jnp.zeros(4, jnp.int32)}
@@ -110,11 +110,11 @@ def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
       after = {"d": updates[name], "m": adam.mu[name], "v": adam.nu[name]}
       if t in rows:
         for key, ours in after.items():
-          theirs = told[key + side][rows.index(t)]
+          theirs = ref[key + side][rows.index(t)]
           np.testing.assert_allclose(ours, theirs if side == "A" else theirs.T, rtol=1e-12, atol=1e-15)
-      np.testing.assert_array_equal(adam.count[name][:, 0], told[f"step{side}"][t])
+      np.testing.assert_array_equal(adam.count[name][:, 0], ref[f"step{side}"][t])
       if freeze_steps > 0:
-        np.testing.assert_array_equal(timers[name], told[f"fixed{side}"][t])
+        np.testing.assert_array_equal(timers[name], ref[f"fixed{side}"][t])
 
 
 def test_the_first_live_update_is_a_warm_up(x64):
@@ -235,7 +235,7 @@ def test_unknown_extra_arguments_are_ignored(name):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_updates_lead_downhill(name):
+def test_updates_descend(name):
   tx, params = OURS[name], {"lora_a": jnp.full((2, 3), 0.5)}
   if name.startswith("scale_by"):  # these leave size and sign to what follows
     tx = optax.chain(tx, optax.scale_by_learning_rate(1e-2))
@@ -275,7 +275,7 @@ def test_clipping_keeps_dtypes():
   np.testing.assert_allclose(norm, 8**0.5, rtol=1e-6)
 
 
-def test_forgetting_which_leaves_hold_vectors_is_a_sentence():
+def test_masks_without_vectors_raise():
   params = {"lora_a": jnp.ones((4, 3))}
   tx = scale_by_vector_adam()
   with pytest.raises(ValueError, match=r"pass vectors="):

@@ -23,7 +23,7 @@ from switchlora_jax.parallel.sharding import BOTH
 
 
 def candidates_of(layers, value=0.0, spares=2):
-  """The candidates of so many stacked layers of rank 4."""
+  """The candidates of stacked layers of rank 4."""
   vectors, timer = jnp.full((layers, spares, 4 + spares), value), jnp.zeros((layers, 4), jnp.int32)
   cursor = jnp.full(layers, value, jnp.int32)
   return {"spare_a": vectors, "spare_b": vectors, "timer_a": timer, "timer_b": timer, "cursor": cursor}
@@ -92,7 +92,7 @@ def test_coverage_is_the_share_of_the_candidates_of_all_layers():
   np.testing.assert_allclose(coverage({"q": single}), 5 / 6, rtol=1e-6)
 
 
-def test_padding_is_no_candidate():
+def test_padding_is_neither_drawn_nor_counted():
   """Rank 4, 4 + 2 candidates, six rows more that only fill up: drawn never, counted never."""
   padded = candidates_of(20) | {name: jnp.zeros((20, 8, 6)) for name in ("spare_a", "spare_b")}
   assert same_bits(
@@ -102,7 +102,7 @@ def test_padding_is_no_candidate():
   assert coverage({"q": padded}) == coverage({"q": candidates_of(20)}) == 4 / 6
 
 
-def test_a_switch_exchanges_what_the_paper_says_and_the_sides_it_leaves_out():
+def test_exchanged_bytes_are_those_of_the_paper_for_both_factors_of_all_layers():
   """1.3B, rank 512, 16 bits: 23.9 MB each way for the 12.8 vectors expected at first; a step has room for 13."""
   sides = [(2048, 2048)] * 4 + [(2048, 5461)] * 2 + [(5461, 2048)]
   spare = lambda width: jax.ShapeDtypeStruct((24, 1536, width), jnp.bfloat16)
@@ -121,7 +121,7 @@ SHARDED = dict(spec=PartitionSpec(None, BOTH))
 
 
 @pytest.mark.parametrize("place", [HOST, SHARDED], ids=["host", "sharded"])
-def test_rows_move_alike_wherever_they_lie(place):
+def test_rows_are_gathered_and_scattered_with_any_sharding(place):
   """Two of three rows are active in one layer, none in the other; the third one's place is left as it was."""
   rng, mesh = np.random.default_rng(0), small_model.mesh(8)
   spares = rng.standard_normal((2, 16, 5)).astype(np.float32)

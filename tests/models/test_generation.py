@@ -40,7 +40,7 @@ PLAIN, ADAPTED = (llama(dense) for dense in (partial(nn.Dense, use_bias=False), 
 
 
 def continued(model, variables, prompt, **changes):
-  """What `generate` says, as a list."""
+  """The tokens of `generate`, as a list."""
   options = dict(new_tokens=20, pieces=64, sampling=GREEDY, seed=0, end=-1)
   return list(generate(model, variables, prompt, **options | changes))
 
@@ -60,7 +60,7 @@ def without_cache(model, variables, prompt, new_tokens=20):
 def test_with_a_cache_the_tokens_are_those_without(made, prompt):
   found = continued(*made, prompt)
   assert found == without_cache(*made, prompt)
-  assert len(set(found)) > 5, "it does not say the same all the time"
+  assert len(set(found)) > 5, "the tokens vary"
 
 
 @pytest.mark.parametrize("parts", [[12], [1] * 12, [3, 1, 5, 2, 1], [11, 1]], ids=str)
@@ -76,13 +76,13 @@ def test_a_row_in_any_parts_has_the_logits_of_the_whole(parts):
   assert np.std(whole) > 1
 
 
-def test_adapters_say_what_the_merged_weights_say():
+def test_adapters_generate_the_same_tokens_as_merged_weights():
   _, variables = ADAPTED
   merged = {"params": weights.merged(variables["params"], variables["frozen"], adapter_scale(4))}
   assert continued(PLAIN[0], merged, [5, 6]) == continued(*ADAPTED, [5, 6]) != continued(*PLAIN, [5, 6])
 
 
-def test_arrays_that_lie_on_several_devices_say_the_same():
+def test_sharded_arrays_generate_the_same_tokens():
   model, variables = ADAPTED
   lies = Placement(small_model.mesh(4, 2), trained=True, frozen=True)
   specs = {"params": lies.specs(variables["params"], "trained"), "frozen": lies.specs(variables["frozen"], "frozen")}
@@ -91,7 +91,7 @@ def test_arrays_that_lie_on_several_devices_say_the_same():
   assert continued(model, placed, [5, 6]) == continued(*ADAPTED, [5, 6])
 
 
-def test_two_programs_are_compiled_however_many_tokens():
+def test_two_functions_are_compiled_for_any_number_of_tokens():
   before = advance._cache_size()
   continued(*PLAIN, [1, 2, 3, 4], new_tokens=13)
   assert advance._cache_size() == before + 2
@@ -178,12 +178,12 @@ def test_draws_are_as_frequent_as_they_are_likely(sampling):
     (Sampling(top_p=float("nan")), r"top_p \(=nan\)"),
   ],
 )
-def test_nonsense_is_a_sentence(sampling, sentence):
+def test_invalid_sampling_raises(sampling, sentence):
   with pytest.raises(UserError, match=sentence):
     sampling.check()
 
 
-def test_sense_passes():
+def test_valid_sampling_is_accepted():
   for sampling in (Sampling(), GREEDY, Sampling(1e-6, 10**6, 1e-9)):
     sampling.check()
 

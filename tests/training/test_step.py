@@ -26,7 +26,7 @@ from switchlora_jax.training.phases import assemble_phase
 
 @lru_cache
 def prepared(method, devices=8, **changes):
-  """A config, its first state on the host and its step: the tests of this file compile them once."""
+  """A config, its first state on the host and its step: compiled once for the tests of this file."""
   config = small_model.config(method, **changes)
   return config, host(small_model.first_state(config, devices)), small_model.step(config, devices)
 
@@ -52,7 +52,7 @@ def train(steps, method, devices=8, state=None, **changes):
 
 @lru_cache
 def sent(**changes):
-  """How many numbers each collective of a step of SwitchLoRA on 8 devices carries: outside of loops, and within."""
+  """The number of elements of each collective in a SwitchLoRA step on 8 devices: outside of loops, and inside."""
   config = small_model.config("switchlora", batch_size=32, **changes)
   phase = small_model.phase(config, 8)
   rows = small_model.shard_batch(small_model.rows(config, 0), 8)
@@ -63,7 +63,7 @@ def sent(**changes):
   return outside, inside
 
 
-def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
+def test_one_reduction_of_the_trainable_parameters_for_any_accumulation():
   once, often = (sent(accumulation=n) for n in (1, 4))
   assert once[0] and once[1] == often[1] == [], "none in a loop"
   assert len(once[0]) == len(often[0])
@@ -71,8 +71,8 @@ def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
   assert sum(once[0]) == sum(often[0]) == trained + 1  # and the loss
 
 
-def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched():
-  """In the switch's own loop, which turns at most once: K = 2 rows a side of each layer of 7 kinds, spares alone."""
+def test_sharded_candidates_communicate_only_switched_rows():
+  """In the loop of the switch, with at most one iteration: K = 2 spares per factor of each layer of 7 kinds."""
   outside, inside = sent(sharding__candidates="sharded")
   assert sum(outside) == sum(sent()[0])
   sides = [16 + 16] * 4 + [16 + 24] * 3
@@ -82,7 +82,7 @@ def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched(
 # --- the compiled step --------------------------------------------------------------------------------------------
 
 
-def test_it_compiles_once_and_takes_its_state():
+def test_it_compiles_once_and_donates_its_state():
   config, first, step = prepared("switchlora")
   state = on_mesh(first)
   for t in range(3):
@@ -105,8 +105,8 @@ def test_the_loss_falls():
 
 def test_one_device_gives_what_eight_give():
   """Only the order of sums differs: some roundings of 2⁻²⁴, which four steps of Adam amplify."""
-  (one, told_by_one), (eight, told_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
-  for left, right in zip(told_by_one, told_by_eight, strict=True):
+  (one, reports_by_one), (eight, reports_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
+  for left, right in zip(reports_by_one, reports_by_eight, strict=True):
     assert left["switched"] == right["switched"]
     np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
     np.testing.assert_allclose(left["grad_norm"], right["grad_norm"], rtol=1e-4)
@@ -149,7 +149,7 @@ def test_draws_follow_from_the_seed_and_the_step():
     )
 
 
-def test_a_run_goes_on_from_a_saved_state_bit_by_bit():
+def test_a_run_resumes_bitwise_from_a_saved_state():
   """Nothing that a step uses lives outside the state: draws, schedules and data follow from `step`."""
   straight, _ = train(6, "switchlora")
   resumed, _ = train(3, "switchlora", state=straight[3])
@@ -208,8 +208,8 @@ def everywhere(state):
 
 @pytest.mark.parametrize("kind", ["gradient", "nan"])
 @pytest.mark.parametrize("layout", [{}, dict(sharding__fsdp=2, sharding__frozen="sharded")])
-def test_what_is_not_finite_on_one_device_of_eight_is_skipped_on_all_alike(monkeypatch, kind, layout):
-  """The rows of one device hurt; whether its neighbours have the same arrays or other parts of them, none moves."""
+def test_a_gradient_not_finite_on_one_device_is_skipped_on_all(monkeypatch, kind, layout):
+  """The batch of one device is damaged; no array changes on any device, replicated or sharded."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
   config = small_model.config("switchlora", **layout)
   phase = small_model.phase(config, 8)
@@ -278,9 +278,9 @@ def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
   state = TrainState(zero, params, {}, {}, tx.init(params), zero, zero, None)
   for t in range(3):  # some steps first, so that moments and counts are not 0
     updates, (inner, _) = expected(drawn_params(t + 1), (state.opt_state, optax.ScaleState()), state.params, **extra)
-    told = optax.apply_updates(state.params, updates), inner
+    reports = optax.apply_updates(state.params, updates), inner
     state = update(state, drawn_params(t + 1), jnp.array(False))
-    for ours, theirs in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves(told), strict=True):
+    for ours, theirs in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves(reports), strict=True):
       np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
   grads = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan).at[..., 1].set(jnp.inf), drawn_params(9))
   skipped = update(state, grads, jnp.array(True))
@@ -345,8 +345,8 @@ def spiked(monkeypatch, action):
   return before, host(state), report
 
 
-def test_a_spike_is_skipped_where_it_shall_be(monkeypatch):
-  """The window knows it, and `step` goes on; it does not count as a number that was not finite."""
+def test_a_spike_is_skipped_if_configured(monkeypatch):
+  """It enters the window, and `step` advances; it does not count as a step that is not finite."""
   before, after, report = spiked(monkeypatch, "skip")
   assert same_bits(before._replace(step=0, spikes=0), after._replace(step=0, spikes=0))
   assert (after.step, report["switched"], report["skipped_in_a_row"]) == (5, 0, 0)
@@ -354,8 +354,8 @@ def test_a_spike_is_skipped_where_it_shall_be(monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["report", "rollback"])
-def test_else_the_update_is_made(monkeypatch, action):
-  """What is gone back from is thrown away anyhow."""
+def test_a_spike_is_not_skipped_otherwise(monkeypatch, action):
+  """A rollback discards the update anyway."""
   before, after, report = spiked(monkeypatch, action)
   for part in ("params", "frozen", "candidates", "opt_state"):
     assert not same_bits(getattr(before, part), getattr(after, part))
