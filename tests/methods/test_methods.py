@@ -21,7 +21,7 @@ from switchlora_jax.methods import METHODS, switchlora
 from switchlora_jax.methods.base import Method, TrainState, dtypes
 from switchlora_jax.methods.schedules import config_schedule
 from switchlora_jax.parallel.sharding import replicated
-from switchlora_jax.training import report
+from switchlora_jax.training import report as run_report
 from switchlora_jax.training.anomalies import initial_spike_state
 from switchlora_jax.training.phases import create_state
 
@@ -176,7 +176,7 @@ def test_a_method_is_a_module_a_line_in_the_table_and_a_section_of_the_config(mo
   config = resolve(toy_config(0.9), 1)
   assert (config.learning_rate, config.min_lr_ratio) == (0.1, 0.5)
   phase = small_model.phase(config, 1)
-  text = report.describe(config, phase.abstract)
+  text = run_report.describe(config, phase.abstract)
   assert "toy.momentum: 0.9" in text and text.endswith("momentum: 0.9\nWARNING: momentum is a toy")
   state, losses = phase.create(), []
   for _ in range(8):
