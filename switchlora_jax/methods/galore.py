@@ -72,8 +72,8 @@ def refresh_all(grads, projectors, failed, due, decompose: Callable):
   Returns:
     The projectors and `failed` of all leaves after the refresh.
   """
-  due = jax.tree.map(lambda before: due | (before > 0), failed)
-  found = jax.tree.map(partial(refresh, decompose=decompose), grads, projectors, due)
+  due_kernels = jax.tree.map(lambda before: due | (before > 0), failed)
+  found = jax.tree.map(partial(refresh, decompose=decompose), grads, projectors, due_kernels)
   good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1)), found)
   kept = jax.tree.map(lambda hit, new, old: jnp.where(hit[..., None, None], new, old), good, found, projectors)
   return kept, jax.tree.map(lambda hit: (~hit).astype(jnp.int32), good)
