@@ -1,14 +1,14 @@
-"""LLaMA 350M cut to two blocks and to batches of 4 rows: the shape whose steps are timed.
+"""The first two blocks of LLaMA 350M with batches of 4 sequences, for timing steps.
 
 python -m experiments.benchmark --config=configs/llama_350m_cut.py
-Not a model to train. Vocabulary 2,048, so that the head does not hide the blocks.
+Not for training. The vocabulary is 2,048, so that the head takes little of the time of a step.
 """
 
 from configs import llama_350m
 
 
 def get_config():
-  """The paper's widths, rank 128."""
+  """The widths of the paper, rank 128."""
   config = llama_350m.get_config()
   config.rank = 128
   config.batch_size = 4

@@ -1,15 +1,15 @@
-"""A miniature of the comparison: five methods on encyclopedia text, on a laptop CPU; docs/miniature.md has results.
+"""The comparison of five methods in miniature, on encyclopedia text and a laptop CPU; results: docs/miniature.md.
 
 python -m experiments.compare --config=configs/llama_mini.py --workdir=runs/mini \
     --config.data.path='wiki/train*' --config.data.eval_path='wiki/valid*'
-One run, 3,000 steps of 8 × 128 tokens, takes 11 minutes of one core (measured here).
+3,000 steps of 8 × 128 tokens per run, 11 minutes on one core (measured).
 """
 
 from configs import llama_tiny
 
 
 def get_config():
-  """LLaMA of 1.3M weights, rank h/8; every method with the same schedule, a cosine to 0."""
+  """A LLaMA of 1.3M weights, rank hidden_size / 8; a cosine to 0 for all methods."""
   config = llama_tiny.get_config()
   config.rank = 16
   config.steps = 3000

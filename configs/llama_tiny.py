@@ -1,14 +1,14 @@
-"""The embedded default: a LLaMA of 1.3M weights, SwitchLoRA rank 32, on documentation text.
+"""The default config: a LLaMA of 1.3M weights, SwitchLoRA rank 32, on the documentation of installed packages.
 
 python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tiny
-1,000 steps of 8 × 128 tokens: 2 minutes on a CPU with 2 cores, to a validation perplexity of 40.71 (measured here).
+1,000 steps of 8 × 128 tokens, 2 minutes on a CPU with 2 cores; validation perplexity 40.71 (measured).
 """
 
 from configs import base
 
 
 def get_config():
-  """A short run wants a switch interval of 10, not 40: else the candidates are hardly ever cycled."""
+  """A short run needs a switch interval of 10 instead of 40 to cycle through its candidates."""
   config = base.get_config()
   config.rank = 32
   config.steps = 1000

@@ -26,7 +26,7 @@ from absl import flags
 from experiments.common import cli
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.layers import LoRADense
+from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
 from switchlora_jax.methods import METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
@@ -59,7 +59,7 @@ class TwoProductDense(LoRADense):
     """Map x [..., in] to [..., features]."""
     if self.is_initializing():
       return super().__call__(x)
-    names = {"kernel": "frozen", "lora_a": "params", "lora_b": "params"}
+    names = {"kernel": "frozen"} | dict.fromkeys(ADAPTER, "params")
     arrays = (x, *(self.get_variable(collection, name) for name, collection in names.items()))
     x, kernel, lora_a, lora_b = (array.astype(self.dtype) for array in arrays)
     return x @ kernel + self.scale * ((x @ lora_a.T) @ lora_b)

@@ -19,7 +19,7 @@ from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import pretrained
 from switchlora_jax.models import make_model
-from switchlora_jax.models.generation import Sampling, generate, text_as_it_comes
+from switchlora_jax.models.generation import Sampling, generate, stream_text
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir; uses the newest checkpoint")
 MODEL = flags.DEFINE_string("model", None, "a Hugging Face LLaMA folder, instead of --run")
@@ -95,7 +95,7 @@ def main():
   new = generate(llama, variables, prompt, new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)
   print(f"{model.origin}:\n", file=sys.stderr, flush=True)
   with contextlib.suppress(KeyboardInterrupt):
-    for part in text_as_it_comes(tokenizer, itertools.chain(prompt, new)):
+    for part in stream_text(tokenizer, itertools.chain(prompt, new)):
       print(part, end="", flush=True)
   print()
 

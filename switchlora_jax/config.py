@@ -1,4 +1,8 @@
-"""Checks a config once and fills in what follows from it. Nothing else in the package reads a raw config."""
+"""Resolve a config: check it and fill in defaults that depend on other keys.
+
+The rest of the package only reads resolved configs. The module that owns a section of the config checks it: a method
+checks its settings, and `training.anomalies` checks `spike`. The checks here are of keys that all methods share.
+"""
 
 import math
 
@@ -25,21 +29,24 @@ POSITIVE = (
   *(f"model.{key}" for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")),
 )
 DTYPES = ("float32", "bfloat16", "float64")
-STORED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # dtypes that frozen kernels and the rest may mix
+MIXED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # param_dtype with another dtype of kernels or spares
 
-SPLIT = ("sharded", "replicated")
-LARGEST = 2**31 - 1  # of the integers that reach a device or make a shape: there they have 32 bits
+SHARDINGS = ("sharded", "replicated")
+LARGEST = 2**31 - 1  # integers on a device and in shapes have 32 bits
 
 
 def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenConfigDict:
-  """The config as it will be used: checked against itself and the number of devices, what follows from it filled in.
+  """Check a config against itself and the number of devices, and fill in its unset keys.
 
   Args:
-    platform: what it will run on, as `jax.default_backend()` has it: "gpu" computes in bfloat16 by default.
+    devices: number of devices of the run, over all processes.
+    platform: the value of `jax.default_backend()` in the run. On "gpu", `dtype` defaults to bfloat16.
+  Returns:
+    The resolved config, which cannot be changed.
   Raises:
-    UserError: a value makes no sense, says which, and what to set instead.
+    UserError: a value makes no sense; the message names the key, its value and what to set instead.
   """
-  _check_numbers(config)
+  _check_ranges(config)
   _check_positive(config)
   _check_model(config)
   _check_training(config, devices)
@@ -51,7 +58,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   method = METHODS[config.method]
   method.check(config)
   _check_warm_start(config)
-  config = config.copy_and_resolve_references()  # a plain copy would share the placeholder
+  config = config.copy_and_resolve_references()  # `copy` would share the placeholders
   if config.learning_rate is None:
     config.learning_rate = method.LEARNING_RATE
   if config.warm_start_learning_rate is None:
@@ -68,8 +75,8 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   return FrozenConfigDict(config)
 
 
-def _check_numbers(config):
-  """No NaN, which passes comparisons, no infinity but for `clip_norm`, which then clips nothing; no huge integer."""
+def _check_ranges(config):
+  """Reject NaN, infinity (except for `clip_norm`, where it disables clipping) and integers beyond 32 bits."""
   for key, value in flatten(config).items():
     if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("clip_norm", math.inf):
       raise UserError(f"{key} (={value}) must be a finite number; set --config.{key}")
@@ -111,7 +118,7 @@ def _check_sharding(config, devices: int):
     raise UserError(
       "sharding.frozen (='sharded') splits nothing while sharding.fsdp is 1; set --config.sharding.fsdp as well"
     )
-  allowed = {"trained": SPLIT, "optimizer": SPLIT, "frozen": SPLIT, "candidates": (*SPLIT, "host")}
+  allowed = {**dict.fromkeys(("trained", "optimizer", "frozen"), SHARDINGS), "candidates": (*SHARDINGS, "host")}
   for key, values in allowed.items():
     if config.sharding[key] not in values:
       raise UserError(
@@ -130,7 +137,7 @@ def _check_training(config, devices: int):
     )
   if config.seq_len < 2:
     raise UserError(f"seq_len (={config.seq_len}) must be at least 2, to have a next token; set --config.seq_len")
-  for key in ("warmup_steps", "warm_start_warmup_steps"):  # the latter, too, under a cosine to the end of the run
+  for key in ("warmup_steps", "warm_start_warmup_steps"):  # the schedules of both phases span all steps
     if config[key] is not None and not 0 <= config[key] < config.steps:
       raise UserError(
         f"{key} (={config[key]}) must be at least 0 and less than steps (={config.steps}); "
@@ -157,10 +164,10 @@ def _check_precision(config):
     if config[key] not in (*DTYPES, *unset):
       raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
   for key in narrow:
-    if config[key] not in (None, stored) and (stored, config[key]) not in STORED:
+    if config[key] not in (None, stored) and (stored, config[key]) not in MIXED:
       raise UserError(
-        f"{key} (={config[key]!r}) must be that of all that is stored, param_dtype (={stored!r}), or one of the two "
-        f"bfloat16 and the other float32; set --config.{key} or --config.param_dtype"
+        f"{key} (={config[key]!r}) must be the same as param_dtype (={stored!r}), or one of the two bfloat16 and the "
+        f"other float32; set --config.{key} or --config.param_dtype"
       )
 
 
@@ -179,6 +186,6 @@ def _check_warm_start(config):
     raise UserError(f"warm_start_steps (={steps}) needs a low-rank --config.method to hand over to; found full")
   if steps and config.warm_start_from:
     raise UserError(
-      f"warm_start_steps (={steps}) and warm_start_from (={config.warm_start_from!r}) exclude each other: full rank "
-      f"within this run, or the weights of another; set one of them"
+      f"warm_start_steps (={steps}) and warm_start_from (={config.warm_start_from!r}) exclude each other: "
+      f"full-rank steps in this run, or the weights of another run; set only one of them"
     )

@@ -1,4 +1,4 @@
-"""Every mistake has its sentence, before anything is built."""
+"""Invalid configs raise an error with its remedy, before anything is built; defaults are filled in."""
 
 import pytest
 from tiny import tiny_config
@@ -41,11 +41,11 @@ MISTAKES = {
   "frozen dtype": (dict(frozen_dtype="int8"), "frozen_dtype (='int8') must be one of float32, bfloat16, float64"),
   "frozen under float64": (
     dict(param_dtype="float64", frozen_dtype="bfloat16"),
-    "frozen_dtype (='bfloat16') must be that of all that is stored, param_dtype (='float64'), or one of the two",
+    "frozen_dtype (='bfloat16') must be the same as param_dtype (='float64'), or one of the two",
   ),
   "frozen above float32": (
     dict(frozen_dtype="float64"),
-    "frozen_dtype (='float64') must be that of all that is stored, param_dtype (='float32'), or one of the two",
+    "frozen_dtype (='float64') must be the same as param_dtype (='float32'), or one of the two",
   ),
   "fsdp": (
     dict(sharding__fsdp=3),
@@ -61,7 +61,7 @@ MISTAKES = {
   ),
   "candidates dtype": (
     dict(param_dtype="float64", candidates_dtype="bfloat16"),
-    "candidates_dtype (='bfloat16') must be that of all that is stored, param_dtype (='float64'), or one of the two",
+    "candidates_dtype (='bfloat16') must be the same as param_dtype (='float64'), or one of the two",
   ),
   "spike action": (dict(spike__action="stop"), "spike.action (='stop') must be one of report, skip, rollback; set"),
   "spike window": (dict(spike__window=1), "spike.window (=1) must be at least 2, to have a deviation; set"),
@@ -69,9 +69,12 @@ MISTAKES = {
   "rollbacks": (dict(spike__max_rollbacks=0), "spike.max_rollbacks (=0) must be at least 1; set"),
   "nothing frozen": (
     dict(method="full", frozen_dtype="bfloat16"),
-    "frozen_dtype (='bfloat16') is for the frozen kernels below adapters, and --config.method=full trains its kernels",
+    "frozen_dtype (='bfloat16') applies to the frozen kernels of layers with adapters, but --config.method=full",
   ),
-  "nothing frozen either": (dict(method="galore", frozen_dtype="bfloat16"), "--config.method=galore trains its"),
+  "nothing frozen either": (
+    dict(method="galore", frozen_dtype="bfloat16"),
+    "--config.method=galore has no frozen kernels",
+  ),
   "rate is no number": (dict(learning_rate=float("nan")), "learning_rate (=nan) must be a finite number; set"),
   "rate without bounds": (
     dict(warm_start_learning_rate=float("inf")),
@@ -102,7 +105,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_have_their_sentence(tmp_path, name):
+def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
   changes, sentence = MISTAKES[name]
   with pytest.raises(UserError) as caught:
     resolve(tiny_config(tmp_path, **changes), devices=8)
@@ -133,7 +136,7 @@ def test_mistakes_have_their_sentence(tmp_path, name):
     dict(eval_tokens=10**12, keep_checkpoints=10**12, steps=2**31 - 1),
   ],
 )
-def test_what_makes_sense_passes(tmp_path, changes):
+def test_a_valid_config_is_accepted(tmp_path, changes):
   resolve(tiny_config(tmp_path, **changes), devices=8)
 
 
@@ -141,19 +144,19 @@ def test_what_makes_sense_passes(tmp_path, changes):
   ("method", "rate", "ratio"),
   [("full", 1e-3, 0), ("lora", 1e-2, 0), ("switchlora", 2e-2, 0), ("relora", 1e-3, 0.1), ("galore", 1e-2, 0.1)],
 )
-def test_learning_rate_and_its_end_default_to_the_papers(tmp_path, method, rate, ratio):
+def test_learning_rate_and_final_ratio_default_to_those_of_the_papers(tmp_path, method, rate, ratio):
   config = resolve(tiny_config(tmp_path, method=method), 8)
   assert (config.learning_rate, config.min_lr_ratio) == (rate, ratio)
   config = resolve(tiny_config(tmp_path, method=method, learning_rate=0.5, min_lr_ratio=0.25), 8)
   assert (config.learning_rate, config.min_lr_ratio) == (0.5, 0.25)
 
 
-def test_a_warm_start_warms_up_like_what_follows_unless_told_otherwise(tmp_path):
+def test_the_warm_up_of_a_warm_start_defaults_to_that_of_the_run(tmp_path):
   found = [resolve(tiny_config(tmp_path, warm_start_warmup_steps=n), 8).warm_start_warmup_steps for n in (None, 0, 5)]
   assert found == [2, 0, 5]
 
 
-def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(tmp_path):
+def test_gpus_compute_in_bfloat16_by_default(tmp_path):
   computed = lambda platform, **changes: resolve(tiny_config(tmp_path, **changes), 8, platform).dtype
   assert (computed("gpu"), computed("cpu"), computed("tpu")) == ("bfloat16", "float32", "float32")
   assert resolve(tiny_config(tmp_path), 8).dtype == "float32"
@@ -162,19 +165,19 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float64"])
-def test_kernels_are_stored_like_everything_else_unless_told_otherwise(tmp_path, stored):
+def test_frozen_dtype_defaults_to_param_dtype(tmp_path, stored):
   assert resolve(tiny_config(tmp_path, param_dtype=stored), 8).frozen_dtype == stored
   assert resolve(tiny_config(tmp_path, frozen_dtype="bfloat16"), 8).frozen_dtype == "bfloat16"
 
 
-def test_the_config_handed_in_is_left_alone(tmp_path):
+def test_the_given_config_is_not_changed(tmp_path):
   config = tiny_config(tmp_path)
   before = config.to_dict()
   resolve(config, 8)
   assert config.to_dict() == before
 
 
-def test_differences_name_what_makes_another_run(tmp_path):
+def test_differences_name_the_changed_keys(tmp_path):
   old = resolve(tiny_config(tmp_path), 8).to_dict()
   new = resolve(tiny_config(tmp_path, rank=6, switch__interval=4, eval_every=7), 8).to_dict()
   assert differences(old, new) == ["rank: 4 → 6", "switch.interval: 2 → 4"]

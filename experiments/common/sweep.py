@@ -238,7 +238,7 @@ def run_sweep(
 
 def method_warnings(config) -> list[str]:
   """The warnings that a method prints at the start of a run with this config."""
-  return [line for line in METHODS[config.method].describe(config) if line.startswith("WARNING")]
+  return [f"WARNING: {text}" for text in METHODS[config.method].warnings(config)]
 
 
 def prepare_datasets(trials: list[Trial]) -> dict[str, str]:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switchlora_jax.lowrank.kernel_storage import KERNEL, read
-from switchlora_jax.lowrank.layers import SwitchLoRADense, merge
+from switchlora_jax.lowrank.kernel_storage import KERNEL, load_kernel
+from switchlora_jax.lowrank.layers import ADAPTER, SwitchLoRADense, merge
 from switchlora_jax.lowrank.spares import draw_uniforms
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
@@ -19,7 +19,7 @@ TRAINED = 0.01  # how far a vector moves in a step, relative to its size; it slo
 EXACT, AT_RANDOM = "float32", "bfloat16, rounded at random"
 STORED = {  # attributes of the layer
   EXACT: dict(),
-  "bfloat16": dict(frozen_dtype=jnp.bfloat16, kernel_tail=False),
+  "bfloat16": dict(frozen_dtype=jnp.bfloat16, kernel_residual=False),
   AT_RANDOM: dict(),
   "bfloat16 + int8 tail": dict(frozen_dtype=jnp.bfloat16),
 }
@@ -60,8 +60,11 @@ def weights_in_force(setting: Setting, stored: str, points: int) -> tuple[np.nda
 
   def point(variables, first):
     variables = jax.lax.fori_loop(first, first + every, step, variables)
-    vectors = (variables["params"][name] for name in ("lora_a", "lora_b"))
-    return variables, (variables["candidates"]["cursor"], merge(read(variables["frozen"]), *vectors, layer.scale))
+    vectors = (variables["params"][name] for name in ADAPTER)
+    return variables, (
+      variables["candidates"]["cursor"],
+      merge(load_kernel(variables["frozen"]), *vectors, layer.scale),
+    )
 
   start = layer.init(seed, jnp.zeros((1, setting.size)))
   _, history = jax.jit(lambda start: jax.lax.scan(point, start, jnp.arange(points) * every))(start)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from switchlora_jax.lowrank.kernel_storage import KERNEL, bases, read
-from switchlora_jax.lowrank.layers import merge
-from switchlora_jax.models.weights import ADAPTER, in_block
+from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers, load_kernel
+from switchlora_jax.lowrank.layers import ADAPTER, merge
+from switchlora_jax.models.weights import in_block
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # of linear layers, as in Figures 10 and 11
 
@@ -63,7 +63,7 @@ def make_learnt_rank(first):
       kernels = [in_force(*arrays, s) for arrays, s in zip(layer, (scale, first.scale), strict=True)]
       return participation_ratio((kernels[0] - kernels[1]).astype(jnp.float32))
 
-    in_force = lambda base, adapter, s: merge(read(base), *adapter, s) if adapter else read(base)
+    in_force = lambda base, adapter, s: merge(load_kernel(base), *adapter, s) if adapter else load_kernel(base)
     return jnp.mean(jnp.concatenate([jax.lax.map(ratio, (now[path], then[path])) for path in now]))
 
   everywhere = first.abstract.step.sharding
@@ -73,6 +73,6 @@ def make_learnt_rank(first):
 def block_layers(params, frozen) -> dict:
   """{path of a layer in the blocks: (its base arrays, its adapter or ())}, stacked along layers, in sorted order."""
   flat = flatten_dict(params)
-  adapted = {path: (base, tuple(flat[*path, name] for name in ADAPTER)) for path, base in bases(frozen).items()}
+  adapted = {path: (base, tuple(flat[*path, name] for name in ADAPTER)) for path, base in frozen_layers(frozen).items()}
   plain = {path[:-1]: ({KERNEL: kernel}, ()) for path, kernel in flat.items() if in_block(path)}
   return dict(sorted((adapted | plain).items()))

@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
-from switchlora_jax.lowrank.kernel_storage import KERNEL, bases
-from switchlora_jax.lowrank.layers import merge
+from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
+from switchlora_jax.lowrank.layers import ADAPTER, merge
 from switchlora_jax.models import make_model
-from switchlora_jax.models.weights import ADAPTER
 from switchlora_jax.runs import directory as run_directory
 
 RECORD = "export.json"  # marks a folder as an earlier export
@@ -124,6 +123,6 @@ def adapter_norms(weights: pretrained.RunWeights) -> dict[str, float]:
 
   params, found = flatten_dict(weights.params), {}
   with pretrained.full_precision(weights.run.config.param_dtype):
-    for path, base in bases(weights.frozen).items():
+    for path, base in frozen_layers(weights.frozen).items():
       found[path[-1]] = float(ratio(base[KERNEL], *(params[*path, name] for name in ADAPTER)))
   return found

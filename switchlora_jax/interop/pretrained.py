@@ -20,12 +20,12 @@ from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, tokenizer_json
 from switchlora_jax.lowrank import kernel_storage
-from switchlora_jax.lowrank.kernel_storage import KERNEL, bases
+from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
+from switchlora_jax.lowrank.layers import ADAPTER
 from switchlora_jax.lowrank.layers import merge as merge_kernel
 from switchlora_jax.methods import METHODS, config_at
 from switchlora_jax.methods.base import dtypes
 from switchlora_jax.models import LLaMA, make_model
-from switchlora_jax.models.weights import ADAPTER
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.checkpoint import Checkpoints, Weights
 from switchlora_jax.runs.directory import SavedRun
@@ -170,8 +170,8 @@ def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
   run, plain = found.run, {}
   params = flatten_dict(found.params)
   with full_precision(run.config.param_dtype):
-    for path, base in bases(found.frozen).items():
-      kernel = _wide(kernel_storage.read(base) if residual else base[KERNEL])
+    for path, base in frozen_layers(found.frozen).items():
+      kernel = _wide(kernel_storage.load_kernel(base) if residual else base[KERNEL])
       adapter = (_wide(params.pop((*path, name))) for name in ADAPTER)
       plain[*path, KERNEL] = np.asarray(_merge_kernel(kernel, *adapter, scale=found.scale))
     plain |= {path: _wide(value) for path, value in params.items()}

@@ -1,51 +1,60 @@
-"""Base kernels in 16 bits and 8 more: a bfloat16 head to compute with, and an int8 tail so that sums do not drift.
+"""Base kernels stored as a bfloat16 kernel and an int8 residual.
 
-A bfloat16 number is the upper half of a float32. `split` rounds a float32 to its upper 24 bits, 16 of them
-mantissa, and cuts these in two: the head is the nearest bfloat16, the tail what must be added to the head's
-bits. Both are whole numbers, so `join` is exact. Three bytes a weight, of which the model reads two.
+The model computes with the bfloat16 kernel. Methods that change kernels (the switch, ReLoRA's merge) add to the exact
+sum of kernel and residual, so that thousands of small changes do not drift by the rounding of bfloat16.
 
-A layer's frozen arrays are {"kernel"}, or {"kernel", "kernel_tail"} where the kernel is a head.
+A bfloat16 number is the upper half of a float32. `split_float32` rounds a float32 to its upper 24 bits (a significand
+of 16 bits) and splits these into the nearest bfloat16 and the int8 that must be added to its bits. Both are integers,
+so `join_float32` is exact. Each weight takes three bytes; the forward pass reads two of them.
+
+The frozen arrays of a layer are {"kernel"}, or {"kernel", "kernel_tail"} where the kernel has a residual.
 """
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-KERNEL, TAIL = "kernel", "kernel_tail"
+KERNEL = "kernel"
+RESIDUAL = "kernel_tail"  # the array's name in the collection `frozen`, and so in checkpoints
 
 
-def split(values) -> tuple[jax.Array, jax.Array]:
-  """Float32 values as (head bfloat16, tail int8); `join` gives them back to 2⁻¹⁶ of their size, the nearest there is.
+def split_float32(values) -> tuple[jax.Array, jax.Array]:
+  """Split float32 values into (bfloat16 kernel, int8 residual) of the same shape.
 
-  In value order all floats of one sign are consecutive whole numbers, so a carry from the mantissa into the
-  exponent is right as it comes. Ties of the 24 bits go to the even one: sums of many roundings have no bias.
+  `join_float32` restores the values with a relative error of at most 2⁻¹⁶, half a unit in the last place.
+
+  The bit patterns of all floats of one sign are consecutive integers in the order of their values. A carry from the
+  mantissa into the exponent therefore gives the right number. Ties of the 24 bits are rounded to even, so that a sum
+  of many roundings has no bias.
   """
-  values = jnp.where(jnp.isnan(values), jnp.nan, values)  # some NaNs would be carried into the sign
+  values = jnp.where(jnp.isnan(values), jnp.nan, values)  # some NaN patterns would carry into the sign bit
   bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-  kept = (bits + 0x7F + (bits >> 8 & 1)) >> 8  # 24 bits
-  head = (kept + 0x80) >> 8
-  tail = (kept - (head << 8)).astype(jnp.int8)  # modulo 2⁸, in [-128, 127]
-  return jax.lax.bitcast_convert_type(head.astype(jnp.uint16), jnp.bfloat16), tail
+  upper = (bits + 0x7F + (bits >> 8 & 1)) >> 8  # 24 bits
+  kernel = (upper + 0x80) >> 8
+  residual = (upper - (kernel << 8)).astype(jnp.int8)  # modulo 2⁸, in [-128, 127]
+  return jax.lax.bitcast_convert_type(kernel.astype(jnp.uint16), jnp.bfloat16), residual
 
 
-def join(head, tail) -> jax.Array:
-  """The float32 values that `split` has cut in two; a tail of 0 leaves the head as it is."""
-  upper = jax.lax.bitcast_convert_type(head, jnp.uint16).astype(jnp.uint32) << 16
-  return jax.lax.bitcast_convert_type(upper + (tail.astype(jnp.int32) << 8).astype(jnp.uint32), jnp.float32)
+def join_float32(kernel, residual) -> jax.Array:
+  """Join a bfloat16 kernel and its int8 residual to float32; with a residual of 0 the values are the kernel's."""
+  upper = jax.lax.bitcast_convert_type(kernel, jnp.uint16).astype(jnp.uint32) << 16
+  return jax.lax.bitcast_convert_type(upper + (residual.astype(jnp.int32) << 8).astype(jnp.uint32), jnp.float32)
 
 
-def read(base) -> jax.Array:
-  """The kernel in a layer's frozen arrays, as exactly as they hold it."""
-  return join(base[KERNEL], base[TAIL]) if TAIL in base else base[KERNEL]
+def load_kernel(frozen_layer) -> jax.Array:
+  """The kernel stored in the frozen arrays of a layer: float32 if there is a residual, else in its own dtype."""
+  if RESIDUAL in frozen_layer:
+    return join_float32(frozen_layer[KERNEL], frozen_layer[RESIDUAL])
+  return frozen_layer[KERNEL]
 
 
-def write(kernel, like) -> dict[str, jax.Array]:
-  """A kernel as the frozen arrays of a layer, of the names and dtypes of `like`."""
-  if TAIL in like:
-    return dict(zip((KERNEL, TAIL), split(kernel), strict=True))
+def store_kernel(kernel, like) -> dict[str, jax.Array]:
+  """The frozen arrays of a layer that store `kernel`, with the names and dtypes of `like`."""
+  if RESIDUAL in like:
+    return dict(zip((KERNEL, RESIDUAL), split_float32(kernel), strict=True))
   return {KERNEL: kernel.astype(like[KERNEL].dtype)}
 
 
-def bases(frozen) -> dict[tuple[str, ...], dict[str, jax.Array]]:
-  """{path of a layer: its frozen arrays} of a `frozen` collection."""
+def frozen_layers(frozen) -> dict[tuple[str, ...], dict[str, jax.Array]]:
+  """The layers of a `frozen` collection: {path of the layer: its frozen arrays}."""
   return flatten_dict(frozen, is_leaf=lambda _, layer: KERNEL in layer)

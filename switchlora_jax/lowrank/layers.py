@@ -1,14 +1,14 @@
-"""Linear layers with a frozen base and a trained low-rank adapter.
+"""Linear layers with a frozen base kernel and a trainable low-rank adapter.
 
-Three collections keep apart what is trained, what is not, and what waits its turn:
+The arrays of a layer are in three collections:
 
-  params      lora_a [r, in], lora_b [r, out]: the LoRA vectors, one a row
-  frozen      kernel [in, out]: the base weight; never differentiated. Where it is stored in 16 bits by a method that
-              changes it, kernel_tail [in, out]: the next 8 bits, which the forward pass does not read
-  candidates  spare_a [c - r, in], spare_b [c - r, out], timer_a [r], timer_b [r], cursor []
-              with c = min(in, out); created by `init` and not needed by `apply`
+  params      lora_a [r, in], lora_b [r, out]: the LoRA vectors, one per row. `jax.grad` sees only these.
+  frozen      kernel [in, out]: the base kernel, which gets no gradient. Where it is stored in bfloat16 and the method
+              changes it, also kernel_tail [in, out], its int8 residual, which the forward pass does not read.
+  candidates  spare_a [c - r, in], spare_b [c - r, out], timer_a [r], timer_b [r], cursor [], with c = min(in, out).
+              `init` creates them; `apply` does not need them.
 
-Against the paper's `y = (W + s·B·A) x` (eq. 4), `kernel` is Wᵀ, `lora_a` is A and `lora_b` is Bᵀ.
+In the notation of the paper, `y = (W + s·B·A) x` (eq. 4), `kernel` is Wᵀ, `lora_a` is A and `lora_b` is Bᵀ.
 """
 
 from functools import partial
@@ -18,26 +18,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchlora_jax.lowrank.kernel_storage import split
+from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, split_float32
 
-GAIN = 3**-0.5  # for every layer: the text's "depends on the activation" is not what the authors' code does
+LORA_A, LORA_B = ADAPTER = ("lora_a", "lora_b")  # the names of a layer's LoRA factors in `params`
+GAIN = 3**-0.5  # of every layer, as in the authors' code; in the paper the gain "depends on the activation"
 KERNEL_INIT = nn.initializers.normal(0.02)
 INITS = ("switchlora", "lora")
 
 
 def adapter_scale(rank: int, alpha: float = 1.0) -> float:
-  """s = α/r, by which the product of A and B is scaled."""
+  """s = α/r, the factor of the product of A and B."""
   return alpha / rank
 
 
 def adapter_std(in_features: int, out_features: int, rank: int, init: str = "switchlora") -> tuple[float, float]:
   """Standard deviations of the vectors of A and of B, spares included.
 
-  `switchlora` is eq. 3 with `√m·r` for its `√(m·r)`, without which eq. 14 does not hold; `lora` is
-  the traditional one of Fig. 9: A uniform in ±1/√in, B zero.
-
+  Args:
+    init: `switchlora` is eq. 3 with `√m·r` in place of its `√(m·r)`, because eq. 14 holds only then. `lora` is the
+      usual initialisation, used in Fig. 9: A uniform in ±1/√in, B zero.
   Raises:
-    ValueError: no such rank or initialisation.
+    ValueError: the rank is below 1 or the initialisation does not exist.
   """
   if rank < 1 or init not in INITS:
     raise ValueError(f"rank (={rank}) must be at least 1 and init (={init!r}) one of {', '.join(INITS)}")
@@ -48,9 +49,11 @@ def adapter_std(in_features: int, out_features: int, rank: int, init: str = "swi
 
 
 def merge(kernel, lora_a, lora_b, scale, dtype=None):
-  """The weight in force, `kernel + scale·AᵀB`, [..., in, out], in the wider of the kernel's dtype and `dtype`.
+  """The merged weight `kernel + scale·AᵀB`, [..., in, out], in the wider of the kernel's dtype and `dtype`.
 
-  The product's factors are cast to `dtype` first (by default the wider of theirs and the kernel's).
+  Args:
+    kernel: [..., in, out]. lora_a: [..., r, in]. lora_b: [..., r, out].
+    dtype: the factors are cast to it before they are multiplied; None: the wider of their and the kernel's dtype.
   """
   dtype = dtype or jnp.promote_types(kernel.dtype, lora_a.dtype)
   wide = jnp.promote_types(kernel.dtype, dtype)
@@ -61,9 +64,9 @@ def merge(kernel, lora_a, lora_b, scale, dtype=None):
 def merged_dense(x, kernel, lora_a, lora_b, scale):
   """`x · (kernel + scale·AᵀB)` for x [..., in]; returns [..., out] in x's dtype.
 
-  One product with the merged weight forward and one backward: 4P + 4p operations a token for P
-  weights and p adapter weights, where the usual `x·W + s·(x·Aᵀ)·B` takes 4P + 6p and full rank 6P.
-  The merged weight is recomputed in the backward pass rather than kept. `kernel` gets no gradient.
+  The forward and the backward pass each multiply once with the merged weight. With P base weights and p adapter
+  weights this takes 4P + 4p operations per token; the usual `x·W + s·(x·Aᵀ)·B` takes 4P + 6p, full rank 6P.
+  The backward pass recomputes the merged weight instead of storing it. `kernel` gets no gradient.
   """
   return x @ merge(kernel, lora_a, lora_b, scale, x.dtype).astype(x.dtype)
 
@@ -76,11 +79,11 @@ def _backward(scale, residuals, dy):
   x, kernel, lora_a, lora_b = residuals
   weight = merge(kernel, lora_a, lora_b, scale, x.dtype).astype(x.dtype)
   dx = dy @ weight.T
-  rows_x, rows_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # [tokens, in], [tokens, out]
-  scaled_dy = scale * (rows_dy @ lora_b.T.astype(x.dtype))  # [tokens, r]
-  scaled_x = scale * (rows_x @ lora_a.T.astype(x.dtype))  # [tokens, r]
-  d_a = jnp.matmul(scaled_dy.T, rows_x, preferred_element_type=lora_a.dtype)  # eq. 6
-  d_b = jnp.matmul(scaled_x.T, rows_dy, preferred_element_type=lora_b.dtype)  # eq. 5
+  flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # [tokens, in], [tokens, out]
+  scaled_dy = scale * (flat_dy @ lora_b.T.astype(x.dtype))  # [tokens, r]
+  scaled_x = scale * (flat_x @ lora_a.T.astype(x.dtype))  # [tokens, r]
+  d_a = jnp.matmul(scaled_dy.T, flat_x, preferred_element_type=lora_a.dtype)  # eq. 6
+  d_b = jnp.matmul(scaled_x.T, flat_dy, preferred_element_type=lora_b.dtype)  # eq. 5
   return dx, None, d_a, d_b
 
 
@@ -88,20 +91,21 @@ merged_dense.defvjp(_forward, _backward)
 
 
 class LoRADense(nn.Module):
-  """A linear layer without bias whose base is frozen and whose rank-r adapter is trained.
+  """A linear layer without bias, with a frozen base kernel and a trainable adapter of rank r.
 
-  At initialisation `kernel` is what the plain layer would have drawn from the same key, minus
-  `scale·AᵀB`: the function at step 0 is the plain layer's.
+  The kernel is initialised as `nn.Dense` with the same key would initialise it, minus `scale·AᵀB`. At step 0 the
+  layer therefore computes the same function as that `nn.Dense`.
 
   Attributes:
-    features: outputs.
-    rank: r, the number of LoRA vectors a side.
+    features: number of outputs.
+    rank: r, the number of LoRA vectors per factor.
     alpha: the adapter is scaled by `alpha / rank`.
     adapter_init: `switchlora` (eq. 3) or `lora` (A uniform in ±1/√in, B zero).
-    dtype: of the computation; `param_dtype`: of everything stored.
-    frozen_dtype: of the kernel; None: `param_dtype`.
-    kernel_tail: keep the next 8 bits beside a kernel narrower than `param_dtype`: for methods that change kernels,
-      which would drift if each change were rounded to 16 bits.
+    dtype: dtype of the computation.
+    param_dtype: dtype of the stored arrays.
+    frozen_dtype: dtype of the stored kernel; None: `param_dtype`.
+    kernel_residual: whether a kernel narrower than `param_dtype` is stored with an int8 residual. Methods that change
+      the kernel need it, because a kernel that is rounded to bfloat16 after each change drifts.
   """
 
   features: int
@@ -111,7 +115,7 @@ class LoRADense(nn.Module):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   frozen_dtype: Any = None
-  kernel_tail: bool = False
+  kernel_residual: bool = False
 
   @property
   def scale(self) -> float:
@@ -120,33 +124,33 @@ class LoRADense(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """x [..., in] to [..., features], in `dtype`."""
+    """Map x [..., in] to [..., features], in `dtype`."""
     if self.is_initializing():
       for collection, values in self.initial(self.make_rng("params"), x.shape[-1]).items():
         for name, value in values.items():
           self.put_variable(collection, name, value)
-    lora_a, lora_b = self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
-    kernel = self.get_variable("frozen", "kernel")
+    lora_a, lora_b = (self.get_variable("params", name) for name in ADAPTER)
+    kernel = self.get_variable("frozen", KERNEL)
     return merged_dense(x.astype(self.dtype), kernel, lora_a, lora_b, self.scale)
 
   def initial(self, key, in_features: int) -> dict[str, dict[str, jax.Array]]:
     """The variables at step 0, {collection: {name: array}}.
 
-    The plain kernel takes `key` itself, as nn.Dense would: at one seed all methods start from one function.
+    `key` itself draws the plain kernel, as in `nn.Dense`, so that all methods start from the same function at a seed.
     """
     std_a, std_b = adapter_std(in_features, self.features, self.rank, self.adapter_init)
     lora_a = self._draw(key, 1, std_a, (self.rank, in_features))
     lora_b = self._draw(key, 2, std_b, (self.rank, self.features))
     plain = KERNEL_INIT(key, (in_features, self.features), self.param_dtype)
     frozen = self._stored(merge(plain, lora_a, lora_b, -self.scale))
-    return {"params": {"lora_a": lora_a, "lora_b": lora_b}, "frozen": frozen}
+    return {"params": {LORA_A: lora_a, LORA_B: lora_b}, "frozen": frozen}
 
   def _stored(self, kernel):
     dtype = jnp.dtype(self.frozen_dtype or self.param_dtype)
-    if self.kernel_tail and dtype.itemsize < kernel.dtype.itemsize:
-      head, tail = split(kernel)
-      return {"kernel": head, "kernel_tail": tail}
-    return {"kernel": kernel.astype(dtype)}
+    if self.kernel_residual and dtype.itemsize < kernel.dtype.itemsize:
+      kernel, residual = split_float32(kernel)
+      return {KERNEL: kernel, RESIDUAL: residual}
+    return {KERNEL: kernel.astype(dtype)}
 
   def _draw(self, key, number: int, std: float, shape):
     bound = 3**0.5 * std
@@ -154,10 +158,10 @@ class LoRADense(nn.Module):
 
 
 class SwitchLoRADense(LoRADense):
-  """`LoRADense` that also keeps the spare candidate vectors its LoRA vectors are switched with.
+  """A `LoRADense` with spare candidate vectors, which `switch` exchanges with its LoRA vectors.
 
-  It can be used alone, in a model of one's own. `params` is what `jax.grad` sees; `switching.switch`
-  moves vectors between `params` and `candidates` and leaves the function as it was:
+  The layer works in any Flax model. `switch` exchanges vectors between `params` and `candidates` and corrects the
+  frozen kernel, so that the function of the layer does not change:
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from switchlora_jax import SwitchLoRADense, SwitchSchedule, draw_uniforms, lora_vectors, switch, vector_adam
@@ -176,8 +180,8 @@ class SwitchLoRADense(LoRADense):
   >>> bool(jnp.allclose(y, y_after, atol=1e-5))
   True
 
-  A step of training takes gradients of `params`, switches, and lets Adam reset and freeze the switched
-  vectors' counterparts by the masks that the switch returns. All three collections go on to the next step:
+  A training step differentiates with respect to `params`, switches, and passes the masks of the switch to Adam, which
+  resets and freezes the counterparts of the switched vectors. All three collections are carried to the next step:
 
   >>> tx = vector_adam(1e-2, vectors=lora_vectors)
   >>> def loss(params, frozen, x):
@@ -197,14 +201,14 @@ class SwitchLoRADense(LoRADense):
   True
   """
 
-  kernel_tail: bool = True
-  candidates_dtype: Any = None  # of the spares, which are rounded when they are put there; None: `param_dtype`
+  kernel_residual: bool = True
+  candidates_dtype: Any = None  # of the spares; a vector is rounded when it becomes a spare; None: `param_dtype`
 
   def initial(self, key, in_features: int):
-    """As `LoRADense.initial`, and the spares: all c candidates of a side are drawn alike, r are in the slots."""
+    """As `LoRADense.initial`, with the spares; all c candidates of a factor have the same distribution."""
     variables = super().initial(key, in_features)
     spares = min(in_features, self.features) - self.rank
-    if spares <= 0:  # such a layer is never switched
+    if spares <= 0:  # the layer is never switched
       return variables
     std_a, std_b = adapter_std(in_features, self.features, self.rank, self.adapter_init)
     dtype = self.candidates_dtype or self.param_dtype
@@ -212,13 +216,13 @@ class SwitchLoRADense(LoRADense):
       "candidates": {
         "spare_a": self._draw(key, 3, std_a, (spares, in_features)).astype(dtype),
         "spare_b": self._draw(key, 4, std_b, (spares, self.features)).astype(dtype),
-        "timer_a": jnp.zeros(self.rank, jnp.int32),  # steps for which a vector stays frozen
+        "timer_a": jnp.zeros(self.rank, jnp.int32),  # steps for which a vector remains frozen
         "timer_b": jnp.zeros(self.rank, jnp.int32),
-        "cursor": jnp.zeros((), jnp.int32),  # vectors loaded so far, a side
+        "cursor": jnp.zeros((), jnp.int32),  # number of vectors loaded so far, per factor
       }
     }
 
 
 def lora_vectors(params):
-  """A tree like `params`, true for the leaves whose rows are LoRA vectors."""
-  return jax.tree.map_with_path(lambda path, _: path[-1].key in ("lora_a", "lora_b"), params)
+  """A tree of bools like `params`, true for the leaves whose rows are LoRA vectors."""
+  return jax.tree.map_with_path(lambda path, _: path[-1].key in ADAPTER, params)

@@ -1,8 +1,8 @@
-"""The candidates that wait: how their rows are reached wherever they lie, and which of them come next.
+"""The spare candidate vectors: gather and scatter of their rows, the random draws, and metrics.
 
-A layer's candidates are `spare_a [c - r, in]`, `spare_b [c - r, out]`, `timer_a [r]`, `timer_b [r]` and `cursor []`,
-stacked along leading axes or not. There may be more rows of spares than c - r, so that devices divide them
-evenly; those are never touched.
+The candidates of a layer are `spare_a [c - r, in]`, `spare_b [c - r, out]`, `timer_a [r]`, `timer_b [r]` and
+`cursor []`, with or without leading axes along which layers are stacked. The spares may be padded with rows beyond
+c - r, so that the number of devices divides their number. The padding is never read or written.
 """
 
 import math
@@ -12,75 +12,81 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
+SPARES = ("spare_a", "spare_b")  # the names of a layer's spares in `candidates`
 IN_BOUNDS = dict(mode="promise_in_bounds", unique_indices=True)
 
 
 def replicate(rows):
-  """Rows on every device, where there is a mesh: else XLA may bring the whole kernel to the rows."""
+  """Replicate rows over the mesh, if there is one; otherwise XLA may all-gather the kernel they are added to."""
   if jax.sharding.get_abstract_mesh().empty:
     return rows
   return jax.lax.with_sharding_constraint(rows, PartitionSpec())
 
 
-def read_rows(spares, picks, live):
-  """`spares[l, picks[l]]` of L layers, [L, K, d], on every device; spares [L, S, d], picks [L, K].
+def gather_rows(vectors, indices, active):
+  """Gather `vectors[l, indices[l]]` of L layers to every device.
 
-  From the memory of the host only the rows that are `live` [L, K] come, one by one; the others are zeros.
+  In host memory only the `active` rows are read, one by one; the others are returned as zeros.
+
+  Shapes: vectors [L, S, d], indices and active [L, K]. Returns [L, K, d].
   """
-  if jax.typeof(spares).memory_space != jax.memory.Space.Host:
-    return replicate(spares.at[jnp.arange(picks.shape[0])[:, None], picks].get(**IN_BOUNDS))
+  if jax.typeof(vectors).memory_space != jax.memory.Space.Host:
+    return replicate(vectors.at[jnp.arange(indices.shape[0])[:, None], indices].get(**IN_BOUNDS))
 
   def fetch(layer, k, rows):
-    row = jax.lax.dynamic_slice(spares, (layer, picks[layer, k], 0), (1, 1, spares.shape[-1]))
+    row = jax.lax.dynamic_slice(vectors, (layer, indices[layer, k], 0), (1, 1, vectors.shape[-1]))
     return jax.lax.dynamic_update_slice(rows, jax.device_put(row, jax.memory.Space.Device), (layer, k, 0))
 
-  return for_each(live, fetch, jnp.zeros((*picks.shape, spares.shape[-1]), spares.dtype))
+  return for_each_active(active, fetch, jnp.zeros((*indices.shape, vectors.shape[-1]), vectors.dtype))
 
 
-def write_rows(spares, picks, live, rows):
-  """`spares` with `rows` [L, K, d] at `picks`; where not `live`, rows must hold what is there already.
+def scatter_rows(vectors, indices, active, rows):
+  """Set `vectors[l, indices[l]] = rows[l]` for L layers; inactive rows must equal the rows they overwrite.
 
-  To the memory of the host only the live ones go.
+  In host memory only the `active` rows are written.
+
+  Shapes: vectors [L, S, d], indices and active [L, K], rows [L, K, d]. Returns the new vectors.
   """
-  if jax.typeof(spares).memory_space != jax.memory.Space.Host:
-    return spares.at[jnp.arange(picks.shape[0])[:, None], picks].set(rows, **IN_BOUNDS)
+  if jax.typeof(vectors).memory_space != jax.memory.Space.Host:
+    return vectors.at[jnp.arange(indices.shape[0])[:, None], indices].set(rows, **IN_BOUNDS)
 
-  def store(layer, k, spares):
+  def store(layer, k, vectors):
     row = jax.lax.dynamic_slice(rows, (layer, k, 0), (1, 1, rows.shape[-1]))
-    return jax.lax.dynamic_update_slice(spares, jax.device_put(row, jax.memory.Space.Host), (layer, picks[layer, k], 0))
+    place = (layer, indices[layer, k], 0)
+    return jax.lax.dynamic_update_slice(vectors, jax.device_put(row, jax.memory.Space.Host), place)
 
-  return for_each(live, store, spares)
+  return for_each_active(active, store, vectors)
 
 
-def for_each(live, turn, carry):
-  """`carry = turn(l, k, carry)` for each l, k where `live` [L, K]."""
-  first = jnp.argsort(~live.reshape(-1))
-  body = lambda number, carry: turn(*jnp.divmod(first[number], live.shape[1]), carry)
-  return jax.lax.fori_loop(0, jnp.sum(live), body, carry)
+def for_each_active(active, body, carry):
+  """Run `carry = body(l, k, carry)` for each l, k with `active[l, k]`; active [L, K]."""
+  active_first = jnp.argsort(~active.reshape(-1))
+  iteration = lambda number, carry: body(*jnp.divmod(active_first[number], active.shape[1]), carry)
+  return jax.lax.fori_loop(0, jnp.sum(active), iteration, carry)
 
 
 def switchable(candidates) -> list[tuple[str, ...]]:
-  """The paths of the layers that keep spares, in sorted order: their index numbers the random draws."""
+  """The paths of the layers that have spares, sorted; the random draws are numbered in this order."""
   return sorted({path[:-1] for path in flatten_dict(candidates)})
 
 
-def layer_shape(candidates, path) -> tuple[int, ...]:
+def stack_shape(candidates, path) -> tuple[int, ...]:
   """The leading axes along which the layers under `path` are stacked: () or (layers,)."""
   return flatten_dict(candidates)[(*path, "cursor")].shape
 
 
 def rank_and_spares(candidates, path) -> tuple[int, int]:
-  """r and c - r of the layers under `path`, of which there may be more rows."""
-  sizes = {name: flatten_dict(candidates)[*path, name].shape[-1] for name in ("spare_a", "spare_b", "timer_a")}
-  rank = sizes["timer_a"]
-  return rank, min(sizes["spare_a"], sizes["spare_b"]) - rank
+  """r and c - r of the layers under `path`; padding of the spares is not counted."""
+  flat = flatten_dict(candidates)
+  rank = flat[*path, "timer_a"].shape[-1]
+  return rank, min(flat[*path, name].shape[-1] for name in SPARES) - rank
 
 
 def draw_uniforms(key, candidates) -> dict:
-  """One number in [0, 1) for each layer: {path: [...]}; the key is folded with the layer's number."""
+  """One number in [0, 1) per layer, {path: [...]}; `key` is folded with the number of the layer."""
   draws, number = {}, 0
   for path in switchable(candidates):
-    shape = layer_shape(candidates, path)
+    shape = stack_shape(candidates, path)
     size = math.prod(shape)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number + jnp.arange(size))
     draws[path] = jax.vmap(jax.random.uniform)(keys).reshape(shape)
@@ -88,39 +94,43 @@ def draw_uniforms(key, candidates) -> dict:
   return draws
 
 
-def draw_picks(key, candidates, schedule) -> dict:
-  """Spare rows for each side of each layer, drawn without repetition: {path: ([..., K], [..., K])}."""
-  picks = {}
+def draw_spare_indices(key, candidates, schedule) -> dict:
+  """K distinct random indices of spares per factor of each layer: {path: ([..., K] for A, [..., K] for B)}."""
+  indices = {}
   for number, path in enumerate(switchable(candidates)):
-    lead, (rank, spares) = layer_shape(candidates, path), rank_and_spares(candidates, path)
-    chances = jax.random.uniform(jax.random.fold_in(key, number), (2, *lead, spares))
-    picks[path] = tuple(jax.lax.top_k(chances, schedule.window(rank, spares))[1])
-  return picks
+    stack, (rank, spares) = stack_shape(candidates, path), rank_and_spares(candidates, path)
+    priorities = jax.random.uniform(jax.random.fold_in(key, number), (2, *stack, spares))
+    indices[path] = tuple(jax.lax.top_k(priorities, schedule.window(rank, spares))[1])
+  return indices
 
 
 def exchanged_bytes(candidates, schedule) -> int:
-  """Bytes of spare rows that a step brings at most, and as many that it puts in their place; abstract arrays will do.
+  """The largest number of bytes of spares that one step reads, and that it writes back.
 
-  Of their K rows a side, all move where a step switches as many as it can, as the first steps do.
+  A step that switches the most vectors it can, as the first steps do, exchanges K spares per factor of each layer.
+
+  Args:
+    candidates: arrays or ShapeDtypeStructs.
+    schedule: a `SwitchSchedule`.
   """
   flat, total = flatten_dict(candidates), 0
   for path in switchable(candidates):
-    rows = math.prod(layer_shape(candidates, path)) * schedule.window(*rank_and_spares(candidates, path))
-    sides = (flat[*path, name] for name in ("spare_a", "spare_b"))
-    total += sum(rows * side.shape[-1] * side.dtype.itemsize for side in sides)
+    rows = math.prod(stack_shape(candidates, path)) * schedule.window(*rank_and_spares(candidates, path))
+    spares = (flat[*path, name] for name in SPARES)
+    total += sum(rows * x.shape[-1] * x.dtype.itemsize for x in spares)
   return total
 
 
 def coverage(candidates):
-  """The share of all candidates, of all layers, that have been in a slot so far, [] in [0, 1].
+  """The share of the candidates of all layers that have been LoRA vectors so far, [] in [0, 1].
 
-  Only where they are taken in order: the first r of a layer are there from the start, and every load up to the
-  (c - r)-th brings a new one. Of random draws no state remembers which rows have come.
+  This is defined for the sequential order only. There the first r candidates of a layer are LoRA vectors from the
+  start, and each of the first c - r loads adds another one. The state does not record which rows a random order drew.
   """
-  flat, seen, there_are = flatten_dict(candidates), 0, 0
+  flat, seen, total = flatten_dict(candidates), 0, 0
   for path in switchable(candidates):
     rank, spares = rank_and_spares(candidates, path)
     cursor = flat[(*path, "cursor")]
     seen += jnp.sum(rank + jnp.minimum(cursor, spares))
-    there_are += cursor.size * (rank + spares)
-  return seen / there_are
+    total += cursor.size * (rank + spares)
+  return seen / total

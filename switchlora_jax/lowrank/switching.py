@@ -1,15 +1,15 @@
-"""Algorithms 1 and 2 of the paper: swap a few LoRA vectors a step with spare candidates.
+"""Algorithms 1 and 2 of the paper: in each step, swap a few LoRA vectors with spare candidates.
 
-The invariant: a switch changes A, B, the spares and W, and leaves `W + s·B·A` as it was. In the
-layout of `dense`, `kernel + scale·AᵀB` with one LoRA vector a row: `lora_a [r, in]`, `lora_b [r, out]`.
+Invariant: a switch changes A, B, the spares and W, and keeps `W + s·B·A`. In the layout of `layers`, it keeps
+`kernel + scale·AᵀB` with one LoRA vector per row of `lora_a [r, in]` and `lora_b [r, out]`.
 
-Three cursors walk a layer, all derived from `cursor`, the number k of vectors loaded so far: load
-k of A goes to slot `k mod r`, load k of B to slot `(k + r//2) mod r`, and both take and leave spare
-row `k mod (c - r)`, unless rows are drawn (`candidates.draw_picks`). The authors keep all c candidates and write
-an evicted vector back to its own id; swapping with c - r spares visits the same vectors in the same order.
+All positions in a layer follow from `cursor`, the number k of vectors loaded so far per factor. Load k of A goes to
+slot `k mod r` and load k of B to slot `(k + r//2) mod r`. Both exchange their vector with spare `k mod (c - r)`, unless
+`draw_spare_indices` draws the spares at random. The authors' code stores all c candidates and writes an evicted vector
+back to its own position. Swapping with c - r spares visits the same vectors in the same order.
 
-Pure functions. No model, no config: any pytree whose `params`, `frozen` and `candidates` hold a
-layer's arrays under one path will do, stacked along leading axes or not.
+The functions are pure and independent of models and configs. They take any pytrees `params`, `frozen` and `candidates`
+that have the arrays of a layer under one path, with or without leading axes along which layers are stacked.
 """
 
 import math
@@ -19,19 +19,21 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from switchlora_jax.lowrank.kernel_storage import KERNEL, TAIL, read, write
-from switchlora_jax.lowrank.spares import layer_shape, read_rows, replicate, switchable, write_rows
+from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, load_kernel, store_kernel
+from switchlora_jax.lowrank.layers import ADAPTER, LORA_A, LORA_B
+from switchlora_jax.lowrank.spares import gather_rows, replicate, scatter_rows, stack_shape, switchable
 
 
 class SwitchSchedule(NamedTuple):
-  """How often vectors are switched, and for how long their counterparts stay frozen.
+  """How often vectors are switched, and for how long their counterparts are frozen.
 
   Attributes:
-    interval: steps between two switches of one vector at the start (interval₀, 40 in the paper); 0: never.
-    freeze_steps: N, steps for which the counterpart is frozen, the step of the switch included.
-    total_steps: T, the steps of the whole run.
-    decay_point: p, the fraction of T at which the rate has fallen to `decay_to` of its start.
-    decay_to: d, 1/3 in the text (the authors' code has 0.3).
+    interval: steps between two switches of one vector at the start (interval₀ of Algorithm 2, 40 in the paper); 0
+      disables switching.
+    freeze_steps: N, steps for which the counterpart is frozen, including the step of the switch.
+    total_steps: T, the number of steps of the run.
+    decay_point: p, the fraction of T after which the rate has fallen to `decay_to` of its start.
+    decay_to: d, 1/3 in the paper (0.3 in the authors' code).
   """
 
   interval: int = 40
@@ -41,24 +43,25 @@ class SwitchSchedule(NamedTuple):
   decay_to: float = 1 / 3
 
   def rate(self, step):
-    """The switching rate at `step` relative to the start: d^((t+1) / (p·T)), at least 1e-8."""
+    """The switching rate at `step` relative to the start, d^((t+1) / (p·T)), at least 1e-8."""
     return jnp.maximum(self.decay_to ** ((step + 1) / (self.decay_point * self.total_steps)), 1e-8)
 
   def window(self, rank: int, spares: int) -> int:
-    """K, the most vectors a side that one step may switch; 0 where the interval is 0, which means never."""
+    """K, the largest number of vectors per factor that one step can switch; 0 if the interval is 0."""
     if self.interval == 0:
       return 0
     return min(rank // self.interval + 1, spares, rank // 2)
 
 
 class Switched(NamedTuple):
-  """What `switch` returns.
+  """The result of `switch`.
 
   Attributes:
-    params, frozen, candidates: the collections.
-    reset, freeze: the optimizer's masks, trees like `params`: [..., r, 1] bool for switchable LoRA vectors, else False.
-    count: [] int32, vectors switched a side, over all layers.
-    moved: [] Frobenius norm of what the kernels absorbed, over all layers.
+    params, frozen, candidates: the new collections.
+    reset, freeze: masks for the optimizer, trees like `params`: [..., r, 1] bool for switchable LoRA vectors, else
+      False.
+    count: [] int32, number of vectors switched per factor, summed over all layers.
+    moved: [] Frobenius norm of the change of all kernels.
   """
 
   params: Any
@@ -71,19 +74,19 @@ class Switched(NamedTuple):
 
 
 class Layer(NamedTuple):
-  """The arrays of L stacked layers of one kind that a switch rewrites."""
+  """The arrays of L stacked layers that a switch rewrites; the fields have the names of the arrays."""
 
   kernel: jax.Array  # [L, in, out]
   lora_a: jax.Array  # [L, r, in]
   lora_b: jax.Array  # [L, r, out]
   spare_a: jax.Array  # [L, c - r, in]
   spare_b: jax.Array  # [L, c - r, out]
-  kernel_tail: jax.Array | None = None  # [L, in, out], where the kernel is a head
+  kernel_tail: jax.Array | None = None  # [L, in, out], the int8 residual of a bfloat16 kernel
 
   @property
-  def base(self) -> dict[str, jax.Array]:
-    """The arrays that hold the kernels."""
-    return {KERNEL: self.kernel} if self.kernel_tail is None else {KERNEL: self.kernel, TAIL: self.kernel_tail}
+  def frozen(self) -> dict[str, jax.Array]:
+    """The arrays that store the kernels, as in a layer's `frozen` collection."""
+    return {KERNEL: self.kernel} if self.kernel_tail is None else {KERNEL: self.kernel, RESIDUAL: self.kernel_tail}
 
   def rank_and_spares(self) -> tuple[int, int]:
     """r and c - r."""
@@ -92,187 +95,204 @@ class Layer(NamedTuple):
 
 
 class Clock(NamedTuple):
-  """Where L stacked layers stand: the cursor, and for how many steps each vector stays frozen."""
+  """Cursors and freeze timers of L stacked layers; the fields have the names of the arrays."""
 
-  cursor: jax.Array  # [L] int32, vectors loaded so far, a side
-  timer_a: jax.Array  # [L, r] int32
+  cursor: jax.Array  # [L] int32, number of vectors loaded so far, per factor
+  timer_a: jax.Array  # [L, r] int32, steps for which a vector of A remains frozen
   timer_b: jax.Array  # [L, r] int32
 
 
 def switch_count(uniform, expected):
-  """⌊s⌋ + Bernoulli(s - ⌊s⌋) from a uniform number in [0, 1) and the expected number s (Algorithm 2)."""
+  """`switch_num` of Algorithm 2: ⌊s⌋ + Bernoulli(s - ⌊s⌋), from a uniform number in [0, 1) and s = `expected`."""
   whole = jnp.floor(expected)
   return (whole + (uniform < expected - whole)).astype(jnp.int32)
 
 
-def swap(vectors, spares, slots, picks, live):
-  """Algorithm 1, line 2, for one side of L layers: exchange `vectors[slots]` with `spares[picks]` where `live`.
+def swap(vectors, spares, slots, indices, active):
+  """Algorithm 1, line 2, for one factor of L layers: exchange `vectors[slots]` with `spares[indices]` where `active`.
 
-  Idle rows are rewritten with themselves. They may not name the slot or spare of a live row, and within
-  a window nothing does; that both writes depend on both reads is what lets XLA do without copies.
+  Inactive rows are overwritten with themselves. Their slots and indices must differ from those of active rows, which
+  holds within a window. Both writes depend on both reads, so that XLA can update the arrays in place.
 
-  Spares may be of fewer bits: a vector is rounded when it leaves, and the kernel absorbs what comes, as it comes.
+  Spares may be narrower than vectors. A vector is then rounded when it becomes a spare, and the kernel is corrected
+  by the rounded vector when it returns.
 
-  Shapes: vectors [L, r, d], spares [L, c - r, d], slots, picks, live [L, K].
-  Returns the new vectors, the new spares, and the rows that left minus those that came, [L, K, d], in
-  float32 or wider.
+  Shapes: vectors [L, r, d], spares [L, c - r, d], slots, indices, active [L, K].
+
+  Returns:
+    The new vectors, the new spares, and evicted minus loaded rows [L, K, d] in float32 or wider (0 where inactive).
   """
-  old, new = read_rows(vectors, slots, live), read_rows(spares, picks, live).astype(vectors.dtype)
-  moving = live[:, :, None]
-  vectors = write_rows(vectors, slots, live, jnp.where(moving, new, old))
-  spares = write_rows(spares, picks, live, jnp.where(moving, old, new).astype(spares.dtype))
+  old, new = gather_rows(vectors, slots, active), gather_rows(spares, indices, active).astype(vectors.dtype)
+  mask = active[:, :, None]
+  vectors = scatter_rows(vectors, slots, active, jnp.where(mask, new, old))  # P[:, i] ← C(P)[j]
+  evicted = jnp.where(mask, old, new).astype(spares.dtype)
+  spares = scatter_rows(spares, indices, active, evicted)  # C(P)[j] ← P[:, i]
   wide = jnp.promote_types(vectors.dtype, jnp.float32)
-  return vectors, spares, jnp.where(moving, old.astype(wide) - new.astype(wide), 0)
+  return vectors, spares, jnp.where(mask, old.astype(wide) - new.astype(wide), 0)
 
 
-def switch_vectors(layers: Layer, slots_a, slots_b, picks_a, picks_b, live):
-  """Algorithm 1 on both sides of L layers, but for the kernel.
+def swap_factors(layers: Layer, slots_a, slots_b, indices_a, indices_b, active):
+  """Algorithm 1, line 2, for both factors of L layers, with the correction that lines 1 and 4 add to the kernel.
 
-  A's and B's slots never meet, so the counterpart of a switched vector is not switched itself, and
-  lines 1 and 4 of both sides are one product of rank 2K.
+  The slots of A and B are disjoint, so the counterpart of a switched vector is not switched in the same step. Lines 1
+  and 4 of both factors are therefore one product of rank 2K.
 
-  Returns the layers and the factors left [L, 2K, in], right [L, 2K, out] of what s·AᵀB has lost.
+  Returns:
+    The layers, whose kernels are unchanged, and the factors left [L, 2K, in] and right [L, 2K, out] of the decrease
+    leftᵀ·right of AᵀB.
   """
-  lora_a, spare_a, lost_a = swap(layers.lora_a, layers.spare_a, slots_a, picks_a, live)
-  lora_b, spare_b, lost_b = swap(layers.lora_b, layers.spare_b, slots_b, picks_b, live)
-  with_b = replicate(jnp.take_along_axis(lora_b, slots_a[:, :, None], 1))
-  with_a = replicate(jnp.take_along_axis(lora_a, slots_b[:, :, None], 1))
+  lora_a, spare_a, evicted_a = swap(layers.lora_a, layers.spare_a, slots_a, indices_a, active)
+  lora_b, spare_b, evicted_b = swap(layers.lora_b, layers.spare_b, slots_b, indices_b, active)
+  counterparts_b = replicate(jnp.take_along_axis(lora_b, slots_a[:, :, None], 1))
+  counterparts_a = replicate(jnp.take_along_axis(lora_a, slots_b[:, :, None], 1))
   layers = layers._replace(lora_a=lora_a, lora_b=lora_b, spare_a=spare_a, spare_b=spare_b)
-  return layers, jnp.concatenate([lost_a, with_a], 1), jnp.concatenate([with_b, lost_b], 1)
+  return layers, jnp.concatenate([evicted_a, counterparts_a], 1), jnp.concatenate([counterparts_b, evicted_b], 1)
 
 
-def absorb(base, left, right, busy):
-  """kernel[l] += left[l]ᵀ·right[l] for the layers l that are `busy` [L] (Algorithm 1, lines 1 and 4), in place.
+def add_to_kernels(frozen, left, right, active_layers):
+  """Algorithm 1, lines 1 and 4: kernel[l] += left[l]ᵀ·right[l] for the active layers l, in place.
 
-  `base` holds the stacked kernels as a layer's frozen arrays do: heads alone, or with their tails.
+  The product is written as a sum of outer products, which XLA fuses into one pass over the kernel. It needs no
+  temporary of the size of the kernels, or one of the size of a single layer if there is a residual to update. The sum
+  is computed in the dtype of `left`, float32 or wider, and rounded once to the dtypes in which the kernel is stored.
+  The loop visits active layers only, so a step without a switch does no work.
 
-  A sum of outer products rather than a matrix product: XLA fuses it into one pass over the kernel,
-  with nothing of the kernel's size beside it, or one layer of it where there are tails to write as well.
-  The sum is taken in the dtype of `left`, float32 or wider, and rounded once, as the kernel is stored.
-  Only busy layers are visited; a quiet step costs nothing.
+  Args:
+    frozen: the arrays that store the stacked kernels, {"kernel": [L, in, out]} or with the residual.
+    left, right: [L, n, in] and [L, n, out]. active_layers: [L] bool.
   """
-  rows = left.shape[1]
-  chunk = min(rows, 32)  # more terms in one fusion, and XLA starts to keep partial sums in memory
-  chunks = -(-rows // chunk)
-  left, right = (jnp.pad(x, ((0, 0), (0, chunks * chunk - rows), (0, 0))) for x in (left, right))
-  busy_first = jnp.argsort(~busy)
+  terms = left.shape[1]
+  chunk = min(terms, 32)  # with more terms per fusion, XLA stores partial sums in memory
+  chunks = -(-terms // chunk)
+  left, right = (jnp.pad(x, ((0, 0), (0, chunks * chunk - terms), (0, 0))) for x in (left, right))
+  active_first = jnp.argsort(~active_layers)
 
-  def turn(number, base):
-    layer, first = busy_first[number // chunks], number % chunks * chunk
-    x, y = (jax.lax.dynamic_slice(side, (layer, first, 0), (1, chunk, side.shape[2])) for side in (left, right))
-    old = {name: jax.lax.dynamic_slice_in_dim(stack, layer, 1) for name, stack in base.items()}  # [1, in, out]
-    new = write(read(old) + sum(x[:, k, :, None] * y[:, k, None, :] for k in range(chunk)), old)
-    return {name: jax.lax.dynamic_update_slice_in_dim(stack, new[name], layer, 0) for name, stack in base.items()}
+  def add_chunk(number, frozen):
+    layer, first = active_first[number // chunks], number % chunks * chunk
+    x, y = (jax.lax.dynamic_slice(rows, (layer, first, 0), (1, chunk, rows.shape[2])) for rows in (left, right))
+    old = {name: jax.lax.dynamic_slice_in_dim(stack, layer, 1) for name, stack in frozen.items()}  # [1, in, out]
+    new = store_kernel(load_kernel(old) + sum(x[:, k, :, None] * y[:, k, None, :] for k in range(chunk)), old)
+    return {name: jax.lax.dynamic_update_slice_in_dim(stack, new[name], layer, 0) for name, stack in frozen.items()}
 
-  return jax.lax.fori_loop(0, jnp.sum(busy) * chunks, turn, base)
+  return jax.lax.fori_loop(0, jnp.sum(active_layers) * chunks, add_chunk, frozen)
 
 
-def switch_layers(layers: Layer, cursor, count, window: int, scale, picks=None):
-  """Switch `count` [L] vectors a side of L layers, from `cursor` [L] on; at most `window` (K).
+def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None):
+  """Algorithm 1 for `count` [L] vectors per factor of L layers, starting at `cursor` [L].
 
-  A loop of one turn or none, not a branch: XLA copies what passes through a branch.
-  `picks`, if any, are the spare rows of A and of B to use, each [L, K].
-
-  Returns the layers and ‖s·ΔAᵀB‖², [] summed over them.
+  Args:
+    window: K, an upper bound of `count`.
+    indices: the spares to load, a pair ([L, K] for A, [L, K] for B); None: in sequential order.
+  Returns:
+    The layers, and the squared norm of the change of all kernels, [].
   """
   rank, spares = layers.rank_and_spares()
-  ahead = cursor[:, None] + jnp.arange(window)[None]
-  live = jnp.arange(window)[None] < count[:, None]
-  slots_a, slots_b = ahead % rank, (ahead + rank // 2) % rank
-  picks_a, picks_b = picks or (ahead % spares, ahead % spares)
+  loads = cursor[:, None] + jnp.arange(window)[None]  # [L, K], the numbers of the next loads
+  active = jnp.arange(window)[None] < count[:, None]
+  slots_a, slots_b = loads % rank, (loads + rank // 2) % rank
+  indices_a, indices_b = indices or (loads % spares, loads % spares)
 
-  def turn(_, carry):
-    layers, left, right = switch_vectors(carry[0], slots_a, slots_b, picks_a, picks_b, live)
+  def switch_once(_, carry):
+    layers, left, right = swap_factors(carry[0], slots_a, slots_b, indices_a, indices_b, active)
     right = scale * right
-    return layers._replace(**absorb(layers.base, left, right, count > 0)), norm_squared(left, right)
+    return layers._replace(**add_to_kernels(layers.frozen, left, right, count > 0)), norm_squared(left, right)
 
-  nothing = jnp.zeros((), jnp.promote_types(layers.lora_a.dtype, jnp.float32))
-  return jax.lax.fori_loop(0, jnp.any(count > 0).astype(jnp.int32), turn, (layers, nothing))
+  zero = jnp.zeros((), jnp.promote_types(layers.lora_a.dtype, jnp.float32))
+  # A loop with 0 or 1 iterations: XLA copies arrays that pass through a conditional.
+  return jax.lax.fori_loop(0, jnp.any(count > 0).astype(jnp.int32), switch_once, (layers, zero))
 
 
 def norm_squared(left, right):
-  """Σ ‖left[l]ᵀ·right[l]‖² over layers, left [L, K, in], right [L, K, out], without forming the products."""
-  gram = lambda side: jnp.einsum("lkd,ljd->lkj", side, side)
+  """Σ ‖left[l]ᵀ·right[l]‖² over layers, for left [L, K, in] and right [L, K, out], without forming the products."""
+  gram = lambda rows: jnp.einsum("lkd,ljd->lkj", rows, rows)
   return jnp.sum(gram(left) * gram(right))
 
 
 def switched_slots(cursor, count, rank: int, offset: int):
-  """[L, r] bool: the slots a side switches, `count` [L] of them from `cursor + offset` on."""
+  """[L, r] bool: the slots of a factor that are switched, `count` [L] of them starting at `cursor + offset`."""
   return (jnp.arange(rank)[None] - cursor[:, None] - offset) % rank < count[:, None]
 
 
 def freeze(timer, hit, freeze_steps: int, skip):
-  """Start the timers of the vectors that are `hit`; returns which are frozen now, and the timers a step later."""
+  """Algorithm 2, lines 8 and 13: start the timers of the vectors marked by `hit`.
+
+  Returns:
+    A mask of the vectors that are frozen in this step, and the timers after it, both [L, r].
+  """
   running = jnp.where(hit, freeze_steps, timer)
   return running > 0, jnp.where(skip, timer, jnp.maximum(running - 1, 0))
 
 
 def available(clock: Clock):
-  """[L]: how many vectors a side may be switched now without touching a frozen one.
+  """[L]: the number of vectors per factor that can be switched now without switching a frozen one.
 
-  The cursors stay half the rank apart, and behind each of them lie the slots of the other side that it
-  froze: as many as are frozen is how much closer the other cursor may not come.
+  The cursors of A and B are r//2 slots apart, and the frozen slots of a factor are right behind the cursor of the other
+  factor. Each of them reduces by one the number of slots that the factor's own cursor can advance.
   """
   half = clock.timer_a.shape[1] // 2
   frozen = [jnp.sum(timer > 0, 1, dtype=jnp.int32) for timer in (clock.timer_a, clock.timer_b)]
   return half - jnp.maximum(*frozen)
 
 
-def switch_kind(layers: Layer, clock: Clock, uniforms, picks, schedule: SwitchSchedule, scale, step, skip):
-  """One step of Algorithm 2 for L stacked layers of one kind, with `uniforms` [L] and `picks` as `switch_layers`.
+def switch_stack(layers: Layer, clock: Clock, uniforms, indices, schedule: SwitchSchedule, scale, step, skip):
+  """Algorithm 2, lines 4 to 14, for L stacked layers; `uniforms` [L], `indices` as in `switch_layers`.
 
-  Returns layers, clock, {"lora_a": (reset, frozen), "lora_b": (reset, frozen)} with masks [L, r], count [L], ‖s·ΔAᵀB‖².
+  One draw gives the count of both factors, as in the authors' code.
+
+  Returns:
+    layers, clock, {name of a factor: (reset, freeze)} with masks [L, r], count [L], and the squared norm of the
+    change of the kernels.
   """
   rank, spares = layers.rank_and_spares()
   window = schedule.window(rank, spares)
-  wanted = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)
-  count = jnp.where(skip, 0, jnp.clip(wanted, 0, jnp.minimum(window, available(clock))))
-  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, picks)
-  reset_b = switched_slots(clock.cursor, count, rank, 0)  # switching a_k resets and freezes b_k
-  reset_a = switched_slots(clock.cursor, count, rank, rank // 2)  # and the other way round
-  frozen_a, timer_a = freeze(clock.timer_a, reset_a, schedule.freeze_steps, skip)
-  frozen_b, timer_b = freeze(clock.timer_b, reset_b, schedule.freeze_steps, skip)
+  drawn = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)  # lines 5 and 10
+  count = jnp.where(skip, 0, jnp.clip(drawn, 0, jnp.minimum(window, available(clock))))
+  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, indices)  # lines 6, 7, 11 and 12
+  reset_b = switched_slots(clock.cursor, count, rank, 0)  # Algorithm 1, line 3: a switch of a_k resets b_k …
+  reset_a = switched_slots(clock.cursor, count, rank, rank // 2)  # … and a switch of b_k resets a_k
+  frozen_a, timer_a = freeze(clock.timer_a, reset_a, schedule.freeze_steps, skip)  # line 8
+  frozen_b, timer_b = freeze(clock.timer_b, reset_b, schedule.freeze_steps, skip)  # line 13
   clock = Clock(clock.cursor + count, timer_a, timer_b)
-  return layers, clock, {"lora_a": (reset_a, frozen_a), "lora_b": (reset_b, frozen_b)}, count, moved
+  return layers, clock, {LORA_A: (reset_a, frozen_a), LORA_B: (reset_b, frozen_b)}, count, moved
 
 
-# The collection of each array; of all others, candidates.
-COLLECTION = dict.fromkeys(("lora_a", "lora_b"), "params") | dict.fromkeys((KERNEL, TAIL), "frozen")
+# The collection of each array; arrays that are not listed are in `candidates`.
+COLLECTION = dict.fromkeys(ADAPTER, "params") | dict.fromkeys((KERNEL, RESIDUAL), "frozen")
 
 
 def switch(
-  params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, picks=None, skip=False
+  params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, spare_indices=None, skip=False
 ) -> Switched:
-  """One step's switching of every layer that keeps spares. `kernel + scale·AᵀB` does not change.
+  """Algorithm 2 for one step and all layers that have spares; `kernel + scale·AᵀB` does not change.
 
-  Where a kernel has a tail, that holds of the two joined. The function is that of the head alone, and moves by
-  no more than the rounding of the kernel to bfloat16, however often it is switched.
+  Where a bfloat16 kernel has a residual, this holds for their sum. The layer computes with the bfloat16 kernel alone,
+  so its function changes by at most the rounding of the kernel to bfloat16, regardless of the number of switches.
 
   Args:
-    params, frozen, candidates: the collections of `dense.SwitchLoRADense`, nested under equal paths; there are no
-      candidates where no layer has spares.
-    schedule: rates and freeze time.
+    params, frozen, candidates: the collections of `layers.SwitchLoRADense`, nested under equal paths. `candidates` is
+      empty or None if no layer has spares.
+    schedule: switching rate and freeze time.
     scale: s = α/r.
     step: t, from 0.
-    uniforms: {path: [...] in [0, 1)} as from `draw_uniforms`, or one number for every layer.
-    picks: spare rows as from `draw_picks`; None: the next ones in order, as the authors do.
-    skip: [] bool; where true nothing moves, timers included.
+    uniforms: {path: [...] in [0, 1)} from `draw_uniforms`, or one number for all layers.
+    spare_indices: from `draw_spare_indices`; None: sequential order, as in the authors' code.
+    skip: [] bool; if true, nothing changes, timers included.
   """
   candidates = candidates or {}
   flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
   reset, frozen_now = dict.fromkeys(flat["params"], False), dict.fromkeys(flat["params"], False)
   total, moved = jnp.zeros((), jnp.int32), 0.0
   for path in switchable(candidates):
-    lead = layer_shape(candidates, path)
+    lead = stack_shape(candidates, path)
     find = lambda name, path=path: flat[COLLECTION.get(name, "candidates")].get((*path, name))
     stack = lambda x, lead=lead: None if x is None else x.reshape(-1, *x.shape[len(lead) :])
     layers, clock = (kind(*(stack(find(name)) for name in kind._fields)) for kind in (Layer, Clock))
     if schedule.window(*layers.rank_and_spares()) == 0:
       continue
     draws = uniforms[path] if isinstance(uniforms, dict) else jnp.full(lead, uniforms)
-    chosen = picks and tuple(rows.reshape(-1, rows.shape[-1]) for rows in picks[path])
-    layers, clock, masks, count, norm2 = switch_kind(
-      layers, clock, draws.reshape(-1), chosen, schedule, scale, step, skip
+    indices = spare_indices and tuple(rows.reshape(-1, rows.shape[-1]) for rows in spare_indices[path])
+    layers, clock, masks, count, norm2 = switch_stack(
+      layers, clock, draws.reshape(-1), indices, schedule, scale, step, skip
     )
     for name, value in (layers._asdict() | clock._asdict()).items():
       if value is not None:
@@ -284,6 +304,9 @@ def switch(
 
 
 def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> float:
-  """How many times a layer's c candidates are all cycled through in a run; far below 1, switching cannot matter."""
+  """The expected number of times a run cycles through all c candidates of a layer.
+
+  Far below 1, most candidates are never used and switching can have little effect.
+  """
   decayed = schedule.decay_point * schedule.total_steps / math.log(1 / schedule.decay_to)
   return rank / (candidates - rank) * decayed / schedule.interval

@@ -1,8 +1,15 @@
-"""What each training method adds to a step, behind one small interface.
+"""The training methods: a module each, and the table by which `config.method` selects one.
 
-A method is a module here and a line in `METHODS`. It has `LEARNING_RATE` and `MIN_LR_RATIO` (its
-authors'), `check(config)`, which raises `UserError`, `describe(config)`, lines to print before a run,
-and `build(config) -> Method`.
+To add a method, write `methods/NAME.py`, add a line to `METHODS` and, if the method has settings of its own, add a
+section `config.NAME` to `configs/base.py`. The module has:
+
+  LEARNING_RATE, MIN_LR_RATIO   the defaults of `config.learning_rate` and `config.min_lr_ratio`
+  check(config)                 raises `UserError` if a setting that the method reads makes no sense
+  describe(config)              facts that a run prints before it starts, one line each
+  warnings(config)              sentences that a run prints as warnings before it starts
+  build(config)                 returns a `base.Method`, whose docstring lists what a method can change
+
+`tests/methods/test_methods.py` runs the contract tests for every method in the table.
 """
 
 from ml_collections import FrozenConfigDict
@@ -10,11 +17,11 @@ from ml_collections import FrozenConfigDict
 from switchlora_jax.methods import full, galore, lora, relora, switchlora
 
 METHODS = {"full": full, "lora": lora, "switchlora": switchlora, "relora": relora, "galore": galore}
-FREEZING = ("lora", "switchlora", "relora")  # those that freeze the kernels
+FREEZING = ("lora", "switchlora", "relora")  # the methods with frozen base kernels
 
 
 def keys_for(config, method: str) -> dict:
-  """The keys of a config to change so that another method trains under it, without what that method has no use for."""
+  """The config keys to change so that another method trains with it; resets keys that the method does not accept."""
   keys = {"method": method}
   if method == "full" and config.warm_start_steps:
     keys["warm_start_steps"] = 0

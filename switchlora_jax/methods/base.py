@@ -1,4 +1,4 @@
-"""The interface of a method."""
+"""The interface between a training method and the train step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from switchlora_jax.lowrank.optimizer import cosine_schedule, warm_up_again
-
 
 class TrainState(NamedTuple):
-  """The state before step `step`.
+  """The training state before step `step`.
 
   Attributes:
-    step: [] int32, updates done or skipped so far; schedules and random draws follow from it alone.
-    params: what is trained. frozen: base kernels. candidates: spares, cursors and freeze timers ({} without).
-    opt_state: of the optimizer over `params`.
-    skipped: [] int32, updates skipped because a number was not finite; skipped_in_a_row: [] int32, the last of them.
+    step: [] int32, number of steps so far, including skipped ones. Schedules and random draws depend on it alone.
+    params: trainable parameters, the only ones that `jax.grad` sees.
+    frozen: base kernels; {} if the method has none.
+    candidates: spares, cursors and freeze timers; {} if the method has none.
+    opt_state: state of the optimizer over `params`.
+    skipped: [] int32, number of steps skipped because the loss or the gradient was not finite.
+    skipped_in_a_row: [] int32, number of such steps up to and including the last step.
     spikes: state of the loss-spike detector, `training.anomalies.SpikeState`.
   """
 
@@ -32,12 +33,13 @@ class TrainState(NamedTuple):
 
 
 class Adjusted(NamedTuple):
-  """What a method does between the gradients and the optimizer.
+  """The result of a method's `before_update`.
 
   Attributes:
-    state: the train state with arrays moved.
-    masks: keyword arguments for the optimizer's `update` (reset, freeze).
-    metrics: name to [] array, logged with the step.
+    state: the train state, with params, frozen and candidates changed.
+    masks: keyword arguments for the optimizer's `update` (reset, freeze). Leave it empty for an optimizer that takes
+      no extra arguments.
+    metrics: {name: [] array}, logged with the step.
   """
 
   state: TrainState
@@ -45,51 +47,59 @@ class Adjusted(NamedTuple):
   metrics: dict[str, Any]
 
 
-def nothing(state: TrainState, skip) -> Adjusted:
-  """For methods that leave the state to the optimizer."""
+def unchanged(state: TrainState, skip) -> Adjusted:
+  """The default `before_update`."""
   del skip
   return Adjusted(state, {}, {})
 
 
 class Method(NamedTuple):
-  """A training method.
+  """A training method: the layers of the model, the optimizer, and hooks around its update.
+
+  Only `dense`, `optimizer` and `schedule` are required. LoRA, for example, is a factory of `LoRADense` layers with
+  Adam. One step of `training.step.make_train_step` does, in this order:
+
+    state = before_gradients(state)
+    loss and gradients, clipped; `skip` is true if they are not finite or the loss is a spike to skip
+    state, masks, metrics = before_update(state, skip)
+    directions, opt_state = optimizer.update(gradients, opt_state, params, **masks)
+    params = params - schedule(step) * directions
+
+  All of it is traced into one compiled step. If `skip` is true, the train step keeps the old params and opt_state
+  around any optimizer. An optimizer therefore needs no code for skipped steps and never gets gradients that are not
+  finite.
 
   Attributes:
-    dense: the factory of the model's linear layers, `dense(features, name=…)`.
-    optimizer: an optax transformation from gradients to what the learning rate is multiplied with.
-    schedule: from a step to its learning rate; the step is the train state's, the only clock there is.
-    scale: s = α/r where the layers have adapters, else None.
-    before_gradients: state -> state before the gradients of a step, traced inside the train step; keeps the function.
-    before_update: (state, skip) -> Adjusted, likewise, between gradients and optimizer; where `skip` is true nothing
-      may change.
-    optimizer_metrics: the optimizer's state after an update -> name to [] array, logged with the step.
+    dense: factory of the linear layers of a block, `dense(features, name=…)`.
+    optimizer: an Optax transformation from gradients to directions, without learning rate and sign. Any transformation
+      can be used, for example `optax.scale_by_adam()`.
+    schedule: from the step to the learning rate. The step is that of the train state.
+    scale: s = α/r if the layers have adapters, else None.
+    before_gradients: TrainState -> TrainState, called before the gradients of a step. It must keep the function of the
+      model and is not subject to `skip`.
+    before_update: (TrainState, skip) -> Adjusted, called between the gradients and the optimizer. It must change
+      nothing if `skip` [] bool is true. The train step does not select between old and new frozen kernels and
+      candidates, because that would copy them.
+    optimizer_metrics: optimizer state after the update -> {name: [] array}, logged with the step.
+    exchanged_bytes: `candidates` (arrays or ShapeDtypeStructs) -> the largest number of bytes of spares that one step
+      reads, and that it writes back.
   """
 
   dense: Callable[..., Any]
-  optimizer: optax.GradientTransformationExtraArgs
+  optimizer: optax.GradientTransformation
   schedule: optax.Schedule
   scale: float | None = None
   before_gradients: Callable[[TrainState], TrainState] = lambda state: state
-  before_update: Callable[..., Adjusted] = nothing
+  before_update: Callable[..., Adjusted] = unchanged
   optimizer_metrics: Callable[[Any], dict[str, Any]] = lambda opt_state: {}
+  exchanged_bytes: Callable[[Any], int] = lambda candidates: 0
 
 
 def dtypes(config) -> dict[str, Any]:
-  """`dtype` and `param_dtype` of a config, as every module of the model takes them."""
+  """`dtype` and `param_dtype` of a config, as arguments of the model's modules."""
   return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 def adapter_dtypes(config) -> dict[str, Any]:
-  """Those and `frozen_dtype`, as layers with adapters take them."""
+  """`dtype`, `param_dtype` and `frozen_dtype` of a config, as arguments of layers with adapters."""
   return dtypes(config) | {"frozen_dtype": jnp.dtype(config.frozen_dtype)}
-
-
-def cosine(config, **bounds) -> optax.Schedule:
-  """The config's warm-up and cosine, and a second warm-up where a full-rank warm start hands over.
-
-  Moments start afresh there, as at step 0. `bounds` as in `cosine_schedule`.
-  """
-  schedule = cosine_schedule(config.learning_rate, config.warmup_steps, config.steps, **bounds)
-  if not config.warm_start_steps:
-    return schedule
-  return warm_up_again(schedule, lambda _: config.warm_start_steps, config.warmup_steps)

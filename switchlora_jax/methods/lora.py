@@ -1,6 +1,6 @@
-"""LoRA from scratch: adapters are trained, the base weights stay as they were drawn.
+"""LoRA from scratch: trainable adapters on randomly initialised base kernels, which stay frozen.
 
-The paper's baseline: SwitchLoRA's layer and initialisation (section 4.1), without switching.
+This is the paper's baseline, with the layers and the initialisation of SwitchLoRA (section 4.1) and without switching.
 """
 
 from functools import partial
@@ -8,14 +8,15 @@ from functools import partial
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import INITS, LoRADense, adapter_scale, lora_vectors
 from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
-from switchlora_jax.methods.base import Method, adapter_dtypes, cosine
+from switchlora_jax.methods.base import Method, adapter_dtypes
+from switchlora_jax.methods.schedules import config_schedule
 
 LEARNING_RATE = 1e-2  # section 4.1
 MIN_LR_RATIO = 0.0
 
 
 def check(config):
-  """Raise `UserError` if the rank or the initialisation makes no sense."""
+  """Raise `UserError` if the rank is below 1 or the initialisation does not exist."""
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
   if config.switch.init not in INITS:
@@ -25,17 +26,21 @@ def check(config):
 
 
 def layer(config, kind=LoRADense):
-  """The factory of adapted layers for a config."""
+  """The factory of layers with adapters."""
   return partial(kind, rank=config.rank, adapter_init=config.switch.init, **adapter_dtypes(config))
 
 
 def describe(config) -> list[str]:
-  """Nothing beyond the sizes that every method has."""
+  """No facts beyond those printed for every method."""
+  return []
+
+
+def warnings(config) -> list[str]:
+  """No warnings."""
   return []
 
 
 def build(config, kind=LoRADense) -> Method:
-  """Adapted layers, nothing between the gradients and the optimizer."""
-  schedule = cosine(config, floor=config.min_lr_ratio)
+  """Layers with adapters and Adam, whose step counts are per LoRA vector."""
   adam = scale_by_vector_adam(vectors=lora_vectors, count_per_element=config.count_per_element)
-  return Method(layer(config, kind), adam, schedule, adapter_scale(config.rank))
+  return Method(layer(config, kind), adam, config_schedule(config), adapter_scale(config.rank))

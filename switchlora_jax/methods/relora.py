@@ -1,17 +1,19 @@
-"""ReLoRA (Lialin et al. 2023, "High-Rank Training Through Low-Rank Updates"): LoRA that restarts from its own sum.
+"""ReLoRA (Lialin et al. 2023, "High-Rank Training Through Low-Rank Updates"): LoRA with periodic restarts.
 
-Every K steps the adapters are merged into the base weights and begin anew, so that updates of rank r add up to
-more than rank r. The learning rate is 0 at t = K·j and climbs back; between that update and the next one's
-gradients everything restarts:
+Every K steps the adapters are merged into the base kernels and reinitialised, so that the sum of the updates can have a
+rank above r. The learning rate is 0 at step t = K·j and warms up again afterwards. A restart happens after that update
+and before the gradients of the next step:
 
-  W ← W + s·B·A,  A ← uniform in ±1/√in,  B ← 0,  most of the moments of A and B ← 0, their count goes on.
+  W ← W + s·B·A,  A ← uniform in ±1/√in,  B ← 0,  most moments of A and B ← 0; the step counts are kept.
 
-The function does not change, so it does no harm that a restart takes place whether or not the updates around it
-are skipped as not finite. Unlike the authors' code, which starts with A = B = 0 and so trains no adapter before the
-first merge, ours starts with A drawn as at a restart; and m and v of an element are pruned together, because where
-v goes and m stays the next update explodes.
+A restart does not change the function of the model, so it is also done if the steps around it are skipped.
+
+Two deviations from the authors' code: it starts with A = B = 0, so that no adapter is trained before the first merge,
+while this module draws A at the start as at a restart. It prunes the first and second moments independently, while this
+module prunes them by one mask, because an element with a first and no second moment gets a huge update.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,10 +21,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.kernel_storage import bases, read, write
-from switchlora_jax.lowrank.layers import LoRADense, adapter_scale, lora_vectors, merge
-from switchlora_jax.lowrank.optimizer import magnitude_mask, prune_moments, scale_by_vector_adam, warm_up_again
-from switchlora_jax.methods.base import Method, TrainState, adapter_dtypes, cosine
+from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers, load_kernel, store_kernel
+from switchlora_jax.lowrank.layers import LORA_A, LORA_B, LoRADense, adapter_scale, lora_vectors, merge
+from switchlora_jax.lowrank.optimizer import VectorAdamState, scale_by_vector_adam
+from switchlora_jax.methods.base import Method, TrainState, adapter_dtypes
+from switchlora_jax.methods.schedules import config_schedule, warm_up_again
 
 LEARNING_RATE = 1e-3  # appendix C.1
 MIN_LR_RATIO = 0.1
@@ -30,7 +33,7 @@ PRUNES = ("random", "magnitude")
 
 
 def check(config):
-  """Raise `UserError` unless restarts, pruning and scale make sense."""
+  """Raise `UserError` if a setting of restarts, pruning or scale makes no sense."""
   relora, every = config.relora, config.relora.restart_every
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
@@ -57,42 +60,50 @@ def check(config):
 
 
 def first_restart(config) -> int:
-  """The first multiple of K after the step at which the low-rank method begins."""
+  """The step of the first restart: the first multiple of K after the full-rank warm start."""
   every = config.relora.restart_every
   return (config.warm_start_steps // every + 1) * every
 
 
+def restart_count(config) -> int:
+  """The number of restarts in the run."""
+  return len(range(first_restart(config), config.steps - 1, config.relora.restart_every))
+
+
 def describe(config) -> list[str]:
-  """How often it restarts, and two ways in which it is not the ReLoRA of the paper."""
-  every = config.relora.restart_every
-  restarts = len(range(first_restart(config), config.steps - 1, every))
-  lines = [f"restarts in the run: {restarts}, every {every} steps"]
-  if not restarts:
-    lines.append("WARNING: without a restart this is LoRA; lower --config.relora.restart_every below --config.steps")
+  """The number of restarts."""
+  return [f"restarts in the run: {restart_count(config)}, every {config.relora.restart_every} steps"]
+
+
+def warnings(config) -> list[str]:
+  """Warn if the run has no restart or no full-rank warm start."""
+  lines = []
+  if not restart_count(config):
+    lines.append("without a restart this is LoRA; lower --config.relora.restart_every below --config.steps")
   if not config.warm_start_steps and not config.warm_start_from:
     lines.append(
-      "WARNING: ReLoRA is meant to follow a full-rank warm start, and has none here; "
+      "ReLoRA is meant to follow a full-rank warm start, and has none here; "
       "set --config.warm_start_steps or --config.warm_start_from"
     )
   return lines
 
 
 def jagged_cosine(config):
-  """The config's cosine, here ending at `min_lr_ratio`, with a climb from 0 after each restart."""
+  """The schedule of the config with a linear warm-up from 0 after each restart."""
   every, first = config.relora.restart_every, first_restart(config)
   last_restart = lambda step: jnp.maximum(step // every * every, first)
-  return warm_up_again(cosine(config, end=config.min_lr_ratio), last_restart, config.relora.restart_warmup_steps)
+  return warm_up_again(config_schedule(config), last_restart, config.relora.restart_warmup_steps)
 
 
 def merge_adapters(params, frozen, draw, scale):
-  """W ← W + s·B·A, A drawn anew, B ← 0 in all layers; returns params and frozen, with the same function.
+  """W ← W + s·B·A, new A, B ← 0 in all layers; returns the new params and frozen, which have the same function.
 
   Args:
-    draw: (number of a layer among all of them, shape (r, in)) -> its new A.
+    draw: (number of a layer among all layers, shape (r, in)) -> its new A.
   """
   flat, merged = flatten_dict(params), {}
-  for number, (path, base) in enumerate(sorted(bases(frozen).items())):
-    a, b = (*path, "lora_a"), (*path, "lora_b")
+  for number, (path, base) in enumerate(sorted(frozen_layers(frozen).items())):
+    a, b = (*path, LORA_A), (*path, LORA_B)
     first = number * len(flat[a])
     base, flat[a], flat[b] = merge_stack(base, flat[a], flat[b], first, draw, scale)
     merged |= {(*path, name): value for name, value in base.items()}
@@ -100,41 +111,73 @@ def merge_adapters(params, frozen, draw, scale):
 
 
 def merge_stack(base, lora_a, lora_b, first, draw, scale):
-  """`merge_adapters` for the L layers from number `first` on, in place: at once they would take a second stack.
+  """`merge_adapters` for L stacked layers, the first of which has the number `first`.
 
-  Shapes: base {"kernel" [L, in, out], maybe its tail}, lora_a [L, r, in], lora_b [L, r, out].
+  The layers are merged one after the other, in place; all at once would need memory for a second stack.
+
+  Shapes: base {"kernel": [L, in, out]} or with the residual, lora_a [L, r, in], lora_b [L, r, out].
   """
-  wide = jnp.promote_types(base["kernel"].dtype, jnp.float32)
+  wide = jnp.promote_types(base[KERNEL].dtype, jnp.float32)
 
-  def one(layer, stacks):
+  def merge_layer(layer, stacks):
     base, lora_a, lora_b = stacks
     old = {name: stack[layer] for name, stack in base.items()}
-    new = write(merge(read(old), lora_a[layer], lora_b[layer], scale, wide), old)
+    new = store_kernel(merge(load_kernel(old), lora_a[layer], lora_b[layer], scale, wide), old)
     base = {name: stack.at[layer].set(new[name]) for name, stack in base.items()}
     fresh = draw(first + layer, lora_a.shape[1:])
     return base, lora_a.at[layer].set(fresh), lora_b.at[layer].set(0)
 
-  return jax.lax.fori_loop(0, len(lora_a), one, (base, lora_a, lora_b))
+  return jax.lax.fori_loop(0, len(lora_a), merge_layer, (base, lora_a, lora_b))
 
 
 def draw_a(key, dtype, number, shape):
-  """A new A for `merge_adapters`, uniform in ±1/√in."""
+  """A new A of shape (r, in) for `merge_adapters`, uniform in ±1/√in."""
   bound = shape[1] ** -0.5
   return jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
 
 
+def magnitude_mask(x, ratio: float):
+  """Mark the elements of `x` above the `ratio`-quantile of |x|, computed in float32 as in the authors' code."""
+  return jnp.abs(x) > jnp.quantile(jnp.abs(x).astype(jnp.float32), ratio).astype(x.dtype)
+
+
+def prune_moments(state: VectorAdamState, pruned, keep: Callable) -> VectorAdamState:
+  """Set most elements of mu and nu to 0, by the same mask, in the leaves marked by `pruned`; counts are kept.
+
+  Args:
+    pruned: a tree of bools like the parameters, true for leaves stacked along layers, [layers, …].
+    keep: (number of a layer among those of all leaves, its mu) -> mask of the elements to keep.
+  """
+  (mu, structure), nu, first = jax.tree.flatten(state.mu), jax.tree.leaves(state.nu), 0
+  for leaf, chosen in enumerate(jax.tree.leaves(pruned)):
+    if chosen:
+      mu[leaf], nu[leaf] = _prune_stack(mu[leaf], nu[leaf], first, keep)
+      first += len(mu[leaf])
+  return state._replace(mu=jax.tree.unflatten(structure, mu), nu=jax.tree.unflatten(structure, nu))
+
+
+def _prune_stack(mu, nu, first, keep):
+  """Prune one layer after the other, in place; masks of all layers at once would take memory in every step."""
+
+  def prune_layer(layer, moments):
+    mask = keep(first + layer, moments[0][layer])
+    return tuple(x.at[layer].set(jnp.where(mask, x[layer], 0)) for x in moments)
+
+  return jax.lax.fori_loop(0, len(mu), prune_layer, (mu, nu))
+
+
 def survivors(key, relora, number, mu):
-  """Which moments of one layer's A or B outlive a restart, [r, d] bool, from the first moments `mu`."""
+  """Mask [r, d] of the moments of one layer's A or B that a restart keeps; `mu` are its first moments."""
   if relora.prune == "magnitude":
     return magnitude_mask(mu, relora.prune_ratio)
   return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - relora.prune_ratio, mu.shape)
 
 
 def build(config) -> Method:
-  """`LoRADense` layers under plain Adam; before the gradients of the step after t = K·j, the restart."""
+  """`LoRADense` layers and Adam; the restart precedes the gradients of step K·j + 1."""
   relora, scale = config.relora, adapter_scale(config.rank, config.relora.alpha)
-  kinds = dict(alpha=relora.alpha, adapter_init="lora", kernel_tail=True, **adapter_dtypes(config))
-  dense = partial(LoRADense, rank=config.rank, **kinds)
+  options = dict(alpha=relora.alpha, adapter_init="lora", kernel_residual=True, **adapter_dtypes(config))
+  dense = partial(LoRADense, rank=config.rank, **options)
   schedule, dtype = jagged_cosine(config), jnp.dtype(config.param_dtype)
 
   def restart(step, carry):
@@ -147,7 +190,7 @@ def build(config) -> Method:
     last = state.step - 1
     due = (last % relora.restart_every == 0) & (last >= first_restart(config))
     carry = (state.params, state.frozen, state.opt_state)
-    # A loop of one turn or none, counted in steps, not a branch: XLA copies what passes through a branch.
+    # A loop with 0 or 1 iterations: XLA copies arrays that pass through a conditional. Its counter is the step.
     params, frozen, opt_state = jax.lax.fori_loop(state.step, state.step + due, restart, carry)
     return state._replace(params=params, frozen=frozen, opt_state=opt_state)
 

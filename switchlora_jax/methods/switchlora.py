@@ -1,4 +1,4 @@
-"""SwitchLoRA: LoRA whose vectors are switched with spare candidates at every step (Algorithm 2)."""
+"""SwitchLoRA: LoRA that switches some of its vectors with spare candidates in every step (Algorithm 2)."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import SwitchLoRADense
-from switchlora_jax.lowrank.spares import coverage, draw_picks, draw_uniforms
+from switchlora_jax.lowrank.spares import coverage, draw_spare_indices, draw_uniforms, exchanged_bytes
 from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_cycles, switch
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
@@ -18,11 +18,13 @@ ORDERS = ("sequential", "random")
 
 
 def check(config):
-  """Raise `UserError` unless some layer can switch and the schedule leaves every vector time to thaw."""
+  """Raise `UserError` unless a layer can switch and vectors are frozen for at most half a switch interval."""
   lora.check(config)
   model, hint = config.model, "or use --config.method=lora"
   if config.rank == 1:
-    raise UserError(f"rank (=1) cannot switch: A's and B's slots must differ; set --config.rank to 2 or more {hint}")
+    raise UserError(
+      f"rank (=1) cannot switch: a step must not switch a slot in both A and B; set --config.rank to 2 or more {hint}"
+    )
   if config.rank >= model.hidden_size:  # the largest min(in, out) of any layer
     raise UserError(
       f"rank (={config.rank}) leaves no spare vectors in any layer (min(in, out) = {model.hidden_size}); "
@@ -46,38 +48,42 @@ def check(config):
 
 
 def schedule(config) -> SwitchSchedule:
-  """The switch schedule of a config."""
+  """The switching schedule of a config."""
   keys = ("interval", "freeze_steps", "decay_point", "decay_to")
   return SwitchSchedule(total_steps=config.steps, **{key: config.switch[key] for key in keys})
 
 
 def cycles(config) -> float:
-  """How many times the candidates of a hidden × hidden layer are cycled over the run, after a warm start if any."""
+  """Expected number of cycles through the candidates of a hidden × hidden layer; a warm start does not switch."""
   if not config.switch.interval:
     return 0.0
   plan = schedule(config)
-  faded = plan.decay_to ** (config.warm_start_steps / (plan.decay_point * plan.total_steps))
-  return faded * expected_cycles(plan, config.rank, config.model.hidden_size)
+  decayed = plan.decay_to ** (config.warm_start_steps / (plan.decay_point * plan.total_steps))
+  return decayed * expected_cycles(plan, config.rank, config.model.hidden_size)
 
 
 def describe(config) -> list[str]:
-  """How often the candidates are cycled, which decides whether switching can matter, and a known danger."""
+  """The number of cycles through the candidates; far below 1, switching can have little effect."""
   if not config.switch.interval:
     return []
-  lines = [f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times"]
-  if config.param_dtype == config.frozen_dtype == "bfloat16":
-    lines.append(
-      "WARNING: switching rounds bfloat16 base kernels at every step, and they drift; they do not with "
-      "--config.param_dtype=float32, nor with --config.frozen_dtype=bfloat16 under it"
-    )
-  return lines
+  return [f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times"]
+
+
+def warnings(config) -> list[str]:
+  """Warn if base kernels are stored in bfloat16 without a residual."""
+  if not config.switch.interval or not config.param_dtype == config.frozen_dtype == "bfloat16":
+    return []
+  return [
+    "switching rounds bfloat16 base kernels at every step, and they drift; they do not with "
+    "--config.param_dtype=float32, nor with --config.frozen_dtype=bfloat16 under it"
+  ]
 
 
 def build(config) -> Method:
-  """`SwitchLoRADense` layers; between gradients and optimizer, the switch, without which kernels have no tails."""
+  """`SwitchLoRADense` layers and the switch; with an interval of 0, neither a switch nor residuals of the kernels."""
   switches = config.switch.interval > 0
-  kinds = dict(candidates_dtype=jnp.dtype(config.candidates_dtype), kernel_tail=switches)
-  method = lora.build(config, partial(SwitchLoRADense, **kinds))
+  options = dict(candidates_dtype=jnp.dtype(config.candidates_dtype), kernel_residual=switches)
+  method = lora.build(config, partial(SwitchLoRADense, **options))
   if not switches:
     return method
   plan = schedule(config)
@@ -88,21 +94,24 @@ def build(config) -> Method:
     moved = switch(
       state.params, state.frozen, state.candidates, schedule=plan, scale=method.scale, step=state.step,
       uniforms=draw_uniforms(key, state.candidates), skip=skip,
-      picks=draw_picks(jax.random.fold_in(key, 2**31 - 1), state.candidates, plan) if random else None,
+      spare_indices=draw_spare_indices(jax.random.fold_in(key, 2**31 - 1), state.candidates, plan) if random else None,
     )  # fmt: skip
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
     masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.reset else {})
-    covered = {} if random else {"coverage": coverage(moved.candidates)}  # which only the order tells
-    return Adjusted(state, masks, telemetry(moved) | covered)
+    covered = {} if random else {"coverage": coverage(moved.candidates)}
+    return Adjusted(state, masks, switch_metrics(moved) | covered)
 
-  return method._replace(before_update=before_update)
+  return method._replace(
+    before_update=before_update, exchanged_bytes=lambda candidates: exchanged_bytes(candidates, plan)
+  )
 
 
-def telemetry(moved: Switched) -> dict[str, jax.Array]:
-  """What a step's switching did, over all layers.
+def switch_metrics(moved: Switched) -> dict[str, jax.Array]:
+  """Metrics of the switch of one step, over all layers.
 
-  switched: vectors switched a side. frozen_share: of the LoRA vectors that can be switched, in [0, 1].
-  moved_norm: Frobenius norm of what the base kernels absorbed.
+  Returns:
+    switched: number of vectors switched per factor. frozen_share: share of the switchable LoRA vectors that are
+    frozen, in [0, 1]. moved_norm: Frobenius norm of the change of the base kernels.
   """
   masks = [mask for mask in jax.tree.leaves(moved.freeze) if jnp.ndim(mask)]
   frozen = sum(jnp.sum(mask) for mask in masks) / max(1, sum(mask.size for mask in masks))

@@ -1,4 +1,4 @@
-"""The decoder, its loss, its plain weights and generation; `make_model` is the only constructor."""
+"""The LLaMA decoder, its loss, plain weights and text generation. `make_model` is the only constructor."""
 
 from functools import partial
 
@@ -11,15 +11,16 @@ __all__ = ["LLaMA", "make_model", "supports_fused_attention"]
 
 
 def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32, device=None, **options) -> LLaMA:
-  """The LLaMA of the given sizes.
+  """A LLaMA of the given sizes.
 
   Args:
-    sizes: vocab_size, hidden_size, intermediate_size, num_layers, num_heads, as in `config.model`.
-    dense: the factory of the linear layers of a block, `dense(features, name=…)`; by default `flax.linen.Dense`
-      without bias, whose `params` are the plain weights of `models.weights`.
-    dtype: of the computation. param_dtype: of embedding, norms, head and, by default, of the linear layers.
-    device: the device it will run on, which selects the attention kernel; None: the portable kernel.
-    options: `remat`, `head`: see `LLaMA`.
+    sizes: vocab_size, hidden_size, intermediate_size, num_layers and num_heads, as in `config.model`.
+    dense: factory of the linear layers of a block, `dense(features, name=…)`. The default is `flax.linen.Dense`
+      without bias, with which the `params` of the model are the plain weights of `models.weights`.
+    dtype: dtype of the computation.
+    param_dtype: dtype of embedding, norms, head and, by default, of the linear layers.
+    device: the device that runs the model; it selects the attention kernel. None: the portable kernel.
+    options: `remat` and `head`, see `LLaMA`.
   """
   dense = dense or partial(nn.Dense, use_bias=False, dtype=dtype, param_dtype=param_dtype)
   fused = device is not None and supports_fused_attention(device)
@@ -27,5 +28,5 @@ def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32,
 
 
 def supports_fused_attention(device) -> bool:
-  """Whether a device runs cuDNN's attention: an NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
+  """Whether a device supports cuDNN's attention: an NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
   return device.platform == "gpu" and float(device.compute_capability) >= 8

@@ -1,4 +1,4 @@
-"""Text from a model, token by token: keys and values of the past are kept, and each token runs through it once."""
+"""Text generation with a cache of keys and values: each token passes through the model once."""
 
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -12,12 +12,12 @@ from switchlora_jax.errors import UserError
 
 
 class Sampling(NamedTuple):
-  """How a token is chosen by the model's logits.
+  """How the next token is sampled from the logits.
 
   Attributes:
-    temperature: by which logits are divided; 0: always the likeliest token.
-    top_k: the number of likeliest tokens that are drawn from; 0: all.
-    top_p: of these, the likeliest that together have this probability are drawn from; 1: all.
+    temperature: divisor of the logits; 0: greedy decoding.
+    top_k: sample from this number of likeliest tokens; 0: all.
+    top_p: of these, sample from the smallest set of likeliest tokens with at least this total probability; 1: all.
   """
 
   temperature: float = 1.0
@@ -25,10 +25,10 @@ class Sampling(NamedTuple):
   top_p: float = 1.0
 
   def check(self) -> None:
-    """Raise `UserError` where a number makes no sense."""
+    """Raise `UserError` if a number is out of range."""
     if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
       raise UserError(
-        f"temperature (={self.temperature:g}) must be 0, for the likeliest token, or a number from 1e-6 on; try 0.7"
+        f"temperature (={self.temperature:g}) must be 0, for the likeliest token, or at least 1e-6; try 0.7"
       )
     if self.top_k < 0:
       raise UserError(f"top_k (={self.top_k}) must be a number of tokens; try 40, or 0 for all")
@@ -37,9 +37,9 @@ class Sampling(NamedTuple):
 
 
 def truncated(logits, top_k: int, top_p: float):
-  """Logits [pieces] with -inf for what `top_k` and `top_p` leave out; of equal ones the first come first.
+  """Set the logits [pieces] that `top_k` and `top_p` exclude to -inf; of equal logits, the first ranks higher.
 
-  Both keep the likeliest token; `top_p` keeps the one with which the probability is reached.
+  The likeliest token always remains. `top_p` includes the token with which its probability is reached.
   """
   ranked, tokens = jax.lax.top_k(logits, min(top_k or len(logits), len(logits)))
   if top_p < 1:
@@ -50,7 +50,7 @@ def truncated(logits, top_k: int, top_p: float):
 
 
 def draw(logits, key, sampling: Sampling):
-  """A token, [] int32, by its logits [pieces]."""
+  """Sample a token, [] int32, from logits [pieces]."""
   if sampling.temperature == 0:
     return jnp.argmax(logits)
   return jax.random.categorical(key, truncated(logits / sampling.temperature, sampling.top_k, sampling.top_p))
@@ -58,12 +58,14 @@ def draw(logits, key, sampling: Sampling):
 
 @partial(jax.jit, static_argnames=("model", "pieces", "sampling"), donate_argnames="cache")
 def advance(model, variables, cache, tokens, seed, position, *, pieces: int, sampling: Sampling):
-  """Run `tokens` [1, n] behind those in the cache, and draw the one at `position`, which follows them.
+  """Append `tokens` [1, n] to the cache, and sample the next token.
 
   Args:
-    cache: {} or what the last call returned; `seed`: the data of a random key.
+    cache: {} or the cache of the previous call, which is donated.
+    seed: the data of a random key.
+    position: the position of the next token; it is folded into the key.
   Returns:
-    the token, [] int32, and the cache.
+    The token, [] int32, and the cache.
   """
   logits, cache = model.apply({**variables, **cache}, tokens, mutable="cache")
   key = jax.random.fold_in(jax.random.wrap_key_data(seed), position)
@@ -71,16 +73,23 @@ def advance(model, variables, cache, tokens, seed, position, *, pieces: int, sam
 
 
 def generate(model, variables, prompt, *, new_tokens: int, pieces: int, sampling: Sampling, seed: int, end: int):
-  """Continue `prompt`, a list of token ids, at least one; yields at most `new_tokens` ids, those before `end`.
+  """Continue a prompt, token by token.
 
-  Two programs are compiled, one for the prompt and one for a token. Every process must call it, and gets the same ids.
+  It compiles `advance` twice, for the prompt and for one token. On several processes, all must call it and get the
+  same ids.
 
   Args:
-    model: a LLaMA, with adapters or without; variables: its {"params", "frozen"}, wherever they lie.
-    pieces: only ids below it are drawn: the tokenizer's; the model's vocabulary may be larger.
+    model: a LLaMA, with or without adapters.
+    variables: its {"params", "frozen"}, with any sharding.
+    prompt: a list of token ids, at least one.
+    new_tokens: largest number of tokens to generate.
+    pieces: number of tokens of the tokenizer; ids from there up to the model's vocabulary size are never sampled.
+    end: the id at which generation stops.
+  Yields:
+    The new token ids, without `end`.
   """
   model = model.clone(cache_length=len(prompt) + new_tokens, remat="none")
-  # On the host, as the tokens are: the parameters may lie on several devices or processes.
+  # The seed and the tokens are on the host, because the parameters may be on several devices or processes.
   seed = np.asarray(jax.random.key_data(jax.random.key(seed)))
   tokens, cache = prompt, {}
   for position in range(len(prompt), len(prompt) + new_tokens):
@@ -92,13 +101,13 @@ def generate(model, variables, prompt, *, new_tokens: int, pieces: int, sampling
     tokens = [int(token)]
 
 
-def text_as_it_comes(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-  """Parts that together are the text of all tokens; a character that takes several comes with its last."""
+def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+  """Yield the text of tokens in parts; a character that takes several tokens is in the part of the last one."""
   known, shown = [], ""
   for token in tokens:
     known.append(token)
-    # Decoded from the start: whether a piece begins with a space depends on what is before it.
-    text = tokenizer.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # which stands for the bytes of half a character
+    # Decode from the start, because a piece may begin with a space or not, depending on the pieces before it.
+    text = tokenizer.decode(known).rstrip("\N{REPLACEMENT CHARACTER}")  # the decoding of an incomplete character
     yield text[len(shown) :]
     shown = max(shown, text, key=len)
   yield tokenizer.decode(known)[len(shown) :]

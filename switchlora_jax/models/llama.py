@@ -1,6 +1,6 @@
 """LLaMA: RMSNorm, rotary positions, SwiGLU, no biases, untied head, blocks stacked by `nn.scan`.
 
-Each linear layer of a block is made by the factory the model is handed; nothing here knows of adapters.
+A factory passed to the model creates the linear layers of a block. This module is independent of adapters.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from switchlora_jax.parallel.sharding import GATHERED
 EPSILON = 1e-6  # of RMSNorm
 ROPE_BASE = 10_000.0
 INIT = nn.initializers.normal(0.02)
-LINEAR = "linear"  # by this name the policies of `REMAT` know the outputs of a block's linear layers
+LINEAR = "linear"  # checkpoint name of the outputs of a block's linear layers, for the policies of `REMAT`
 REMAT = {
   "none": lambda block: block,
   "linear": partial(nn.remat, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(LINEAR)),
@@ -26,45 +26,50 @@ REMAT = {
 
 
 def all_but_gathered(primitive, *_, **params) -> bool:
-  """A policy that keeps everything but what is gathered, and its casts; by their names alone JAX cannot deny them."""
+  """Remat policy: save everything except all-gathered parameters and their casts.
+
+  `save_anything_except_these_names` does not suffice: it saves the result of the all-gather before it gets its name.
+  """
   return primitive.name not in ("all_gather", "convert_element_type") and params.get("name") != GATHERED
 
 
 def rotary_angles(length: int, head_size: int, dtype=jnp.float32):
-  """Angles [length, head_size / 2] of the rotary positions 0 … length - 1."""
+  """Rotary angles [length, head_size / 2] of positions 0 to length - 1."""
   frequency = ROPE_BASE ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
   return jnp.outer(jnp.arange(length, dtype=dtype), frequency)
 
 
 def rotate(x, angles):
-  """Rotate the two halves of every head by its position's angles; x [batch, length, heads, head_size]."""
+  """Rotate the two halves of each head by the angles of its position; x [batch, length, heads, head_size]."""
   cos, sin = (f(angles)[:, None, :].astype(x.dtype)[None] for f in (jnp.cos, jnp.sin))
   first, second = jnp.split(x, 2, -1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def causal_attention(q, k, v, fused: bool = False):
-  """Softmax attention to the past; all [batch, length, heads, head_size]. Scores in float32 or wider.
+  """Causal softmax attention; scores are computed in float32 or wider.
 
   Args:
-    fused: by cuDNN's kernel, which holds no [length, length] array, where it takes them. Needs an NVIDIA GPU.
+    q, k, v: [batch, length, heads, head_size].
+    fused: use cuDNN's kernel, which stores no [length, length] array, if it supports the arguments. Needs an NVIDIA
+      GPU.
   """
-  if fused and takes_fused(q.dtype, q.shape[1], q.shape[-1]):
+  if fused and supports_fused(q.dtype, q.shape[1], q.shape[-1]):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
   return attention(q, k, v, jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool)))
 
 
 def attention(q, k, v, seen):
-  """Softmax attention of q [batch, queries, heads, head_size] to those of k and v that `seen` [queries, keys] marks."""
-  # Not JAX's own: its softmax is float32 even where the model is float64.
+  """Softmax attention of q [batch, queries, heads, head_size] to the keys in the mask `seen` [queries, keys]."""
+  # `jax.nn.dot_product_attention` computes its softmax in float32 even for float64 inputs.
   wide = jnp.promote_types(q.dtype, jnp.float32)
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
   weights = jax.nn.softmax(jnp.where(seen[None, None], scores, jnp.finfo(wide).min), -1).astype(q.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def takes_fused(dtype, length: int, head_size: int) -> bool:
-  """Whether cuDNN's attention takes them: 16 bits, an even length, heads of a multiple of 8 up to 128."""
+def supports_fused(dtype, length: int, head_size: int) -> bool:
+  """Whether cuDNN's attention supports the shapes: 16 bits, an even length, a head size of 8, 16, …, 128."""
   return dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0 and head_size % 8 == 0 and head_size <= 128
 
 
@@ -83,7 +88,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention and MLP, each behind a norm and added to its input [batch, length, hidden]."""
+  """A pre-norm transformer block: attention and MLP with residual connections, x [batch, length, hidden]."""
 
   num_heads: int
   intermediate_size: int
@@ -106,7 +111,7 @@ class Block(nn.Module):
     return checkpoint_name(self.dense(features, name=name)(x), LINEAR)
 
   def attention(self, x, angles):
-    """What each position of x [batch, length, hidden] takes from itself and the past, those in a cache included."""
+    """Causal self-attention of x [batch, length, hidden], including the positions in a cache."""
     heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
     q, k, v = (self._linear(name, x.shape[-1], x).reshape(heads) for name in "qkv")
     if self.cache_length:
@@ -116,7 +121,7 @@ class Block(nn.Module):
     return self._linear("o", x.shape[-1], mixed.reshape(x.shape))
 
   def cached_attention(self, q, k, v, angles):
-    """Attention of new positions to themselves and to those in the cache, which they join."""
+    """Append the keys and values of new positions to the cache, and attend to all positions in it."""
     empty = lambda: jnp.zeros((len(k), self.cache_length, *k.shape[2:]), k.dtype)
     keys, values = self.variable("cache", "keys", empty), self.variable("cache", "values", empty)
     filled = self.variable("cache", "filled", jnp.zeros, (), jnp.int32)
@@ -129,24 +134,27 @@ class Block(nn.Module):
     return attention(rotate(q, angles), keys.value, values.value, seen)
 
   def mlp(self, x):
+    """SwiGLU, x [batch, length, hidden]."""
     gate = self._linear("gate", self.intermediate_size, x)
     up = self._linear("up", self.intermediate_size, x)
     return self._linear("down", x.shape[-1], nn.silu(gate) * up)
 
 
 class LLaMA(nn.Module):
-  """Token ids [batch, length] to logits [batch, length, vocab_size] in `dtype`; without a head, to its inputs.
+  """A LLaMA decoder: from token ids [batch, length] to logits [batch, length, vocab_size] in `dtype`.
 
   Attributes:
-    dense: makes the seven linear layers of a block: `dense(features, name=…)`.
-    dtype: of the computation; `param_dtype`: of embedding, norms and head.
-    remat: what of a block's activations is kept for the backward pass, the rest being recomputed: `none` keeps
-      them all, `linear` the outputs of the linear layers, `full` the block's input alone.
+    dense: factory of the seven linear layers of a block, `dense(features, name=…)`.
+    dtype: dtype of the computation.
+    param_dtype: dtype of embedding, norms and head.
+    remat: activations of a block that are saved for the backward pass; the others are recomputed. `none` saves all,
+      `linear` the outputs of the linear layers, `full` only the input of the block.
     fused_attention: see `causal_attention`.
-    cache_length: positions for which the collection `cache`, to be mutable, has room; 0: there is none. What a call
-      with a cache is given goes on where the call before it ended, and need not be run again.
-    head: whether to end in logits, or in the hidden states [batch, length, hidden_size] that the head takes.
-    gather: from the variables of one layer as they lie, {collection: tree}, to whole arrays; None: they are whole.
+    cache_length: number of positions of the collection `cache`, which must be mutable; 0: no cache. With a cache, a
+      call continues after the positions of the previous call, which are not computed again.
+    head: if false, return the hidden states before the head, [batch, length, hidden_size].
+    gather: from the variables of one layer as they are sharded, {collection: tree}, to whole arrays. None: they are
+      not sharded.
   """
 
   vocab_size: int
@@ -166,7 +174,7 @@ class LLaMA(nn.Module):
   @nn.compact
   def __call__(self, tokens):
     kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    # Looked up wide and narrowed after: the gradient of a frequent token sums hundreds, too many for bfloat16.
+    # Look up in param_dtype, then cast: the gradient of a frequent token sums hundreds of terms, too many for bfloat16.
     stored = dict(dtype=self.param_dtype, param_dtype=self.param_dtype)
     embed = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=INIT, **stored, name="embed")
     x = embed(tokens).astype(self.dtype)
@@ -187,11 +195,11 @@ class LLaMA(nn.Module):
     return nn.Dense(self.vocab_size, use_bias=False, kernel_init=INIT, **kinds, name="head")(x)
 
   def block(self):
-    """`Block`, gathering its variables and recomputing as the attributes say."""
+    """`Block` with the gathering of `gather` and the recomputation of `remat`."""
     if self.gather is None:
       return REMAT[self.remat](Block)
     block = nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
-    # Kept for the backward pass, what is gathered would pile up to the whole model; it is gathered again.
+    # Saved for the backward pass, the gathered parameters would add up to the whole model. They are gathered again.
     if self.remat == "none":
       return nn.remat(block, prevent_cse=False, policy=all_but_gathered)
     return REMAT[self.remat](block)

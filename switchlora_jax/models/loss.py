@@ -1,7 +1,8 @@
-"""Next-token cross-entropy from the hidden states, a chunk of tokens at a time.
+"""Next-token cross-entropy from the hidden states, one chunk of tokens at a time.
 
-The logits are the largest array of a step: at 16 × 512 tokens and a vocabulary of 32,100 they take 1 GB in
-float32, and their gradient as much again. Here those of `CHUNK` tokens are alive at once, forward and backward.
+The logits are the largest array of a step: for 16 × 512 tokens and a vocabulary of 32,100, they take 1 GB in float32,
+and their gradient takes another 1 GB. The functions here only store the logits of `CHUNK` tokens at a time, in the
+forward and in the backward pass.
 """
 
 import jax
@@ -9,30 +10,34 @@ import jax.numpy as jnp
 
 from switchlora_jax.parallel.sharding import gather, is_split
 
-CHUNK = 1024  # tokens, at most: enough rows to keep a GPU's matrix units busy
+CHUNK = 1024  # largest number of tokens per chunk; enough for the matrix units of a GPU
 
 
 def row_losses(model, params, frozen, rows):
-  """Cross-entropy of each row's `length - 1` next-token targets, their mean; [batch, length] to [batch], nats.
+  """Mean cross-entropy of the `length - 1` next-token targets of each sequence, [batch] in nats, float32 or wider.
 
-  In float32 or wider. To be differentiated, take `mean_loss`: this would keep the logits of all chunks.
+  Not for differentiation, which would store the logits of all chunks; use `mean_loss`.
+
+  Args:
+    rows: token ids [batch, length].
   """
   x, kernel, targets = _head_inputs(model, params, frozen, rows)
   return token_losses(x, kernel, targets).reshape(len(rows), -1).mean(-1)
 
 
 def mean_loss(model, params, frozen, rows):
-  """The mean of `row_losses`, []; its gradient costs no second product for the logits."""
+  """The mean of `row_losses`, []; differentiating it does not compute the logits a second time."""
   return mean_token_loss(*_head_inputs(model, params, frozen, rows))
 
 
 def on_parts(loss, model, params, frozen):
-  """One of the losses above as a device computes it inside a `shard_map`, from its parts of the arrays.
+  """A loss for use inside a `shard_map`, from this device's shards of params and frozen kernels.
 
-  A block's arrays are gathered a layer at a time, inside the model's loop over the layers.
+  The arrays of a block are all-gathered one layer at a time, inside the model's loop over the layers.
 
   Args:
-    params, frozen: PartitionSpecs as from `Placement.specs`.
+    loss: `mean_loss` or `row_losses`.
+    params, frozen: PartitionSpecs from `Placement.specs`.
   Returns:
     (params, frozen, rows) -> the loss of this device's rows.
   """
@@ -40,15 +45,15 @@ def on_parts(loss, model, params, frozen):
   if is_split(blocks):
     model = model.clone(gather=lambda layer: gather(layer, {name: blocks[name] for name in layer}, lost=1))
 
-  def local(held, base, rows):
-    whole = {name: part if name == "blocks" else gather(part, params[name]) for name, part in held.items()}
-    return loss(model, whole, base, rows)
+  def local(param_shards, frozen_shards, rows):
+    whole = {name: part if name == "blocks" else gather(part, params[name]) for name, part in param_shards.items()}
+    return loss(model, whole, frozen_shards, rows)
 
   return local
 
 
 def _head_inputs(model, params, frozen, rows):
-  """Hidden states [tokens, hidden] before the head, its kernel [hidden, vocab] and the targets [tokens]."""
+  """Hidden states [tokens, hidden] before the head, the head's kernel [hidden, vocab] and the targets [tokens]."""
   x = model.clone(head=False).apply({"params": params, "frozen": frozen}, rows)[:, :-1]
   return x.reshape(-1, x.shape[-1]), params["head"]["kernel"], rows[:, 1:].reshape(-1)
 
@@ -56,14 +61,16 @@ def _head_inputs(model, params, frozen, rows):
 def token_losses(x, kernel, targets):
   """−log softmax(x · kernel)[target] of each token, [tokens] in float32 or wider.
 
-  Shapes: x [tokens, hidden], kernel [hidden, vocab], targets [tokens] integers. The product is that of x's dtype.
+  The product is computed from factors in x's dtype.
+
+  Shapes: x [tokens, hidden], kernel [hidden, vocab], targets [tokens] integers.
   """
   weight = kernel.astype(x.dtype)
 
-  def one(_, chunk):
+  def chunk_losses(_, chunk):
     return None, _softmax(*chunk, weight)[0]
 
-  _, losses = jax.lax.scan(one, None, _chunks(x, targets))
+  _, losses = jax.lax.scan(chunk_losses, None, _chunks(x, targets))
   return losses.reshape(-1)[: len(targets)]
 
 
@@ -71,9 +78,9 @@ def token_losses(x, kernel, targets):
 def mean_token_loss(x, kernel, targets):
   """The mean of `token_losses`, [].
 
-  Differentiated, the forward pass has the gradients as well: each chunk's logits are at hand only then. They are
-  those of a cotangent of 1, by whose true value the backward pass multiplies them; hence a scalar loss. The
-  kernel's is summed in float32 or wider, whatever the dtype of the products.
+  When differentiated, the forward pass also computes the gradients, because each chunk's logits exist only then. It
+  assumes a cotangent of 1; the backward pass multiplies by the actual cotangent, which works because the loss is a
+  scalar. The gradient of the kernel is summed in float32 or wider.
   """
   return token_losses(x, kernel, targets).mean()
 
@@ -82,15 +89,15 @@ def _forward(x, kernel, targets):
   weight, tokens = kernel.astype(x.dtype), len(targets)
   wide = jnp.promote_types(x.dtype, jnp.float32)
 
-  def one(d_kernel, chunk):
+  def chunk_gradients(d_kernel, chunk):
     x, targets = chunk
     losses, probabilities = _softmax(x, targets, weight)
     is_target = jnp.arange(weight.shape[-1])[None] == targets[:, None]
-    d_logits = (probabilities - is_target).astype(x.dtype)  # of the sum over tokens; the mean's may underflow
+    d_logits = (probabilities - is_target).astype(x.dtype)  # for the sum over tokens; those of the mean may underflow
     dx = jnp.matmul(d_logits, weight.T, preferred_element_type=wide) / tokens
     return d_kernel + jnp.matmul(x.T, d_logits, preferred_element_type=wide), (losses, dx.astype(x.dtype))
 
-  d_kernel, (losses, dx) = jax.lax.scan(one, zeros_accumulator(kernel.astype(wide)), _chunks(x, targets))
+  d_kernel, (losses, dx) = jax.lax.scan(chunk_gradients, zeros_accumulator(kernel.astype(wide)), _chunks(x, targets))
   dx = dx.reshape(-1, x.shape[-1])[:tokens]
   return losses.reshape(-1)[:tokens].mean(), (dx, (d_kernel / tokens).astype(kernel.dtype))
 
@@ -104,10 +111,9 @@ mean_token_loss.defvjp(_forward, _backward)
 
 
 def zeros_accumulator(x):
-  """Zeros like x, for a loop to add gradients to.
+  """Gradient accumulator; `0 * x` stops XLA sharing it with the optimizer's zeros.
 
-  Not constant: the optimizer has zeros of this shape too, and XLA would make one array of both and keep it, beside
-  the sum, for the whole step.
+  XLA would otherwise merge both constants into one array and keep it, besides the sum, for the whole step.
   """
   return 0 * x
 
@@ -122,9 +128,9 @@ def _softmax(x, targets, weight):
 
 
 def _chunks(x, targets):
-  """x [chunks, size, hidden] and targets [chunks, size], filled up with zeros that nothing is counted of.
+  """Split x into [chunks, size, hidden] and targets into [chunks, size], padded with zeros whose losses are dropped.
 
-  The chunks are as few as they can be and as equal; their size is a multiple of 8, which matrix units like.
+  The number of chunks is the smallest possible. Their size is a multiple of 8, for the matrix units.
   """
   tokens = len(targets)
   chunks = -(-tokens // CHUNK)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
+from switchlora_jax.lowrank.layers import ADAPTER
+from switchlora_jax.lowrank.spares import SPARES
+
 DATA, FSDP = "data", "fsdp"
 BOTH = (DATA, FSDP)
 GATHERED = "gathered"  # the name under which a rematerialisation policy finds what `gather` returns
@@ -67,7 +70,7 @@ class Placement(NamedTuple):
     )
 
   def _of_candidates(self, path, leaf):
-    if path[-1].key not in ("spare_a", "spare_b") or self.candidates == "replicated":
+    if path[-1].key not in SPARES or self.candidates == "replicated":
       return replicated(self.mesh)
     if self.candidates == "host":
       return NamedSharding(self.mesh, PartitionSpec(), memory_kind="pinned_host")
@@ -77,7 +80,7 @@ class Placement(NamedTuple):
     """The state with its spares filled up with rows of zeros, until the devices divide them; nothing reads these."""
 
     def padded(path, leaf):
-      if path[-1].key not in ("spare_a", "spare_b"):
+      if path[-1].key not in SPARES:
         return leaf
       return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 2) + [(0, -leaf.shape[-2] % self.mesh.size), (0, 0)])
 
@@ -111,7 +114,7 @@ def _spec(path, shape, parts: int) -> PartitionSpec:
   if parts == 1 or not axes:
     return PartitionSpec()
   axis = max(axes, key=lambda axis: shape[axis])
-  if names[-1] in ("lora_a", "lora_b") and len(shape) - 2 in axes:
+  if names[-1] in ADAPTER and len(shape) - 2 in axes:
     axis = len(shape) - 2  # a switch moves whole vectors: cut across, they would have to be put together first
   return PartitionSpec(*[None] * axis, FSDP)
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from switchlora_jax.lowrank.spares import exchanged_bytes
-from switchlora_jax.methods import switchlora
 from switchlora_jax.parallel.sharding import by_rows
 from switchlora_jax.planning import cost
 from switchlora_jax.planning.collectives import Collective, collectives
@@ -112,7 +110,7 @@ def plan(phase: Phase, config, mesh, host: int) -> Plan:
     candidates=device_bytes(state.candidates),
     optimizer=device_bytes(state.opt_state),
     host=host,
-    exchanged=exchanged_bytes(state.candidates, switchlora.schedule(config)),
+    exchanged=phase.exchanged_bytes,
     temporaries=memory["temporaries"],
     peak=memory["peak"] - host,
     moved=moved_bytes(memory, config.accumulation) - 2 * host,

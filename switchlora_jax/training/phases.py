@@ -1,4 +1,4 @@
-"""What a resolved config compiles to: a program for each phase of its run."""
+"""Compiled phases: what a resolved config compiles to, for each phase of its run."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,17 +19,19 @@ from switchlora_jax.training.step import make_train_step
 
 
 class Phase(NamedTuple):
-  """Everything compiled or about to be, for one phase.
+  """The compiled functions of one phase; each is compiled at its first call.
 
   Attributes:
     model: the LLaMA.
     create: () -> TrainState, the state before step 0, placed on the mesh.
-    abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
-    step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
-    shard_batch: rows [batch, length] on the host, an array or a `batches.Batch`, to int32 on the mesh; a process reads
-      those of its own devices.
-    scale: of the adapters, s = α/r, or None where there are none.
-    start: the first step of its phase.
+    abstract: that state as ShapeDtypeStructs with shardings; it allocates nothing.
+    step: see `step.make_train_step`.
+    eval_step: see `evaluation.make_eval_step`.
+    shard_batch: from sequences [batch, length] on the host, an array or a `batches.Batch`, to an int32 array on the
+      mesh. Each process reads the sequences of its own devices.
+    scale: s = α/r, the scale of the adapters; None if there are none.
+    exchanged_bytes: the largest number of bytes of candidates that one step reads, and that it writes back.
+    start: the first step of the phase.
   """
 
   model: LLaMA
@@ -39,22 +41,23 @@ class Phase(NamedTuple):
   eval_step: Any
   shard_batch: Any
   scale: float | None
+  exchanged_bytes: int
   start: int
 
 
 def build_phase(config, mesh) -> Phase:
-  """The program of the phase in which the config's own method trains."""
+  """The phase in which the method of the config trains."""
   return assemble_phase(config, METHODS[config.method].build(config), mesh)
 
 
 def build_phases(config, mesh) -> list[Phase]:
-  """The programs of a run in the order of their steps: full rank first where `warm_start_steps` says so."""
+  """The phases of a run in order: the full-rank warm start if `warm_start_steps` is set, then the method's phase."""
   main = build_phase(config, mesh)
   return [build_phase(full_rank_config(config), mesh), main] if config.warm_start_steps else [main]
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:
-  """The program that made the state before step `step`, and whose state tree it therefore has."""
+  """The phase that produced the state before step `step`, and whose tree structure that state has."""
   return [phase for phase in phases if phase.start < max(step, 1)][-1]
 
 
@@ -77,7 +80,7 @@ def restore_phase(run: SavedRun, step: int | None, mesh, whole: bool = False):
 
 
 def create_state(model, tx, seed: int, window: int) -> TrainState:
-  """The state before step 0, for a `window` of losses. Pure: under `jax.eval_shape` it allocates nothing."""
+  """The state before step 0; `window` is the number of losses in the spike detector. Pure, so it can be traced."""
   variables = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))
   params = variables["params"]
   zero = lambda: jnp.zeros((), jnp.int32)
@@ -94,30 +97,31 @@ def create_state(model, tx, seed: int, window: int) -> TrainState:
 
 
 def assemble_phase(config, method, mesh) -> Phase:
-  """The program of a config with a given `Method`."""
+  """The phase of a config with a given `Method`."""
   device = mesh.devices.flat[0]
   model = make_model(config.model, method.dense, remat=config.remat, device=device, **dtypes(config))
-  lies = placement(config, mesh)
-  create = lambda: lies.pad(create_state(model, method.optimizer, config.seed, config.spike.window))
+  layout = placement(config, mesh)
+  create = lambda: layout.pad(create_state(model, method.optimizer, config.seed, config.spike.window))
   shapes = jax.eval_shape(create)
-  shardings = lies.shardings(shapes)
-  step = dict(accumulation=config.accumulation, clip_norm=config.clip_norm, spike=config.spike)
+  shardings = layout.shardings(shapes)
+  options = dict(accumulation=config.accumulation, clip_norm=config.clip_norm, spike=config.spike)
   return Phase(
     model=model,
     create=jax.jit(create, out_shardings=shardings),
     abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
-    step=make_train_step(model, method, lies, shapes, **step),
-    eval_step=make_eval_step(model, lies, shapes),
+    step=make_train_step(model, method, layout, shapes, **options),
+    eval_step=make_eval_step(model, layout, shapes),
     shard_batch=partial(shard_batch, mesh),
     scale=method.scale,
+    exchanged_bytes=method.exchanged_bytes(shapes.candidates),
     start=config.warm_start_steps,
   )
 
 
 def shard_batch(mesh, rows) -> jax.Array:
-  """Rows [batch, length], an array or a `batches.Batch`, as int32 on the mesh, each device with its share.
+  """Place sequences [batch, length], an array or a `batches.Batch`, on the mesh as int32, sharded over all devices.
 
-  The batch is the same for any number of processes; each reads the rows of its own devices.
+  The batch is the same for any number of processes. Each process reads the sequences of its own devices.
   """
-  share = lambda index: np.asarray(rows[index[0]], np.int32)
-  return jax.make_array_from_callback(rows.shape, by_rows(mesh), share)
+  shard = lambda index: np.asarray(rows[index[0]], np.int32)
+  return jax.make_array_from_callback(rows.shape, by_rows(mesh), shard)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import sentencepiece
 
-from switchlora_jax.lowrank.kernel_storage import TAIL
+from switchlora_jax.lowrank.kernel_storage import RESIDUAL
 from switchlora_jax.methods import METHODS
 from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
@@ -19,7 +19,7 @@ from switchlora_jax.training import metrics
 def parameter_count(tree) -> int:
   """Numbers in a tree of arrays, abstract or real; head and tail of a kernel are one."""
   leaves = jax.tree.leaves_with_path(tree)
-  return sum(math.prod(leaf.shape) for path, leaf in leaves if TAIL not in jax.tree_util.keystr(path[-1:]))
+  return sum(math.prod(leaf.shape) for path, leaf in leaves if RESIDUAL not in jax.tree_util.keystr(path[-1:]))
 
 
 def bytes_of(tree) -> int:
@@ -55,7 +55,8 @@ def describe(config, *states) -> str:
     f"tokens per step: {config.batch_size * config.seq_len:,}",
     f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
   ]
-  return "\n".join(lines + METHODS[config.method].describe(config))
+  method = METHODS[config.method]
+  return "\n".join(lines + method.describe(config) + [f"WARNING: {text}" for text in method.warnings(config)])
 
 
 def describe_data(summary: dict) -> str:

@@ -1,4 +1,4 @@
-"""One training step as one dispatch: loss → accumulated gradients → clip → the method → update."""
+"""One training step, compiled as one dispatch: loss, accumulated gradients, clipping, the method's hooks, update."""
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +15,27 @@ from switchlora_jax.training import anomalies
 def accumulated_gradients(model, placement: Placement, state, accumulation: int):
   """(params, frozen, rows [batch, length]) -> mean loss and gradients over the batch of all devices.
 
-  Each device sums its `accumulation` micro-batches by itself; the sums meet in one reduction at the
-  end, however many micro-batches there are. Only what is trained in parts (`sharding.trained`) is
-  gathered, and its gradient scattered, in every micro-batch.
+  Each device sums the gradients of its `accumulation` micro-batches locally. One reduction over the devices follows,
+  regardless of the number of micro-batches. Only parameters that are sharded (`sharding.trained`) are all-gathered,
+  and their gradients reduce-scattered, in every micro-batch.
   """
-  held, base = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
-  wanted = placement.specs(state.params, "gradient")
-  loss_of = on_parts(mean_loss, model, held, base)
+  param_specs, frozen_specs = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
+  grad_specs = placement.specs(state.params, "gradient")
+  loss_of = on_parts(mean_loss, model, param_specs, frozen_specs)
 
   def local(params, frozen, rows):
     value_and_grad = jax.value_and_grad(lambda p, tokens: loss_of(p, frozen, tokens))
     total = _summed(value_and_grad, params, rows.reshape(accumulation, -1, rows.shape[-1]))
     loss, grads = jax.tree.map(lambda x: x / (accumulation * placement.mesh.size), total)
-    return jax.lax.psum(loss, BOTH), reduce(grads, held, wanted)
+    return jax.lax.psum(loss, BOTH), reduce(grads, param_specs, grad_specs)
 
-  rows, everywhere = PartitionSpec(BOTH), PartitionSpec()
-  specs = dict(in_specs=(held, base, rows), out_specs=(everywhere, wanted))
-  return jax.shard_map(local, mesh=placement.mesh, **specs, check_vma=False)
+  in_specs, out_specs = (param_specs, frozen_specs, PartitionSpec(BOTH)), (PartitionSpec(), grad_specs)
+  return jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _summed(value_and_grad, params, micro_batches):
   """The sum of value_and_grad(params, tokens) over micro_batches [accumulation, rows, length]."""
-  if len(micro_batches) == 1:  # a sum of one would keep an array beside it
+  if len(micro_batches) == 1:  # skip the scan and its extra gradient buffer
     return value_and_grad(params, micro_batches[0])
 
   def add(total, tokens):
@@ -47,15 +46,40 @@ def _summed(value_and_grad, params, micro_batches):
   return jax.lax.scan(add, start, micro_batches)[0]
 
 
+def apply_optimizer(method, state: TrainState, grads, masks, skip) -> tuple[TrainState, jax.Array]:
+  """Update params and opt_state by any Optax transformation; if `skip` [] bool is true, both stay bitwise the same.
+
+  The gradients of a skipped step may not be finite. The optimizer gets zeros instead, and its result is discarded.
+
+  Returns:
+    The state and the learning rate, [].
+  """
+  grads = jax.tree.map(lambda g: jnp.where(skip, 0, g), grads)
+  directions, opt_state = method.optimizer.update(grads, state.opt_state, state.params, **masks)
+  rate = jnp.asarray(method.schedule(state.step))
+  updates = jax.tree.map(lambda direction: -rate.astype(direction.dtype) * direction, directions)
+  new = (optax.apply_updates(state.params, updates), opt_state)
+  params, opt_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (state.params, state.opt_state))
+  return state._replace(params=params, opt_state=opt_state), rate
+
+
 def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float, spike):
-  """The jitted step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
+  """The compiled step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
 
-  Made for states like `state`, abstract or not, which lie where `placement` has them.
+  A step is skipped if its loss or gradient norm is not finite, or if the loss is a spike and `spike.action` is "skip".
+  A skipped step changes nothing but `step`, the counters of skipped steps and the spike detector. A skipped spike is
+  not counted in `skipped`.
 
-  A loss or gradient that is not finite skips the whole update, switch included: only `step` and the
-  counters of skipped steps move. So does a loss spike where `spike` (`config.spike`) says skip; it is not counted as
-  skipped. Metrics are [] arrays: loss, grad_norm (before clipping), learning_rate, skipped, skipped_in_a_row, those of
-  `spikes.watch`, and the method's own.
+  Args:
+    method: a `methods.base.Method`; its docstring lists the parts of a step in order.
+    placement: the shardings of the state.
+    state: the train state or its ShapeDtypeStructs, for the shapes.
+    accumulation: number of micro-batches per device.
+    clip_norm: largest global norm of the gradients.
+    spike: `config.spike`.
+  Returns:
+    The jitted step. Its metrics are [] arrays: loss, grad_norm (before clipping), learning_rate, skipped,
+    skipped_in_a_row, those of `anomalies.detect_spike`, and those of the method.
   """
   gradients = accumulated_gradients(model, placement, state, accumulation)
 
@@ -64,23 +88,20 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
     loss, grads = gradients(state.params, state.frozen, rows)
     grads, norm = clip_by_global_norm(grads, clip_norm)
     broken = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-    spiked, known, watched = anomalies.detect_spike(state.spikes, loss, spike)
+    spiked, spikes, spike_metrics = anomalies.detect_spike(state.spikes, loss, spike)
     skip = broken | spiked if spike.action == "skip" else broken
     state, masks, metrics = method.before_update(state, skip)
-    directions, opt_state = method.optimizer.update(grads, state.opt_state, state.params, skip=skip, **masks)
-    rate = jnp.asarray(method.schedule(state.step))
-    updates = jax.tree.map(lambda direction: -rate.astype(direction.dtype) * direction, directions)
+    state, rate = apply_optimizer(method, state, grads, masks, skip)
+    metrics |= method.optimizer_metrics(state.opt_state) | spike_metrics
     state = state._replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
       skipped=state.skipped + broken,
       skipped_in_a_row=jnp.where(broken, state.skipped_in_a_row + 1, 0),
-      spikes=known,
+      spikes=spikes,
     )
-    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate} | watched | method.optimizer_metrics(opt_state)
+    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
-  lies, everywhere = placement.shardings(state), replicated(placement.mesh)
-  shardings = dict(in_shardings=(lies, by_rows(placement.mesh)), out_shardings=(lies, everywhere))
-  return jax.jit(train_step, donate_argnums=0, **shardings)
+  shardings, mesh = placement.shardings(state), placement.mesh
+  in_shardings, out_shardings = (shardings, by_rows(mesh)), (shardings, replicated(mesh))
+  return jax.jit(train_step, donate_argnums=0, in_shardings=in_shardings, out_shardings=out_shardings)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import same_bits
 
-from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
-from switchlora_jax.lowrank.spares import coverage, draw_picks
+from switchlora_jax.lowrank.spares import coverage, draw_spare_indices
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 SCALE = 0.5
@@ -41,9 +41,9 @@ def draw_layers(shape, dtype, seed):
   }  # fmt: skip
 
 
-def picks_at(step, candidates, schedule):
+def indices_at(step, candidates, schedule):
   """The spares that a run in random order takes at a step."""
-  return draw_picks(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
+  return draw_spare_indices(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
 
 
 @lru_cache
@@ -52,8 +52,8 @@ def switcher(interval, freeze_steps, random=False):
   schedule = SwitchSchedule(interval, freeze_steps, total_steps=10_000)
 
   def run(layers, uniforms, step, skip):
-    picks = picks_at(step, layers["candidates"], schedule) if random else None
-    plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, picks=picks, skip=skip)
+    indices = indices_at(step, layers["candidates"], schedule) if random else None
+    plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, spare_indices=indices, skip=skip)
     return switch(**layers, **plan)
 
   return jax.jit(run)
@@ -75,7 +75,7 @@ def history(shape, times, seed, dtype=np.float32, random=False, tails=False, nar
   """
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
   if tails:
-    head, tail = split(layers["frozen"]["kernel"])
+    head, tail = split_float32(layers["frozen"]["kernel"])
     layers["frozen"] = {"kernel": np.asarray(head), "kernel_tail": np.asarray(tail)}
   if narrow:
     layers["candidates"] |= {name: layers["candidates"][name].astype(jnp.bfloat16) for name in ("spare_a", "spare_b")}
@@ -89,7 +89,7 @@ def history(shape, times, seed, dtype=np.float32, random=False, tails=False, nar
 
 
 def switched_rows(before, after, side):
-  """[L, r] bool: the rows of a side that hold another vector than before."""
+  """[L, r] bool: the rows of a factor whose vector has changed."""
   return np.any(before["params"][f"lora_{side}"] != after.params[f"lora_{side}"], axis=-1)
 
 
@@ -98,13 +98,13 @@ def counts(before, after):
 
 
 def in_force(frozen, params):
-  """W + s·BA in float64."""
-  kernel, a, b = (np.asarray(x, np.float64) for x in (read(frozen), params["lora_a"], params["lora_b"]))
+  """The merged weight W + s·BA in float64."""
+  kernel, a, b = (np.asarray(x, np.float64) for x in (load_kernel(frozen), params["lora_a"], params["lora_b"]))
   return kernel + SCALE * np.einsum("lrn,lrm->lnm", a, b)
 
 
 def drift(before, after):
-  """How far a step moved `W + s·BA`."""
+  """The change of `W + s·BA` in a step."""
   return np.abs(in_force(after.frozen, after.params) - in_force(before["frozen"], before["params"])).max()
 
 
@@ -118,7 +118,7 @@ def magnitudes(layers):
 
 @many
 @given(*anything)
-def test_the_weight_in_force_does_not_change_float64(shape, times, seed):
+def test_the_merged_weight_does_not_change_in_float64(shape, times, seed):
   with jax.enable_x64(True):
     for before, after in history(shape, times, seed, np.float64):
       kernel, product = magnitudes(before)
@@ -127,8 +127,8 @@ def test_the_weight_in_force_does_not_change_float64(shape, times, seed):
 
 @few
 @given(*anything)
-def test_spares_of_16_bits_round_the_vectors_that_leave_and_not_the_weight_in_force(shape, times, seed):
-  """What comes back is another vector by a rounding of 2⁻⁹, and the kernel absorbs that one."""
+def test_bfloat16_spares_round_evicted_vectors_and_keep_the_merged_weight(shape, times, seed):
+  """A returning vector differs by a rounding of 2⁻⁹, and the kernel is corrected by the rounded one."""
   with jax.enable_x64(True):
     for before, after in history(shape, times, seed, np.float64, narrow=True):
       kernel, product = magnitudes(before)
@@ -142,7 +142,7 @@ def test_spares_of_16_bits_round_the_vectors_that_leave_and_not_the_weight_in_fo
 
 @many
 @given(*anything)
-def test_the_weight_in_force_does_not_change_float32(shape, times, seed):
+def test_the_merged_weight_does_not_change_in_float32(shape, times, seed):
   """Bound of a step, u = 2⁻²⁴: of 2K terms s·(old − new)·other each is rounded 2K + 2 times, their sum with W K times.
 
   At most: a term is a difference, two products and a place in a sum; W is written at least two terms at a time.
@@ -156,8 +156,8 @@ def test_the_weight_in_force_does_not_change_float32(shape, times, seed):
 
 @few
 @given(*anything)
-def test_with_a_tail_the_weight_is_kept_to_16_bits_and_the_function_to_8(shape, times, seed):
-  """Of W, which a switch writes once for every 32 outer products. The function is the head's.
+def test_with_a_residual_the_weight_keeps_16_bits_and_the_function_8(shape, times, seed):
+  """Of W, which a switch writes once for every 32 outer products. The function is that of the bfloat16 kernel.
 
   It may jump by the rounding of W before and after, but after all the steps it is no farther away than that.
   """
@@ -207,7 +207,7 @@ def test_vectors_are_only_permuted(shape, times, seed):
 
 @few
 @given(st.sampled_from([(1, 0), (12, 5)]), st.integers(0, 2**32 - 1))
-def test_spares_drawn_at_random_change_no_weight_and_lose_no_vector(times, seed):
+def test_random_order_keeps_the_merged_weight_and_all_vectors(times, seed):
   shape = SHAPES[5]  # with more spares than a step can take
   with jax.enable_x64(True):
     steps = history(shape, times, seed, np.float64, random=True)
@@ -221,14 +221,14 @@ def test_spares_drawn_at_random_change_no_weight_and_lose_no_vector(times, seed)
   assert sum(int(after.count) for _, after in steps) > 0
 
 
-def test_spares_drawn_at_random_are_those_that_are_loaded():
-  """And what was evicted lies where they lay; how many go to which slots is as in order."""
+def test_random_order_loads_the_drawn_spares():
+  """Evicted vectors take their places; counts and slots are those of the sequential order."""
   shape, times = SHAPES[5], (1, 0)
   rank, schedule, differ = shape[3], SwitchSchedule(*times, 10_000), False
   in_order = history(shape, times, 5)
   for t, (before, after) in enumerate(history(shape, times, 5, random=True)):
     np.testing.assert_array_equal(counts(before, after), counts(*in_order[t]))
-    for side, offset, rows in zip("ab", (0, rank // 2), picks_at(t, before["candidates"], schedule)[()], strict=True):
+    for side, offset, rows in zip("ab", (0, rank // 2), indices_at(t, before["candidates"], schedule)[()], strict=True):
       differ = differ or np.any(after.params[f"lora_{side}"] != in_order[t][1].params[f"lora_{side}"])
       for layer, count in enumerate(counts(before, after)):
         slots = (before["candidates"]["cursor"][layer] + offset + np.arange(count)) % rank
@@ -241,7 +241,7 @@ def test_spares_drawn_at_random_are_those_that_are_loaded():
 
 @few
 @given(*anything)
-def test_moved_is_the_norm_of_what_the_kernels_absorbed(shape, times, seed):
+def test_moved_is_the_norm_of_the_change_of_the_kernels(shape, times, seed):
   """Squares of float64 sums, which may cancel; a step that switches nothing moves exactly nothing."""
   with jax.enable_x64(True):
     steps = history(shape, times, seed, np.float64)
@@ -316,13 +316,13 @@ def test_the_counterparts_are_reset_and_stay_frozen_for_the_freeze_steps(shape, 
       np.testing.assert_array_equal(after.freeze[f"lora_{side}"][..., 0], since[side] < freeze_steps)
 
 
-def test_the_most_that_may_be_switched_is_switched():
+def test_the_largest_possible_number_of_vectors_is_switched():
   for shape in SHAPES:
     most = min(min(shape[1:3]) - shape[3], shape[3] // 2)
     assert max(counts(*step).max() for step in history(shape, (1, 0), 1)) == most
 
 
-def test_the_freeze_holds_switches_back():
+def test_frozen_vectors_limit_the_number_of_switches():
   """Rank 2, each draw asks for one vector: while one of a side is frozen the other may not be switched."""
   layers, done = draw_layers((1, 6, 20, 2), np.float32, 0), []
   for t in range(6):
@@ -343,7 +343,7 @@ def test_skip_changes_nothing(shape, times, seed):
 
 @many
 @given(st.sampled_from(SHAPES), st.integers(0, 2**32 - 1))
-def test_a_step_that_switches_nothing_moves_only_the_timers(shape, seed):
+def test_a_step_without_a_switch_changes_only_the_timers(shape, seed):
   times = (40, 5)  # fewer than one vector a step is expected, and the largest draw declines it
   before = collections(history(shape, times, seed)[0][1])
   out = switcher(*times)(before, np.full(shape[0], np.float32(1 - 2**-24)), 1, False)
@@ -355,8 +355,8 @@ def test_a_step_that_switches_nothing_moves_only_the_timers(shape, seed):
   assert same_bits(collections(out), before)
 
 
-def test_a_step_that_switches_nothing_turns_no_loop(monkeypatch):
-  """All work on vectors and kernels is in loops: a quiet step runs none, a busy one visits the busy layers."""
+def test_a_step_without_a_switch_runs_no_loop_iteration(monkeypatch):
+  """All work on vectors and kernels is in loops, which visit the layers that switch."""
   turns = []
 
   def fori_loop(lower, upper, body, value):
@@ -376,7 +376,7 @@ def test_a_step_that_switches_nothing_turns_no_loop(monkeypatch):
 
 @settings(max_examples=6, deadline=None)  # each shape is compiled twice
 @given(*anything)
-def test_stacked_layers_are_switched_as_each_alone(shape, times, seed):
+def test_stacked_layers_are_switched_like_single_layers(shape, times, seed):
   layers, uniforms = draw_layers(shape, np.float32, seed), np.random.default_rng(seed).random(shape[0], np.float32)
   together = switcher(*times)(layers, uniforms, 0, False)
   for index in range(shape[0]):
@@ -385,7 +385,7 @@ def test_stacked_layers_are_switched_as_each_alone(shape, times, seed):
     assert same_bits((alone.reset, alone.freeze), take((together.reset, together.freeze), index))
 
 
-def test_kinds_of_layers_are_switched_as_each_alone_and_the_rest_is_left():
+def test_kinds_of_layers_are_switched_independently():
   wide, tall = draw_layers(SHAPES[0], np.float32, 0), draw_layers(SHAPES[3], np.float32, 1)
   tree = {name: {"blocks": {"tall": tall[name], "wide": wide[name]}} for name in wide}
   tree["params"]["head"] = {"kernel": np.ones((2, 2), np.float32)}

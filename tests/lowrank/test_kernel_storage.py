@@ -1,4 +1,4 @@
-"""A float32 cut in two and joined again: how exact, in which order, and at the edges."""
+"""Splitting float32 into bfloat16 and int8 and joining them again: precision, order, special values."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_model import same_bits
 
-from switchlora_jax.lowrank.kernel_storage import bases, join, read, split, write
+from switchlora_jax.lowrank.kernel_storage import frozen_layers, join_float32, load_kernel, split_float32, store_kernel
 
-CUT = jax.jit(split)
-JOIN = jax.jit(join)
+SPLIT = jax.jit(split_float32)
+JOIN = jax.jit(join_float32)
 any_bits = st.lists(st.integers(0, 2**32 - 1), min_size=64, max_size=64)
 many = settings(max_examples=50, deadline=None)
 
@@ -34,27 +34,27 @@ def padded(values):
 
 def there_and_back(values):
   values = padded(values)
-  head, tail = CUT(values)
-  assert (head.dtype, tail.dtype) == (jnp.bfloat16, jnp.int8)
-  return values.astype(np.float64), np.asarray(head, np.float64), np.asarray(JOIN(head, tail), np.float64)
+  kernel, residual = SPLIT(values)
+  assert (kernel.dtype, residual.dtype) == (jnp.bfloat16, jnp.int8)
+  return values.astype(np.float64), np.asarray(kernel, np.float64), np.asarray(JOIN(kernel, residual), np.float64)
 
 
 @many
 @given(any_bits)
-def test_both_parts_together_and_the_head_alone_are_near(bits):
+def test_kernel_with_residual_and_kernel_alone_are_near(bits):
   """Half of the last place kept: 2⁻¹⁶ and 2⁻⁸ of a normal number, 2⁻¹⁴² and 2⁻¹³⁴ of a subnormal one.
 
-  The head is rounded after the 24 bits were, so it may be off by half of their last place more.
+  The kernel is rounded after the 24 bits were, so it may be off by half of their last place more.
   """
-  values, head, joined = there_and_back(finite(bits))
+  values, kernel, joined = there_and_back(finite(bits))
   assert np.all(np.abs(joined - values) <= np.maximum(2.0**-16 * np.abs(values), 2.0**-142))
-  assert np.all(np.abs(head - values) <= np.maximum(2.0**-8 * np.abs(values), 2.0**-134) * (1 + 2.0**-8))
+  assert np.all(np.abs(kernel - values) <= np.maximum(2.0**-8 * np.abs(values), 2.0**-134) * (1 + 2.0**-8))
 
 
-def test_the_bound_is_reached_and_without_the_tail_it_is_not():
-  values, head, joined = there_and_back(floats(0x3F800000 + np.arange(0, 2**16, 1024) + 0x80))
+def test_the_bound_is_reached_with_the_residual_and_exceeded_without():
+  values, kernel, joined = there_and_back(floats(0x3F800000 + np.arange(0, 2**16, 1024) + 0x80))
   assert np.abs(joined / values - 1).max() > 2.0**-16 * 0.99
-  assert np.abs(head / values - 1).max() > 2.0**-9
+  assert np.abs(kernel / values - 1).max() > 2.0**-9
 
 
 @many
@@ -63,37 +63,37 @@ def test_greater_numbers_do_not_become_smaller(bits):
   values = np.sort(finite(bits))
   neighbours = np.sort(np.concatenate([values, np.nextafter(values, np.float32(np.inf))]))[:64]
   for ordered in (values, neighbours):
-    _, head, joined = (x[: len(ordered)] for x in there_and_back(ordered))
-    assert np.all(np.diff(head) >= 0) and np.all(np.diff(joined) >= 0)
+    _, kernel, joined = (x[: len(ordered)] for x in there_and_back(ordered))
+    assert np.all(np.diff(kernel) >= 0) and np.all(np.diff(joined) >= 0)
 
 
 @many
 @given(any_bits)
 @example([0x7F7F8000] * 64)
-def test_what_fits_into_24_bits_comes_back_to_the_bit(bits):
+def test_values_of_24_bits_are_restored_bitwise(bits):
   values = floats(np.asarray(bits, np.uint32) & np.uint32(0xFFFFFF00))
   values = np.where(np.isnan(values), np.float32(1), values)
-  assert same_bits(JOIN(*CUT(values)), values)
+  assert same_bits(JOIN(*SPLIT(values)), values)
 
 
-def test_every_bfloat16_is_a_head_without_a_tail():
+def test_every_bfloat16_has_a_residual_of_0():
   """All 65,536, both zeros and infinities among them; a NaN stays one."""
   values = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
-  head, tail = split(values.astype(np.float32))
+  kernel, residual = split_float32(values.astype(np.float32))
   number = ~np.isnan(values.astype(np.float32))
-  assert not np.any(np.asarray(tail)[number])
-  assert same_bits(np.asarray(head)[number], values[number])
-  assert np.all(np.isnan(np.asarray(head, np.float32)[~number]))
-  assert same_bits(np.asarray(join(head, tail))[number], values.astype(np.float32)[number])
+  assert not np.any(np.asarray(residual)[number])
+  assert same_bits(np.asarray(kernel)[number], values[number])
+  assert np.all(np.isnan(np.asarray(kernel, np.float32)[~number]))
+  assert same_bits(np.asarray(join_float32(kernel, residual))[number], values.astype(np.float32)[number])
 
 
 @many
 @given(any_bits)
 @example([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF] * 8)
-def test_what_is_not_finite_does_not_become_finite(bits):
+def test_nan_and_infinity_remain_so(bits):
   values = floats(bits)
-  head, tail = CUT(values)
-  for kept in (np.asarray(head, np.float32), np.asarray(JOIN(head, tail))):
+  kernel, residual = SPLIT(values)
+  for kept in (np.asarray(kernel, np.float32), np.asarray(JOIN(kernel, residual))):
     assert np.all(np.isnan(kept[np.isnan(values)]))
     assert np.array_equal(kept[np.isinf(values)], values[np.isinf(values)])
 
@@ -108,10 +108,10 @@ def test_many_roundings_are_not_biased():
   last_place, little = 2.0**-15, np.round(little * 2.0**23) / 2.0**23
 
   def step(parts, x):
-    return split(join(*parts) + x), None
+    return split_float32(join_float32(*parts) + x), None
 
-  parts, _ = jax.jit(lambda s, xs: jax.lax.scan(step, split(s), xs))(np.float32(start), np.float32(little))
-  error = (np.asarray(join(*parts), np.float64) - start - little.sum(0)) / last_place
+  parts, _ = jax.jit(lambda s, xs: jax.lax.scan(step, split_float32(s), xs))(np.float32(start), np.float32(little))
+  error = (np.asarray(join_float32(*parts), np.float64) - start - little.sum(0)) / last_place
   deviation = (10_000 / 12 / 256) ** 0.5
   assert abs(error.mean()) < 5 * deviation and error.std() > 10
 
@@ -120,23 +120,23 @@ KERNEL = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_kernel_without_a_tail_is_read_as_it_is_and_cast_when_written(dtype):
-  base = write(KERNEL, {"kernel": jax.ShapeDtypeStruct((3, 4), dtype)})
+def test_a_kernel_without_a_residual_is_loaded_unchanged_and_stored_with_a_cast(dtype):
+  base = store_kernel(KERNEL, {"kernel": jax.ShapeDtypeStruct((3, 4), dtype)})
   assert list(base) == ["kernel"] and same_bits(base["kernel"], KERNEL.astype(dtype))
-  assert same_bits(read(base), KERNEL.astype(dtype))
+  assert same_bits(load_kernel(base), KERNEL.astype(dtype))
 
 
-def test_a_kernel_with_a_tail_is_read_to_16_bits():
+def test_a_kernel_with_a_residual_is_loaded_with_16_bits():
   like = {"kernel": jnp.zeros((), jnp.bfloat16), "kernel_tail": jnp.zeros((), jnp.int8)}
-  base = write(KERNEL, like)
+  base = store_kernel(KERNEL, like)
   assert {name: x.dtype for name, x in base.items()} == {name: x.dtype for name, x in like.items()}
-  np.testing.assert_allclose(read(base), KERNEL, rtol=2**-16)
+  np.testing.assert_allclose(load_kernel(base), KERNEL, rtol=2**-16)
   assert np.abs(base["kernel"].astype(np.float32) / KERNEL - 1).max() > 2**-10
-  assert same_bits(write(read(base), base), base)
+  assert same_bits(store_kernel(load_kernel(base), base), base)
 
 
 def test_the_layers_of_a_collection_are_found_alone_or_nested():
   layer, other = {"kernel": 1}, {"kernel": 2, "kernel_tail": 3}
-  assert bases(layer) == {(): layer}
-  assert bases({"blocks": {"q": layer, "v": other}}) == {("blocks", "q"): layer, ("blocks", "v"): other}
-  assert bases({}) == {}
+  assert frozen_layers(layer) == {(): layer}
+  assert frozen_layers({"blocks": {"q": layer, "v": other}}) == {("blocks", "q"): layer, ("blocks", "v"): other}
+  assert frozen_layers({}) == {}

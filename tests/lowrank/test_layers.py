@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_model import equations
 
-from switchlora_jax.lowrank.kernel_storage import read
+from switchlora_jax.lowrank.kernel_storage import load_kernel
 from switchlora_jax.lowrank.layers import (
   KERNEL_INIT,
   LoRADense,
@@ -66,7 +66,7 @@ def test_deviations_balance_the_product():
 
 
 @pytest.mark.parametrize("name", RECORDED_LAYERS)
-def test_kernel_after_the_adapter_is_taken_out(name, golden, x64):
+def test_the_initial_kernel_is_the_recorded_one(name, golden, x64):
   arrays = golden("init")[0]
   plain, kernel, lora_a, lora_b = (jnp.asarray(arrays[f"{name}_{key}"].T) for key in ("W0", "W", "A", "B"))
   ours = merge(plain, lora_a.T, lora_b, -1.0 / lora_b.shape[0])
@@ -204,33 +204,33 @@ NARROW_LAYER = SwitchLoRADense(**NARROW)
   ("layer", "tail"),
   [
     (LoRADense(**NARROW), False),
-    (LoRADense(**NARROW, kernel_tail=True), True),
+    (LoRADense(**NARROW, kernel_residual=True), True),
     (SwitchLoRADense(**NARROW), True),
-    (SwitchLoRADense(**NARROW, kernel_tail=False), False),
+    (SwitchLoRADense(**NARROW, kernel_residual=False), False),
     (SwitchLoRADense(**NARROW, param_dtype=jnp.bfloat16), False),  # nothing is stored more exactly
   ],
 )
-def test_a_kernel_in_16_bits_has_a_tail_where_it_will_be_changed(layer, tail):
+def test_a_bfloat16_kernel_has_a_residual_if_the_method_changes_it(layer, tail):
   frozen = layer.init(jax.random.key(1), jnp.ones((2, 16)))["frozen"]
   kinds = {name: str(values.dtype) for name, values in frozen.items()}
   assert kinds == {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
 
 
-def test_only_the_kernel_is_narrower_and_head_and_tail_are_the_wide_one():
+def test_kernel_and_residual_add_up_to_the_wide_kernel():
   wide, narrow = (kind.init(jax.random.key(1), jnp.ones((2, 16))) for kind in (SwitchLoRADense(24, 4), NARROW_LAYER))
   (kernel,) = wide.pop("frozen").values()
   base = narrow.pop("frozen")
   assert jax.tree.all(jax.tree.map(np.array_equal, wide, narrow))
-  np.testing.assert_allclose(read(base), kernel, rtol=2**-16)
+  np.testing.assert_allclose(load_kernel(base), kernel, rtol=2**-16)
   assert 2**-10 < np.abs(base["kernel"].astype(np.float32) / kernel - 1).max() < 2**-7
 
 
-def test_the_function_is_that_of_the_head():
+def test_the_residual_does_not_affect_the_function():
   x = draw(jnp.float32, n=16)[0]
   variables = NARROW_LAYER.init(jax.random.key(1), x)
   y = NARROW_LAYER.apply(variables, x)
   lora_a, lora_b = (variables["params"][name] for name in ("lora_a", "lora_b"))
-  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), read(variables["frozen"])
+  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), load_kernel(variables["frozen"])
   np.testing.assert_array_equal(y, merged_dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
   assert np.abs(y - merged_dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale)).max() > 1e-5
   other = variables["frozen"] | {"kernel_tail": ~variables["frozen"]["kernel_tail"]}
@@ -287,6 +287,6 @@ def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked)
 
 
 @pytest.mark.parametrize("wrong", [dict(rank=0), dict(rank=4, adapter_init="kaiming")])
-def test_a_wrong_rank_or_initialisation_is_a_sentence(wrong):
+def test_an_invalid_rank_or_initialisation_raises(wrong):
   with pytest.raises(ValueError, match="must be at least 1 and init"):
     SwitchLoRADense(6, **wrong).init(jax.random.key(0), jnp.ones((1, 8)))

@@ -8,8 +8,9 @@ import pytest
 import small_model
 
 from switchlora_jax.lowrank.layers import lora_vectors, merge, merged_dense
-from switchlora_jax.lowrank.optimizer import clip_by_global_norm, cosine_schedule, vector_adam
+from switchlora_jax.lowrank.optimizer import clip_by_global_norm, vector_adam
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
+from switchlora_jax.methods.schedules import cosine_schedule
 from switchlora_jax.models.loss import mean_loss, row_losses
 from switchlora_jax.parallel.sharding import replicated
 
@@ -42,12 +43,12 @@ def first_state(arrays, meta):
 
 def train(arrays, meta):
   """The 60 steps from the recorded draws: states before each step and at the end, and (loss, norm, count) of each."""
-  told, names = meta["config"], meta["config"]["layers"]
-  scale = told["scaling"][0]
-  point = told["expect_switch_descend_step"] / told["total_steps"]
-  schedule = SwitchSchedule(told["interval"], told["N"], told["total_steps"], point, decay_to=0.3)
-  cosine = cosine_schedule(told["lr"], told["warmup"], told["T"])
-  tx = vector_adam(cosine if told["scheduler"] == "cosine" else told["lr"], vectors=lora_vectors)
+  ref, names = meta["config"], meta["config"]["layers"]
+  scale = ref["scaling"][0]
+  point = ref["expect_switch_descend_step"] / ref["total_steps"]
+  schedule = SwitchSchedule(ref["interval"], ref["N"], ref["total_steps"], point, decay_to=0.3)
+  cosine = cosine_schedule(ref["lr"], ref["warmup"], ref["T"])
+  tx = vector_adam(cosine if ref["scheduler"] == "cosine" else ref["lr"], vectors=lora_vectors)
 
   def loss_of(params, frozen, x, y):
     for name in names:
@@ -61,7 +62,7 @@ def train(arrays, meta):
     params, frozen, candidates, opt_state = state
     step, x, y, uniforms = batch
     loss, grads = jax.value_and_grad(loss_of)(params, frozen, x, y)
-    grads, norm = clip_by_global_norm(grads, told["clip"] or jnp.inf)
+    grads, norm = clip_by_global_norm(grads, ref["clip"] or jnp.inf)
     draws = {(name,): uniforms[index] for index, name in enumerate(names)}
     out = switch(params, frozen, candidates, schedule=schedule, scale=scale, step=step, uniforms=draws)
     updates, opt_state = tx.update(grads, opt_state, out.params, reset=out.reset, freeze=out.freeze)
@@ -70,14 +71,14 @@ def train(arrays, meta):
 
   state = first_state(arrays, meta)
   state = (*state, tx.init(state[0]))
-  batches = (jnp.arange(told["T"], dtype=jnp.int32), *(jnp.asarray(arrays[key]) for key in ("X", "Y", "u")))
+  batches = (jnp.arange(ref["T"], dtype=jnp.int32), *(jnp.asarray(arrays[key]) for key in ("X", "Y", "u")))
   last, (states, *reports) = jax.jit(lambda state: jax.lax.scan(one, state, batches))(state)
   states = jax.tree.map(lambda before, end: np.concatenate([before, end[None]]), states, last)
   return states, [np.asarray(report) for report in reports]
 
 
 def spare_ids(loads, rank, candidates):
-  """Which candidate each spare row holds after so many loads: the k-th evicted one is (c - r + k) mod c."""
+  """The candidate in each spare row after a number of loads: the k-th evicted one is (c - r + k) mod c."""
   ids = list(range(candidates - rank))
   for k in range(loads):
     ids[k % len(ids)] = (candidates - rank + k) % candidates
@@ -93,15 +94,15 @@ def test_a_switched_run_passes_through_the_recorded_states(name, golden, x64):
   np.testing.assert_allclose(norm, arrays["grad_norm"], **near)
   np.testing.assert_array_equal(count, arrays["num"].sum(-1))
   for layer in meta["config"]["layers"]:
-    told = {key.removeprefix(f"{layer}/"): value for key, value in arrays.items() if key.startswith(f"{layer}/")}
-    rank, total = told["A"].shape[1], told["candA"].shape[1]
+    ref = {key.removeprefix(f"{layer}/"): value for key, value in arrays.items() if key.startswith(f"{layer}/")}
+    rank, total = ref["A"].shape[1], ref["candA"].shape[1]
     for row, t in enumerate(meta["rows"]["states"]):
-      np.testing.assert_allclose(frozen[layer]["kernel"][t].T, told["W"][row], **near)
+      np.testing.assert_allclose(frozen[layer]["kernel"][t].T, ref["W"][row], **near)
       for key, side, turn in (("A", "lora_a", np.asarray), ("B", "lora_b", np.transpose)):
-        np.testing.assert_allclose(turn(params[layer][side][t]), told[key][row], **near)
-        np.testing.assert_allclose(turn(adam.mu[layer][side][t]), told[f"m{key}"][row], **near)
-        np.testing.assert_allclose(turn(adam.nu[layer][side][t]), told[f"v{key}"][row], **near)
-        np.testing.assert_array_equal(adam.count[layer][side][t][:, 0], told[f"step{key}"][row])
+        np.testing.assert_allclose(turn(params[layer][side][t]), ref[key][row], **near)
+        np.testing.assert_allclose(turn(adam.mu[layer][side][t]), ref[f"m{key}"][row], **near)
+        np.testing.assert_allclose(turn(adam.nu[layer][side][t]), ref[f"v{key}"][row], **near)
+        np.testing.assert_array_equal(adam.count[layer][side][t][:, 0], ref[f"step{key}"][row])
       if "bias" in params[layer]:
         for tree, suffix in ((params, ""), (adam.mu, "/m"), (adam.nu, "/v"), (adam.count, "/step")):
           np.testing.assert_allclose(tree[layer]["bias"][t], arrays[f"other/{layer}_bias{suffix}"][row], **near)
@@ -109,12 +110,12 @@ def test_a_switched_run_passes_through_the_recorded_states(name, golden, x64):
     for row, t in enumerate(meta["rows"]["candidates"]):
       ids = spare_ids(kept["cursor"][t], rank, total)
       for key, side in (("A", "a"), ("B", "b")):
-        assert sorted(ids) == sorted(set(range(total)) - set(told[f"sel{key}"][t])), "the spares are what no slot holds"
-        np.testing.assert_allclose(kept[f"spare_{side}"][t], told[f"cand{key}"][row][ids], **near)
-    np.testing.assert_array_equal(kept["cursor"] % rank, told["curA"])
-    np.testing.assert_array_equal((kept["cursor"] + rank // 2) % rank, told["curB"])
-    np.testing.assert_array_equal(kept["timer_a"], told["fixedA"])
-    np.testing.assert_array_equal(kept["timer_b"], told["fixedB"])
+        assert sorted(ids) == sorted(set(range(total)) - set(ref[f"sel{key}"][t])), "the spares are what no slot holds"
+        np.testing.assert_allclose(kept[f"spare_{side}"][t], ref[f"cand{key}"][row][ids], **near)
+    np.testing.assert_array_equal(kept["cursor"] % rank, ref["curA"])
+    np.testing.assert_array_equal((kept["cursor"] + rank // 2) % rank, ref["curB"])
+    np.testing.assert_array_equal(kept["timer_a"], ref["fixedA"])
+    np.testing.assert_array_equal(kept["timer_b"], ref["fixedB"])
   assert count.sum() == sum(meta["config"]["switched_per_layer"])
 
 
@@ -167,10 +168,10 @@ def part(arrays, prefix):
 
 def config(meta, dtype, **changes):
   """The config of a recorded LLaMA."""
-  told = meta["config"]
-  shape = dict(model__vocab_size=told["vocab_size"], model__hidden_size=told["hidden_size"])
-  shape |= dict(model__intermediate_size=told["intermediate_size"], model__num_layers=told["num_hidden_layers"])
-  shape |= dict(model__num_heads=told["num_attention_heads"])
+  ref = meta["config"]
+  shape = dict(model__vocab_size=ref["vocab_size"], model__hidden_size=ref["hidden_size"])
+  shape |= dict(model__intermediate_size=ref["intermediate_size"], model__num_layers=ref["num_hidden_layers"])
+  shape |= dict(model__num_heads=ref["num_attention_heads"])
   return small_model.config(**shape, dtype=dtype, param_dtype=dtype, **changes)
 
 
@@ -191,8 +192,8 @@ def test_logits_loss_and_gradients_are_the_recorded_ones_in_float64(golden, x64)
   np.testing.assert_allclose(loss, arrays["f64_loss"], rtol=0, atol=1e-12)
   grads, recorded = theirs(grads), part(arrays, "f64_g/")
   assert grads.keys() == recorded.keys()
-  for name, told in recorded.items():
-    np.testing.assert_allclose(grads[name][:: 4 if told.ndim > 1 else 1], told, rtol=0, atol=1e-12, err_msg=name)
+  for name, ref in recorded.items():
+    np.testing.assert_allclose(grads[name][:: 4 if ref.ndim > 1 else 1], ref, rtol=0, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("method, devices", [("full", 1), ("lora", 1), ("lora", 2)])
@@ -212,16 +213,16 @@ def test_25_updates_of_the_train_step_are_the_recorded_ones(method, devices, gol
     np.testing.assert_allclose(metrics["loss"], arrays["loss"][t], **near)
     np.testing.assert_allclose(metrics["grad_norm"], arrays["grad_norm"][t], **near)
     np.testing.assert_allclose(metrics["learning_rate"], arrays["lr"][t], **near)
-    for name, told in part(arrays, f"after{t + 1}/").items():
+    for name, ref in part(arrays, f"after{t + 1}/").items():
       mine = theirs(state.params)[name]
-      np.testing.assert_allclose(mine[:: 4 if told.ndim > 1 else 1], told, **near, err_msg=name)
+      np.testing.assert_allclose(mine[:: 4 if ref.ndim > 1 else 1], ref, **near, err_msg=name)
 
   model, ids = small_model.model(options), jnp.asarray(arrays["eval_ids"], jnp.int32)
   np.testing.assert_allclose(row_losses(model, state.params, state.frozen, ids).mean(), arrays["eval_loss"], **near)
-  for name, told in part(arrays, "merged/").items():
+  for name, ref in part(arrays, "merged/").items():
     _, _, layer, kind = name.split(".", 3)
     adapter, kernel = (tree["blocks"][KINDS[kind]] for tree in (state.params, state.frozen))
     merged = merge(kernel["kernel"][int(layer)], adapter["lora_a"][int(layer)], adapter["lora_b"][int(layer)], 1 / 8)
-    np.testing.assert_allclose(merged.T[::8], told, **near, err_msg=name)
+    np.testing.assert_allclose(merged.T[::8], ref, **near, err_msg=name)
   assert step._cache_size() == 1, "all in float64, none compiled anew"
   assert {"after2/lm_head.weight", "after25/lm_head.weight"} <= arrays.keys()

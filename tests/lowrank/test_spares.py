@@ -8,7 +8,14 @@ import small_model
 from jax.sharding import NamedSharding, PartitionSpec
 from small_model import same_bits
 
-from switchlora_jax.lowrank.spares import coverage, draw_picks, draw_uniforms, exchanged_bytes, read_rows, write_rows
+from switchlora_jax.lowrank.spares import (
+  coverage,
+  draw_spare_indices,
+  draw_uniforms,
+  exchanged_bytes,
+  gather_rows,
+  scatter_rows,
+)
 from switchlora_jax.lowrank.switching import SwitchSchedule
 from switchlora_jax.parallel.sharding import BOTH
 
@@ -16,7 +23,7 @@ from switchlora_jax.parallel.sharding import BOTH
 
 
 def candidates_of(layers, value=0.0, spares=2):
-  """The candidates of so many stacked layers of rank 4."""
+  """The candidates of stacked layers of rank 4."""
   vectors, timer = jnp.full((layers, spares, 4 + spares), value), jnp.zeros((layers, 4), jnp.int32)
   cursor = jnp.full(layers, value, jnp.int32)
   return {"spare_a": vectors, "spare_b": vectors, "timer_a": timer, "timer_b": timer, "cursor": cursor}
@@ -39,35 +46,35 @@ def test_draws_do_not_depend_on_what_the_layers_hold():
   assert same_bits(draw_uniforms(key, {"q": candidates_of(3)}), draw_uniforms(key, {"q": candidates_of(3, 1.0)}))
 
 
-PICKING = SwitchSchedule(interval=2)  # at most two vectors a side of a layer of rank 4
+DRAWING = SwitchSchedule(interval=2)  # at most two vectors a side of a layer of rank 4
 
 
-def test_picks_are_distinct_rows_that_follow_from_the_key():
+def test_indices_are_distinct_rows_that_follow_from_the_key():
   key, candidates = jax.random.key(7), {"blocks": {"q": candidates_of(3, spares=50), "v": candidates_of(2, spares=40)}}
-  picks = draw_picks(key, candidates, PICKING)
-  rows = [np.stack(picks["blocks", name]) for name in "qv"]  # [side, layer, K]
+  indices = draw_spare_indices(key, candidates, DRAWING)
+  rows = [np.stack(indices["blocks", name]) for name in "qv"]  # [side, layer, K]
   assert [x.shape for x in rows] == [(2, 3, 2), (2, 2, 2)]
   assert all(x.min() >= 0 for x in rows) and rows[0].max() < 50 and rows[1].max() < 40
   assert all(np.all(x[..., 0] != x[..., 1]) for x in rows)
   flat = [tuple(pair) for x in rows for pair in x.reshape(-1, 2)]
   assert len(set(flat)) == 10, "each side of each layer draws for itself"
-  assert same_bits(draw_picks(key, candidates, PICKING), picks)
-  assert same_bits(draw_picks(key, jax.tree.map(lambda x: x + 1, candidates), PICKING), picks)
-  assert not same_bits(draw_picks(jax.random.fold_in(key, 1), candidates, PICKING), picks)
+  assert same_bits(draw_spare_indices(key, candidates, DRAWING), indices)
+  assert same_bits(draw_spare_indices(key, jax.tree.map(lambda x: x + 1, candidates), DRAWING), indices)
+  assert not same_bits(draw_spare_indices(jax.random.fold_in(key, 1), candidates, DRAWING), indices)
 
 
-def test_picks_are_drawn_evenly_and_without_repetition():
+def test_indices_are_drawn_evenly_and_without_repetition():
   """2,000 draws of 2 rows of 5: each row comes up 800 times, give or take six standard deviations of 22."""
-  draw = jax.jit(jax.vmap(lambda key: draw_picks(key, {"q": candidates_of(1, spares=5)}, PICKING)["q",]))
+  draw = jax.jit(jax.vmap(lambda key: draw_spare_indices(key, {"q": candidates_of(1, spares=5)}, DRAWING)["q",]))
   for side in draw(jax.random.split(jax.random.key(0), 2000)):
     assert np.all(side[..., 0] != side[..., 1])
     for rows, expected, slack in ((side, 800, 132), (side[..., 0], 400, 108)):
       assert np.abs(np.bincount(rows.ravel(), minlength=5) - expected).max() < slack
 
 
-def test_picks_of_every_spare_are_a_permutation():
+def test_indices_of_every_spare_are_a_permutation():
   """The window takes all there are: two spares, of which two are drawn."""
-  for side in draw_picks(jax.random.key(3), {"q": candidates_of(20)}, PICKING)["q",]:
+  for side in draw_spare_indices(jax.random.key(3), {"q": candidates_of(20)}, DRAWING)["q",]:
     np.testing.assert_array_equal(np.sort(side, -1), np.tile([0, 1], (20, 1)))
     assert len({tuple(row) for row in np.asarray(side)}) == 2, "in either order"
 
@@ -85,17 +92,17 @@ def test_coverage_is_the_share_of_the_candidates_of_all_layers():
   np.testing.assert_allclose(coverage({"q": single}), 5 / 6, rtol=1e-6)
 
 
-def test_padding_is_no_candidate():
+def test_padding_is_neither_drawn_nor_counted():
   """Rank 4, 4 + 2 candidates, six rows more that only fill up: drawn never, counted never."""
   padded = candidates_of(20) | {name: jnp.zeros((20, 8, 6)) for name in ("spare_a", "spare_b")}
   assert same_bits(
-    draw_picks(jax.random.key(3), {"q": padded}, PICKING),
-    draw_picks(jax.random.key(3), {"q": candidates_of(20)}, PICKING),
+    draw_spare_indices(jax.random.key(3), {"q": padded}, DRAWING),
+    draw_spare_indices(jax.random.key(3), {"q": candidates_of(20)}, DRAWING),
   )
   assert coverage({"q": padded}) == coverage({"q": candidates_of(20)}) == 4 / 6
 
 
-def test_a_switch_exchanges_what_the_paper_says_and_the_sides_it_leaves_out():
+def test_exchanged_bytes_are_those_of_the_paper_for_both_factors_of_all_layers():
   """1.3B, rank 512, 16 bits: 23.9 MB each way for the 12.8 vectors expected at first; a step has room for 13."""
   sides = [(2048, 2048)] * 4 + [(2048, 5461)] * 2 + [(5461, 2048)]
   spare = lambda width: jax.ShapeDtypeStruct((24, 1536, width), jnp.bfloat16)
@@ -114,16 +121,16 @@ SHARDED = dict(spec=PartitionSpec(None, BOTH))
 
 
 @pytest.mark.parametrize("place", [HOST, SHARDED], ids=["host", "sharded"])
-def test_rows_move_alike_wherever_they_lie(place):
-  """Two of three rows are live in one layer, none in the other; the third one's place is left as it was."""
+def test_rows_are_gathered_and_scattered_with_any_sharding(place):
+  """Two of three rows are active in one layer, none in the other; the third one's place is left as it was."""
   rng, mesh = np.random.default_rng(0), small_model.mesh(8)
   spares = rng.standard_normal((2, 16, 5)).astype(np.float32)
-  picks, live = jnp.array([[14, 15, 0], [3, 4, 5]]), jnp.array([[True, True, False], [False] * 3])
+  indices, active = jnp.array([[14, 15, 0], [3, 4, 5]]), jnp.array([[True, True, False], [False] * 3])
 
   @jax.jit
   def negate(spares):
-    rows = read_rows(spares, picks, live)
-    return rows, write_rows(spares, picks, live, jnp.where(live[:, :, None], -rows, rows))
+    rows = gather_rows(spares, indices, active)
+    return rows, scatter_rows(spares, indices, active, jnp.where(active[:, :, None], -rows, rows))
 
   sharding = NamedSharding(mesh, **place)
   with jax.set_mesh(mesh):

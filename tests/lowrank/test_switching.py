@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_model import same_bits
 
-from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
 from switchlora_jax.lowrank.switching import (
   Layer,
@@ -65,39 +65,39 @@ def replay(case, schedule, uniforms, first_a, first_b):
 def test_schedule_is_the_recorded_one(name, golden, x64):
   """Counts, slots, ids and timers of every step, from the recorded draws."""
   arrays, meta = golden("schedule")
-  told, case, schedule = recorded_case(arrays, meta, name)
-  rank, steps, window = case["r"], len(told["u"]), schedule.window(case["r"], case["c"] - case["r"])
-  assert told["num"].max() <= window, "the window holds every recorded switch"
-  layers, masks, counts = replay(case, schedule, told["u"], told["selA"][0], told["selB"][0])
-  np.testing.assert_array_equal(counts, told["num"])
+  ref, case, schedule = recorded_case(arrays, meta, name)
+  rank, steps, window = case["r"], len(ref["u"]), schedule.window(case["r"], case["c"] - case["r"])
+  assert ref["num"].max() <= window, "the window holds every recorded switch"
+  layers, masks, counts = replay(case, schedule, ref["u"], ref["selA"][0], ref["selB"][0])
+  np.testing.assert_array_equal(counts, ref["num"])
   assert counts.sum() == case["total_switched"]
 
   cursor = layers["candidates"]["cursor"]
-  np.testing.assert_array_equal(cursor, np.cumsum(told["num"]))
-  np.testing.assert_array_equal(cursor % rank, told["curA"][1:])
-  np.testing.assert_array_equal((cursor + rank // 2) % rank, told["curB"][1:])
-  for side, first, counterpart in (("a", told["selA"][0], "B"), ("b", told["selB"][0], "A")):
+  np.testing.assert_array_equal(cursor, np.cumsum(ref["num"]))
+  np.testing.assert_array_equal(cursor % rank, ref["curA"][1:])
+  np.testing.assert_array_equal((cursor + rank // 2) % rank, ref["curB"][1:])
+  for side, first, counterpart in (("a", ref["selA"][0], "B"), ("b", ref["selB"][0], "A")):
     upper = side.upper()
     held = np.concatenate([first[None], layers["params"][f"lora_{side}"][..., 0]])  # ids, before and after each step
     for t in range(steps):
-      slots, loaded, evicted = (told[f"{key}{upper}"][t][: told["num"][t]] for key in ("slots", "loaded", "evicted"))
+      slots, loaded, evicted = (ref[f"{key}{upper}"][t][: ref["num"][t]] for key in ("slots", "loaded", "evicted"))
       expected = held[t].copy()
       expected[slots] = loaded
       np.testing.assert_array_equal(held[t][slots], evicted)
       np.testing.assert_array_equal(held[t + 1], expected)
       hit = np.isin(np.arange(rank), slots)
       np.testing.assert_array_equal(masks["reset"][f"lora_{counterpart.lower()}"][t][:, 0], hit)
-    np.testing.assert_array_equal(held[[0, 10, 100, -1]], told[f"sel{upper}"])
-    np.testing.assert_array_equal(layers["candidates"][f"timer_{side}"], told[f"fixed{upper}"][1:])
-    np.testing.assert_array_equal(masks["freeze"][f"lora_{side}"][..., 0], told[f"frozen{upper}"])
+    np.testing.assert_array_equal(held[[0, 10, 100, -1]], ref[f"sel{upper}"])
+    np.testing.assert_array_equal(layers["candidates"][f"timer_{side}"], ref[f"fixed{upper}"][1:])
+    np.testing.assert_array_equal(masks["freeze"][f"lora_{side}"][..., 0], ref[f"frozen{upper}"])
 
 
 @pytest.mark.parametrize("name", RECORDED.split())
 def test_counts_before_the_cap_are_the_recorded_ones(name, golden, x64):
   arrays, meta = golden("schedule")
-  told, case, schedule = recorded_case(arrays, meta, name)
-  expected = case["r"] * schedule.rate(jnp.arange(len(told["u"]), dtype=jnp.int32)) / schedule.interval
-  np.testing.assert_array_equal(switch_count(told["u"], expected), told["raw_num"])
+  ref, case, schedule = recorded_case(arrays, meta, name)
+  expected = case["r"] * schedule.rate(jnp.arange(len(ref["u"]), dtype=jnp.int32)) / schedule.interval
+  np.testing.assert_array_equal(switch_count(ref["u"], expected), ref["raw_num"])
 
 
 def test_rate_is_the_recorded_one(golden, x64):
@@ -115,10 +115,10 @@ def test_rate_falls_to_its_share_at_the_decay_point_and_stays_positive(x64):
 def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
   """r128: 256 vectors loaded through 32 spare rows, eight rounds; the formula, a mean over draws, says 8.3."""
   arrays, meta = golden("schedule")
-  told, case, schedule = recorded_case(arrays, meta, "r128")
+  ref, case, schedule = recorded_case(arrays, meta, "r128")
   cycles = expected_cycles(schedule, case["r"], case["c"])
   np.testing.assert_allclose(cycles, 128 / 32 * 0.1 * 1000 / (40 * np.log(1 / 0.3)), rtol=1e-12)
-  np.testing.assert_allclose(cycles, told["num"].sum() / (case["c"] - case["r"]), rtol=0.1)
+  np.testing.assert_allclose(cycles, ref["num"].sum() / (case["c"] - case["r"]), rtol=0.1)
 
 
 def test_switch_count_rounds_up_as_often_as_the_fraction_says():
@@ -128,7 +128,7 @@ def test_switch_count_rounds_up_as_often_as_the_fraction_says():
   assert set(np.unique(switch_count(uniforms, 2.0))) == {2}
 
 
-# --- telemetry ----------------------------------------------------------------------------------------------------
+# --- metrics ------------------------------------------------------------------------------------------------------
 
 
 def test_norm_squared_is_that_of_the_products(x64):
@@ -142,21 +142,21 @@ def test_norm_squared_is_that_of_the_products(x64):
 # --- what is and is not switched ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["head alone", "with a tail"])
-def test_a_kernel_in_16_bits_is_rounded_once_a_switch_however_many_vectors_move(tail, unit):
-  """To 8 bits of mantissa, or with a tail to 16; the function, which is the head's, to 8 before and after.
+@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["kernel alone", "with a residual"])
+def test_a_bfloat16_kernel_is_rounded_once_per_switch(tail, unit):
+  """To 8 bits, or with a residual to 16. The function is that of the bfloat16 kernel, rounded to 8 before and after.
 
-  Exact but for that and for 16 outer products of float32, which sum to less than 8.
+  The only other error is that of 16 float32 outer products, which sum to less than 8.
   """
   keys = jax.random.split(jax.random.key(0), 5)
   shapes = ((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
   kernel, *vectors = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-  head, rest = split(kernel)
+  head, rest = split_float32(kernel)
   before = Layer(head, *vectors, rest if tail else None)
   after, _ = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
   assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not tail)
   product = lambda layers: np.einsum("krn,krm->nm", np.float64(layers.lora_a), np.float64(layers.lora_b)) / 16
-  old, new = (np.asarray(read(layers.base)[0], np.float64) for layers in (before, after))
+  old, new = (np.asarray(load_kernel(layers.frozen)[0], np.float64) for layers in (before, after))
   moved = product(before) - product(after)
   assert np.all(np.abs(new - old - moved) <= unit * np.abs(new) + 1e-5) and np.abs(moved).max() > 1
   assert np.abs(new - old - moved).max() > unit / 4, "which a kernel of float32 would keep"

@@ -106,19 +106,19 @@ def test_25_updates_of_a_network_are_the_recorded_ones(golden, x64):
   assert t == 24
 
 
-def aligned(ours, told):
-  """Our directions with the signs of those told: the sign of a singular vector is free."""
-  return ours * jnp.sign(jnp.sum(ours * told, 0, keepdims=True))
+def aligned(ours, ref):
+  """Our directions with the signs of those ref: the sign of a singular vector is free."""
+  return ours * jnp.sign(jnp.sum(ours * ref, 0, keepdims=True))
 
 
 def test_directions_are_the_recorded_ones_up_to_their_sign(golden):
   """From float32 gradients; a rounding of 2⁻²⁴ is amplified by σ₁ over the gap to the next σ, here at most 130."""
   arrays, meta = golden("galore")
   for row in range(5):
-    told = recorded(arrays, "f32", row)
+    ref = recorded(arrays, "f32", row)
     for grad in (arrays["f32/g0"][row].T, arrays["f32/g1"][row]):
       ours = leading_directions(jnp.asarray(grad), meta["hyper"]["rank"])
-      np.testing.assert_allclose(aligned(ours, told[len(grad)]), told[len(grad)], rtol=0, atol=3e-5)
+      np.testing.assert_allclose(aligned(ours, ref[len(grad)]), ref[len(grad)], rtol=0, atol=3e-5)
 
 
 def test_a_run_that_finds_its_own_directions_stays_near_the_recorded_one(golden, x64):
@@ -136,9 +136,9 @@ def test_a_run_that_finds_its_own_directions_stays_near_the_recorded_one(golden,
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_directions_are_found_in_float32_and_kept_in_the_dtype_of_the_gradient(dtype, x64):
   grad = normal(3, 6, 9, dtype=dtype)
-  ours, told = leading_directions(grad, 2), leading_directions(grad.astype(jnp.float32), 2)
-  assert ours.dtype == dtype and told.dtype == jnp.float32
-  np.testing.assert_array_equal(ours, told.astype(dtype))
+  ours, ref = leading_directions(grad, 2), leading_directions(grad.astype(jnp.float32), 2)
+  assert ours.dtype == dtype and ref.dtype == jnp.float32
+  np.testing.assert_array_equal(ours, ref.astype(dtype))
 
 
 # --- what is projected --------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_at_the_full_rank_momentum_is_adams_and_the_step_is_not(x64):
   assert np.abs(momentum(state) - adam_state.mu[0]).max() > 0.1, "a refresh does not rotate the moments"
 
 
-# --- refresh and skip ---------------------------------------------------------------------------------------------
+# --- refresh ------------------------------------------------------------------------------------------------------
 
 
 def counted(refresh_every):
@@ -265,43 +265,45 @@ def counted(refresh_every):
   return scale_by_galore(2, refresh_every, 0.25, projected=matrices, directions=directions), calls
 
 
-def decompositions(refresh_every, skips):
-  """How many are executed at each update of three stacked layers with three kernels, some updates skipped."""
+def decompositions(refresh_every, updates):
+  """The number of decompositions at each update of three stacked layers with three kernels."""
   tx, calls = counted(refresh_every)
-  state, update, told = tx.init(draw(0)), jax.jit(tx.update), []
-  for t, skip in enumerate(skips):
-    _, state = update(draw(t), state, skip=jnp.array(skip))
+  state, update, ref = tx.init(draw(0)), jax.jit(tx.update), []
+  for t in range(updates):
+    _, state = update(draw(t), state)
     jax.block_until_ready(state)
     jax.effects_barrier()
-    told.append(len(calls))
+    ref.append(len(calls))
     calls.clear()
-  return told
+  return ref
 
 
 def test_gradients_are_decomposed_when_a_refresh_is_due_and_not_otherwise():
-  assert decompositions(3, [False] * 8) == [9, 0, 0, 9, 0, 0, 9, 0]
-  assert decompositions(1, [False] * 2) == [9, 9]
+  assert decompositions(3, 8) == [9, 0, 0, 9, 0, 0, 9, 0]
+  assert decompositions(1, 2) == [9, 9]
 
 
-def test_a_skipped_refresh_is_made_up_for():
-  """A skipped update does not count, so what was due is due still."""
-  assert decompositions(3, [True, False, False, True, False, True, False]) == [0, 9, 0, 0, 0, 0, 9]
-
-
-@pytest.mark.parametrize("updates_before", [2, 3])  # the next would keep the projector, or refresh it
-def test_skip_leaves_the_state_as_it_was(updates_before):
-  tx, params = scale_by_galore(2, 3, 0.25, projected=matrices), draw(0)
-  _, state = run(tx, [draw(t) for t in range(updates_before)], params)
-  bad = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan).at[..., 1].set(jnp.inf), draw(4))
-  updates, skipped = jax.jit(tx.update)(bad, state, params, skip=jnp.array(True))
-  assert same_bits(skipped, state) and not any(np.any(u) for u in jax.tree.leaves(updates))
-  _, live = jax.jit(tx.update)(draw(4), skipped, params, skip=jnp.array(False))
-  assert same_bits(live.projector, state.projector) == (updates_before == 2)
-  assert not same_bits(live.mu, state.mu) and int(live.count) == updates_before + 1
+def test_a_refresh_that_falls_on_a_skipped_step_comes_with_the_next():
+  """In the train step, whose skipped steps do not count as updates: the gradients of step 3 are not finite."""
+  config = small_model.config("galore", galore__refresh_every=3)
+  state, step = small_model.first_state(config, 1), small_model.step(config, 1)
+  projectors = []
+  for t in range(8):
+    healthy = host(state.params["embed"]["embedding"])
+    if t == 3:
+      state = state._replace(params=state.params | {"embed": {"embedding": np.full_like(healthy, np.nan)}})
+    before = host(state.opt_state)
+    state, report = step(state, small_model.shard_batch(small_model.rows(config, t), 1))
+    assert same_bits(before, host(state.opt_state)) == (t == 3)
+    if t == 3:
+      state = state._replace(params=state.params | {"embed": {"embedding": healthy}})
+    projectors.append(not same_bits(before.projector, host(state.opt_state.projector)))
+  assert projectors == [True, False, False, False, True, False, False, True]
+  assert (int(state.opt_state.count), int(report["skipped"])) == (7, 1)
 
 
 def failing(grad, rank):
-  """A decomposition that fails where a gradient says so by its first number."""
+  """A decomposition that fails for gradients whose first element is 1e3."""
   return jnp.where(grad[0, 0] == 1e3, jnp.nan, leading_directions(grad, rank))
 
 
@@ -381,7 +383,7 @@ def test_the_loss_falls_and_projectors_change_when_due():
   assert same == [False, True, True] * 5
 
 
-def test_decompositions_of_the_train_step_stand_under_a_cond():
+def test_decompositions_of_the_train_step_are_under_a_cond():
   config = small_model.config("galore")
   rows = small_model.shard_batch(small_model.rows(config, 0), 8)
   traced = jax.make_jaxpr(small_model.step(config, 8))(small_model.first_state(config, 8), rows)
@@ -397,7 +399,7 @@ def test_one_device_gives_what_eight_give(x64):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **near), one[-1].params, eight[-1].params)
 
 
-def test_optimizer_memory_is_what_the_ranks_say():
+def test_optimizer_memory_follows_from_the_rank():
   config = small_model.config("galore")
   size = lambda method: sum(
     leaf.nbytes for leaf in jax.tree.leaves(small_model.first_state(small_model.config(method), 1).opt_state)
@@ -411,7 +413,7 @@ def test_optimizer_memory_is_what_the_ranks_say():
   assert 4 * full < size("full") < 4 * full + 100
 
 
-def test_its_state_comes_back_from_a_checkpoint(tmp_path):
+def test_its_state_is_restored_from_a_checkpoint(tmp_path):
   state = jax.tree.map(lambda x: x + 1, small_model.first_state(small_model.config("galore"), 1))  # not all zeros
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -432,7 +434,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_have_their_sentence(tmp_path, name):
+def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
   changes, sentence = MISTAKES[name]
   with pytest.raises(UserError) as caught:
     resolve(tiny_config(tmp_path, method="galore", **changes), devices=8)
@@ -440,7 +442,7 @@ def test_mistakes_have_their_sentence(tmp_path, name):
 
 
 @pytest.mark.parametrize("rank", [1, 16])
-def test_what_makes_sense_passes(tmp_path, rank):
+def test_a_valid_config_is_accepted(tmp_path, rank):
   config = resolved(tmp_path, method="galore", rank=rank)
   assert (config.learning_rate, config.min_lr_ratio) == (1e-2, 0.1)
 
@@ -450,14 +452,14 @@ def test_the_cosine_ends_at_a_tenth(tmp_path):
   np.testing.assert_allclose([method.schedule(t) for t in (0, 1, 2, 7, 12)], [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-6)
 
 
-def test_refreshes_are_counted_for_the_user(tmp_path):
+def test_the_description_counts_the_refreshes(tmp_path):
   lines = lambda **changes: galore.describe(resolved(tmp_path, method="galore", **changes))
   assert ": 1, one every 200 steps" in lines()[0]
   assert ": 3, one every 5 steps" in lines(galore__refresh_every=5)[0]
   assert ": 2, one every 5 steps" in lines(galore__refresh_every=5, warm_start_steps=2)[0]
 
 
-def test_a_run_tells_of_decompositions_that_fail(monkeypatch):
+def test_failed_decompositions_are_reported(monkeypatch):
   """None of 2 layers of 7 kernels moves; the rest is trained."""
   svd = jnp.linalg.svd
   monkeypatch.setattr(jnp.linalg, "svd", lambda *args, **kwargs: [x * jnp.nan for x in svd(*args, **kwargs)])

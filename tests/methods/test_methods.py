@@ -1,20 +1,27 @@
-"""What every method owes the trainer, and what SwitchLoRA's options change."""
+"""The contract of every method, and the options of SwitchLoRA."""
 
 import pkgutil
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import small_model
 from small_model import host, same_bits
 
 from switchlora_jax import methods
+from switchlora_jax.config import resolve
+from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, switchlora
-from switchlora_jax.methods.base import Method, TrainState
+from switchlora_jax.methods.base import Method, TrainState, dtypes
+from switchlora_jax.methods.schedules import config_schedule
 from switchlora_jax.parallel.sharding import replicated
+from switchlora_jax.training import report as run_report
 from switchlora_jax.training.anomalies import initial_spike_state
 from switchlora_jax.training.phases import create_state
 
@@ -60,17 +67,17 @@ def kinds(tree):
 
 
 def test_every_module_is_in_the_table_under_its_name():
-  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base"}
+  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base", "schedules"}
   assert {name: METHODS[name].__name__.split(".")[-1] for name in METHODS} == {name: name for name in modules}
 
 
 @each
-def test_a_method_has_what_the_table_promises(method):
+def test_a_method_has_the_attributes_of_the_contract(method):
   module, config = METHODS[method], small_model.config(method)
   assert module.__doc__.strip()
   assert module.LEARNING_RATE > 0 and 0 <= module.MIN_LR_RATIO <= 1
   assert module.check(config) is None
-  assert all(isinstance(line, str) and line.strip() for line in module.describe(config))
+  assert all(isinstance(line, str) and line.strip() for line in (*module.describe(config), *module.warnings(config)))
   built = module.build(config)
   assert isinstance(built, Method) and built.schedule(0) == 1e-2
   assert (built.scale is None) == (method in ("full", "galore"))
@@ -97,7 +104,7 @@ def test_steps_train_in_bfloat16_and_keep_float32(method):
 
 
 @pytest.mark.parametrize(("method", "tail"), [("lora", False), ("switchlora", True), ("relora", True)])
-def test_kernels_in_16_bits_stay_so_and_have_a_tail_where_they_change(method, tail):
+def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method, tail):
   states, metrics = train(3, method, frozen_dtype="bfloat16")
   assert all(kinds(state) == kinds(states[0]) for state in states)
   layers = states[-1].frozen["blocks"].values()
@@ -111,13 +118,13 @@ def test_kernels_in_16_bits_stay_so_and_have_a_tail_where_they_change(method, ta
 
 
 @each
-def test_a_step_replays_and_goes_on_from_any_state(method):
-  straight, told = train(3, method)
-  again, told_again = train(3, method)
-  assert same_bits(again, straight) and same_bits(told_again, told)
-  resumed, told_resumed = train(1, method, state=straight[2])
-  assert same_bits(resumed[-1], straight[3]) and same_bits(told_resumed, told[2:])
-  assert not same_bits(told[0]["loss"], told[1]["loss"])
+def test_a_step_is_deterministic_and_resumes_from_any_state(method):
+  straight, reports = train(3, method)
+  again, reports_again = train(3, method)
+  assert same_bits(again, straight) and same_bits(reports_again, reports)
+  resumed, reports_resumed = train(1, method, state=straight[2])
+  assert same_bits(resumed[-1], straight[3]) and same_bits(reports_resumed, reports[2:])
+  assert not same_bits(reports[0]["loss"], reports[1]["loss"])
 
 
 @each
@@ -136,34 +143,79 @@ def test_a_step_that_is_not_finite_changes_nothing(method):
   assert not same_bits(cured.opt_state, healthy.opt_state)
 
 
+# --- a method of one's own ----------------------------------------------------------------------------------------
+
+
+def toy_method():
+  """A module as `switchlora_jax.methods` describes it: full rank with momentum, from a transformation of Optax."""
+
+  def check(config):
+    if not 0 <= config.toy.momentum < 1:
+      raise UserError(
+        f"toy.momentum (={config.toy.momentum}) must be at least 0 and below 1; set --config.toy.momentum"
+      )
+
+  def build(config):
+    dense = partial(nn.Dense, use_bias=False, **dtypes(config))
+    return Method(dense, optax.trace(config.toy.momentum), config_schedule(config))
+
+  facts = lambda config: [f"momentum: {config.toy.momentum}"]
+  own = dict(check=check, build=build, describe=facts, warnings=lambda config: ["momentum is a toy"])
+  return SimpleNamespace(LEARNING_RATE=0.1, MIN_LR_RATIO=0.5, **own)
+
+
+def toy_config(momentum):
+  config = small_model.config("toy", learning_rate=None, min_lr_ratio=None)
+  with config.unlocked():
+    config.toy = {"momentum": momentum}
+  return config
+
+
+def test_a_method_is_a_module_a_line_in_the_table_and_a_section_of_the_config(monkeypatch):
+  monkeypatch.setitem(METHODS, "toy", toy_method())
+  config = resolve(toy_config(0.9), 1)
+  assert (config.learning_rate, config.min_lr_ratio) == (0.1, 0.5)
+  phase = small_model.phase(config, 1)
+  text = run_report.describe(config, phase.abstract)
+  assert "toy.momentum: 0.9" in text and text.endswith("momentum: 0.9\nWARNING: momentum is a toy")
+  state, losses = phase.create(), []
+  for _ in range(8):
+    state, metrics = phase.step(state, phase.shard_batch(small_model.rows(config, 0)))
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0] and phase.step._cache_size() == 1
+  with pytest.raises(UserError, match=r"toy.momentum \(=2.0\) must be at least 0 and below 1"):
+    resolve(toy_config(2.0), 1)
+
+
 # --- SwitchLoRA's options -----------------------------------------------------------------------------------------
 
 
-def test_it_warns_of_kernels_that_drift():
-  told = lambda **changes: " ".join(switchlora.describe(small_model.config("switchlora", **changes)))
-  assert "WARNING: switching rounds bfloat16 base kernels" in told(param_dtype="bfloat16")
+def test_it_warns_that_bfloat16_kernels_drift():
+  warnings = lambda **changes: switchlora.warnings(small_model.config("switchlora", **changes))
+  (warning,) = warnings(param_dtype="bfloat16")
+  assert warning.startswith("switching rounds bfloat16 base kernels")
   never = dict(param_dtype="bfloat16", switch__interval=0)
   for safe in (dict(), dict(frozen_dtype="bfloat16"), dict(param_dtype="bfloat16", frozen_dtype="float32"), never):
-    assert "WARNING" not in told(**safe)
+    assert warnings(**safe) == []
 
 
 @pytest.mark.parametrize("kernels", [{}, dict(frozen_dtype="bfloat16")], ids=["float32", "bfloat16"])
 def test_an_interval_of_0_is_lora_to_the_bit(kernels):
   """At equal learning rate; the candidates are there, and stay where they are."""
-  never, told_never = train(4, "switchlora", switch__interval=0, **kernels)
-  lora, told_lora = train(4, "lora", **kernels)
+  never, reports_never = train(4, "switchlora", switch__interval=0, **kernels)
+  lora, reports_lora = train(4, "lora", **kernels)
   for ours, theirs in zip(never, lora, strict=True):
     assert same_bits(ours._replace(candidates={}), theirs)
     assert ours.candidates and same_bits(ours.candidates, never[0].candidates)
-  assert same_bits(told_never, told_lora)
+  assert same_bits(reports_never, reports_lora)
   assert not same_bits(never[-1].params, never[0].params)
   assert not same_bits(train(4, "switchlora", **kernels)[0][-1].params, lora[-1].params)
 
 
 def layers_alone(**changes):
-  """The states before and after each of four steps of two stacked layers without a model, telemetry, masks' names.
+  """Train two stacked layers without a model for four steps, with the method's switch and optimizer.
 
-  Switch and optimizer are the method's own; the gradients are the parameters.
+  The gradients are the parameters. Returns the states before and after each step, the metrics, and the masks' names.
   """
   method = METHODS["switchlora"].build(small_model.config("switchlora", **changes))
   draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal((2, *shape)), jnp.float32)
@@ -183,22 +235,22 @@ def layers_alone(**changes):
     params = jax.tree.map(lambda p, d: p - 0.1 * d, state.params, direction)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-  masks, states, told = set(jax.eval_shape(method.before_update, state, False).masks), [host(state)], []
+  masks, states, reports = set(jax.eval_shape(method.before_update, state, False).masks), [host(state)], []
   for _ in range(4):
     state, metrics = step(state)
     states.append(host(state))
-    told.append(host(metrics))
-  return states, told, masks
+    reports.append(host(metrics))
+  return states, reports, masks
 
 
 def clocks(state):
   return [state.candidates["q"][name] for name in ("cursor", "timer_a", "timer_b")]
 
 
-def test_without_reset_the_optimizer_is_handed_no_reset_mask():
-  (reset, told, masks), (kept, told_kept, masks_kept) = layers_alone(), layers_alone(switch__reset=False)
+def test_without_reset_the_optimizer_gets_no_reset_mask():
+  (reset, reports, masks), (kept, reports_kept, masks_kept) = layers_alone(), layers_alone(switch__reset=False)
   assert masks == {"freeze", "reset"} and masks_kept == {"freeze"}
-  for one, other in zip(told, told_kept, strict=True):
+  for one, other in zip(reports, reports_kept, strict=True):
     assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
   assert same_bits(clocks(reset[-1]), clocks(kept[-1]))
   count = lambda states: set(np.concatenate([x.ravel() for x in jax.tree.leaves(states[-1].opt_state.count)]))
@@ -207,13 +259,15 @@ def test_without_reset_the_optimizer_is_handed_no_reset_mask():
 
 
 def test_random_order_takes_other_spares_at_the_same_times():
-  (order, told, _), (random, told_random, _) = layers_alone(), layers_alone(switch__order="random")
-  assert same_bits(layers_alone(switch__order="random")[:2], (random, told_random))
-  for one, other in zip(told, told_random, strict=True):
+  (order, reports, _), (random, reports_random, _) = layers_alone(), layers_alone(switch__order="random")
+  assert same_bits(layers_alone(switch__order="random")[:2], (random, reports_random))
+  for one, other in zip(reports, reports_random, strict=True):
     assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
-  assert told[0]["switched"] > 0 and same_bits(clocks(order[-1]), clocks(random[-1]))
+  assert reports[0]["switched"] > 0 and same_bits(clocks(order[-1]), clocks(random[-1]))
   assert not same_bits(order[-1].params, random[-1].params)
-  assert "coverage" in told[0] and "coverage" not in told_random[0], "which is known where they are taken in order"
+  assert "coverage" in reports[0] and "coverage" not in reports_random[0], (
+    "which is known where they are taken in order"
+  )
 
 
 def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
@@ -222,23 +276,23 @@ def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
   class Drawn(BaseException):
     pass
 
-  def seen(*_, picks, **__):
-    raise Drawn(picks)
+  def seen(*_, spare_indices, **__):
+    raise Drawn(spare_indices)
 
-  def picks(step=0, **changes):
+  def indices(step=0, **changes):
     config = small_model.config("switchlora", **dict(switch__order="random") | changes)
     with pytest.raises(Drawn) as drawn:
       METHODS["switchlora"].build(config).before_update(state._replace(step=np.int32(step)), False)
     return drawn.value.args[0]
 
   monkeypatch.setattr(switchlora, "switch", seen)
-  assert len(picks()) == 7 and same_bits(picks(), picks())
-  assert not same_bits(picks(), picks(step=1)) and not same_bits(picks(), picks(seed=1))
-  assert picks(switch__order="sequential") is None
+  assert len(indices()) == 7 and same_bits(indices(), indices())
+  assert not same_bits(indices(), indices(step=1)) and not same_bits(indices(), indices(seed=1))
+  assert indices(switch__order="sequential") is None
 
 
-def test_telemetry_says_what_the_switch_did():
-  """Rank 4 in 14 layers; what a step switches is frozen on the other side in this step and the next (N = 2)."""
+def test_metrics_of_the_switch():
+  """Rank 4 in 14 layers; the counterparts of switched vectors are frozen in this step and the next (N = 2)."""
   states, metrics = train(6, "switchlora")
   loads = [sum(layer["cursor"].sum() for layer in state.candidates["blocks"].values()) for state in states]
   before = 0

@@ -11,17 +11,13 @@ from small_model import host, same_bits
 
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.kernel_storage import read, split
+from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import lora_vectors, merge, merged_dense
-from switchlora_jax.lowrank.optimizer import (
-  VectorAdamState,
-  cosine_schedule,
-  magnitude_mask,
-  prune_moments,
-  scale_by_vector_adam,
-)
+from switchlora_jax.lowrank.optimizer import VectorAdamState, scale_by_vector_adam
 from switchlora_jax.methods import METHODS, relora
 from switchlora_jax.methods.base import TrainState
+from switchlora_jax.methods.relora import magnitude_mask, prune_moments
+from switchlora_jax.methods.schedules import cosine_schedule
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.training.anomalies import initial_spike_state
 
@@ -29,7 +25,7 @@ from switchlora_jax.training.anomalies import initial_spike_state
 
 
 def schedule_of(**changes):
-  """The learning rate at the first so many steps."""
+  """The learning rate at every step."""
   config = small_model.config("relora", **{"learning_rate": 1.0, "min_lr_ratio": 0.1, **changes})
   return np.array(jax.vmap(relora.jagged_cosine(config))(jnp.arange(config.steps + 1, dtype=jnp.int32)))
 
@@ -37,13 +33,13 @@ def schedule_of(**changes):
 @pytest.mark.parametrize(("name", "restarts"), [("relora_cosine_restarts", True), ("relora_cosine_single", False)])
 def test_the_schedule_is_the_recorded_one(name, restarts, golden, x64):
   arrays, meta = golden("schedulers")
-  told = meta[name]
-  every = told["cycle_length"] if restarts else told["num_training_steps"] + 1
+  ref = meta[name]
+  every = ref["cycle_length"] if restarts else ref["num_training_steps"] + 1
   ours = schedule_of(
-    steps=told["num_training_steps"], warmup_steps=told["warmup_steps"], min_lr_ratio=told["min_lr_ratio"],
-    relora__restart_every=every, relora__restart_warmup_steps=told.get("restart_warmup_steps", 0),
+    steps=ref["num_training_steps"], warmup_steps=ref["warmup_steps"], min_lr_ratio=ref["min_lr_ratio"],
+    relora__restart_every=every, relora__restart_warmup_steps=ref.get("restart_warmup_steps", 0),
   )  # fmt: skip
-  steps = np.arange(told["num_training_steps"])  # one later, at no update of a run, theirs begins another cycle
+  steps = np.arange(ref["num_training_steps"])  # one later, at no update of a run, theirs begins another cycle
   np.testing.assert_allclose(ours[steps], arrays[name][steps], rtol=0, atol=1e-12)
   if restarts:
     assert not np.any(ours[::every]) and np.all(np.delete(ours, slice(None, None, every)) > 0)
@@ -54,7 +50,7 @@ def test_the_schedule_is_the_recorded_one(name, restarts, golden, x64):
 )
 def test_the_method_begins_with_a_warm_up_of_its_own_and_restarts_at_later_multiples(start, restarts, x64):
   shape = dict(steps=40, warmup_steps=3, relora__restart_every=10, relora__restart_warmup_steps=5)
-  expected = np.array(jax.vmap(cosine_schedule(1.0, 3, 40, end=0.1))(jnp.arange(41)))
+  expected = np.array(jax.vmap(cosine_schedule(1.0, 3, 40, final_ratio=0.1))(jnp.arange(41)))
   expected[start : start + 3] = expected[start + 3] * np.arange(3) / 3
   for t in restarts:
     expected[t : t + 5] = expected[t + 5] * np.arange(5) / 5
@@ -67,14 +63,14 @@ def test_the_method_begins_with_a_warm_up_of_its_own_and_restarts_at_later_multi
 LAYERS = ("0", "1")
 
 
-def ours(told, row):
+def ours(ref, row):
   """(params, frozen, (mu, nu) of the adapters) of a recorded state, each layer a stack of one."""
-  stack = lambda key, turn=np.asarray: jnp.asarray(turn(told[key][row]))[None]
+  stack = lambda key, turn=np.asarray: jnp.asarray(turn(ref[key][row]))[None]
   adapters = lambda kind: {
     n: {"lora_a": stack(f"{kind}A{n}"), "lora_b": stack(f"{kind}B{n}", np.transpose)} for n in LAYERS
   }
   params = adapters("")
-  params["1"]["bias"] = jnp.asarray(told["bias1"][row])
+  params["1"]["bias"] = jnp.asarray(ref["bias1"][row])
   return params, {n: {"kernel": stack(f"W{n}", np.transpose)} for n in LAYERS}, (adapters("m"), adapters("v"))
 
 
@@ -90,29 +86,29 @@ def part(arrays, group):
   return {key.removeprefix(f"{group}/"): value for key, value in arrays.items() if key.startswith(f"{group}/")}
 
 
-def recorded_config(told):
+def recorded_config(ref):
   """The config of the recorded runs."""
   return small_model.config(
-    "relora", rank=told["rank"], learning_rate=told["lr"], min_lr_ratio=told["min_lr"], warmup_steps=told["warmup"],
-    steps=told["total"], relora__alpha=float(told["alpha"]), relora__restart_every=told["every"],
-    relora__restart_warmup_steps=told["restart_warmup"],
+    "relora", rank=ref["rank"], learning_rate=ref["lr"], min_lr_ratio=ref["min_lr"], warmup_steps=ref["warmup"],
+    steps=ref["total"], relora__alpha=float(ref["alpha"]), relora__restart_every=ref["every"],
+    relora__restart_warmup_steps=ref["restart_warmup"],
   )  # fmt: skip
 
 
-def train_recorded(told, merges, method):
+def train_recorded(ref, merges, method):
   """The 30 recorded updates and the A's recorded at merges: the state after each of them, and their losses."""
-  params, frozen, _ = ours(told, 0)
+  params, frozen, _ = ours(ref, 0)
   opt_state, states, losses = method.optimizer.init(params), [], []
   loss_and_grads = jax.jit(jax.value_and_grad(partial(loss_of, scale=method.scale)))
   for t in range(31):
     if t in merges:
-      new_a = {16: told["newA0"][merges.index(t)], 24: told["newA1"][merges.index(t)]}
+      new_a = {16: ref["newA0"][merges.index(t)], 24: ref["newA1"][merges.index(t)]}
       drawn = lambda number, shape, new_a=new_a: jnp.asarray(new_a[shape[1]])
       params, frozen = relora.merge_adapters(params, frozen, drawn, method.scale)
       opt_state = prune_moments(opt_state, lora_vectors(params), lambda number, mu: jnp.zeros_like(mu, bool))
     states.append((params, frozen, opt_state))
     if t < 30:
-      loss, grads = loss_and_grads(params, frozen, told["X"][t], told["Y"][t])
+      loss, grads = loss_and_grads(params, frozen, ref["X"][t], ref["Y"][t])
       directions, opt_state = method.optimizer.update(grads, opt_state, params)
       rate = method.schedule(t)
       params = jax.tree.map(lambda p, direction, rate=rate: p - rate * direction, params, directions)
@@ -123,14 +119,14 @@ def train_recorded(told, merges, method):
 def test_a_run_with_restarts_passes_through_the_recorded_states(golden, x64):
   """None of the authors' moments outlived a merge in this run, though 0.1% might have."""
   arrays, meta = golden("relora")
-  told, near = part(arrays, "reset"), dict(rtol=0, atol=1e-12)
+  ref, near = part(arrays, "reset"), dict(rtol=0, atol=1e-12)
   method = METHODS["relora"].build(recorded_config(meta["restarts"]))
-  np.testing.assert_allclose(jax.vmap(method.schedule)(jnp.arange(30)), told["lr"], **near)
-  states, losses = train_recorded(told, meta["restarts"]["merges_after_update"], method)
-  np.testing.assert_allclose(losses, told["loss"], **near)
+  np.testing.assert_allclose(jax.vmap(method.schedule)(jnp.arange(30)), ref["lr"], **near)
+  states, losses = train_recorded(ref, meta["restarts"]["merges_after_update"], method)
+  np.testing.assert_allclose(losses, ref["loss"], **near)
   for row, t in enumerate(meta["rows"]["reset"]):
     params, frozen, adam = states[t]
-    expected_params, expected_frozen, moments = ours(told, row)
+    expected_params, expected_frozen, moments = ours(ref, row)
     jax.tree.map(partial(np.testing.assert_allclose, **near), (params, frozen), (expected_params, expected_frozen))
     for tree, expected in zip((adam.mu, adam.nu), moments, strict=True):
       for name in LAYERS:
@@ -142,11 +138,11 @@ def test_a_run_with_restarts_passes_through_the_recorded_states(golden, x64):
 def test_a_merge_is_the_recorded_one(golden, x64):
   """The update at a restart has learning rate 0: A and B are merged as the update before left them."""
   arrays, meta = golden("relora")
-  told, rows = part(arrays, "reset"), meta["rows"]["reset"]
+  ref, rows = part(arrays, "reset"), meta["rows"]["reset"]
   scale = meta["restarts"]["alpha"] / meta["restarts"]["rank"]
   for before, after in ((16, 17), (24, 25)):
-    params, frozen, _ = ours(told, rows.index(before))
-    _, expected, _ = ours(told, rows.index(after))
+    params, frozen, _ = ours(ref, rows.index(before))
+    _, expected, _ = ours(ref, rows.index(after))
     _, merged = relora.merge_adapters(params, frozen, lambda number, shape: jnp.zeros(shape), scale)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-12), merged, expected)
     assert not np.allclose(frozen["0"]["kernel"], expected["0"]["kernel"], atol=1e-2)
@@ -156,11 +152,11 @@ def test_a_merge_is_the_recorded_one(golden, x64):
 def test_pruning_by_magnitude_is_the_recorded_one_tensor_by_tensor(group, golden, x64):
   """The authors prune m and v by masks of their own; 0.8 of 96 elements leaves the threshold right on one of them."""
   arrays, meta = golden("relora")
-  told, inputs, ratio = part(arrays, group), part(arrays, "reset"), float(group.removeprefix("magnitude"))
+  ref, inputs, ratio = part(arrays, group), part(arrays, "reset"), float(group.removeprefix("magnitude"))
   scale = meta["restarts"]["alpha"] / meta["restarts"]["rank"]
   lone_moments = 0
   for row, t in enumerate(meta["rows"]["magnitude"]):
-    params, frozen, (mu, nu) = ours(told, row)
+    params, frozen, (mu, nu) = ours(ref, row)
     grads = jax.grad(loss_of)(params, frozen, inputs["X"][t], inputs["Y"][t], scale)
     for tree in (params, grads):
       del tree["1"]["bias"]  # its moments were not recorded
@@ -170,11 +166,11 @@ def test_pruning_by_magnitude_is_the_recorded_one_tensor_by_tensor(group, golden
     for name in LAYERS:
       for side, turn in (("lora_a", np.asarray), ("lora_b", np.transpose)):
         for kind, tree in pruned.items():
-          x, expected = tree[name][side][0], turn(told[f"pruned/{kind}{side[-1].upper()}{name}"][row])
+          x, expected = tree[name][side][0], turn(ref[f"pruned/{kind}{side[-1].upper()}{name}"][row])
           mask = np.asarray(magnitude_mask(x, ratio))
           np.testing.assert_array_equal(mask, expected != 0)
           np.testing.assert_allclose(np.where(mask, x, 0), expected, rtol=1e-10)
-        m, v = (told[f"pruned/{kind}{side[-1].upper()}{name}"][row] for kind in "mv")
+        m, v = (ref[f"pruned/{kind}{side[-1].upper()}{name}"][row] for kind in "mv")
         lone_moments += np.sum((m != 0) & (v == 0))
   assert lone_moments > 0, "which is what our single mask avoids"
 
@@ -235,7 +231,7 @@ SMALL = dict(relora__restart_every=4, relora__restart_warmup_steps=2, relora__pr
 
 @lru_cache
 def prepared():
-  """A config, its first state on the host, its step and its `prepare`: the tests of this file compile them once."""
+  """A config, its first state on the host, its step and its `prepare`: compiled once for the tests of this file."""
   config = small_model.config("relora", **SMALL)
   prepare = jax.jit(METHODS["relora"].build(config).before_gradients)
   return config, host(small_model.first_state(config, 1)), small_model.step(config, 1), prepare
@@ -300,14 +296,16 @@ def test_a_restart_keeps_the_function_to_the_rounding_of_a_bfloat16_kernel():
 
 
 @pytest.mark.parametrize(("tail", "unit"), [(True, 2**-16), (False, 2**-8)], ids=["with a tail", "head alone"])
-def test_a_kernel_in_16_bits_takes_in_the_adapter_as_exactly_as_it_is_stored(tail, unit):
+def test_a_merge_is_as_exact_as_the_storage_of_the_kernel(tail, unit):
   state, _ = small_layers(small_model.config("relora", **SMALL))
-  head, rest = split(state.frozen["q"]["kernel"])
+  head, rest = split_float32(state.frozen["q"]["kernel"])
   base = {"kernel": head} | ({"kernel_tail": rest} if tail else {})
   frozen, draw = {"q": base}, lambda _, shape: jnp.zeros(shape)
   _, after = jax.jit(lambda *trees: relora.merge_adapters(*trees, draw, 0.5))(state.params, frozen)
-  expected = np.float64(read(base)) + 0.5 * np.einsum("lrn,lrm->lnm", *map(np.float64, state.params["q"].values()))
-  error = np.abs(np.float64(read(after["q"])) - expected)
+  expected = np.float64(load_kernel(base)) + 0.5 * np.einsum(
+    "lrn,lrm->lnm", *map(np.float64, state.params["q"].values())
+  )
+  error = np.abs(np.float64(load_kernel(after["q"])) - expected)
   assert np.all(error <= unit * np.abs(expected) + 1e-6) and error.max() > unit / 4
   assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, frozen)
 
@@ -365,16 +363,16 @@ def restarts_at(config, steps):
 
 
 @pytest.mark.parametrize(("warm_start", "expected"), [(0, [5, 9, 13]), (6, [9, 13]), (8, [13])])
-def test_it_restarts_after_every_multiple_that_the_method_has_trained_to(warm_start, expected):
+def test_it_restarts_after_every_multiple_reached_by_the_method(warm_start, expected):
   assert restarts_at(small_model.config("relora", **SMALL, warm_start_steps=warm_start), 15) == expected
 
 
 def test_it_restarts_where_the_recorded_runs_do(golden):
-  told = golden("relora")[1]["restarts"]
-  assert restarts_at(recorded_config(told), 30) == told["merges_after_update"]
+  ref = golden("relora")[1]["restarts"]
+  assert restarts_at(recorded_config(ref), 30) == ref["merges_after_update"]
 
 
-def test_between_restarts_the_state_is_left_alone():
+def test_between_restarts_the_state_does_not_change():
   states, _ = train(7)
   assert [same_bits(prepared()[3](state), state) for state in states] == [True] * 5 + [False] + [True] * 2
 
@@ -387,7 +385,7 @@ def test_the_learning_rate_is_0_right_before_a_merge():
 
 
 def test_without_a_restart_nothing_is_computed():
-  """Outside the loop of one turn or none there are only scalars, and no branch, through which XLA copies."""
+  """Outside the loop of 0 or 1 iterations there are only scalars, and no conditional, which XLA would copy through."""
   config, state, _, _ = prepared()
   equations = jax.make_jaxpr(METHODS["relora"].build(config).before_gradients)(state).eqns
   assert [e.primitive.name for e in equations].count("while") == 1
@@ -416,7 +414,7 @@ def test_a_step_that_is_skipped_restarts_all_the_same():
   assert not same_bits(after.frozen, before.frozen)
 
 
-def test_a_run_goes_on_from_a_saved_state_bit_by_bit():
+def test_a_run_resumes_bitwise_from_a_saved_state():
   straight, _ = train(7)
   for start in (3, 5):
     assert same_bits(train(7 - start, state=straight[start])[0][-1], straight[7])
@@ -474,7 +472,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_have_their_sentence(name):
+def test_an_invalid_config_raises_an_error_with_a_remedy(name):
   changes, sentence = MISTAKES[name]
   with pytest.raises(UserError) as caught:
     resolve(small_model.config("relora", **SMALL | changes), devices=8)
@@ -490,11 +488,12 @@ def test_the_defaults_are_the_authors():
 
 def test_a_description_counts_the_restarts_and_warns():
   lines = lambda **changes: relora.describe(small_model.config("relora", **SMALL | changes))
+  warnings = lambda **changes: relora.warnings(small_model.config("relora", **SMALL | changes))
   count = lambda **changes: int(lines(**changes)[0].split()[4].rstrip(","))
-  assert lines(steps=14)[0] == "restarts in the run: 3, every 4 steps"
+  assert lines(steps=14) == ["restarts in the run: 3, every 4 steps"]
   assert [count(steps=steps) for steps in (4, 5, 6, 13, 14)] == [0, 0, 1, 2, 3], "a merge needs a step after it"
   assert [count(steps=14, warm_start_steps=start) for start in (3, 4, 8, 14)] == [3, 2, 1, 0]
   unwarmed, lora = "full-rank warm start", "without a restart this is LoRA"
-  assert unwarmed in lines()[-1] and len(lines()) == 2
-  assert len(lines(warm_start_steps=5)) == len(lines(warm_start_from="runs/full")) == 1
-  assert lora in lines(steps=4)[1] and unwarmed in lines(steps=4)[2]
+  assert len(warnings()) == 1 and unwarmed in warnings()[0]
+  assert warnings(warm_start_steps=5) == warnings(warm_start_from="runs/full") == []
+  assert lora in warnings(steps=4)[0] and unwarmed in warnings(steps=4)[1]

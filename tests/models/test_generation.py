@@ -19,7 +19,7 @@ from switchlora_jax.data.tokenizer import train_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import LoRADense, adapter_scale
 from switchlora_jax.models import weights
-from switchlora_jax.models.generation import Sampling, advance, draw, generate, text_as_it_comes, truncated
+from switchlora_jax.models.generation import Sampling, advance, draw, generate, stream_text, truncated
 from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.parallel.sharding import Placement
 
@@ -40,7 +40,7 @@ PLAIN, ADAPTED = (llama(dense) for dense in (partial(nn.Dense, use_bias=False), 
 
 
 def continued(model, variables, prompt, **changes):
-  """What `generate` says, as a list."""
+  """The tokens of `generate`, as a list."""
   options = dict(new_tokens=20, pieces=64, sampling=GREEDY, seed=0, end=-1)
   return list(generate(model, variables, prompt, **options | changes))
 
@@ -60,7 +60,7 @@ def without_cache(model, variables, prompt, new_tokens=20):
 def test_with_a_cache_the_tokens_are_those_without(made, prompt):
   found = continued(*made, prompt)
   assert found == without_cache(*made, prompt)
-  assert len(set(found)) > 5, "it does not say the same all the time"
+  assert len(set(found)) > 5, "the tokens vary"
 
 
 @pytest.mark.parametrize("parts", [[12], [1] * 12, [3, 1, 5, 2, 1], [11, 1]], ids=str)
@@ -76,13 +76,13 @@ def test_a_row_in_any_parts_has_the_logits_of_the_whole(parts):
   assert np.std(whole) > 1
 
 
-def test_adapters_say_what_the_merged_weights_say():
+def test_adapters_generate_the_same_tokens_as_merged_weights():
   _, variables = ADAPTED
   merged = {"params": weights.merged(variables["params"], variables["frozen"], adapter_scale(4))}
   assert continued(PLAIN[0], merged, [5, 6]) == continued(*ADAPTED, [5, 6]) != continued(*PLAIN, [5, 6])
 
 
-def test_arrays_that_lie_on_several_devices_say_the_same():
+def test_sharded_arrays_generate_the_same_tokens():
   model, variables = ADAPTED
   lies = Placement(small_model.mesh(4, 2), trained=True, frozen=True)
   specs = {"params": lies.specs(variables["params"], "trained"), "frozen": lies.specs(variables["frozen"], "frozen")}
@@ -91,7 +91,7 @@ def test_arrays_that_lie_on_several_devices_say_the_same():
   assert continued(model, placed, [5, 6]) == continued(*ADAPTED, [5, 6])
 
 
-def test_two_programs_are_compiled_however_many_tokens():
+def test_two_functions_are_compiled_for_any_number_of_tokens():
   before = advance._cache_size()
   continued(*PLAIN, [1, 2, 3, 4], new_tokens=13)
   assert advance._cache_size() == before + 2
@@ -168,7 +168,7 @@ def test_draws_are_as_frequent_as_they_are_likely(sampling):
 @pytest.mark.parametrize(
   ("sampling", "sentence"),
   [
-    (Sampling(-1), r"temperature \(=-1\) must be 0, .* or a number from 1e-6 on; try 0.7"),
+    (Sampling(-1), r"temperature \(=-1\) must be 0, .* or at least 1e-6; try 0.7"),
     (Sampling(1e-9), r"temperature \(=1e-09\)"),
     (Sampling(float("nan")), r"temperature \(=nan\)"),
     (Sampling(float("inf")), r"temperature \(=inf\)"),
@@ -178,12 +178,12 @@ def test_draws_are_as_frequent_as_they_are_likely(sampling):
     (Sampling(top_p=float("nan")), r"top_p \(=nan\)"),
   ],
 )
-def test_nonsense_is_a_sentence(sampling, sentence):
+def test_invalid_sampling_raises(sampling, sentence):
   with pytest.raises(UserError, match=sentence):
     sampling.check()
 
 
-def test_sense_passes():
+def test_valid_sampling_is_accepted():
   for sampling in (Sampling(), GREEDY, Sampling(1e-6, 10**6, 1e-9)):
     sampling.check()
 
@@ -204,7 +204,7 @@ def tokenizer(tmp_path_factory):
 def test_text_comes_in_whole_characters(tokenizer, text):
   tokens = tokenizer.encode(text)
   assume(tokenizer.decode(tokens) == text)  # not so for a few characters that SentencePiece takes for its own
-  parts = list(text_as_it_comes(tokenizer, tokens))
+  parts = list(stream_text(tokenizer, tokens))
   assert "".join(parts) == text
   assert ("\ufffd" in text) or all("\ufffd" not in part for part in parts)
 
@@ -213,7 +213,7 @@ def test_text_comes_in_whole_characters(tokenizer, text):
 @given(st.lists(st.integers(0, 299), max_size=30))
 def test_any_tokens_come_as_the_text_of_all(tokenizer, tokens):
   """Bytes that make no character, too."""
-  assert "".join(text_as_it_comes(tokenizer, tokens)) == tokenizer.decode(tokens)
+  assert "".join(stream_text(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
 def test_text_comes_as_soon_as_its_tokens(tokenizer):
@@ -226,6 +226,6 @@ def test_text_comes_as_soon_as_its_tokens(tokenizer):
       yield token
 
   parts = []
-  for part in text_as_it_comes(tokenizer, noted()):
+  for part in stream_text(tokenizer, noted()):
     parts.append(part)
   assert seen == [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens))]

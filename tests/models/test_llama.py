@@ -8,7 +8,7 @@ import small_model
 from small_model import equations
 
 from switchlora_jax.lowrank.layers import lora_vectors
-from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, rotate, takes_fused
+from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, rotate, supports_fused
 from switchlora_jax.models.loss import mean_loss
 from switchlora_jax.planning import cost
 
@@ -114,7 +114,7 @@ def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
   ],
 )
 def test_what_cudnn_takes(dtype, length, head_size, taken):
-  assert takes_fused(jnp.dtype(dtype), length, head_size) == taken
+  assert supports_fused(jnp.dtype(dtype), length, head_size) == taken
 
 
 def test_without_a_head_it_ends_in_what_the_head_takes():

@@ -1,4 +1,4 @@
-"""The phases of a run: which program trains which step, and has made which state."""
+"""The phases of a run: which phase trains which step and belongs to which state."""
 
 import jax
 import numpy as np
@@ -12,16 +12,16 @@ from switchlora_jax.parallel.sharding import by_rows, make_mesh
 from switchlora_jax.training import warm_start
 from switchlora_jax.training.phases import Phase, build_phase, build_phases, full_rank_config, phase_at, shard_batch
 
-# --- which program ------------------------------------------------------------------------------------------------
+# --- which phase --------------------------------------------------------------------------------------------------
 
 
 def named(name, start):
-  """A program that has nothing but its start and, for its model, a name."""
+  """A phase with a start and, in place of its model, a name."""
   return Phase(name, *[None] * (len(Phase._fields) - 2), start)
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
-def test_a_state_belongs_to_the_program_that_trained_the_step_before(warm_start_steps, steps):
+def test_a_state_belongs_to_the_phase_of_the_step_before(warm_start_steps, steps):
   """Step t makes the state before step t + 1: full rank does so for t < K, the low-rank method from t = K on."""
   phases = [named("full", 0), named("main", warm_start_steps)]
   trained = ["full" if t < warm_start_steps else "main" for t in range(steps)]
@@ -30,7 +30,7 @@ def test_a_state_belongs_to_the_program_that_trained_the_step_before(warm_start_
 
 
 @given(st.integers(0, 30))
-def test_without_a_warm_start_all_states_belong_to_one_program(step):
+def test_without_a_warm_start_all_states_belong_to_one_phase(step):
   assert phase_at([named("main", 0)], step).model == "main"
 
 
@@ -66,7 +66,7 @@ def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(meth
     assert full_rank_config(resolved(tmp_path, **shape, warm_start_warmup_steps=steps)).to_dict() == full.to_dict()
 
 
-def test_each_device_is_handed_its_own_rows_and_they_are_all(tmp_path):
+def test_each_device_gets_its_shard_of_the_batch(tmp_path):
   class Rows:
     shape, parts = (16, 3), []
 
@@ -81,7 +81,7 @@ def test_each_device_is_handed_its_own_rows_and_they_are_all(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
-def test_what_is_handed_over_lies_where_the_next_phase_has_it(layout, tmp_path):
+def test_the_handed_over_state_has_the_shardings_of_the_next_phase(layout, tmp_path):
   """Shapes, dtypes, and place on each of eight devices: no step is compiled for the state handed over alone."""
   keys = {f"sharding__{key}": value for key, value in layout.items()}
   first, main = build_phases(resolved(tmp_path, warm_start_steps=2, **keys), make_mesh(fsdp=layout.get("fsdp", 1)))

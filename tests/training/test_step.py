@@ -1,25 +1,32 @@
-"""The compiled step: what it sends, what it keeps, what it skips, and that it replays."""
+"""The compiled step: its collectives, replay, skipped steps, and any Optax optimizer in it."""
 
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import poison
 import pytest
 import small_model
 from small_model import host, same_bits
 
+from switchlora_jax.lowrank.layers import lora_vectors
+from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
 from switchlora_jax.lowrank.spares import draw_uniforms
 from switchlora_jax.lowrank.switching import switch
-from switchlora_jax.methods import switchlora
+from switchlora_jax.methods import METHODS, switchlora
+from switchlora_jax.methods.base import Method, TrainState
+from switchlora_jax.methods.galore import scale_by_galore
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.planning.collectives import collectives
 from switchlora_jax.training import step as train_step
+from switchlora_jax.training.phases import assemble_phase
 
 
 @lru_cache
 def prepared(method, devices=8, **changes):
-  """A config, its first state on the host and its step: the tests of this file compile them once."""
+  """A config, its first state on the host and its step: compiled once for the tests of this file."""
   config = small_model.config(method, **changes)
   return config, host(small_model.first_state(config, devices)), small_model.step(config, devices)
 
@@ -45,7 +52,7 @@ def train(steps, method, devices=8, state=None, **changes):
 
 @lru_cache
 def sent(**changes):
-  """How many numbers each collective of a step of SwitchLoRA on 8 devices carries: outside of loops, and within."""
+  """The number of elements of each collective in a SwitchLoRA step on 8 devices: outside of loops, and inside."""
   config = small_model.config("switchlora", batch_size=32, **changes)
   phase = small_model.phase(config, 8)
   rows = small_model.shard_batch(small_model.rows(config, 0), 8)
@@ -56,7 +63,7 @@ def sent(**changes):
   return outside, inside
 
 
-def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
+def test_one_reduction_of_the_trainable_parameters_for_any_accumulation():
   once, often = (sent(accumulation=n) for n in (1, 4))
   assert once[0] and once[1] == often[1] == [], "none in a loop"
   assert len(once[0]) == len(often[0])
@@ -64,8 +71,8 @@ def test_one_reduction_of_the_trained_parameters_whatever_the_accumulation():
   assert sum(once[0]) == sum(often[0]) == trained + 1  # and the loss
 
 
-def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched():
-  """In the switch's own loop, which turns at most once: K = 2 rows a side of each layer of 7 kinds, spares alone."""
+def test_sharded_candidates_communicate_only_switched_rows():
+  """In the loop of the switch, with at most one iteration: K = 2 spares per factor of each layer of 7 kinds."""
   outside, inside = sent(sharding__candidates="sharded")
   assert sum(outside) == sum(sent()[0])
   sides = [16 + 16] * 4 + [16 + 24] * 3
@@ -75,7 +82,7 @@ def test_candidates_on_many_devices_send_nothing_but_the_rows_that_are_switched(
 # --- the compiled step --------------------------------------------------------------------------------------------
 
 
-def test_it_compiles_once_and_takes_its_state():
+def test_it_compiles_once_and_donates_its_state():
   config, first, step = prepared("switchlora")
   state = on_mesh(first)
   for t in range(3):
@@ -98,8 +105,8 @@ def test_the_loss_falls():
 
 def test_one_device_gives_what_eight_give():
   """Only the order of sums differs: some roundings of 2⁻²⁴, which four steps of Adam amplify."""
-  (one, told_by_one), (eight, told_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
-  for left, right in zip(told_by_one, told_by_eight, strict=True):
+  (one, reports_by_one), (eight, reports_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
+  for left, right in zip(reports_by_one, reports_by_eight, strict=True):
     assert left["switched"] == right["switched"]
     np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
     np.testing.assert_allclose(left["grad_norm"], right["grad_norm"], rtol=1e-4)
@@ -142,7 +149,7 @@ def test_draws_follow_from_the_seed_and_the_step():
     )
 
 
-def test_a_run_goes_on_from_a_saved_state_bit_by_bit():
+def test_a_run_resumes_bitwise_from_a_saved_state():
   """Nothing that a step uses lives outside the state: draws, schedules and data follow from `step`."""
   straight, _ = train(6, "switchlora")
   resumed, _ = train(3, "switchlora", state=straight[3])
@@ -201,8 +208,8 @@ def everywhere(state):
 
 @pytest.mark.parametrize("kind", ["gradient", "nan"])
 @pytest.mark.parametrize("layout", [{}, dict(sharding__fsdp=2, sharding__frozen="sharded")])
-def test_what_is_not_finite_on_one_device_of_eight_is_skipped_on_all_alike(monkeypatch, kind, layout):
-  """The rows of one device hurt; whether its neighbours have the same arrays or other parts of them, none moves."""
+def test_a_gradient_not_finite_on_one_device_is_skipped_on_all(monkeypatch, kind, layout):
+  """The batch of one device is damaged; no array changes on any device, replicated or sharded."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
   config = small_model.config("switchlora", **layout)
   phase = small_model.phase(config, 8)
@@ -216,6 +223,109 @@ def test_what_is_not_finite_on_one_device_of_eight_is_skipped_on_all_alike(monke
   assert int(state.skipped) == 1 and same_bits(everywhere(state), before)
   state, report = phase.step(state, phase.shard_batch(small_model.rows(config, 3)))
   assert int(report["skipped_in_a_row"]) == 0 and not same_bits(everywhere(state), before)
+
+
+# --- skipped steps around any optimizer ---------------------------------------------------------------------------
+
+adam_of_vectors = scale_by_vector_adam(vectors=lora_vectors)
+
+
+def with_extra_arguments():
+  """An optimizer that uses an extra argument, as those with line searches or masks of their own do."""
+
+  def update(updates, state, params=None, *, factor=1.0, **_):
+    del params
+    return jax.tree.map(lambda g: factor * g, updates), state + factor
+
+  return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+
+
+def matrices(params):
+  return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def masks(seed):
+  hit = np.random.default_rng(seed).random((4, 1)) < 0.5
+  return {"q": {"lora_a": jnp.asarray(hit), "lora_b": jnp.asarray(~hit)}, "norm": False}
+
+
+OPTIMIZERS = {  # and the keyword arguments that a method might give
+  "adam": (optax.scale_by_adam(), {}),
+  "adamw": (optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)), {}),
+  "schedule": (optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda count: 1 / (1 + count))), {}),
+  "extra arguments": (with_extra_arguments(), {"factor": 0.5}),
+  "vector adam": (adam_of_vectors, {"reset": masks(0), "freeze": masks(1)}),
+  "vector adamw": (optax.chain(adam_of_vectors, optax.add_decayed_weights(0.1)), {"reset": masks(0)}),
+  "galore": (scale_by_galore(2, 2, 0.25, projected=matrices), {}),
+}
+
+
+def drawn_params(seed):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  layer = {"lora_a": jax.random.normal(keys[0], (4, 6)), "lora_b": jax.random.normal(keys[1], (4, 5))}
+  return {"q": layer, "norm": jax.random.normal(keys[2], (5,))}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
+  """… bitwise, with gradients that are not finite; a step that is not skipped is that of the optimizer itself."""
+  tx, extra = OPTIMIZERS[name]
+  method = Method(dense=None, optimizer=tx, schedule=lambda step: 0.1)
+  update = jax.jit(lambda state, grads, skip: train_step.apply_optimizer(method, state, grads, extra, skip)[0])
+  expected = jax.jit(optax.chain(tx, optax.scale_by_learning_rate(0.1)).update)
+  params = drawn_params(0)
+  zero = jnp.zeros((), jnp.int32)
+  state = TrainState(zero, params, {}, {}, tx.init(params), zero, zero, None)
+  for t in range(3):  # some steps first, so that moments and counts are not 0
+    updates, (inner, _) = expected(drawn_params(t + 1), (state.opt_state, optax.ScaleState()), state.params, **extra)
+    reports = optax.apply_updates(state.params, updates), inner
+    state = update(state, drawn_params(t + 1), jnp.array(False))
+    for ours, theirs in zip(jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves(reports), strict=True):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+  grads = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan).at[..., 1].set(jnp.inf), drawn_params(9))
+  skipped = update(state, grads, jnp.array(True))
+  assert same_bits(skipped, state)
+  live = update(skipped, drawn_params(9), jnp.array(False))
+  assert not same_bits(live.params, state.params) and not same_bits(live.opt_state, state.opt_state)
+
+
+def test_an_optimizer_is_never_given_gradients_that_are_not_finite():
+  seen = []
+  note = lambda grads: jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(grads))
+  tx = optax.stateless(lambda updates, _: (note(updates), updates)[1])
+  method = Method(dense=None, optimizer=tx, schedule=lambda step: 0.1)
+  zero, params = jnp.zeros((), jnp.int32), drawn_params(0)
+  state = TrainState(zero, params, {}, {}, tx.init(params), zero, zero, None)
+  grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), params)
+  jax.block_until_ready(jax.jit(lambda *args: train_step.apply_optimizer(method, *args))(state, grads, {}, True))
+  jax.effects_barrier()
+  assert len(seen) == 1 and not any(np.any(leaf) for leaf in seen[0])
+
+
+PLAIN = {
+  "full": optax.scale_by_adam(),
+  "switchlora": optax.chain(adam_of_vectors, optax.add_decayed_weights(0.1)),
+}
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_method_with_an_optimizer_of_optax_trains_and_skips(method):
+  config = small_model.config(method)
+  built = METHODS[method].build(config)._replace(optimizer=PLAIN[method])
+  phase = assemble_phase(config, built, small_model.mesh(1))
+  state = phase.create()
+  for t in range(3):
+    state, _ = phase.step(state, phase.shard_batch(small_model.rows(config, t)))
+  if method == "full":
+    usual = train(3, method, devices=1)[0][-1]
+    near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, host(state.params), usual.params)
+  sick = host(state)
+  sick = sick._replace(params=with_nan_in_the_embedding(sick.params))
+  after, report = phase.step(on_mesh(sick, 1), phase.shard_batch(small_model.rows(config, 3)))
+  assert (int(report["skipped"]), int(after.step)) == (1, 4)
+  for part in ("params", "frozen", "candidates", "opt_state"):
+    assert same_bits(getattr(after, part), getattr(sick, part))
 
 
 # --- loss spikes --------------------------------------------------------------------------------------------------
@@ -235,8 +345,8 @@ def spiked(monkeypatch, action):
   return before, host(state), report
 
 
-def test_a_spike_is_skipped_where_it_shall_be(monkeypatch):
-  """The window knows it, and `step` goes on; it does not count as a number that was not finite."""
+def test_a_spike_is_skipped_if_configured(monkeypatch):
+  """It enters the window, and `step` advances; it does not count as a step that is not finite."""
   before, after, report = spiked(monkeypatch, "skip")
   assert same_bits(before._replace(step=0, spikes=0), after._replace(step=0, spikes=0))
   assert (after.step, report["switched"], report["skipped_in_a_row"]) == (5, 0, 0)
@@ -244,8 +354,8 @@ def test_a_spike_is_skipped_where_it_shall_be(monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["report", "rollback"])
-def test_else_the_update_is_made(monkeypatch, action):
-  """What is gone back from is thrown away anyhow."""
+def test_a_spike_is_not_skipped_otherwise(monkeypatch, action):
+  """A rollback discards the update anyway."""
   before, after, report = spiked(monkeypatch, action)
   for part in ("params", "frozen", "candidates", "opt_state"):
     assert not same_bits(getattr(before, part), getattr(after, part))

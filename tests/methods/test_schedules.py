@@ -1,0 +1,52 @@
+"""The learning-rate schedules against the authors' recorded ones, and the meaning of `min_lr_ratio`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_model
+
+from switchlora_jax.methods import METHODS
+from switchlora_jax.methods.schedules import config_schedule, cosine_schedule
+
+
+def test_cosine_schedule_is_the_recorded_one(golden, x64):
+  steps = jnp.arange(101, dtype=jnp.int32)  # the dtype of the train state's step, in float64 too
+  schedule = cosine_schedule(1.0, 10, 100)
+  np.testing.assert_allclose(
+    jax.vmap(schedule)(steps), golden("schedulers")[0]["switchlora_cosine"], rtol=0, atol=1e-12
+  )
+
+
+def test_the_authors_floor_is_a_maximum_with_our_cosine(golden, x64):
+  """SwitchLoRA's authors stop a cosine to 0 at `min_lr`; our cosine ends at `final_ratio`. Both end at a tenth here."""
+  recorded = golden("schedulers")[0]["switchlora_cosine_with_min_lr"]
+  steps = jnp.arange(101, dtype=jnp.int32)
+  cosine = jax.vmap(cosine_schedule(1.0, 10, 100))(steps)
+  np.testing.assert_allclose(jnp.where(steps < 10, cosine, jnp.maximum(cosine, 0.1)), recorded, rtol=0, atol=1e-12)
+  ours = jax.vmap(cosine_schedule(1.0, 10, 100, 0.1))(steps)
+  np.testing.assert_allclose(ours[-1], recorded[-1], rtol=1e-12)
+  assert np.abs(ours - recorded).max() > 0.01
+
+
+def test_the_first_update_has_learning_rate_0_and_the_warm_up_ends_at_the_peak():
+  schedule = cosine_schedule(2e-2, 100, 1000)
+  assert (float(schedule(0)), float(schedule(100))) == (0.0, pytest.approx(2e-2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_min_lr_ratio_is_the_end_of_the_cosine_for_every_method(method):
+  """Final / peak learning rate, with the same values in between for all methods that do not restart."""
+  config = small_model.config(method, learning_rate=0.5, min_lr_ratio=0.2, warmup_steps=10)
+  schedule = METHODS[method].build(config).schedule
+  expected = [0.0, 0.25, 0.5, 0.5 * (0.2 + 0.8 * 0.5), 0.5 * 0.2, 0.5 * 0.2]
+  np.testing.assert_allclose([schedule(step) for step in (0, 5, 10, 55, 100, 150)], expected, rtol=1e-5)
+
+
+def test_the_learning_rate_warms_up_again_after_a_warm_start():
+  shape = dict(learning_rate=0.5, min_lr_ratio=0.2, warmup_steps=10)
+  plain = config_schedule(small_model.config("lora", **shape))
+  again = config_schedule(small_model.config("lora", **shape, warm_start_steps=40))
+  np.testing.assert_allclose(
+    [again(step) for step in (40, 45, 50, 70)], [0, plain(50) / 2, plain(50), plain(70)], rtol=1e-5
+  )
