@@ -42,7 +42,7 @@ class Text(NamedTuple):
   """What is evaluated: rows [n, seq_len], and what they are."""
 
   name: str
-  rows: packed.Rows
+  rows: packed.PackedSequences
   bytes_per_token: float
   fingerprint: str
 
@@ -77,7 +77,7 @@ def text_of(run: SavedRun) -> Text:
 def own(run: SavedRun) -> Text:
   """The validation rows of the run."""
   try:
-    data = dataset.prepare(run.config)
+    data = dataset.open_dataset(run.config)
   except UserError as error:
     raise UserError(f"the run's own validation rows: {error}; or evaluate other text with --data") from error
   if data.fingerprint != run.fingerprint:
@@ -106,21 +106,21 @@ def prepared(run: SavedRun, folder: Path) -> Text:
       f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens, as the run; it has rows of {found}; "
       f"prepare the text with --seq_len={run.config.seq_len}, or name its files"
     )
-  packed.verify(folder, manifest, progress=True)
+  packed.verify_checksums(folder, manifest, progress=True)
   data = dataset.open_folder(folder, manifest, "prepared")
   return Text(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
 
 
 def tokenized(run: SavedRun, pattern: str) -> Text:
   """All the text of some files, packed into the run's cache with its tokenizer."""
-  files = tuple(map(corpus.File, corpus.files_of(pattern, "--data")))
+  files = tuple(map(corpus.LocalFile, corpus.matching_files(pattern, "--data")))
   request = preparation.Request([file.origin() for file in files], str(run.tokenizer), run.config.seq_len)
   read = lambda: corpus.Corpus(files, None)
-  folder = dataset.cached(run.config.data.cache_dir, "evaluate", request, read, progress=True)
+  folder = dataset.cached_folder(run.config.data.cache_dir, "evaluate", request, read, progress=True)
   manifest = packed.read_manifest(folder)
-  packed.verify(folder, manifest, progress=True)
+  packed.verify_checksums(folder, manifest, progress=True)
   found = manifest["train"]
-  rows = packed.open_rows(folder, found)
+  rows = packed.open_sequences(folder, found)
   return Text(pattern, rows, found["bytes"] / max(1, found["tokens"]), packed.fingerprint(manifest))
 
 

@@ -128,7 +128,7 @@ def prepare_data(cells: list[Cell]) -> dict[str, str]:
   def fingerprint(config) -> str:
     wanted = config.data, config.seq_len, config.model.vocab_size, config.steps * config.batch_size
     if wanted not in made:
-      made[wanted] = dataset.prepare(config).fingerprint
+      made[wanted] = dataset.open_dataset(config).fingerprint
     return made[wanted]
 
   return {cell.arm.label: fingerprint(cell.config) for cell in cells}

@@ -25,7 +25,7 @@ class Phase(NamedTuple):
     create: () -> TrainState, the state before step 0, placed on the mesh.
     abstract: that state as ShapeDtypeStructs with shardings; nothing is allocated for it.
     step: see `train_step.make_train_step`. eval_step: see `evaluation.make_eval_step`.
-    shard_batch: rows [batch, length] on the host, an array or a `batches.Batch`, to int32 on the mesh; a process reads
+    shard_batch: rows [batch, length] on the host, an array or a `loader.Batch`, to int32 on the mesh; a process reads
       those of its own devices.
     scale: of the adapters, s = α/r, or None where there are none.
     start: the first step of its phase.
@@ -112,7 +112,7 @@ def assemble_phase(config, method, mesh) -> Phase:
 
 
 def shard_batch(mesh, rows) -> jax.Array:
-  """Rows [batch, length], an array or a `batches.Batch`, as int32 on the mesh, each device with its share.
+  """Rows [batch, length], an array or a `loader.Batch`, as int32 on the mesh, each device with its share.
 
   The batch is the same for any number of processes; each reads the rows of its own devices.
   """
