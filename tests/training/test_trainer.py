@@ -238,7 +238,9 @@ def test_the_rows_must_last_for_a_run_that_goes_back(tmp_path, asked, monkeypatc
   prepare = trainer.prepare_data
   few = lambda config: (data := prepare(config))._replace(train=data.train[:100])
   monkeypatch.setattr(trainer, "prepare_data", few)
-  with pytest.raises(UserError, match=r"6 batches ahead .* takes 144 rows; there are 100, .* --config.data.epochs=2"):
+  with pytest.raises(
+    UserError, match=r"skips 6 batches .* needs 144 rows; the text has 100 rows .* --config.data.epochs=2"
+  ):
     trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
   again = trainer.train(resolved(tmp_path, **BACK, data__epochs=3), tmp_path / "run")
   assert int(again.state.spikes.offset) == 12
