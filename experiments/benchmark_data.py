@@ -1,8 +1,9 @@
-"""What the data cost: tokenising a corpus, and reading its rows while a model trains.
+"""Throughput of the data pipeline: tokenizing a corpus, and reading batches during training.
 
 python -m experiments.benchmark_data --path='c4/*.json.gz' --tokenizer=t5.model
-Tokens per second of SentencePiece alone, of the whole preparation (read, decompress, tokenise, pack, write, checksum)
-and of batches drawn from its rows. Core-seconds are processor time over all threads.
+
+Prints the tokens per second of SentencePiece alone, of the whole preparation (read, decompress, tokenize, pack, write,
+checksum), and of shuffled batches of the packed rows. Core-seconds are processor time summed over all threads.
 """
 
 import itertools
@@ -15,36 +16,36 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.common import cli
-from switchlora_jax.data import batches, corpus, packing, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, loader, packing, preparation, shards, tokenizer
 from switchlora_jax.errors import UserError
 
-PATH = flags.DEFINE_string("path", "", "glob of plain text, JSON lines or Parquet files, each also compressed")
-TOKENIZER = flags.DEFINE_string("tokenizer", "", "a SentencePiece model")
+PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "path of a SentencePiece model")
 CHARACTERS = flags.DEFINE_integer(
-  "characters", 40_000_000, "length of text to prepare; it is repeated to reach it", lower_bound=1
+  "characters", 40_000_000, "characters of text to prepare; the text is repeated to reach this length", lower_bound=1
 )
 SHARDS = flags.DEFINE_integer(
-  "shards", 700, "files that batches are drawn from; C4's 46M documents make about as many", lower_bound=1
+  "shards", 700, "number of shards to read batches from; 46M documents of C4 give about 700", lower_bound=1
 )
-BATCHES = ((8, 128), (1152, 512))  # rows × tokens of the tiny model, and of the paper's
-DRAWN = 20_000_000  # tokens of each
+BATCHES = ((8, 128), (1152, 512))  # (batch_size, seq_len) of the tiny model, and of the paper's
+READ = 20_000_000  # tokens read per batch shape
 
 
 class Stopwatch:
-  """Wall-clock and processor seconds since it was made."""
+  """Wall-clock and processor seconds since its creation."""
 
   def __init__(self):
     self._wall, self._core = time.perf_counter(), time.process_time()
 
   def read(self) -> tuple[float, float]:
-    """(seconds, seconds of a core)."""
+    """(wall-clock seconds, core-seconds)."""
     return time.perf_counter() - self._wall, time.process_time() - self._core
 
 
-def show(what: str, tokens: int, watch: Stopwatch):
-  """One line of results."""
+def print_result(what: str, tokens: int, watch: Stopwatch):
+  """Prints million tokens per second and per core-second."""
   wall, core = watch.read()
-  print(f"{what:34} {tokens / wall / 1e6:8.2f} {tokens / core / 1e6:12.2f}")
+  print(f"{what:34} {tokens / wall / 1e6:10.2f} {tokens / core / 1e6:16.2f}")
 
 
 def time_tokenizer(model, texts: list[str]):
@@ -52,52 +53,56 @@ def time_tokenizer(model, texts: list[str]):
   for threads in (1, -1):
     watch = Stopwatch()
     tokens = sum(map(len, model.encode(texts, num_threads=threads)))
-    show(f"SentencePiece, {'one thread' if threads == 1 else 'all cores'}", tokens, watch)
+    print_result(f"SentencePiece, {'one thread' if threads == 1 else 'all cores'}", tokens, watch)
 
 
-def time_preparation(folder: Path, parts: packing.Parts, seq_len: int) -> shards.Rows:
-  """All of it, from compressed files to rows with checksums; the rows."""
+def time_preparation(folder: Path, parts: packing.Parts, seq_len: int) -> shards.PackedSequences:
+  """Times the whole preparation, from files to shards with checksums. Returns the packed sequences."""
   request = preparation.Request([], TOKENIZER.value, seq_len)
   watch = Stopwatch()
-  manifest = preparation.prepare(folder, request, lambda: corpus.Corpus(parts, None), wait=False, progress=False)
-  show(f"preparation, rows of {seq_len}", manifest["train"]["tokens"], watch)
-  return shards.open_rows(folder, manifest["train"])
+  manifest = preparation.fill_folder(folder, request, lambda: corpus.Corpus(parts, None), wait=False, progress=False)
+  print_result(f"preparation, rows of {seq_len}", manifest["train"]["tokens"], watch)
+  return shards.open_sequences(folder, manifest["train"])
 
 
-def in_shards(found: shards.Rows, folder: Path) -> shards.Rows:
-  """The same rows in as many files as a large corpus has."""
-  each = max(1, len(found) // SHARDS.value)
-  parts = [np.asarray(found[start : start + each]) for start in range(0, len(found), each)]
+def reshard(sequences: shards.PackedSequences, folder: Path) -> shards.PackedSequences:
+  """Copies the sequences into `--shards` shards, as many as a large corpus has."""
+  rows = max(1, len(sequences) // SHARDS.value)
+  parts = [np.asarray(sequences[start : start + rows]) for start in range(0, len(sequences), rows)]
   written = [shards.write_shard(folder / f"shard-{number}.npy", part) for number, part in enumerate(parts)]
-  return shards.open_rows(folder, {"shards": written, "rows": len(found)})
+  return shards.open_sequences(folder, {"shards": written, "rows": len(sequences)})
 
 
-def time_batches(found: shards.Rows, batch_size: int):
-  """Batches of steps one after another, as the trainer draws them."""
-  steps = max(3, DRAWN // (batch_size * found.shape[1]))
-  draw = lambda step: batches.batch(found, seed=0, step=step, batch_size=batch_size)[:]
-  draw(0)
+def time_batches(sequences: shards.PackedSequences, batch_size: int):
+  """Times the batches of consecutive steps, as the trainer reads them."""
+  seq_len = sequences.shape[1]
+  steps = max(3, READ // (batch_size * seq_len))
+  read = lambda step: loader.shuffled_batch(sequences, seed=0, step=step, batch_size=batch_size)[:]
+  read(0)
   watch = Stopwatch()
   for step in range(steps):
-    draw(step)
+    read(step)
   milliseconds = watch.read()[0] / steps * 1000
-  show(f"batches of {batch_size} × {found.shape[1]}, {milliseconds:.2f} ms", steps * batch_size * found.shape[1], watch)
+  print_result(f"batches of {batch_size} × {seq_len}, {milliseconds:.2f} ms", steps * batch_size * seq_len, watch)
 
 
 def main():
-  """Check, then time each."""
+  """Times the tokenizer, then the preparation and the batches for each batch shape."""
   files = corpus.open_corpus(PATH.value, "", ("--path", "")).train
   model = tokenizer.load_tokenizer(TOKENIZER.value)
   texts = [text for part in tqdm(files, desc="read", unit="file") for text in part]
   if not (length := sum(map(len, texts))):
-    raise UserError(f"--path (={PATH.value!r}) must hold text; its {len(files)} files are empty; name others")
-  print(f"{len(texts):,} documents, {length:,} characters; million tokens\n{'':34} a second  a core-second")
+    raise UserError(
+      f"--path (={PATH.value!r}) must match text; the {len(files)} matching files are empty; pass other files"
+    )
+  print(f"{len(texts):,} documents, {length:,} characters")
+  print(f"{'million tokens':34} {'per second':>10} {'per core-second':>16}")
   time_tokenizer(model, texts)
   parts = list(itertools.chain.from_iterable([files] * -(-CHARACTERS.value // length)))
   for batch_size, seq_len in BATCHES:
     with tempfile.TemporaryDirectory() as scratch:
-      found = time_preparation(Path(scratch), parts, seq_len)
-      time_batches(in_shards(found, Path(scratch)), batch_size)
+      sequences = time_preparation(Path(scratch), parts, seq_len)
+      time_batches(reshard(sequences, Path(scratch)), batch_size)
 
 
 if __name__ == "__main__":

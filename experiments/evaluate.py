@@ -43,7 +43,7 @@ class EvalText(NamedTuple):
   """The text to evaluate: token sequences `rows` [n, seq_len] and their origin."""
 
   name: str
-  rows: packed.Rows
+  rows: packed.PackedSequences
   bytes_per_token: float
   fingerprint: str
 
@@ -78,7 +78,7 @@ def select_text(run: SavedRun) -> EvalText:
 def own_validation_text(run: SavedRun) -> EvalText:
   """The validation sequences of the run itself."""
   try:
-    data = dataset.prepare(run.config)
+    data = dataset.open_dataset(run.config)
   except UserError as error:
     raise UserError(f"the run's own validation rows: {error}; or evaluate other text with --data") from error
   if data.fingerprint != run.fingerprint:
@@ -107,21 +107,21 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
       f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens like the run; it has rows of {found}; "
       f"prepare the text with --seq_len={run.config.seq_len}, or give its files"
     )
-  packed.verify(folder, manifest, progress=True)
+  packed.verify_checksums(folder, manifest, progress=True)
   data = dataset.open_folder(folder, manifest, "prepared")
   return EvalText(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
 
 
 def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
   """All text of the files that match a glob, tokenised with the run's tokenizer and packed into its cache."""
-  files = tuple(map(corpus.File, corpus.files_of(pattern, "--data")))
+  files = tuple(map(corpus.LocalFile, corpus.matching_files(pattern, "--data")))
   request = preparation.Request([file.origin() for file in files], str(run.tokenizer), run.config.seq_len)
   read = lambda: corpus.Corpus(files, None)
-  folder = dataset.cached(run.config.data.cache_dir, "evaluate", request, read, progress=True)
+  folder = dataset.cached_folder(run.config.data.cache_dir, "evaluate", request, read, progress=True)
   manifest = packed.read_manifest(folder)
-  packed.verify(folder, manifest, progress=True)
+  packed.verify_checksums(folder, manifest, progress=True)
   found = manifest["train"]
-  rows = packed.open_rows(folder, found)
+  rows = packed.open_sequences(folder, found)
   return EvalText(pattern, rows, found["bytes"] / max(1, found["tokens"]), packed.fingerprint(manifest))
 
 

@@ -1,10 +1,10 @@
-"""Tokenise a corpus once, into rows that training maps into memory.
+"""Tokenize and pack a corpus once, into a folder that training maps into memory.
 
 python -m experiments.prepare_data --source=c4 --tokenizer=t5.model --seq_len=512 --take=46000000 --out=data/c4
 python -m experiments.prepare_data --path='books/**/*.txt' --tokenizer=train:32000 --seq_len=256 --out=data/books
 
-Then train with --config.data.source=prepared --config.data.path=data/c4. The same command goes on where it was stopped;
-no document is lost or taken twice.
+Then train with --config.data.source=prepared --config.data.path=data/c4. The same command continues where it was
+stopped; no document is lost or repeated.
 """
 
 import re
@@ -17,50 +17,58 @@ from switchlora_jax.data import corpus, dataset, preparation, tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.training import report
 
-SOURCE = flags.DEFINE_string("source", "text", "text (--path), c4, or hub:NAME[:SUBSET] (a dataset of the hub)")
-PATH = flags.DEFINE_string(
-  "path", "", "glob of plain text, JSON lines or Parquet files, each also compressed; with c4: files of a local copy"
+SOURCE = flags.DEFINE_string(
+  "source", "text", "text (files, see --path), c4, or hub:NAME[:SUBSET] (a Hugging Face dataset)"
 )
-EVAL_PATH = flags.DEFINE_string("eval_path", "", "glob of files to validate on; without it the last 1% of the rows")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "a SentencePiece model, or train:SIZE to train one on the text")
-SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens a row", lower_bound=2)
-TAKE = flags.DEFINE_integer("take", None, "training documents, at most, from the first on", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "folder to fill, or to go on with")
+PATH = flags.DEFINE_string(
+  "path", "", "glob of text, JSON lines or Parquet files, possibly compressed; with --source=c4: files of a local copy"
+)
+EVAL_PATH = flags.DEFINE_string(
+  "eval_path", "", "glob of validation files; by default, the last 1% of the rows is held out"
+)
+TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "path of a SentencePiece model, or train:SIZE to train one on the text"
+)
+SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens per row", lower_bound=2)
+TAKE = flags.DEFINE_integer("take", None, "maximum number of training documents, counted from the first", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "folder to fill, or to continue")
 
 
-def read() -> corpus.Corpus:
-  """The corpus that the flags name."""
+def corpus_from_flags() -> corpus.Corpus:
+  """Opens the corpus that --source, --path and --eval_path name."""
   source, path = SOURCE.value, PATH.value
   if source not in ("text", "c4") and not source.startswith(corpus.HUB):
     raise UserError(f"--source (={source!r}) must be text, c4, or hub:NAME, as in {corpus.C4}")
   if source.startswith(corpus.HUB) and path:
-    raise UserError(f"--path (={path!r}) is not read beside --source={source}; leave out one of them")
+    raise UserError(f"--path (={path!r}) is not used with --source={source}; leave out one of them")
   hub = corpus.C4 if source == "c4" and not path else source if source.startswith(corpus.HUB) else None
   return corpus.open_corpus(hub or path, EVAL_PATH.value, ("--path", "--eval_path"))
 
 
-def wanted_tokenizer() -> str:
-  """--tokenizer, looked at."""
+def tokenizer_from_flags() -> str:
+  """Checks and returns --tokenizer."""
   value = TOKENIZER.value
   if value is None:
-    raise UserError("--tokenizer is missing: give a SentencePiece model, or train:32000 to train one of so many pieces")
+    raise UserError(
+      "--tokenizer is missing: pass a SentencePiece model, or train:32000 to train one with 32,000 pieces"
+    )
   if value.startswith(preparation.TRAIN):
     if not re.fullmatch("[0-9]{1,9}", value.removeprefix(preparation.TRAIN)):
-      raise UserError(f"--tokenizer (={value!r}) must say how many pieces to train, as in train:32000")
+      raise UserError(f"--tokenizer (={value!r}) must give the number of pieces, as in train:32000")
     return value
   tokenizer.load_tokenizer(Path(value).expanduser())
   return str(Path(value).expanduser())
 
 
 def main():
-  """Check, prepare, say what there is."""
+  """Checks the flags, fills the folder and prints its sizes."""
   if not OUT.value:
-    raise UserError("--out is missing: give the folder to fill, say --out=data/c4")
-  folder, text = Path(OUT.value).expanduser(), read()
+    raise UserError("--out is missing: set the folder to fill, for example --out=data/c4")
+  folder, text = Path(OUT.value).expanduser(), corpus_from_flags()
   origin = [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
-  request = preparation.Request(origin, wanted_tokenizer(), SEQ_LEN.value, TAKE.value)
-  manifest = preparation.prepare(folder, request, lambda: text, wait=False, progress=True)
-  summary = dataset.summarize(manifest, SOURCE.value)
+  request = preparation.Request(origin, tokenizer_from_flags(), SEQ_LEN.value, TAKE.value)
+  manifest = preparation.fill_folder(folder, request, lambda: text, wait=False, progress=True)
+  summary = dataset.summarize_folder(manifest, SOURCE.value)
   print(report.describe_data(summary))
   if not all(summary[split]["rows"] for split in ("train", "valid")):
     raise UserError(f"{folder} is finished but has too little text for --seq_len={SEQ_LEN.value}; see the rows above")

@@ -248,7 +248,7 @@ def prepare_datasets(trials: list[Trial]) -> dict[str, str]:
   def fingerprint(config) -> str:
     key = config.data, config.seq_len, config.model.vocab_size, config.steps * config.batch_size
     if key not in prepared:
-      prepared[key] = dataset.prepare(config).fingerprint
+      prepared[key] = dataset.open_dataset(config).fingerprint
     return prepared[key]
 
   return {trial.variant.label: fingerprint(trial.config) for trial in trials}

@@ -1,7 +1,8 @@
-"""config.data → packed rows; `batches` makes of them the batch of a step.
+"""`config.data` → a `Dataset` of packed sequences, from which `loader` makes the batch of a step.
 
-Rows come from a folder that `experiments.prepare_data` filled, or from one in `cache_dir` whose name says what it was
-made from and which is filled now; or they are packed while the text is read (source=stream).
+Sequences come from a folder filled by `experiments.prepare_data`, or from a folder in `cache_dir`, which is filled on
+first use and is named by a hash of everything that determines the sequences. With `source=stream`, training sequences
+are packed while the text is read.
 """
 
 import hashlib
@@ -13,45 +14,57 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from switchlora_jax.data import corpus, documentation, packing, preparation, shards, stream, tokenizer
+from switchlora_jax.data import corpus, documentation, preparation, shards, tokenizer
+from switchlora_jax.data.loader import SequenceStream
 from switchlora_jax.data.preparation import TRAIN, Request
-from switchlora_jax.data.shards import Rows
-from switchlora_jax.data.stream import Stream
+from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256
 
-HELD_OUT = 100  # one row in so many validates where the text has no validation files
+# Version of the packed sequences, part of the name of a cache folder. Raise it when the same text would give other
+# sequences: after a change of what is read from files (`corpus`) or docstrings (`documentation`), of how a tokenizer is
+# trained (`tokenizer`), or of how tokens are packed and stored (`packing`, `preparation`, `shards`). The digest in
+# tests/data/test_format_version.py detects such changes.
+FORMAT_VERSION = 1
+
+HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
 FLAGS = ("--config.data.path", "--config.data.eval_path")
 SOURCES = {
   "docs": "documentation of the installed packages",
   "text": "your own files, packed into cache_dir first",
-  "prepared": "a folder that experiments.prepare_data filled",
+  "prepared": "a folder filled by experiments.prepare_data",
   "stream": "your own files, packed while they are read",
 }
 
 
 class Dataset(NamedTuple):
-  """Packed rows, and what they are.
+  """Packed sequences for training and validation.
 
   Attributes:
-    train: [rows, seq_len], on disk; or a stream of such rows, of unknown length.
-    valid: [rows, seq_len], on disk.
+    train: [sequences, seq_len] on disk, or a stream of sequences of unknown length.
+    valid: [sequences, seq_len] on disk.
     tokenizer_path: the SentencePiece model of the tokens.
-    fingerprint: of the rows and the tokenizer, 16 hexadecimal digits; where they were made does not change it.
-    bytes_per_token: of the validation text as UTF-8, or where training lends its last rows of all text.
-    summary: sizes to print: source, fingerprint, and of train and valid the documents, characters, bytes, tokens, rows.
+    fingerprint: hash of the sequences and the tokenizer, 16 hexadecimal digits; of a stream, hash of the validation
+      sequences, the tokenizer, and the training files' paths, sizes and modification times.
+    bytes_per_token: UTF-8 bytes per token of the validation text, or of the whole text if validation is held out of it.
+    summary: sizes to print: source, fingerprint, and for train and valid the numbers of documents, characters, bytes,
+      tokens and rows.
   """
 
-  train: Rows | Stream
-  valid: Rows
+  train: PackedSequences | SequenceStream
+  valid: PackedSequences
   tokenizer_path: str
   fingerprint: str
   bytes_per_token: float
   summary: dict
 
 
-def check(config) -> None:
-  """Find what is wrong with `config.data` before anything expensive: source, globs, tokenizer, prepared rows."""
+def check_data_config(config) -> None:
+  """Checks `config.data` before any expensive work: source, globs, tokenizer and prepared folder.
+
+  Raises:
+    UserError: a setting is invalid.
+  """
   data = config.data
   if data.source not in SOURCES:
     known = ", ".join(f"{name} ({what})" for name, what in SOURCES.items())
@@ -61,54 +74,60 @@ def check(config) -> None:
     )
   if data.epochs < 1:
     raise UserError(f"data.epochs (={data.epochs}) must be at least 1; set --config.data.epochs")
-  unread = {"docs": ("path", "eval_path"), "prepared": ("eval_path",)}.get(data.source, ())
-  for key in unread:
+  unused = {"docs": ("path", "eval_path"), "prepared": ("eval_path",)}.get(data.source, ())
+  for key in unused:
     if data[key]:
       raise UserError(
-        f"--config.data.{key} (={data[key]!r}) is not read when --config.data.source is {data.source}; "
+        f"--config.data.{key} (={data[key]!r}) is not used when --config.data.source is {data.source}; "
         "leave it out, or add --config.data.source=text to train on your files"
       )
   if data.source == "prepared":
     _check_prepared(config)
   else:
-    _origin(data)
+    _text_origin(data)
     if data.tokenizer:
       tokenizer.check_vocabulary(_expanded(data.tokenizer), config.model.vocab_size)
     elif data.source == "stream":
       raise UserError("--config.data.source=stream needs a SentencePiece model; set --config.data.tokenizer")
 
 
-def prepare(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
-  """The rows that `config` trains and validates on: found in a folder, or made now.
+def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
+  """Opens the packed sequences that `config` trains and validates on, and makes them first if necessary.
 
-  Documents are joined, each ended by EOS, and cut into rows of `seq_len` tokens; the remainder is
-  dropped. Text without validation files lends its last hundredth of the rows, at least one.
+  Documents are joined, each ended by EOS, and cut into sequences of `seq_len` tokens; the remainder is dropped. Without
+  validation text, the last 1% of the training sequences, at least one, is held out.
 
   Args:
-    share: see `shards.verify`.
+    config: the resolved config.
+    progress: whether to show progress bars.
+    share: the files to verify, see `shards.verify_checksums`.
+
   Raises:
-    UserError: before anything expensive where `check` finds a mistake; else where the text is too short.
+    UserError: `check_data_config` fails, before any expensive work; or the text is too short, or a file is damaged.
   """
-  check(config)
+  check_data_config(config)
   folder = _expanded(config.data.path) if config.data.source == "prepared" else _fill_cache(config, progress)
   manifest = shards.read_manifest(folder)
-  shards.verify(folder, manifest, progress, share)
+  shards.verify_checksums(folder, manifest, progress, share)
   if config.data.source == "stream":
     return _open_stream(config, folder, manifest)
-  _check_rows(_held_out(manifest), config)
+  _check_length(_split_sizes(manifest), config)
   return open_folder(folder, manifest, config.data.source)
 
 
-def check_ahead(data: Dataset, config, ahead: int) -> None:
-  """Raise `UserError` unless the rows last for a run that left out so many batches; a stream tells when it ends."""
-  if isinstance(data.train, Stream):
+def check_length_after_skips(data: Dataset, config, skipped: int) -> None:
+  """Raises `UserError` if the data do not suffice after `skipped` batches were left out because of loss spikes.
+
+  A stream, whose length is unknown, is not checked: it raises when it ends.
+  """
+  if isinstance(data.train, SequenceStream):
     return
-  wanted, found = (config.steps + ahead) * config.batch_size, len(data.train)
-  if wanted > found * config.data.epochs:
+  needed, available = (config.steps + skipped) * config.batch_size, len(data.train)
+  if needed > available * config.data.epochs:
     raise UserError(
-      f"the run goes on {ahead:,} batches ahead in the data, to leave out loss spikes, and so takes {wanted:,} rows; "
-      f"there are {found:,}, used data.epochs (={config.data.epochs}) times; repeat them once more: "
-      f"--config.data.epochs={-(-wanted // found)}"
+      f"the run skips {skipped:,} batches because of loss spikes and so needs {needed:,} rows; the text has "
+      f"{available:,} rows and is used data.epochs (={config.data.epochs}) times; repeat it once more: "
+      f"--config.data.epochs={-(-needed // available)}"
     )
 
 
@@ -117,13 +136,13 @@ def _expanded(path: str) -> Path:
 
 
 def _check_prepared(config) -> None:
-  """Whether a prepared folder, by its manifest, is finished and fits the model, the tokenizer and the run's length."""
+  """Checks that the prepared folder is finished, and that it fits the model, the tokenizer and the number of steps."""
   data, folder = config.data, _expanded(config.data.path)
   manifest = shards.read_manifest(folder)
   if manifest is None:
     unfinished = (folder / preparation.PROGRESS).exists()
     raise UserError(
-      f"--config.data.path (={data.path!r}) must be a folder that experiments.prepare_data has filled; "
+      f"--config.data.path (={data.path!r}) must be a folder filled by experiments.prepare_data; "
       f"{'it is not finished: run that command again' if unfinished else 'it has no manifest.json'}"
     )
   if (found := manifest["request"]["seq_len"]) != config.seq_len:
@@ -139,87 +158,104 @@ def _check_prepared(config) -> None:
         "leave it out, or prepare the text with it"
       )
   tokenizer.check_vocabulary(folder / shards.TOKENIZER, config.model.vocab_size)
-  _check_rows(_held_out(manifest), config)
+  _check_length(_split_sizes(manifest), config)
 
 
-def _origin(data) -> list:
-  """What the text is made from, as JSON: it changes when the text may have changed."""
+def _text_origin(data) -> list:
+  """Versions of the packages, or paths, sizes and times of the files, to detect that the text has changed."""
   if data.source == "docs":
     return sorted(documentation.package_versions().items())
-  text = _corpus(data)
+  text = _open_corpus(data)
   return [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
 
 
 def _fill_cache(config, progress: bool) -> Path:
-  """The folder of `cache_dir` with the rows of the text; of a stream, of the text that validates."""
+  """The cache folder with the packed text, filled if necessary. Of a stream, only the validation text is packed."""
   data = config.data
-  facts = [data.source, _origin(data)]
-  given = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
-  request = Request(facts, given, config.seq_len)
-  return cached(data.cache_dir, data.source, request, partial(_corpus, data, progress), progress)
+  origin = [data.source, _text_origin(data)]
+  model = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
+  request = Request(origin, model, config.seq_len)
+  return cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
 
 
-def cached(cache_dir: str, name: str, request: Request, read: Callable[[], corpus.Corpus], progress: bool) -> Path:
-  """The folder `NAME-…` of a cache that holds such rows: filled now, unless it was; see `preparation.prepare`."""
-  folder = _expanded(cache_dir) / f"{name}-{_key(request)}"
-  preparation.prepare(folder, request, read, wait=True, progress=progress)
+def cached_folder(
+  cache_dir: str, name: str, request: Request, read: Callable[[], corpus.Corpus], progress: bool
+) -> Path:
+  """The folder `NAME-KEY` of the cache, filled if necessary. See `preparation.fill_folder` for the arguments."""
+  folder = _expanded(cache_dir) / f"{name}-{_cache_key(request)}"
+  preparation.fill_folder(folder, request, read, wait=True, progress=progress)
   return folder
 
 
-def _corpus(data, progress: bool = False) -> corpus.Corpus:
-  """The text that is packed into the cache."""
+def _cache_key(request: Request) -> str:
+  """Hash of everything that determines the sequences, 16 hexadecimal digits."""
+  contents = [FORMAT_VERSION, request.to_json(), sentencepiece.__version__]
+  return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+
+
+def _open_corpus(data, progress: bool = False) -> corpus.Corpus:
+  """The text to pack into the cache."""
   if data.source == "docs":
-    text = documentation.documentation(progress)
-    return corpus.Corpus([text.train], [text.valid], {"overlap": documentation.overlap(*text)})
+    text = documentation.read_documentation(progress)
+    return corpus.Corpus([text.train], [text.valid], {"overlap": documentation.ngram_overlap(*text)})
   text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
-  return stream.validation(text) if data.source == "stream" else text
+  return _validation_corpus(text) if data.source == "stream" else text
 
 
-def _key(request: Request) -> str:
-  """A name for everything that decides the rows, this code included."""
-  digest = hashlib.sha256()
-  for module in (corpus, documentation, packing, preparation, shards, tokenizer):
-    digest.update(Path(module.__file__).read_bytes())
-  digest.update(json.dumps([request.facts(), sentencepiece.__version__]).encode())
-  return digest.hexdigest()[:16]
+def _validation_corpus(text: corpus.Corpus) -> corpus.Corpus:
+  """A corpus of the validation text alone, as `train`; raises `UserError` if there is none."""
+  if text.valid is None:
+    raise UserError(
+      "--config.data.source=stream needs validation text; set --config.data.eval_path, or use a dataset of the hub "
+      "that has a split `validation`"
+    )
+  return corpus.Corpus(text.valid, None)
 
 
 def open_folder(folder: Path, manifest: dict, source: str) -> Dataset:
-  """The rows of a folder that is filled; `source` is only named."""
-  summary = summarize(manifest, source)
-  fingerprint, left = summary["fingerprint"], summary["train"]["rows"]
-  train = shards.open_rows(folder, manifest["train"])
-  train, valid = train[:left], shards.open_rows(folder, manifest["valid"]) if manifest["valid"] else train[left:]
-  told = manifest["valid"] or manifest["train"]
+  """Opens a finished folder. `source` only appears in the summary."""
+  summary = summarize_folder(manifest, source)
+  count = summary["train"]["rows"]
+  packed = shards.open_sequences(folder, manifest["train"])
+  measured = manifest["valid"] or manifest["train"]
   return Dataset(
-    train, valid, str(folder / shards.TOKENIZER), fingerprint, told["bytes"] / max(1, told["tokens"]), summary
+    train=packed[:count],
+    valid=shards.open_sequences(folder, manifest["valid"]) if manifest["valid"] else packed[count:],
+    tokenizer_path=str(folder / shards.TOKENIZER),
+    fingerprint=summary["fingerprint"],
+    bytes_per_token=_bytes_per_token(measured),
+    summary=summary,
   )
 
 
-def summarize(manifest: dict, source: str) -> dict:
-  """The sizes of a prepared folder, as `Dataset.summary`."""
-  return {"source": source, "fingerprint": shards.fingerprint(manifest)} | _held_out(manifest) | manifest["notes"]
+def _bytes_per_token(split: dict) -> float:
+  return split["bytes"] / max(1, split["tokens"])
+
+
+def summarize_folder(manifest: dict, source: str) -> dict:
+  """`Dataset.summary` of a finished folder."""
+  return {"source": source, "fingerprint": shards.fingerprint(manifest)} | _split_sizes(manifest) | manifest["notes"]
 
 
 def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
-  """Training text as it is read; the folder has the rows of the text that validates."""
-  data, validates = config.data, manifest["train"]
+  """Opens the training text as a stream, and the packed validation text, which is the split `train` of the folder."""
+  data, valid = config.data, manifest["train"]
   text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
   origin = json.dumps([part.origin() for part in text.train])
   fingerprint = hashlib.sha256(f"{shards.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
-  sizes = {"train": {"read from": data.path}, "valid": {k: v for k, v in validates.items() if k != "shards"}}
+  sizes = {"train": {"read from": data.path}, "valid": {k: v for k, v in valid.items() if k != "shards"}}
   return Dataset(
-    train=Stream(text.train, folder / shards.TOKENIZER, config.seq_len),
-    valid=shards.open_rows(folder, validates),
+    train=SequenceStream(text.train, folder / shards.TOKENIZER, config.seq_len),
+    valid=shards.open_sequences(folder, valid),
     tokenizer_path=str(folder / shards.TOKENIZER),
     fingerprint=fingerprint,
-    bytes_per_token=validates["bytes"] / max(1, validates["tokens"]),
+    bytes_per_token=_bytes_per_token(valid),
     summary={"source": data.source, "fingerprint": fingerprint} | sizes,
   )
 
 
-def _held_out(manifest: dict) -> dict[str, dict]:
-  """The sizes of training and validation, where training lends the last of its rows if the text has no other."""
+def _split_sizes(manifest: dict) -> dict[str, dict]:
+  """Sizes of `train` and `valid`. Without validation text, the last training sequences are counted as `valid`."""
   sizes = {
     name: {key: value for key, value in manifest[name].items() if key != "shards"}
     for name in ("train", "valid")
@@ -233,19 +269,19 @@ def _held_out(manifest: dict) -> dict[str, dict]:
   return sizes
 
 
-def _check_rows(sizes: dict[str, dict], config) -> None:
-  """Whether the rows, `sizes` as in the summary, last for the run."""
-  found, seq_len = sizes["train"]["rows"], config.seq_len
-  wanted = config.steps * config.batch_size
-  if not found:
+def _check_length(sizes: dict[str, dict], config) -> None:
+  """Raises `UserError` if the run needs more training sequences than there are. `sizes` is as in the summary."""
+  available, seq_len = sizes["train"]["rows"], config.seq_len
+  needed = config.steps * config.batch_size
+  if not available:
     raise UserError(
       f"the text must hold at least one row of {seq_len} tokens besides validation; it has "
       f"{sizes['train']['tokens']:,} tokens; add text, or lower --config.seq_len"
     )
-  if wanted > found * config.data.epochs:
-    epochs = -(-wanted // found)
+  if needed > available * config.data.epochs:
+    steps, epochs = available * config.data.epochs // config.batch_size, -(-needed // available)
     raise UserError(
-      f"the run takes {wanted:,} rows ({config.steps:,} steps of {config.batch_size}) and the text has {found:,} rows "
-      f"of {seq_len} tokens, enough for {found * config.data.epochs // config.batch_size:,} steps in data.epochs "
-      f"(={config.data.epochs}); add text, lower --config.steps, or repeat it: --config.data.epochs={epochs}"
+      f"the run needs {needed:,} rows ({config.steps:,} steps of {config.batch_size}); the text has {available:,} rows "
+      f"of {seq_len} tokens, enough for {steps:,} steps with data.epochs (={config.data.epochs}); add text, lower "
+      f"--config.steps, or repeat the text: --config.data.epochs={epochs}"
     )

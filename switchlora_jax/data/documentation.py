@@ -1,4 +1,4 @@
-"""English text that comes with the packages: the prose of their documentation."""
+"""Embedded English text: the prose in the docstrings of the installed packages."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from switchlora_jax.errors import UserError
 
-# Pinned in requirements.txt, so that the text changes only when a pin does.
+# All pinned in requirements.txt: the text changes only with a pin.
 PACKAGES = (
   "absl-py",
   "chex",
@@ -32,29 +32,28 @@ PACKAGES = (
   "tensorboardX",
   "tqdm",
 )
-SHINGLE = 8  # words that two texts must share in a row to count as copied
-VALID_SHARE = 16  # one module in so many is for validation
-FULL_LINE = 60  # columns; a line this wide was wrapped, so the next one continues it
+SHINGLE = 8  # consecutive words that count as a copy if two texts share them
+VALID_SHARE = 16  # one of this number of modules is used for validation
+FULL_LINE = 60  # columns; a line at least this wide is taken to be wrapped
 
 _HEADING = re.compile(r"^.*\n *[-=~^]{3,} *$", re.MULTILINE)
 _TEST_FILE = re.compile(r"(^|[/_])(tests?|testing|conftest)([/_.]|$)")
 
 
 class Documentation(NamedTuple):
-  """Documents to train and to validate on."""
+  """Training and validation documents."""
 
   train: list[str]
   valid: list[str]
 
 
-def documentation(progress: bool = False) -> Documentation:
-  """The English prose in the docstrings of `PACKAGES`: a document a module, blank lines between paragraphs.
+def read_documentation(progress: bool = False) -> Documentation:
+  """Extracts the English prose from the docstrings of `PACKAGES`, one document per module.
 
-  Left out are doctests, code, tables, formulas, headings and what is shorter than eight words; no
-  paragraph occurs twice. A sixteenth of the modules, by a checksum of their paths, is for
-  validation. Training then loses every paragraph that shares eight words in a row with validation,
-  so it contains no validation paragraph, and none that differs by a word or two. Nothing is taken
-  from validation for what training says.
+  Paragraphs are separated by blank lines. Doctests, code, tables, formulas, headings and paragraphs of fewer than eight
+  words are left out. Each paragraph occurs once. One module in sixteen, selected by a checksum of its path, is used for
+  validation. Training paragraphs that share eight consecutive words with validation are removed; validation is not
+  filtered by training.
   """
   modules, seen = {}, set()
   for path, file in tqdm(_source_files(), desc="read documentation", unit="file", disable=not progress):
@@ -72,7 +71,11 @@ def documentation(progress: bool = False) -> Documentation:
 
 
 def package_versions() -> dict[str, str]:
-  """The installed version of each of `PACKAGES`; a UserError where one is missing."""
+  """The installed version of each of `PACKAGES`.
+
+  Raises:
+    UserError: one is not installed.
+  """
   try:
     return {package: metadata.version(package) for package in PACKAGES}
   except metadata.PackageNotFoundError as error:
@@ -82,8 +85,8 @@ def package_versions() -> dict[str, str]:
     ) from None
 
 
-def overlap(train: Iterable[str], valid: Iterable[str], n: int = SHINGLE) -> float:
-  """The share of validation's word n-grams that occur in training; case and punctuation do not count."""
+def ngram_overlap(train: Iterable[str], valid: Iterable[str], n: int = SHINGLE) -> float:
+  """Fraction of the word n-grams of validation that occur in training. Case and punctuation are ignored."""
   counts = Counter(shingle for document in valid for shingle in _shingles(document, n))
   copied = {shingle for document in train for shingle in _shingles(document, n) if shingle in counts}
   return sum(counts[shingle] for shingle in copied) / max(1, counts.total())
@@ -99,7 +102,7 @@ def _is_validation(path: str) -> bool:
 
 
 def _source_files() -> list[tuple[str, os.PathLike]]:
-  """(path inside the installation, file) of each module of each package but its tests, in the order of the paths."""
+  """(path inside the installation, file) of every module of the packages except tests, sorted by path."""
   files = {}
   for package in package_versions():
     distribution = metadata.distribution(package)
@@ -110,14 +113,14 @@ def _source_files() -> list[tuple[str, os.PathLike]]:
 
 def _paragraphs_of(file: os.PathLike) -> Iterator[str]:
   with open(file, "rb") as source, warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # other people's escape sequences
+    warnings.simplefilter("ignore")  # invalid escape sequences in the packages
     tree = ast.parse(source.read())
   for docstring in _docstrings(tree.body):
     yield from filter(_is_prose, _paragraphs(inspect.cleandoc(docstring)))
 
 
 def _docstrings(statements: list[ast.stmt]) -> Iterator[str]:
-  """Every string that stands alone as a statement, in order: of modules, classes, functions and attributes."""
+  """Every string that is a statement, in source order: docstrings of modules, classes, functions and attributes."""
   for statement in statements:
     match statement:
       case ast.Expr(value=ast.Constant(value=str(text))):
@@ -127,7 +130,7 @@ def _docstrings(statements: list[ast.stmt]) -> Iterator[str]:
 
 
 def _paragraphs(docstring: str) -> Iterator[str]:
-  """The paragraphs, each unwrapped to one line; each item of a list and each indented block is one too."""
+  """Splits a docstring into paragraphs, list items and indented blocks, each unwrapped to one line."""
   words, indent, full = [], 0, False
   for line in [*_HEADING.sub("", docstring).splitlines(), ""]:
     text = line.strip()
@@ -141,7 +144,7 @@ def _paragraphs(docstring: str) -> Iterator[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-  """Whether it reads as English: at least eight words, mostly letters, a sentence's end."""
+  """Whether a paragraph is English prose: at least eight words, mostly letters, final punctuation, no doctest."""
   letters = sum(character.isalpha() or character == " " for character in paragraph)
   long_enough = len(re.findall(r"\w+", paragraph)) >= SHINGLE
   return long_enough and letters >= 0.8 * len(paragraph) and paragraph[-1] in ".:?!)" and ">>>" not in paragraph

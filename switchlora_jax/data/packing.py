@@ -1,6 +1,6 @@
-"""Documents → tokens → rows: documents are joined, each ended by EOS, and cut into rows; the remainder is dropped.
+"""Packing: documents → tokens → sequences. Documents are joined, each ended by EOS, and cut into sequences.
 
-How far it came can be written down between any two groups of documents, and taken up again from there.
+Tokens that do not fill the last sequence are dropped. Progress can be saved after each shard and resumed from there.
 """
 
 import itertools
@@ -16,8 +16,8 @@ import sentencepiece
 from switchlora_jax.data.shards import write_shard
 from switchlora_jax.errors import UserError
 
-GROUP = 1_000_000  # characters that are encoded at once, and the longest piece of a document
-SHARD = 1 << 25  # tokens of a full shard, at most
+GROUP = 1_000_000  # characters per call of the tokenizer, and per chunk of a document at most
+SHARD = 1 << 25  # tokens per shard, at most
 
 Parts = Sequence[Iterable[str]]
 
@@ -26,7 +26,13 @@ Parts = Sequence[Iterable[str]]
 
 
 class Position(NamedTuple):
-  """How far a corpus was read: parts and documents that were read whole, and the characters of the next document."""
+  """Reading position in a corpus.
+
+  Attributes:
+    part: number of parts that were read completely.
+    document: number of documents of the next part that were read completely.
+    character: number of characters of the next document that were read.
+  """
 
   part: int = 0
   document: int = 0
@@ -36,16 +42,30 @@ class Position(NamedTuple):
 START = Position()
 
 
-class Piece(NamedTuple):
-  """Text of a document, whether the document ends with it, and the position behind it."""
+class Chunk(NamedTuple):
+  """Text of one document: all of it, or a part of a long one.
+
+  Attributes:
+    text: the characters.
+    ends: whether the document ends with this chunk.
+    after: the position behind the chunk.
+  """
 
   text: str
   ends: bool
   after: Position
 
 
-class Encoded(NamedTuple):
-  """The tokens of some pieces, [tokens] int32, what they were made from, and the position behind it."""
+class EncodedGroup(NamedTuple):
+  """The tokens of a group of chunks.
+
+  Attributes:
+    tokens: [tokens], int32.
+    documents: number of documents that end in the group.
+    characters: length of the text in characters.
+    bytes: length of the text in UTF-8.
+    after: the position behind the group.
+  """
 
   tokens: np.ndarray
   documents: int
@@ -54,36 +74,53 @@ class Encoded(NamedTuple):
   after: Position
 
 
-def pieces(parts: Parts, start: Position = START) -> Iterator[Piece]:
-  """The documents from `start` on, the long ones cut after a newline so that each piece fits; empty ones left out."""
+def read_chunks(parts: Parts, start: Position = START) -> Iterator[Chunk]:
+  """Reads the documents from `start` on. Empty documents are skipped.
+
+  Documents longer than `GROUP` characters are cut, after a newline where possible.
+  """
   for part in range(start.part, len(parts)):
-    read = start.document if part == start.part else 0
-    for number, document in enumerate(itertools.islice(parts[part], read, None), read):
+    first = start.document if part == start.part else 0
+    for number, document in enumerate(itertools.islice(parts[part], first, None), first):
       at = start.character if (part, number) == start[:2] else 0
       while len(document) - at > GROUP:
         cut = document.rfind("\n", at, at + GROUP) + 1 or at + GROUP
-        yield Piece(document[at:cut], False, Position(part, number, cut))
+        yield Chunk(document[at:cut], False, Position(part, number, cut))
         at = cut
       if document:
-        yield Piece(document[at:], True, Position(part, number + 1))
+        yield Chunk(document[at:], True, Position(part, number + 1))
 
 
-def encode(processor: sentencepiece.SentencePieceProcessor, found: Iterator[Piece]) -> Iterator[Encoded]:
-  """The tokens of pieces, about a million characters at a time, on all cores; the next ones are read meanwhile."""
+def first_documents(chunks: Iterator[Chunk], count: int) -> Iterator[Chunk]:
+  """The chunks of the first `count` documents."""
+  if count <= 0:
+    return
+  for chunk in chunks:
+    yield chunk
+    count -= chunk.ends
+    if not count:
+      return
+
+
+def encode_chunks(processor: sentencepiece.SentencePieceProcessor, chunks: Iterator[Chunk]) -> Iterator[EncodedGroup]:
+  """Tokenizes chunks on all cores, in groups of about `GROUP` characters, and appends EOS to each document.
+
+  A thread reads the next group meanwhile.
+  """
   eos = [processor.eos_id()]
-  for group in _ahead(_groups(found)):
-    texts = [piece.text for piece in group]
+  for group in _prefetch(_grouped(chunks)):
+    texts = [chunk.text for chunk in group]
     ids = zip(processor.encode(texts), group, strict=True)
-    tokens = np.concatenate([np.asarray(tokens + eos * piece.ends, np.int32) for tokens, piece in ids])
+    tokens = np.concatenate([np.asarray(tokens + eos * chunk.ends, np.int32) for tokens, chunk in ids])
     characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-    yield Encoded(tokens, sum(piece.ends for piece in group), characters, size, group[-1].after)
+    yield EncodedGroup(tokens, sum(chunk.ends for chunk in group), characters, size, group[-1].after)
 
 
-def _groups(found: Iterator[Piece]) -> Iterator[list[Piece]]:
+def _grouped(chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
   group, characters = [], 0
-  for piece in found:
-    group.append(piece)
-    characters += len(piece.text)
+  for chunk in chunks:
+    group.append(chunk)
+    characters += len(chunk.text)
     if characters >= GROUP:
       yield group
       group, characters = [], 0
@@ -91,8 +128,8 @@ def _groups(found: Iterator[Piece]) -> Iterator[list[Piece]]:
     yield group
 
 
-def _ahead(items: Iterator[list]) -> Iterator[list]:
-  """The same items, the next of which is fetched by a thread while one is used."""
+def _prefetch(items: Iterator[list]) -> Iterator[list]:
+  """Yields the items unchanged. A thread fetches the next one while the current one is used."""
   with ThreadPoolExecutor(1) as pool:
     coming = pool.submit(next, items, None)
     while (item := coming.result()) is not None:
@@ -100,36 +137,28 @@ def _ahead(items: Iterator[list]) -> Iterator[list]:
       yield item
 
 
-def first(found: Iterator[Piece], documents: int) -> Iterator[Piece]:
-  """The pieces of the first so many documents."""
-  if documents <= 0:
-    return
-  for piece in found:
-    yield piece
-    documents -= piece.ends
-    if not documents:
-      return
-
-
-# Tokens → rows on disk.
+# Tokens → sequences on disk.
 
 
 @dataclass
-class Split:
-  """What was made of a corpus so far: the sums of what was read, the shards, and where to go on."""
+class SplitProgress:
+  """Progress of a split: totals of the text that was read, the shards that were written, and where to continue.
+
+  The fields are the keys of a split in `progress.json` and in the manifest.
+  """
 
   documents: int = 0
   characters: int = 0
   bytes: int = 0
   tokens: int = 0
-  rows: int = 0
+  rows: int = 0  # sequences in `shards`
   shards: list = field(default_factory=list)
   position: Position = START
-  rest: list = field(default_factory=list)  # tokens that did not fill a shard yet
+  rest: list = field(default_factory=list)  # tokens read but not yet in a shard
   complete: bool = False
 
-  def count(self, encoded: Encoded):
-    """Add what was encoded to the sums."""
+  def count(self, encoded: EncodedGroup):
+    """Adds an encoded group to the totals."""
     self.documents += encoded.documents
     self.characters += encoded.characters
     self.bytes += encoded.bytes
@@ -137,40 +166,55 @@ class Split:
     self.position = encoded.after
 
 
-def pack(split: Split, encoded: Iterator[Encoded], folder: Path, name: str, *, seq_len: int, dtype, save: Callable):
-  """Write what is encoded as further shards `name-00000.npy` … of a split; `save()` after those that are full.
+def pack(
+  split: SplitProgress,
+  encoded: Iterator[EncodedGroup],
+  folder: Path,
+  name: str,
+  *,
+  seq_len: int,
+  dtype,
+  save: Callable[[], None],
+):
+  """Writes the remaining shards of a split, `NAME-00000.npy` and so on, each [rows, seq_len].
 
   Args:
-    split: what the folder already holds; brought up to date.
-    encoded: all that comes behind `split.position`.
-  Raises:
-    UserError: it is not enough for a row; then nothing was written.
-  """
-  each = max(1, SHARD // seq_len)
-  waiting = [np.asarray(split.rest, dtype)]
+    split: progress so far, updated in place.
+    encoded: the tokens of all text behind `split.position`.
+    folder: where the shards are written.
+    name: the split, `train` or `valid`.
+    seq_len: tokens per sequence.
+    dtype: of the shards.
+    save: called after each full shard, and at the end, to store `split`.
 
-  def write(rows: int):
-    """Move shards of so many rows from `waiting` to the disk, as long as there are whole ones."""
-    tokens = np.concatenate(waiting)
+  Raises:
+    UserError: the text is shorter than one sequence. No shard was written in this case.
+  """
+  rows_per_shard = max(1, SHARD // seq_len)
+  buffer = [np.asarray(split.rest, dtype)]
+
+  def write_shards(rows: int):
+    """Writes shards of `rows` sequences from `buffer` until fewer remain."""
+    tokens = np.concatenate(buffer)
     while len(tokens) >= rows * seq_len > 0:
       shard, tokens = tokens[: rows * seq_len], tokens[rows * seq_len :]
       path = folder / f"{name}-{len(split.shards):05}.npy"
       split.shards.append(write_shard(path, shard.reshape(rows, seq_len)))
       split.rows += rows
-    waiting[:] = [tokens]
+    buffer[:] = [tokens]
 
   for group in encoded:
     split.count(group)
-    waiting.append(group.tokens.astype(dtype))
-    if sum(map(len, waiting)) >= each * seq_len:
-      write(each)
-      split.rest = waiting[0].tolist()
+    buffer.append(group.tokens.astype(dtype))
+    if sum(map(len, buffer)) >= rows_per_shard * seq_len:
+      write_shards(rows_per_shard)
+      split.rest = buffer[0].tolist()
       save()
-  write(sum(map(len, waiting)) // seq_len)
+  write_shards(sum(map(len, buffer)) // seq_len)
   if not split.rows:
     raise UserError(
-      f"the text of {folder / name} must hold at least one row of {seq_len} tokens; it has {split.tokens:,}, of "
-      f"{split.documents:,} documents that are not empty; add text, or ask for shorter rows"
+      f"the text of {folder / name} must hold at least one row of {seq_len} tokens; it has {split.tokens:,} "
+      f"tokens in {split.documents:,} non-empty documents; add text, or ask for shorter rows"
     )
   split.rest, split.complete = [], True
   save()

@@ -1,6 +1,7 @@
-"""A folder of packed rows, filled once. Killed at any moment and started again, it ends with the same bytes.
+"""Prepared folders: a corpus is tokenized and packed once, and can be interrupted and resumed at any time.
 
-Whenever a shard is full, `progress.json` says how far the text was read. The manifest is written last.
+The resulting files are bitwise the same with and without interruptions. `progress.json` stores the progress after each
+full shard. The manifest is written last.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.corpus import Corpus
-from switchlora_jax.data.packing import Encoded, Position, Split
+from switchlora_jax.data.packing import EncodedGroup, Position, SplitProgress
 from switchlora_jax.data.shards import MANIFEST, TOKENIZER, read_manifest
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import (
@@ -30,17 +31,17 @@ from switchlora_jax.runs.files import (
 )
 
 PROGRESS = "progress.json"
-TRAIN = "train:"  # before the number of pieces of a tokenizer that is trained on the text
+TRAIN = "train:"  # `train:SIZE` trains a tokenizer of SIZE pieces on the text
 
 
 class Request(NamedTuple):
-  """All that decides the rows.
+  """Everything that determines the packed sequences.
 
   Attributes:
-    text: what is read, as JSON has it: it changes when the text may have changed.
-    tokenizer: a SentencePiece model, or `train:SIZE`.
-    seq_len: tokens a row.
-    take: training documents, at most.
+    text: origin of the text, JSON-serialisable. It differs if the text may have changed.
+    tokenizer: path of a SentencePiece model, or `train:SIZE`.
+    seq_len: tokens per sequence.
+    take: maximum number of training documents; None: all.
   """
 
   text: list | dict
@@ -48,82 +49,89 @@ class Request(NamedTuple):
   seq_len: int
   take: int | None = None
 
-  def facts(self) -> dict:
-    """The same as JSON gives it back, with a checksum for the tokenizer's file."""
+  def to_json(self) -> dict:
+    """The request as read back from JSON, with the checksum of the tokenizer's file in place of its path."""
     trained = self.tokenizer.startswith(TRAIN)
-    facts = self._asdict() | {"tokenizer": self.tokenizer if trained else file_sha256(Path(self.tokenizer))}
-    return json.loads(json.dumps(facts))
+    contents = self._asdict() | {"tokenizer": self.tokenizer if trained else file_sha256(Path(self.tokenizer))}
+    return json.loads(json.dumps(contents))
 
 
-def prepare(folder: Path, request: Request, read: Callable[[], Corpus], *, wait: bool, progress: bool) -> dict:
-  """The manifest of `folder`, once it is filled with the packed rows of a corpus.
+def fill_folder(folder: Path, request: Request, read: Callable[[], Corpus], *, wait: bool, progress: bool) -> dict:
+  """Fills `folder` with the packed sequences of a corpus, unless it is finished already.
 
   Args:
-    read: the corpus; called where the folder is not finished.
-    wait: for another process that fills the folder; else that is a mistake.
-    progress: whether to show it.
+    folder: created if it does not exist.
+    request: what the folder must hold.
+    read: returns the corpus. Called only if the folder is not finished.
+    wait: whether to wait for another process that fills the folder. Otherwise this is an error.
+    progress: whether to show progress bars.
+
+  Returns:
+    The manifest.
+
   Raises:
-    UserError: the folder holds other rows, is being filled or cannot be written, or the text cannot be read.
+    UserError: the folder holds other sequences, is being filled or cannot be written, or the text cannot be read.
   """
   try:
-    if not _is_done(folder):  # what is finished is only read: it may lie where nothing can be written
+    if not _is_finished(folder):  # a finished folder may be read-only
       folder.mkdir(parents=True, exist_ok=True)
-      with _alone(folder, wait):
+      with _folder_lock(folder, wait):
         if (manifest := read_manifest(folder)) is None:
           return _Preparation(folder, request, progress).run(read())
-        (folder / PROGRESS).unlink(missing_ok=True)  # of a process that was killed after its last shard
+        (folder / PROGRESS).unlink(missing_ok=True)  # left by a process killed after it wrote the manifest
     manifest = read_manifest(folder)
-    _check_request(folder, manifest["request"], request.facts())
+    _check_request(folder, manifest["request"], request.to_json())
     return manifest
   except OSError as error:
     raise UserError(
-      f"{folder} must be a directory that can be written, with room for the rows; {error}; make room, and the same "
-      "command goes on where it stopped, or choose another directory"
+      f"{folder} must be a writable directory with room for the packed rows; {error}; make room, and the same command "
+      "continues where it stopped, or choose another directory"
     ) from error
 
 
-def _is_done(folder: Path) -> bool:
+def _is_finished(folder: Path) -> bool:
   return os.access(folder / MANIFEST, os.R_OK) and not (folder / PROGRESS).exists()
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, wait: bool) -> Iterator[None]:
-  """While no other process fills the folder."""
+def _folder_lock(folder: Path, wait: bool) -> Iterator[None]:
+  """Holds the lock of the folder, so that one process at a time fills it."""
   try:
     with exclusive_lock(folder, wait=wait):
       yield
   except LockTaken as holder:
     raise UserError(
-      f"another process is filling {folder}; wait until it ends, or choose another directory ({holder})"
+      f"another process is filling {folder}; wait until it has finished, or choose another directory ({holder})"
     ) from None
 
 
-def _check_request(folder: Path, found: dict, facts: dict):
-  keys = sorted(key for key in facts.keys() | found.keys() if found.get(key) != facts.get(key))
+def _check_request(folder: Path, found: dict, expected: dict):
+  """Raises `UserError` if the folder was filled, or begun, for another request."""
+  keys = sorted(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
   if keys:
-    changed = "; ".join(f"{key} was {found.get(key)!r:.80} and is {facts.get(key)!r:.80}" for key in keys)
+    changed = "; ".join(f"{key} was {found.get(key)!r:.80} and is {expected.get(key)!r:.80}" for key in keys)
     raise UserError(f"{folder} was begun for other rows ({changed}); choose a new directory, or delete this one")
 
 
 class _Preparation:
-  """The work on one folder: what is asked for, and what was made of each split so far."""
+  """Fills one folder: the request, and the progress of each split."""
 
   def __init__(self, folder: Path, request: Request, progress: bool):
-    self._folder, self._request, self._shown = folder, request, progress
-    self._facts = request.facts()
-    saved = read_checksummed_json(folder / PROGRESS) or {"request": self._facts}
-    _check_request(folder, saved["request"], self._facts)
-    self._splits = {name: _split(saved.get(name, {})) for name in ("train", "valid")}
+    self._folder, self._request, self._show_progress = folder, request, progress
+    self._request_json = request.to_json()
+    saved = read_checksummed_json(folder / PROGRESS) or {"request": self._request_json}
+    _check_request(folder, saved["request"], self._request_json)
+    self._splits = {name: _split_progress(saved.get(name, {})) for name in ("train", "valid")}
 
   def run(self, corpus: Corpus) -> dict:
-    """Do what is left, and write the manifest."""
+    """Completes the folder and returns the manifest, which is written last."""
     self._save()
-    model = self._put_tokenizer(corpus)
-    self._fill("train", corpus.train, model, self._request.take)
+    processor = self._write_tokenizer(corpus)
+    self._fill_split("train", corpus.train, processor, self._request.take)
     if corpus.valid is not None:
-      self._fill("valid", corpus.valid, model, None)
+      self._fill_split("valid", corpus.valid, processor, None)
     manifest = {
-      "request": self._facts,
+      "request": self._request_json,
       "tokenizer": file_sha256(self._folder / TOKENIZER),
       "train": _sizes(self._splits["train"]),
       "valid": _sizes(self._splits["valid"]) if corpus.valid is not None else None,
@@ -134,47 +142,49 @@ class _Preparation:
     return manifest
 
   def _save(self):
-    write_checksummed_json(
-      self._folder / PROGRESS, {"request": self._facts} | {k: asdict(v) for k, v in self._splits.items()}
-    )
+    splits = {name: asdict(split) for name, split in self._splits.items()}
+    write_checksummed_json(self._folder / PROGRESS, {"request": self._request_json} | splits)
 
-  def _put_tokenizer(self, corpus: Corpus):
-    """The tokenizer of the folder, which is made or copied there first."""
-    path, wanted = self._folder / TOKENIZER, self._request.tokenizer
-    if not wanted.startswith(TRAIN):
-      write_bytes(path, Path(wanted).read_bytes())
+  def _write_tokenizer(self, corpus: Corpus):
+    """Copies the tokenizer into the folder, or trains it there, and loads it."""
+    path, requested = self._folder / TOKENIZER, self._request.tokenizer
+    if not requested.startswith(TRAIN):
+      write_bytes(path, Path(requested).read_bytes())
     elif not path.exists():
       documents = itertools.chain.from_iterable(corpus.train)
-      tokenizer.train_tokenizer(documents, int(wanted.removeprefix(TRAIN)), path)
+      tokenizer.train_tokenizer(documents, int(requested.removeprefix(TRAIN)), path)
     return tokenizer.load_tokenizer(path)
 
-  def _fill(self, name: str, parts: packing.Parts, model, take: int | None):
-    """Pack what is left of a split."""
+  def _fill_split(self, name: str, parts: packing.Parts, processor, take: int | None):
+    """Packs the rest of a split, of at most `take` documents in all."""
     split = self._splits[name]
     if split.complete:
       return
-    pieces = packing.pieces(parts, split.position)
+    chunks = packing.read_chunks(parts, split.position)
     if take is not None:
-      pieces = packing.first(pieces, take - split.documents)
-    dtype = np.uint16 if model.get_piece_size() <= 1 << 16 else np.int32
-    share = lambda: split.documents / take if take else split.position.part / len(parts)
-    encoded = self._watched(packing.encode(model, pieces), name, split, share)
+      chunks = packing.first_documents(chunks, take - split.documents)
+    dtype = np.uint16 if processor.get_piece_size() <= 1 << 16 else np.int32
+    fraction = lambda: split.documents / take if take else split.position.part / len(parts)
+    encoded = self._with_progress(packing.encode_chunks(processor, chunks), name, split, fraction)
     packing.pack(split, encoded, self._folder, name, seq_len=self._request.seq_len, dtype=dtype, save=self._save)
 
-  def _watched(self, encoded: Iterator[Encoded], name: str, split: Split, share: Callable) -> Iterator[Encoded]:
-    """The same, with a bar, whose end is guessed from the share of the text that was read."""
+  def _with_progress(
+    self, encoded: Iterator[EncodedGroup], name: str, split: SplitProgress, fraction: Callable[[], float]
+  ) -> Iterator[EncodedGroup]:
+    """Yields the groups and shows a progress bar, whose total is estimated from the fraction of the text read."""
     options = dict(desc=f"tokenize {name}", unit="char", unit_scale=True, initial=split.characters)
-    with tqdm(**options, disable=not self._shown) as bar:
+    with tqdm(**options, disable=not self._show_progress) as bar:
       for group in encoded:
         yield group
-        bar.total = round(split.characters / share()) if share() else None
+        bar.total = round(split.characters / fraction()) if fraction() else None
         bar.update(group.characters)
 
 
-def _split(saved: dict) -> Split:
-  return Split(**saved | {"position": Position(*saved.get("position", ()))})
+def _split_progress(saved: dict) -> SplitProgress:
+  """The progress of a split as saved in `progress.json`."""
+  return SplitProgress(**saved | {"position": Position(*saved.get("position", ()))})
 
 
-def _sizes(split: Split) -> dict:
-  """What the manifest says of a split."""
+def _sizes(split: SplitProgress) -> dict:
+  """The entry of a split in the manifest."""
   return {key: value for key, value in asdict(split).items() if key not in ("position", "rest", "complete")}

@@ -1,7 +1,7 @@
-"""Packed rows on disk: a folder of shards that are mapped into memory, and the manifest that says what they are.
+"""Packed sequences on disk: a folder of memory-mapped shards, and the manifest that describes them.
 
-The manifest is written last: a folder without one is not finished. Shards are `.npy` files of [rows, seq_len], all of a
-split with the same number of rows but the last.
+Shards are `.npy` files of [rows, seq_len], a row being one sequence. All shards of a split but the last have the same
+number of rows. The manifest is written last: a folder without a manifest is incomplete.
 """
 
 import hashlib
@@ -21,64 +21,65 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 
 
-class Rows:
-  """Rows start … stop of the shards of a split, one after another: [stop − start, seq_len], read where it is indexed.
+class PackedSequences:
+  """The sequences `start` to `stop` of the shards of a split, [stop − start, seq_len]. Tokens are read on indexing.
 
-  An array of row numbers gives their tokens, a slice gives `Rows` of these, a number gives one row.
+  An array of indices returns the tokens of these sequences, an integer those of one sequence. A slice with step 1
+  returns another `PackedSequences` without reading anything.
   """
 
   def __init__(self, shards: list[np.ndarray], start: int, stop: int):
     self._shards, self._start, self._stop = shards, start, stop
-    self._each = len(shards[0]) if shards else 1  # rows in every shard but the last
+    self._rows_per_shard = len(shards[0]) if shards else 1  # the last shard may have fewer
 
   def __len__(self) -> int:
     return self._stop - self._start
 
   @property
   def dtype(self) -> np.dtype:
-    """uint16 where the vocabulary fits, else int32."""
+    """uint16 if the vocabulary fits, else int32."""
     return self._shards[0].dtype
 
   @property
   def shape(self) -> tuple[int, int]:
-    """(rows, seq_len)."""
+    """(number of sequences, seq_len)."""
     return len(self), self._shards[0].shape[1]
 
-  def __getitem__(self, which):
-    if isinstance(which, slice):
-      start, stop, step = which.indices(len(self))
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      start, stop, step = index.indices(len(self))
       if step != 1:
-        raise IndexError(f"rows are sliced one after another; found a step of {step}")
-      return Rows(self._shards, self._start + start, self._start + max(start, stop))
-    which = np.asarray(which)
-    if ((which < -len(self)) | (which >= len(self))).any():
-      raise IndexError(f"row {which} of {len(self)}")
-    shards, places = np.divmod(self._start + which % len(self), self._each)
-    if which.ndim == 0:
-      return np.asarray(_whole(self._shards[shards])[places])
-    found = np.empty((len(which), self.shape[1]), self.dtype)
+        raise IndexError(f"slices must have step 1; found a step of {step}")
+      return PackedSequences(self._shards, self._start + start, self._start + max(start, stop))
+    index = np.asarray(index)
+    if ((index < -len(self)) | (index >= len(self))).any():
+      raise IndexError(f"sequence {index} of {len(self)}")
+    shards, rows = np.divmod(self._start + index % len(self), self._rows_per_shard)
+    if index.ndim == 0:
+      return np.asarray(_uncut(self._shards[shards])[rows])
+    tokens = np.empty((len(index), self.shape[1]), self.dtype)
     for shard in np.unique(shards):
       here = shards == shard
-      found[here] = _whole(self._shards[shard])[places[here]]
-    return found
+      tokens[here] = _uncut(self._shards[shard])[rows[here]]
+    return tokens
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self[np.arange(len(self))], dtype)
 
 
-def _whole(shard: np.ndarray) -> np.ndarray:
-  """The shard, if its file is still as long as when it was opened: to read beyond its end would kill the process."""
+def _uncut(shard: np.ndarray) -> np.ndarray:
+  """Returns the shard after checking the length of its file. Reading a map beyond the end of its file is a SIGBUS."""
   if isinstance(shard, np.memmap) and shard.base.size() < shard.offset + shard.nbytes:
     raise UserError(
-      f"{shard.filename} must have {shard.offset + shard.nbytes:,} bytes; it was cut to {shard.base.size():,} under "
-      "the run; restore it, or delete its folder and prepare it again, and the same command continues from the last "
+      f"{shard.filename} must have {shard.offset + shard.nbytes:,} bytes; it was cut to {shard.base.size():,} during "
+      "the run; restore it, or delete its folder and prepare it again; the same command continues from the last "
       "checkpoint"
     )
   return shard
 
 
 class Shard(NamedTuple):
-  """A file of rows, and what is in it."""
+  """A shard as listed in the manifest: file name, number of sequences, and SHA-256 of the file."""
 
   file: str
   rows: int
@@ -86,7 +87,7 @@ class Shard(NamedTuple):
 
 
 def write_shard(path: Path, rows: np.ndarray) -> Shard:
-  """Write an `.npy` that is complete, and on the disk, as soon as it has its name."""
+  """Writes [rows, seq_len] as an `.npy` file, atomically and synced to disk."""
   npy = io.BytesIO()
   np.save(npy, rows)
   write_bytes(path, npy.getbuffer())
@@ -94,40 +95,44 @@ def write_shard(path: Path, rows: np.ndarray) -> Shard:
 
 
 def read_manifest(folder: Path) -> dict | None:
-  """What a finished folder says of itself; None where it is not finished."""
+  """The manifest of a finished folder, or None if the folder is not finished."""
   return read_checksummed_json(folder / MANIFEST)
 
 
 def fingerprint(manifest: dict) -> str:
-  """Of the tokenizer and the rows, 16 hexadecimal digits; where and from which files they were made does not count."""
+  """Hash of the tokenizer and of the sequences, 16 hexadecimal digits. Paths and source files do not enter."""
   splits = [[shard[1:] for shard in manifest[name]["shards"]] for name in ("train", "valid") if manifest[name]]
   return hashlib.sha256(json.dumps([manifest["tokenizer"], splits]).encode()).hexdigest()[:16]
 
 
-def open_rows(folder: Path, split: dict) -> Rows:
-  """The rows of a split of the manifest."""
+def open_sequences(folder: Path, split: dict) -> PackedSequences:
+  """The sequences of a split. `split` is its entry in the manifest."""
   shards = [np.load(folder / file, mmap_mode="r") for file, _, _ in split["shards"]]
-  return Rows(shards, 0, split["rows"])
+  return PackedSequences(shards, 0, split["rows"])
 
 
-def verify(folder: Path, manifest: dict, progress: bool, share: tuple[int, int] = (0, 1)) -> None:
-  """Compare the tokenizer and every shard with its checksum.
+def verify_checksums(folder: Path, manifest: dict, progress: bool, share: tuple[int, int] = (0, 1)) -> None:
+  """Compares the tokenizer and every shard with their checksums in the manifest.
 
   Args:
-    share: (number of a process, of how many), which looks at its share of the files.
+    folder: the prepared folder.
+    manifest: its manifest.
+    progress: whether to show a progress bar.
+    share: (process index, number of processes). Each process checks its share of the files.
+
   Raises:
-    UserError: a file is missing or not what was written; names it.
+    UserError: a file is missing or differs. The message names it.
   """
   files = [(TOKENIZER, manifest["tokenizer"])]
   files += [(shard[0], shard[2]) for name in ("train", "valid") if manifest[name] for shard in manifest[name]["shards"]]
   process, processes = share
   files = files[process::processes]
   with ThreadPoolExecutor() as pool:
-    checks = pool.map(lambda file: _check(folder / file[0], file[1]), files)
+    checks = pool.map(lambda file: _verify_checksum(folder / file[0], file[1]), files)
     list(tqdm(checks, desc="verify data", total=len(files), unit="file", disable=not progress, delay=1))
 
 
-def _check(path: Path, sha256: str):
+def _verify_checksum(path: Path, sha256: str):
   try:
     found = file_sha256(path)
   except OSError as error:

@@ -1,4 +1,4 @@
-"""SentencePiece: train a tokenizer on documents, or load one."""
+"""SentencePiece tokenizers: train one on documents, or load one."""
 
 import io
 import os
@@ -10,24 +10,32 @@ import sentencepiece
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import write_bytes
 
-SAMPLE = 20_000_000  # characters that training looks at, at most: the first ones
-STRETCH = 1000  # characters of a line that training takes in one piece
+SAMPLE = 20_000_000  # characters at the start of the text that the tokenizer is trained on
+MAX_SENTENCE = 1000  # characters per training sentence; SentencePiece skips lines longer than 4192 bytes
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.PathLike) -> None:
-  """Write a byte-pair model of at most `vocab_size` pieces to `path`: T5's pad 0, eos 1, unk 2 and no bos.
+  """Trains a byte-pair model and writes it to `path` atomically. Deterministic: the same documents give the same file.
 
-  It loses nothing: newlines and runs of spaces survive, and what is not among its pieces is spelt in
-  bytes. The same documents give the same file; a file that exists is complete.
+  Special ids are T5's: pad 0, eos 1, unk 2, no bos. Decoding is lossless: newlines and runs of spaces are kept, and
+  characters outside the vocabulary are encoded as bytes.
+
+  Args:
+    documents: the training text. At most the first `SAMPLE` characters are used.
+    vocab_size: maximum number of pieces. A short text may yield fewer.
+    path: the file to write.
+
+  Raises:
+    UserError: the text is empty, or the vocabulary is too small for it.
   """
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_stretches(documents),
+      sentence_iterator=_training_sentences(documents),
       model_writer=model,
       model_type="bpe",
       vocab_size=vocab_size,
-      hard_vocab_limit=False,  # a short text may have fewer pieces
+      hard_vocab_limit=False,  # allows fewer pieces for a short text
       pad_id=0,
       eos_id=1,
       unk_id=2,
@@ -40,46 +48,52 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
       minloglevel=2,
     )
   except RuntimeError as error:
-    found = "it is empty" if "sentences_.empty()" in str(error) else error
+    found = "the text is empty" if "sentences_.empty()" in str(error) else error
     raise UserError(
       f"could not train a tokenizer of {vocab_size} pieces (the model's vocabulary) on this text: {found}; "
-      "256 pieces are bytes and each letter takes one: use more text, a larger vocabulary, or name a tokenizer"
+      "256 pieces are bytes and each distinct letter needs one: use more text, a larger vocabulary, or pass a tokenizer"
     ) from error
   write_bytes(Path(path), model.getvalue())
 
 
 def load_tokenizer(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
-  """The SentencePiece model in `path`, which must be able to end a document."""
+  """Loads a SentencePiece model.
+
+  Raises:
+    UserError: there is no such file, it is not a SentencePiece model, or the model has no end-of-sentence piece.
+  """
   name = f"the tokenizer {str(path)!r}"
-  if not os.path.isfile(path):  # nor where a folder may not be entered, which Path.is_file raises
-    raise UserError(f"{name} must be a SentencePiece model; there is no such file; name one, or have one trained")
+  if not os.path.isfile(path):  # Path.is_file raises if a parent folder may not be entered
+    raise UserError(
+      f"{name} must be a SentencePiece model; there is no such file; pass an existing model, or let one be trained"
+    )
   try:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
   except RuntimeError as error:
     raise UserError(
-      f"{name} must be a SentencePiece model; it is not ({error}); name one, or have one trained"
+      f"{name} must be a SentencePiece model; reading it failed ({error}); pass another, or let one be trained"
     ) from error
   if processor.eos_id() < 0:
-    raise UserError(f"{name} must have an end-of-sentence piece, which ends documents; train it with eos_id=1")
+    raise UserError(f"{name} must have an end-of-sentence piece, to mark the end of a document; train it with eos_id=1")
   return processor
 
 
 def check_vocabulary(path: str | os.PathLike, vocab_size: int) -> None:
-  """Raise `UserError` unless a model with `vocab_size` embeddings can use the tokenizer in `path`."""
+  """Raises `UserError` if the tokenizer in `path` has more than `vocab_size` pieces."""
   found = load_tokenizer(path).get_piece_size()
   if found > vocab_size:
     raise UserError(
-      f"the tokenizer {str(path)!r} must fit in the model's vocabulary (={vocab_size}); it has {found} pieces; "
+      f"the tokenizer {str(path)!r} must fit into the model's vocabulary (={vocab_size}); it has {found} pieces; "
       f"pass --config.model.vocab_size={found} or more, or a smaller tokenizer"
     )
 
 
-def _stretches(documents: Iterable[str]) -> Iterator[str]:
-  """The lines of the first documents, cut where the trainer would pass over them for their length."""
+def _training_sentences(documents: Iterable[str]) -> Iterator[str]:
+  """The lines of the first documents, cut to at most `MAX_SENTENCE` characters."""
   budget = SAMPLE
   for document in documents:
     for line in document[:budget].split("\n"):
-      yield from (line[start : start + STRETCH] for start in range(0, len(line), STRETCH))
+      yield from (line[start : start + MAX_SENTENCE] for start in range(0, len(line), MAX_SENTENCE))
     budget -= len(document)
     if budget <= 0:
       return

@@ -1,4 +1,4 @@
-"""A pre-trained LLaMA that answers a question about a text: its trunk, and a head on the last token; all is trained."""
+"""Full fine-tuning of a pre-trained LLaMA for classification or regression, with a head on the last token."""
 
 import functools
 import math
@@ -13,61 +13,76 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from switchlora_jax.glue.examples import Batch, Examples, batch, epoch_of
+from switchlora_jax.glue.examples import Examples, LabelledBatch, epoch_batches, padded_batch
 from switchlora_jax.models import LLaMA, make_model
 from switchlora_jax.models.llama import INIT
 from switchlora_jax.runs.files import atomic_writer
 
-EVALUATED = 64  # rows at a time
-ADAM = optax.scale_by_adam()  # which AdamW is without weight decay
+EVAL_BATCH_SIZE = 64
+ADAM = optax.scale_by_adam()  # AdamW without weight decay
 
 
 class Diverged(ArithmeticError):
-  """The outputs are not finite any more."""
+  """The outputs are infinite or NaN."""
 
 
 class Classifier(NamedTuple):
-  """What is compiled for models of one size and one number of outputs.
+  """Compiled functions for models of one size and one number of outputs.
 
-  Params are plain weights, `switchlora_jax.models.weights`, whose `head` has a column an output in place of a token.
+  Params are plain weights, as of `switchlora_jax.models.weights`, with a `head` kernel [hidden, outputs].
 
   Attributes:
-    step: (params, moments, Batch, learning rate) -> (params, moments, loss), one update; takes the first two away.
-    outputs: (params, tokens [batch, length], last [batch]) -> [batch, outputs] float32, read at the places `last`.
+    step: (params, moments, LabelledBatch, learning rate) -> (params, moments, loss). One update. The first two
+      arguments are donated.
+    outputs: (params, tokens [batch, length], last [batch]) -> [batch, outputs] float32, at the tokens `last`.
   """
 
   step: Callable
   outputs: Callable
 
 
-@functools.cache  # a compiled step serves all seeds, learning rates, and models of one size
-def build(outputs: int, **sizes: int) -> Classifier:
-  """The classifier of a LLaMA's sizes; with one output it learns numbers by squared error, else classes.
+@functools.cache  # shared by all seeds, learning rates, and models of one size
+def build_classifier(outputs: int, **sizes: int) -> Classifier:
+  """Builds the classifier for a LLaMA of the given sizes, on one device.
 
-  It computes in bfloat16 on GPUs, on one device, and in float32 elsewhere; params are float32.
+  The computation is in bfloat16 on GPUs and in float32 elsewhere. Params are float32.
+
+  Args:
+    outputs: number of classes, or 1 for regression with a squared error.
+    **sizes: sizes of the model, as in `config.model`.
   """
   device = jax.devices()[0]
-  kinds = dict(dtype=jnp.bfloat16 if device.platform == "gpu" else jnp.float32, param_dtype=jnp.float32)
-  trunk = make_model(sizes, head=False, device=device, **kinds)
-  answer = partial(outputs_of, trunk)
-  return Classifier(jax.jit(partial(_step, answer), donate_argnums=(0, 1)), jax.jit(answer))
+  dtypes = dict(dtype=jnp.bfloat16 if device.platform == "gpu" else jnp.float32, param_dtype=jnp.float32)
+  trunk = make_model(sizes, head=False, device=device, **dtypes)
+  forward = partial(last_token_outputs, trunk)
+  return Classifier(jax.jit(partial(_step, forward), donate_argnums=(0, 1)), jax.jit(forward))
 
 
 def with_head(weights: dict, outputs: int, seed: int) -> dict:
-  """Plain weights with a new head, drawn as LLaMA's is: kernel [hidden, outputs], no bias. Arrays of the device."""
+  """Plain weights in float32 on the device, with a new head: kernel [hidden, outputs], drawn as LLaMA's, no bias."""
   hidden = weights["norm"]["scale"].shape[-1]
   kernel = INIT(jax.random.key(seed), (hidden, outputs), jnp.float32)
   return jax.tree.map(partial(jnp.array, dtype=jnp.float32), weights | {"head": {"kernel": kernel}})
 
 
-def outputs_of(trunk: LLaMA, params, tokens, last):
-  """[batch, outputs] float32 of rows that are filled up on the right: a causal mask keeps the filling from `last`."""
+def last_token_outputs(trunk: LLaMA, params, tokens, last):
+  """Outputs at the last token of each row. Because of the causal mask, padding on the right has no influence.
+
+  Args:
+    trunk: the model without its head.
+    params: plain weights with a head.
+    tokens: [batch, length].
+    last: [batch], index of the last token.
+
+  Returns:
+    [batch, outputs] float32.
+  """
   hidden = trunk.apply({"params": params}, tokens)[jnp.arange(len(tokens)), last]  # [batch, hidden]
   return jnp.matmul(hidden, params["head"]["kernel"].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def mean_loss(outputs, labels, weights):
-  """Squared error of the one output, or cross-entropy of the classes in nats; weighted mean over rows, []."""
+def weighted_loss(outputs, labels, weights):
+  """Weighted mean over rows, []: the squared error of a single output, else cross-entropy of the classes in nats."""
   if outputs.shape[-1] == 1:
     losses = (outputs[:, 0] - labels) ** 2
   else:
@@ -75,18 +90,22 @@ def mean_loss(outputs, labels, weights):
   return jnp.sum(losses * weights) / jnp.sum(weights)
 
 
-def _step(answer, params, moments, rows: Batch, learning_rate):
+def _step(forward, params, moments, batch: LabelledBatch, learning_rate):
   loss, grads = jax.value_and_grad(
-    lambda params: mean_loss(answer(params, rows.tokens, rows.last), rows.labels, rows.weights)
+    lambda params: weighted_loss(forward(params, batch.tokens, batch.last), batch.labels, batch.weights)
   )(params)
   updates, moments = ADAM.update(grads, moments)
   return jax.tree.map(lambda p, u: p - learning_rate * u, params, updates), moments, loss
 
 
-class Plan(NamedTuple):
-  """How a model is fine-tuned: peak learning rate, passes over the rows, seed of head and order, rows a step.
+class FineTuningPlan(NamedTuple):
+  """Hyperparameters of one fine-tuning.
 
-  The learning rate falls linearly to 0, without a warm-up.
+  Attributes:
+    learning_rate: at the first step. It decays linearly to 0, without warm-up.
+    epochs: passes over the training examples.
+    seed: of the head and of the order of the examples.
+    batch_size: examples per step.
   """
 
   learning_rate: float
@@ -96,11 +115,13 @@ class Plan(NamedTuple):
 
 
 class Fitted(NamedTuple):
-  """A fine-tuned model at the end of its best epoch.
+  """A fine-tuned model, as of its best epoch.
 
   Attributes:
-    params: NumPy arrays. outputs: of the dev rows, [rows, outputs].
-    scores: of the dev rows after each epoch. losses: of each epoch's training rows, the mean.
+    params: NumPy arrays.
+    outputs: [examples, outputs] of the dev examples.
+    scores: score of the dev examples after each epoch.
+    losses: mean loss of the training examples in each epoch.
   """
 
   params: dict
@@ -109,60 +130,65 @@ class Fitted(NamedTuple):
   losses: list[float]
 
 
-def steps_of(plan: Plan, rows: int) -> int:
-  """Updates in all."""
-  return plan.epochs * math.ceil(rows / plan.batch_size)
+def total_steps(plan: FineTuningPlan, examples: int) -> int:
+  """Number of updates of a fine-tuning on this number of examples."""
+  return plan.epochs * math.ceil(examples / plan.batch_size)
 
 
-def fit(classifier: Classifier, params, train: Examples, dev: Examples, judge, plan: Plan, bar) -> Fitted:
-  """Train for the plan's epochs, judging the outputs of `dev` after each; the best is kept, of equals the first.
+def fit(classifier: Classifier, params, train: Examples, dev: Examples, score_fn, plan: FineTuningPlan, bar) -> Fitted:
+  """Fine-tunes, evaluates `dev` after each epoch, and keeps the best epoch; the first one of equal scores.
 
   Args:
-    params: as from `with_head`; taken away.
-    judge: outputs [rows, outputs] -> a score, the higher the better.
-    bar: a progress bar of `steps_of` steps.
+    classifier: from `build_classifier`.
+    params: from `with_head`. Donated.
+    train: training examples.
+    dev: examples to select the epoch with.
+    score_fn: outputs [examples, outputs] -> score, higher is better.
+    plan: the hyperparameters.
+    bar: a progress bar of `total_steps` steps.
+
   Raises:
-    Diverged: outputs became infinite or no numbers.
+    Diverged: outputs are infinite or NaN.
   """
-  moments, total, step = ADAM.init(params), steps_of(plan, len(train.tokens)), 0
+  moments, total, step = ADAM.init(params), total_steps(plan, len(train.tokens)), 0
   best, scores, losses = None, [], []
   for epoch in range(plan.epochs):
-    seen = []
-    for rows in epoch_of(train, plan.batch_size, seed=plan.seed, epoch=epoch):
-      params, moments, loss = classifier.step(params, moments, rows, plan.learning_rate * (1 - step / total))
-      seen.append((loss, rows.weights.sum()))
+    results = []
+    for batch in epoch_batches(train, plan.batch_size, seed=plan.seed, epoch=epoch):
+      params, moments, loss = classifier.step(params, moments, batch, plan.learning_rate * (1 - step / total))
+      results.append((loss, batch.weights.sum()))
       step += 1
       bar.update()
-    means, counts = zip(*jax.device_get(seen), strict=True)
+    means, counts = zip(*jax.device_get(results), strict=True)
     losses.append(float(np.average(means, weights=counts)))
-    outputs = evaluate(classifier, params, dev)
+    outputs = compute_outputs(classifier, params, dev)
     if not np.isfinite(outputs).all():
       raise Diverged(f"outputs are not finite after epoch {epoch + 1}")
-    scores.append(judge(outputs))
+    scores.append(score_fn(outputs))
     bar.set_postfix(epoch=epoch + 1, loss=f"{losses[-1]:.3f}", score=f"{scores[-1]:.4f}")
     if best is None or scores[-1] > max(scores[:-1]):
       best = jax.device_get(params), outputs
   return Fitted(*best, scores, losses)
 
 
-def evaluate(classifier: Classifier, params, examples: Examples) -> np.ndarray:
-  """The outputs of all examples, [rows, outputs], computed in the order of their lengths."""
+def compute_outputs(classifier: Classifier, params, examples: Examples) -> np.ndarray:
+  """The outputs of all examples, [examples, outputs]. Batches have examples of similar length, to reduce padding."""
   order = np.argsort([len(row) for row in examples.tokens], kind="stable")
-  parts = [order[start : start + EVALUATED] for start in range(0, len(order), EVALUATED)]
-  found = []
-  for picks in parts:
-    rows = batch(examples, picks, EVALUATED)
-    found.append(np.asarray(classifier.outputs(params, rows.tokens, rows.last))[: len(picks)])
-  return np.concatenate(found)[np.argsort(order)]
+  outputs = []
+  for start in range(0, len(order), EVAL_BATCH_SIZE):
+    indices = order[start : start + EVAL_BATCH_SIZE]
+    batch = padded_batch(examples, indices, EVAL_BATCH_SIZE)
+    outputs.append(np.asarray(classifier.outputs(params, batch.tokens, batch.last))[: len(indices)])
+  return np.concatenate(outputs)[np.argsort(order)]
 
 
-def save(path: Path, params: dict):
-  """Write params as a NumPy archive, an array for each path: `blocks/q/kernel`; an older one is kept until then."""
+def save_params(path: Path, params: dict):
+  """Writes params as a NumPy archive, one array per tree path such as `blocks/q/kernel`. Atomic."""
   with atomic_writer(path) as file:
     np.savez(file, **flatten_dict(params, sep="/"))
 
 
-def load(path: Path) -> dict:
-  """The params that `save` wrote."""
+def load_params(path: Path) -> dict:
+  """Reads the params that `save_params` wrote."""
   with np.load(path) as arrays:
     return unflatten_dict(dict(arrays), sep="/")

@@ -1,4 +1,4 @@
-"""Labelled texts as token ids, and batches of them with little padding."""
+"""GLUE examples as token ids, and padded batches of them."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,20 +7,30 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from switchlora_jax.data.order import shuffled
-from switchlora_jax.glue.tasks import Rows
+from switchlora_jax.data.loader import shuffled_indices
+from switchlora_jax.glue.tasks import LabelledTexts
 
 
 class Examples(NamedTuple):
-  """Rows as token ids: an int32 array for each, its last the end of the text; labels as in `Rows`."""
+  """Tokenized examples.
+
+  Attributes:
+    tokens: one int32 array per example, which ends with EOS.
+    labels: [examples], as in `LabelledTexts`.
+  """
 
   tokens: list[np.ndarray]
   labels: np.ndarray
 
 
-class Batch(NamedTuple):
-  """Rows that are computed together: tokens [batch, length] int32, filled up with 0 on the right; last [batch] int32,
-  the place of each row's last token; labels [batch]; weights [batch] float32, 0 where there is no row.
+class LabelledBatch(NamedTuple):
+  """A padded batch of examples.
+
+  Attributes:
+    tokens: [batch, length] int32, padded with 0 on the right.
+    last: [batch] int32, index of the last token of each example.
+    labels: [batch].
+    weights: [batch] float32, 1 for examples and 0 for the padding of an incomplete batch.
   """
 
   tokens: np.ndarray
@@ -29,45 +39,56 @@ class Batch(NamedTuple):
   weights: np.ndarray
 
 
-def encode(
-  rows: Rows, processor: sentencepiece.SentencePieceProcessor, seq_len: int, prefix: tuple[int, ...] = ()
+def encode_examples(
+  texts: LabelledTexts, processor: sentencepiece.SentencePieceProcessor, seq_len: int, prefix: tuple[int, ...] = ()
 ) -> Examples:
-  """`prefix`, then each sentence with the end of sentence behind it, as documents were joined in pre-training:
-  `A eos B eos`.
+  """Tokenizes sentences, each followed by EOS as documents are in pre-training: `A eos` or `A eos B eos`.
 
-  What is longer than `seq_len` loses tokens at the end of its longer sentence, one by one.
+  Args:
+    texts: the sentences and labels.
+    processor: the tokenizer of the pre-trained model.
+    seq_len: maximum length. Tokens at the end of the longer sentence are dropped one by one until the example fits.
+    prefix: ids at the start of every example, such as BOS. They count towards `seq_len`.
   """
-  sentences, room = iter(processor.encode(list(itertools.chain.from_iterable(rows.texts)))), seq_len - len(prefix)
-  tokens = [[*prefix, *_joined([next(sentences) for _ in row], processor.eos_id(), room)] for row in rows.texts]
-  return Examples([np.array(row, np.int32) for row in tokens], rows.labels)
+  sentences = iter(processor.encode(list(itertools.chain.from_iterable(texts.sentences))))
+  length, eos = seq_len - len(prefix), processor.eos_id()
+  tokens = [[*prefix, *_joined([next(sentences) for _ in row], eos, length)] for row in texts.sentences]
+  return Examples([np.array(row, np.int32) for row in tokens], texts.labels)
 
 
-def _joined(sentences: list[list[int]], eos: int, room: int) -> list[int]:
-  while sum(map(len, sentences)) > room - len(sentences):
+def _joined(sentences: list[list[int]], eos: int, length: int) -> list[int]:
+  """The sentences, each followed by `eos`, truncated to `length` tokens in all."""
+  while sum(map(len, sentences)) > length - len(sentences):
     max(sentences, key=len).pop()
   return [token for sentence in sentences for token in (*sentence, eos)]
 
 
-def bucket(length: int) -> int:
-  """The next of 16, 24, 32, 48, 64, 96, …: few programs to compile, and beyond 16 less than a third is padding."""
+def padded_length(length: int) -> int:
+  """Rounds up to 16, 24, 32, 48, 64, 96, …: few lengths to compile for, and above 16 less than a third is padding."""
   power = max(16, 1 << (length - 1).bit_length())
   return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
 
 
-def batch(examples: Examples, picks: np.ndarray, size: int) -> Batch:
-  """The examples at `picks` [at most size], cut to the longest of them, rounded up by `bucket`."""
-  rows = [examples.tokens[pick] for pick in picks]
-  tokens = np.zeros((size, bucket(max(map(len, rows)))), np.int32)
-  for place, row in zip(tokens, rows, strict=False):
-    place[: len(row)] = row
-  fill = size - len(rows)
-  last = np.array([len(row) - 1 for row in rows] + [0] * fill, np.int32)
-  weights = np.array([1] * len(rows) + [0] * fill, np.float32)
-  return Batch(tokens, last, np.pad(examples.labels[picks], (0, fill)), weights)
+def padded_batch(examples: Examples, indices: np.ndarray, size: int) -> LabelledBatch:
+  """A batch of `size` examples. Its length is that of the longest example, rounded up by `padded_length`.
+
+  Args:
+    examples: to choose from.
+    indices: [at most size], the examples in the batch.
+    size: number of rows. Rows without an example have weight 0.
+  """
+  rows = [examples.tokens[index] for index in indices]
+  tokens = np.zeros((size, padded_length(max(map(len, rows)))), np.int32)
+  for padded, row in zip(tokens, rows, strict=False):
+    padded[: len(row)] = row
+  padding = size - len(rows)
+  last = np.array([len(row) - 1 for row in rows] + [0] * padding, np.int32)
+  weights = np.array([1] * len(rows) + [0] * padding, np.float32)
+  return LabelledBatch(tokens, last, np.pad(examples.labels[indices], (0, padding)), weights)
 
 
-def epoch_of(examples: Examples, size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
-  """Every example once, in an order that is a function of seed and epoch; the last batch may lack rows."""
+def epoch_batches(examples: Examples, size: int, *, seed: int, epoch: int) -> Iterator[LabelledBatch]:
+  """Batches with every example once, in a random order given by `seed` and `epoch`. The last may be incomplete."""
   count = len(examples.tokens)
-  order = shuffled(np.arange(count), count, seed=seed, epoch=epoch)
-  yield from (batch(examples, order[start : start + size], size) for start in range(0, count, size))
+  order = shuffled_indices(np.arange(count), count, seed=seed, epoch=epoch)
+  yield from (padded_batch(examples, order[start : start + size], size) for start in range(0, count, size))

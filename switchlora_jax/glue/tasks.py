@@ -1,4 +1,4 @@
-"""GLUE: its tasks, their rows from TSV files or from the hub, and their metrics."""
+"""GLUE: tasks, their data from TSV files or from the Hugging Face hub, and their metrics."""
 
 import gzip
 import zlib
@@ -9,24 +9,27 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from switchlora_jax.data.order import shuffled
+from switchlora_jax.data.loader import shuffled_indices
 from switchlora_jax.errors import UserError
 
 HUB = "hub"
-DATASET = "nyu-mll/glue"  # of the hub
-SPLITS = {"train": "train", "dev": "validation"}  # here and on the hub
+DATASET = "nyu-mll/glue"  # on the hub
+SPLITS = {"train": "train", "dev": "validation"}  # name here: name on the hub
 
 
 class Task(NamedTuple):
-  """One task of GLUE.
+  """A task of GLUE.
 
   Attributes:
-    title: its name in tables. folder: of its files. subset: of the hub's copy.
-    sentences: the columns of its text in the files; label: that of the answer.
-    classes: the labels in the order of their numbers; none: the answer is a number between 0 and 5.
-    rows: of each split.
-    header: the columns, where the files do not name them in their first line.
-    matthews: whether it is judged by Matthews' correlation instead of accuracy; numbers by Pearson's.
+    title: name in tables.
+    folder: folder of its TSV files.
+    subset: name of the hub's subset.
+    sentences: columns of the one or two sentences in the TSV files.
+    label: column of the label.
+    classes: labels in the order of their class indices; empty for regression, with scores between 0 and 5.
+    rows: number of rows per split.
+    header: column names of TSV files without a header line; empty if the first line is the header.
+    matthews: whether the metric is Matthews' correlation instead of accuracy. That of regression is Pearson's.
   """
 
   title: str
@@ -41,12 +44,12 @@ class Task(NamedTuple):
 
   @property
   def outputs(self) -> int:
-    """Numbers that a model says of a row: one a class, or the answer itself."""
+    """Number of model outputs per example: one per class, or one for regression."""
     return len(self.classes) or 1
 
   @property
   def metric(self) -> str:
-    """The name of what `score` computes."""
+    """Name of the metric that `score_predictions` computes."""
     return "Matthews correlation" if self.matthews else "accuracy" if self.classes else "Pearson correlation"
 
 
@@ -67,70 +70,79 @@ TASKS = {
 
 
 def task_named(name: str) -> Task:
-  """The task of a name.
+  """Looks up a task.
 
   Raises:
-    UserError: there is none; lists them.
+    UserError: there is no such task. The message lists all tasks.
   """
   if name not in TASKS:
     raise UserError(f"the task (={name!r}) must be one of {', '.join(TASKS)}")
   return TASKS[name]
 
 
-# Where rows come from.
+# Data.
 
 
-class Rows(NamedTuple):
-  """A split of a task: the one or two sentences of each row, and the labels, [rows] int32 classes or float32."""
+class LabelledTexts(NamedTuple):
+  """A split of a task.
 
-  texts: list[tuple[str, ...]]
+  Attributes:
+    sentences: the one or two sentences of each row.
+    labels: [rows], int32 class indices, or float32 scores for regression.
+  """
+
+  sentences: list[tuple[str, ...]]
   labels: np.ndarray
 
 
-def read(task: Task, data: str) -> dict[str, Rows]:
-  """The rows of `train` and `dev`, from the folder `data` that holds `TASK/{train,dev}.tsv[.gz]`, or from the `hub`.
+def read_task(task: Task, data: str) -> dict[str, LabelledTexts]:
+  """Reads the splits `train` and `dev` of a task.
+
+  Args:
+    task: the task.
+    data: a folder with `TASK/train.tsv` and `TASK/dev.tsv`, optionally as `.tsv.gz`; or `hub`.
 
   Raises:
-    UserError: what is there is not this task's, by its columns, labels or number of rows, or cannot be read.
+    UserError: a file cannot be read, or its columns, labels or number of rows are not those of the task.
   """
-  found = {split: (_hub if data == HUB else _file)(task, data, split) for split in SPLITS}
-  for split, rows in found.items():
-    if len(rows.texts) != task.rows[split]:
+  splits = {split: (_read_hub if data == HUB else _read_file)(task, data, split) for split in SPLITS}
+  for split, texts in splits.items():
+    if (count := len(texts.sentences)) != task.rows[split]:
       raise UserError(
-        f"{task.title}, {split}, must have {task.rows[split]:,} rows; found {len(rows.texts):,} in {data}; "
-        "restore the file (its quotes are part of the text: it must not be parsed as CSV)"
+        f"{task.title}, {split}, must have {task.rows[split]:,} rows; found {count:,} in {data}; "
+        "restore the file (quotes are part of the text: it must not be parsed as CSV)"
       )
-  return found
+  return splits
 
 
-def _file(task: Task, data: str, split: str) -> Rows:
-  """The rows of a TSV file. Nothing is quoted in it: a tab always ends a column, a newline a row."""
+def _read_file(task: Task, data: str, split: str) -> LabelledTexts:
+  """Reads a TSV file. GLUE's files have no quoting: every tab ends a column and every newline a row."""
   names = [Path(data).expanduser() / task.folder / f"{split}.tsv{ending}" for ending in ("", ".gz")]
   path = next((name for name in names if name.is_file()), None)
   if path is None:
     raise UserError(f"--data={data} must hold {task.folder}/{split}.tsv or .tsv.gz; found neither; or use --data=hub")
   lines = enumerate(_lines(path), 1)
   header = task.header or tuple(next(lines, (0, []))[1])
-  if absent := [name for name in (*task.sentences, task.label) if name not in header]:
+  if missing := [name for name in (*task.sentences, task.label) if name not in header]:
     raise UserError(
       f"{path} must have the columns {', '.join((*task.sentences, task.label))}; its first line lacks "
-      f"{', '.join(absent)} and has {', '.join(header) or 'nothing'}; is it {task.title}'s?"
+      f"{', '.join(missing)} and has {', '.join(header) or 'nothing'}; check that it is a file of {task.title}"
     )
-  texts, labels = [], []
+  sentences, labels = [], []
   for number, fields in lines:
     if len(fields) != len(header):
       raise UserError(
         f"{path}, line {number}, must have {len(header)} columns ({', '.join(header)}); found {len(fields)}; "
-        f"is it {task.title}'s, and complete?"
+        f"check that it is a complete file of {task.title}"
       )
     row = dict(zip(header, fields, strict=True))
-    texts.append(tuple(row[name].strip() for name in task.sentences))
-    labels.append(_label(task, row[task.label], f"{path}, line {number}"))
-  return Rows(texts, np.array(labels, np.int32 if task.classes else np.float32))
+    sentences.append(tuple(row[name].strip() for name in task.sentences))
+    labels.append(_parse_label(task, row[task.label], f"{path}, line {number}"))
+  return LabelledTexts(sentences, np.array(labels, np.int32 if task.classes else np.float32))
 
 
 def _lines(path: Path) -> Iterator[list[str]]:
-  """The fields of each line; only a newline ends one, not the other breaks that Unicode knows."""
+  """The fields of each line. Only a newline ends a line, not the other line separators of Unicode."""
   try:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
       for line in file:
@@ -142,8 +154,8 @@ def _lines(path: Path) -> Iterator[list[str]]:
     ) from error
 
 
-def _label(task: Task, text: str, where: str) -> int | float:
-  """The number of a class, or a score."""
+def _parse_label(task: Task, text: str, where: str) -> int | float:
+  """The index of a class, or a score. `where` is the file and line, for error messages."""
   if task.classes:
     if text in task.classes:
       return task.classes.index(text)
@@ -156,9 +168,9 @@ def _label(task: Task, text: str, where: str) -> int | float:
   raise UserError(f"{where}: the score must be a number between 0 and 5; found {text!r:.60}")
 
 
-def _hub(task: Task, data: str, split: str) -> Rows:
-  """The rows of the hub's copy, whose labels are numbers already."""
-  import datasets  # here, because it takes a second and only the hub wants it
+def _read_hub(task: Task, data: str, split: str) -> LabelledTexts:
+  """Reads a split of the hub's dataset, whose labels are numbers."""
+  import datasets  # local import: it takes a second, and files do not need it
 
   columns = ("sentence",) if len(task.sentences) == 1 else BOTH
   try:
@@ -168,38 +180,39 @@ def _hub(task: Task, data: str, split: str) -> Rows:
   except (OSError, ValueError, RuntimeError, KeyError) as error:
     raise UserError(
       f"{DATASET}, {task.subset}, could not be read from the {data}: {type(error).__name__}: "
-      f"{' '.join(str(error).split())[:300]}; it wants a network; of a local copy, give the folder: --data=glue"
+      f"{' '.join(str(error).split())[:300]}; it needs network access; for a local copy, pass its folder: --data=glue"
     ) from error
-  return Rows([tuple(text.strip() for text in row) for row in texts], labels)
+  return LabelledTexts([tuple(text.strip() for text in row) for row in texts], labels)
 
 
-def part_of(rows: Rows, count: int | None) -> Rows:
-  """So many of the rows, drawn once and for all: files are sorted by where the text comes from. None: all."""
-  if count is None or count >= len(rows.texts):
-    return rows
-  picks = shuffled(np.arange(count), len(rows.texts), seed=0, epoch=0)
-  return Rows([rows.texts[pick] for pick in picks], rows.labels[picks])
+def random_subset(texts: LabelledTexts, count: int | None) -> LabelledTexts:
+  """`count` random rows, always the same ones; None: all. Random because the files are sorted by the texts' source."""
+  total = len(texts.sentences)
+  if count is None or count >= total:
+    return texts
+  indices = shuffled_indices(np.arange(count), total, seed=0, epoch=0)
+  return LabelledTexts([texts.sentences[index] for index in indices], texts.labels[indices])
 
 
-# What the answers are worth.
+# Metrics.
 
 
-def answers(task: Task, outputs: np.ndarray) -> np.ndarray:
-  """What a model's outputs [rows, outputs] say, as labels are given: [rows] classes or numbers."""
+def predictions_of(task: Task, outputs: np.ndarray) -> np.ndarray:
+  """Class indices or scores, [rows], from the outputs of a model, [rows, outputs]."""
   return outputs.argmax(-1) if task.classes else outputs[:, 0]
 
 
-def score(task: Task, answered: np.ndarray, labels: np.ndarray) -> float:
-  """The task's metric, of a perfect model 1; a correlation is 0 where one answer is given to all."""
+def score_predictions(task: Task, predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The task's metric, 1 for perfect predictions. The correlation of constant predictions is defined as 0."""
   if task.classes and not task.matthews:
-    return float(np.mean(answered == labels))
-  if not np.ptp(answered) or not np.ptp(labels):
+    return float(np.mean(predictions == labels))
+  if not np.ptp(predictions) or not np.ptp(labels):
     return 0.0
-  # Of two classes, Matthews' correlation is Pearson's.
-  return float(stats.pearsonr(answered.astype(float), labels.astype(float)).statistic)
+  # For two classes, Matthews' correlation equals Pearson's.
+  return float(stats.pearsonr(predictions.astype(float), labels.astype(float)).statistic)
 
 
-def best_constant(task: Task, labels: np.ndarray) -> float:
-  """What one and the same answer to all would score: the share of the most frequent class, or no correlation."""
+def majority_baseline(task: Task, labels: np.ndarray) -> float:
+  """The score of predicting the most frequent class for every row, or a constant for regression."""
   constant = np.bincount(labels).argmax() if task.classes else 0.0
-  return score(task, np.full(len(labels), constant), labels)
+  return score_predictions(task, np.full(len(labels), constant), labels)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from switchlora_jax.data.batches import Batch
+from switchlora_jax.data.loader import Batch
 from switchlora_jax.models.loss import on_parts, row_losses
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import BOTH, replicated

@@ -27,7 +27,7 @@ class Phase(NamedTuple):
     abstract: that state as ShapeDtypeStructs with shardings; it allocates nothing.
     step: see `step.make_train_step`.
     eval_step: see `evaluation.make_eval_step`.
-    shard_batch: from sequences [batch, length] on the host, an array or a `batches.Batch`, to an int32 array on the
+    shard_batch: from sequences [batch, length] on the host, an array or a `loader.Batch`, to an int32 array on the
       mesh. Each process reads the sequences of its own devices.
     scale: s = α/r, the scale of the adapters; None if there are none.
     exchanged_bytes: the largest number of bytes of candidates that one step reads, and that it writes back.
@@ -119,7 +119,7 @@ def assemble_phase(config, method, mesh) -> Phase:
 
 
 def shard_batch(mesh, rows) -> jax.Array:
-  """Place sequences [batch, length], an array or a `batches.Batch`, on the mesh as int32, sharded over all devices.
+  """Place sequences [batch, length], an array or a `loader.Batch`, on the mesh as int32, sharded over all devices.
 
   The batch is the same for any number of processes. Each process reads the sequences of its own devices.
   """

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from switchlora_jax.analysis.ranks import make_learnt_rank
-from switchlora_jax.data import batches, dataset
+from switchlora_jax.data import dataset, loader
 from switchlora_jax.errors import Stopped
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.parallel import processes
@@ -51,7 +51,7 @@ def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
     watchdog = stack.enter_context(Watchdog(peers, config.hang_seconds, peer_seconds))
     preemption = stack.enter_context(Preemption(peers))
     stack.enter_context(watchdog.telling())
-    processes.on_all_processes(lambda: dataset.check(config))
+    processes.on_all_processes(lambda: dataset.check_data_config(config))
     processes.on_first_process(lambda: run_directory.prepare(workdir, config))
     processes.first_then_others(lambda: stack.enter_context(run_directory.locked(workdir)))
     return _train(config, workdir, watchdog, preemption)
@@ -111,7 +111,7 @@ class Run:
   ):
     self._config, self._workdir, self._phases, self._checkpoints = config, workdir, phases, checkpoints
     self._watchdog = watchdog
-    self._data, self._batch_of = data, batches.by_step(data.train, config)
+    self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
     self._validate = make_evaluate(config, phases[0], data)
 
   def begin(self, source: warm_start.Source | None) -> int:
@@ -143,7 +143,7 @@ class Run:
 
   def _go_on(self):
     self._ahead = int(self.state.spikes.offset)
-    dataset.check_ahead(self._data, self._config, self._ahead)
+    dataset.check_length_after_skips(self._data, self._config, self._ahead)
     self.phase = phase_at(self._phases, self.done)
     self.log = Log(self._workdir, self._config, self.done)
     self._watchdog.mark("start of training")
@@ -185,7 +185,7 @@ def find_source(config, workdir: Path, phase: Phase, mesh) -> warm_start.Source 
 def prepare_data(config) -> dataset.Dataset:
   """The packed rows, made by the first process and found by the others, or made again where they share no cache."""
   share = (jax.process_index(), jax.process_count())
-  data = processes.first_then_others(lambda: dataset.prepare(config, progress=processes.is_first(), share=share))
+  data = processes.first_then_others(lambda: dataset.open_dataset(config, progress=processes.is_first(), share=share))
   processes.check_same({"data fingerprint": data.fingerprint})
   processes.print_once(report.describe_data(data.summary))
   return data

@@ -114,7 +114,9 @@ def test_long_documents_are_not_collected(tmp_path):
 def test_validation_files_are_other_files(files):
   text = corpus.open_corpus(f"{files}/*.txt", f"{files}/*.gz", FLAGS)
   assert [[list(part) for part in parts] for parts in text[:2]] == [[["é one\n\n two"]], [["three\n"]]]
-  with pytest.raises(UserError, match=r"--path and --eval_path both match .*a\[1\]\.txt \(1 such\); narrow one"):
+  with pytest.raises(
+    UserError, match=r"--path and --eval_path both match .*a\[1\]\.txt \(shared files: 1\); narrow one"
+  ):
     corpus.open_corpus(f"{files}/*", f"{files}/*.txt", FLAGS)
 
 
@@ -127,7 +129,7 @@ def test_a_file_under_another_name_is_the_same_file(files, monkeypatch):
 
 
 def test_a_file_that_a_glob_finds_twice_is_read_once(files):
-  assert len(corpus.files_of(f"{files}/**/**", "--path")) == 5
+  assert len(corpus.matching_files(f"{files}/**/**", "--path")) == 5
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.jsonl.GZ", "a.JSON.gz"])
@@ -139,19 +141,19 @@ def test_endings_may_be_capitals(tmp_path, name):
 
 def test_the_origin_of_a_file_changes_with_it(tmp_path):
   path = write_lines(tmp_path / "a.jsonl", ["one"])
-  before = corpus.File(str(path)).origin()
-  assert corpus.File(str(path)).origin() == before == json.loads(json.dumps(before))
+  before = corpus.LocalFile(str(path)).origin()
+  assert corpus.LocalFile(str(path)).origin() == before == json.loads(json.dumps(before))
   os.utime(path, ns=(1, 1))
-  touched = corpus.File(str(path)).origin()
+  touched = corpus.LocalFile(str(path)).origin()
   write_lines(path, ["three"])
   os.utime(path, ns=(1, 1))
-  assert len({tuple(origin) for origin in (before, touched, corpus.File(str(path)).origin())}) == 3
+  assert len({tuple(origin) for origin in (before, touched, corpus.LocalFile(str(path)).origin())}) == 3
 
 
 @pytest.mark.parametrize(
   ("path", "eval_path", "message"),
   [
-    ("", "", r"--path is empty; pass e\.g\. --path='c4/\*\.json\.gz'"),
+    ("", "", r"--path must be a glob of text files; it is empty; pass e\.g\. --path='c4/\*\.json\.gz'"),
     ("none/*.txt", "", r"--path \(='none/\*\.txt'\) must match .* it matches no file"),
     (str(Path(__file__)), "none", r"--eval_path \(='none'\) must match"),
     (str(ROOT), "", "matches no file"),
@@ -170,14 +172,18 @@ def broken(packed: bytes) -> bytes:
   ("name", "content", "message"),
   [
     ("a.jsonl", lines("x") + b'{"txt": "y"}\n', r"a\.jsonl, line 2: expected .*`text`.*; found the fields \['txt'\]"),
-    ("a.jsonl", b'{"text": 3}\n', r'line 1: .*found \{"text": 3\}; write one such object a line'),
-    ("a.jsonl", lines("x") + b'{"text": "\\ud800"}\n', r"a\.jsonl, line 2: .*found no JSON \(.*surrogates not allowed"),
-    ("a.jsonl", lines("x") + b"[" * 100_000, r"a\.jsonl, line 2: .*found no JSON \(maximum recursion"),
-    ("a.json", b'[\n{"text": "x"}]', r"a\.json, line 1: .*found no JSON"),
+    ("a.jsonl", b'{"text": 3}\n', r'line 1: .*found \{"text": 3\}; write one such object per line'),
+    (
+      "a.jsonl",
+      lines("x") + b'{"text": "\\ud800"}\n',
+      r"a\.jsonl, line 2: .*found invalid JSON \(.*surrogates not allowed",
+    ),
+    ("a.jsonl", lines("x") + b"[" * 100_000, r"a\.jsonl, line 2: .*found invalid JSON \(maximum recursion"),
+    ("a.json", b'[\n{"text": "x"}]', r"a\.json, line 1: .*found invalid JSON"),
     ("a.json", b'["x"]', r'found \["x"\]'),
     ("a.txt", b"caf\xe9", r"a\.txt must be UTF-8 text .*UnicodeDecodeError.*; convert or"),
     ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl must be UTF-8 text"),
-    ("a.json.gz", b'{"text": "x"}', r"a\.json\.gz must be .*compressed as its ending says\).*BadGzipFile"),
+    ("a.json.gz", b'{"text": "x"}', r"a\.json\.gz must be .*compressed as its suffix says\).*BadGzipFile"),
     ("a.txt.gz", gzip.compress(bytes(range(97, 123)) * 999, mtime=0)[:-9], r"a\.txt\.gz must be .*EOFError"),
     ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 20, r"a\.txt\.gz must be .*: Error -3"),
     ("a.txt.bz2", broken(bz2.compress(b"x" * 99)), r"a\.txt\.bz2 must be .*OSError"),
@@ -242,7 +248,7 @@ def test_a_dataset_without_validation(hub):
 
 def test_a_name_that_cannot_be_reached_is_a_sentence(offline):
   message = (
-    r"hub:no-such/set could not be opened: ConnectionError: .*; it wants a network .*give the files: --path='c4/en"
+    r"hub:no-such/set could not be opened: ConnectionError: .*; it needs network access .*pass its files: --path='c4/en"
   )
   with pytest.raises(UserError, match=message):
     corpus.open_corpus("hub:no-such/set", "", FLAGS)
@@ -250,7 +256,7 @@ def test_a_name_that_cannot_be_reached_is_a_sentence(offline):
 
 
 def test_mistakes_with_the_hub_are_sentences(hub):
-  with pytest.raises(UserError, match=r"--eval_path \(='x'\) is not read beside hub:.*; leave it out"):
+  with pytest.raises(UserError, match=r"--eval_path \(='x'\) is not used with hub:.*; leave it out"):
     corpus.open_corpus(f"hub:{hub}", "x", FLAGS)
   for path in hub.glob("train*"):
     path.unlink()
@@ -262,7 +268,7 @@ def test_a_dataset_without_text_is_a_sentence(hub):
   (hub / "train-01.jsonl").write_text('{"txt": "x"}\n')
   (hub / "train-00.jsonl").write_text('{"txt": "x"}\n')
   with pytest.raises(
-    UserError, match=r"^hub:\S+, train must have a field `text` of strings; found \['txt'\]; name ano"
+    UserError, match=r"^hub:\S+, train must have a field `text` of strings; found \['txt'\]; choose ano"
   ):
     read(f"hub:{hub}")
 
@@ -271,5 +277,5 @@ def test_a_shard_of_the_hub_that_cannot_be_read_is_a_sentence(hub):
   text = corpus.open_corpus(f"hub:{hub}", "", FLAGS)
   (hub / "train-01.jsonl").write_text("{")
   assert list(text.train[0]) == ["one", "two"]
-  with pytest.raises(UserError, match=r"^hub:\S+, train, shard 1: reading failed with .*; the same command goes on"):
+  with pytest.raises(UserError, match=r"^hub:\S+, train, shard 1: reading failed with .*; the same command continues"):
     list(text.train[1])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import packing_in, rows_of, sentences, tiny_config, write_lines
 
-from switchlora_jax.data import batches, dataset, documentation, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, dataset, documentation, loader, preparation, shards, tokenizer
 from switchlora_jax.errors import UserError
 
 TRAIN, VALID = sentences(0, 100), sentences(100, 120)
@@ -14,35 +14,39 @@ TRAIN, VALID = sentences(0, 100), sentences(100, 120)
 
 @pytest.fixture
 def config(tmp_path):
-  """Of 100 documents to train on and 20 to validate on; 4 steps of 4 rows."""
+  """100 training and 20 validation documents; 4 steps of 4 rows."""
   path, valid = write_lines(tmp_path / "train" / "a.jsonl", TRAIN), write_lines(tmp_path / "valid" / "a.jsonl", VALID)
   return tiny_config(tmp_path, steps=4, batch_size=4, data__path=str(path), data__eval_path=str(valid))
 
 
 @pytest.fixture
 def unbuildable(monkeypatch):
-  """From here on, nothing expensive may begin."""
+  """Makes any expensive work fail."""
 
   def refuse(*args, **kwargs):
     raise AssertionError("expensive work began")
 
-  for module, name in ((preparation._Preparation, "run"), (documentation, "documentation"), (shards, "verify")):
+  for module, name in (
+    (preparation._Preparation, "run"),
+    (documentation, "read_documentation"),
+    (shards, "verify_checksums"),
+  ):
     monkeypatch.setattr(module, name, refuse)
 
 
 def prepare(config):
-  return dataset.prepare(config, progress=False)
+  return dataset.open_dataset(config, progress=False)
 
 
 def prepared(config, folder):
-  """A config that reads the rows of `config` from a folder, as experiments.prepare_data leaves them."""
+  """Moves the rows of `config` to a folder, as experiments.prepare_data leaves it, and changes `config` to read it."""
   made = prepare(config)
   Path(made.tokenizer_path).parent.rename(folder)
   config.data.update(source="prepared", path=str(folder), eval_path="", tokenizer="")
   return made
 
 
-# Rows.
+# Packed sequences.
 
 
 def test_rows_are_the_documents_one_after_another(config):
@@ -61,10 +65,10 @@ def test_the_documentation_of_packages(config, monkeypatch):
   monkeypatch.setattr(documentation, "PACKAGES", ("flax",))
   config.data.update(source="docs", path="", eval_path="")
   config.model.vocab_size = 1024
-  made, text = prepare(config), documentation.documentation()
+  made, text = prepare(config), documentation.read_documentation()
   assert made.summary["train"]["documents"] == len(text.train) > 50
   assert prepare(config).fingerprint == made.fingerprint, "found again"
-  assert made.summary["overlap"] == documentation.overlap(*text) < 0.05
+  assert made.summary["overlap"] == documentation.ngram_overlap(*text) < 0.05
   model = tokenizer.load_tokenizer(made.tokenizer_path)
   assert text.valid[0].startswith(model.decode(made.valid[0].tolist())[:30])
 
@@ -111,7 +115,7 @@ def test_a_second_run_takes_the_first_ones_rows(config, monkeypatch):
 
 def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch):
   folders = []
-  monkeypatch.setattr(preparation, "prepare", lambda folder, *_, **__: folders.append(folder.name))
+  monkeypatch.setattr(preparation, "fill_folder", lambda folder, *_, **__: folders.append(folder.name))
   fill = lambda: dataset._fill_cache(config, False)
   fill()
   config.seq_len = 8
@@ -124,7 +128,7 @@ def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch)
   fill()
   config.data.tokenizer = __file__
   fill()
-  monkeypatch.setattr(tokenizer, "__file__", __file__)
+  monkeypatch.setattr(dataset, "FORMAT_VERSION", dataset.FORMAT_VERSION + 1)
   fill()
   assert len(set(folders)) == len(folders) == 7
   config.update(steps=5, batch_size=3, seed=7)
@@ -201,11 +205,11 @@ def unfinished(config, folder):
     (lambda config, folder: config.model.update(vocab_size=300), r"vocabulary \(=300\); it has \d+ pieces"),
     (
       lambda config, folder: config.data.update(path="none"),
-      r"\(='none'\) must be a folder .* it has no manifest\.json",
+      r"\(='none'\) must be a folder filled by .* it has no manifest\.json",
     ),
     (unfinished, "it is not finished: run that command again"),
-    (lambda config, folder: config.data.update(eval_path="x"), r"eval_path \(='x'\) is not read when .* is prepared"),
-    (lambda config, folder: config.update(steps=1000), r"repeat it: --config\.data\.epochs=\d+"),
+    (lambda config, folder: config.data.update(eval_path="x"), r"eval_path \(='x'\) is not used when .* is prepared"),
+    (lambda config, folder: config.update(steps=1000), r"repeat the text: --config\.data\.epochs=\d+"),
     (lambda config, folder: (folder / "rows" / "manifest.json").write_text("{}"), "is not the JSON that was written"),
     (lambda config, folder: (folder / "rows" / "tokenizer.model").unlink(), "there is no such file"),
   ],
@@ -215,7 +219,7 @@ def test_prepared_rows_that_do_not_fit_are_sentences(config, tmp_path, request, 
   change(config, tmp_path)
   request.getfixturevalue("unbuildable")
   with pytest.raises(UserError, match=message):
-    dataset.check(config)
+    dataset.check_data_config(config)
   with pytest.raises(UserError, match=message):
     prepare(config)
 
@@ -247,7 +251,7 @@ def streamed(config, tmp_path):
 def test_a_stream_gives_the_rows_in_their_order(streamed):
   config, made = streamed
   data = prepare(config)
-  batch_of = batches.by_step(data.train, config)
+  batch_of = loader.make_batch_fn(data.train, config)
   for step in (0, 1, 5, 2):
     batch = batch_of(step)
     assert batch.shape == (4, 16)
@@ -275,18 +279,25 @@ def test_only_the_text_that_validates_is_packed_for_a_stream(streamed):
   )
 
 
+def test_the_validation_text_of_a_stream_is_packed_as_training_text():
+  text = corpus.Corpus(["train"], ["valid"])
+  assert dataset._validation_corpus(text) == corpus.Corpus(["valid"], None)
+  with pytest.raises(UserError, match=r"source=stream needs validation text; set .*eval_path, or use .* hub"):
+    dataset._validation_corpus(text._replace(valid=None))
+
+
 @pytest.mark.parametrize(
   ("key", "message"),
   [
     ("tokenizer", r"stream needs a SentencePiece model; set --config\.data\.tokenizer"),
-    ("eval_path", r"stream needs text to validate on; set --config\.data\.eval_path"),
+    ("eval_path", r"stream needs validation text; set --config\.data\.eval_path"),
   ],
 )
 def test_what_a_stream_needs_is_a_sentence(streamed, unbuildable, key, message):
   config, _ = streamed
   config.data[key] = ""
   with pytest.raises(UserError, match=message):
-    dataset.check(config)
+    dataset.check_data_config(config)
 
 
 def test_validation_text_of_a_stream_shorter_than_a_row_is_a_sentence(streamed, tmp_path):
@@ -310,13 +321,13 @@ def test_validation_text_of_a_stream_shorter_than_a_row_is_a_sentence(streamed, 
     ({"tokenizer": "none.model"}, "there is no such file"),
     ({"tokenizer": __file__}, "must be a SentencePiece model"),
     ({"source": "docs", "path": "", "eval_path": "", "tokenizer": "none.model"}, "there is no such file"),
-    ({"source": "docs"}, r"is not read when --config\.data\.source is docs; leave it out, or add"),
+    ({"source": "docs"}, r"is not used when --config\.data\.source is docs; leave it out, or add"),
   ],
 )
 def test_mistakes_are_sentences_before_anything_expensive(config, unbuildable, changes, message):
   config.data.update(changes)
   with pytest.raises(UserError, match=message):
-    dataset.check(config)
+    dataset.check_data_config(config)
   with pytest.raises(UserError, match=message):
     prepare(config)
 
@@ -324,10 +335,10 @@ def test_mistakes_are_sentences_before_anything_expensive(config, unbuildable, c
 def test_a_tokenizer_larger_than_the_vocabulary_is_a_sentence(config, tmp_path):
   tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "model")
   config.data.tokenizer = str(tmp_path / "model")
-  dataset.check(config)
+  dataset.check_data_config(config)
   config.model.vocab_size = 300
   with pytest.raises(UserError, match=r"vocabulary \(=300\); it has \d+ pieces"):
-    dataset.check(config)
+    dataset.check_data_config(config)
 
 
 def test_a_run_that_wants_more_rows_than_there_are_is_a_sentence(config):
@@ -338,8 +349,8 @@ def test_a_run_that_wants_more_rows_than_there_are_is_a_sentence(config):
     prepare(config)
     config.steps += 1
     message = (
-      rf"takes {config.steps} rows \({config.steps} steps of 1\) and the text has {count} rows of 16 tokens, "
-      rf"enough for {epochs * count} steps in data\.epochs \(={epochs}\); .*--config\.data\.epochs={epochs + 1}$"
+      rf"needs {config.steps} rows \({config.steps} steps of 1\); the text has {count} rows of 16 tokens, "
+      rf"enough for {epochs * count} steps with data\.epochs \(={epochs}\); .*--config\.data\.epochs={epochs + 1}$"
     )
     with pytest.raises(UserError, match=message):
       prepare(config)
@@ -351,7 +362,9 @@ def test_text_shorter_than_a_row_is_a_sentence(config, tmp_path, side):
   config.data.update({"path" if side == "train" else "eval_path": str(path)})
   config.data.tokenizer, config.seq_len = str(tmp_path / "own.model"), 60
   tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
-  with pytest.raises(UserError, match=rf"{side} must hold at least one row of 60 tokens; it has \d+, of 1 documents"):
+  with pytest.raises(
+    UserError, match=rf"{side} must hold at least one row of 60 tokens; it has \d+ tokens in 1 non-empty"
+  ):
     prepare(config)
   assert not list(Path(config.data.cache_dir).glob("*/manifest.json"))
 
@@ -366,5 +379,5 @@ def test_text_of_one_row_has_none_to_train_on(config, tmp_path):
 def test_a_cache_that_cannot_be_written_is_a_sentence(config, tmp_path):
   (tmp_path / "file").touch()
   config.data.cache_dir = str(tmp_path / "file" / "cache")
-  with pytest.raises(UserError, match=r"file/cache/text-\w+ must be a directory that can be written"):
+  with pytest.raises(UserError, match=r"file/cache/text-\w+ must be a writable directory"):
     prepare(config)

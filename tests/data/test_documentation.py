@@ -12,9 +12,9 @@ from switchlora_jax.errors import UserError
 
 DIGEST = """
 import hashlib
-from switchlora_jax import documentation
+from switchlora_jax.data import documentation
 documentation.PACKAGES = ("flax",)
-print(hashlib.sha256(repr(documentation.documentation()).encode()).hexdigest())
+print(hashlib.sha256(repr(documentation.read_documentation()).encode()).hexdigest())
 """
 WAVE = "A wave is a disturbance that travels through a medium without carrying it."
 TIDE = "The tide rises and falls twice a day because of the moon and of the sun."
@@ -23,7 +23,7 @@ ROCK = "A rock is a natural mass of minerals and is known by what it is made of.
 
 @pytest.fixture(scope="module")
 def docs():
-  return documentation.documentation()
+  return documentation.read_documentation()
 
 
 def install(site: Path, modules: dict[str, str]):
@@ -46,7 +46,7 @@ def sea(tmp_path, monkeypatch):
       patch.syspath_prepend(str(tmp_path / where))
       patch.setattr(documentation, "PACKAGES", ("sea",))
       patch.setattr(documentation, "_is_validation", lambda path: "valid" in path)
-      return documentation.documentation()
+      return documentation.read_documentation()
 
   return read
 
@@ -65,12 +65,12 @@ def test_documentation_is_large_and_its_validation_is_new(docs):
   assert len(train) > 5e6 and 3e5 < len(valid) < 1e6
   assert len(train.split("\n\n")) == len(set(train.split("\n\n")))
   assert set(train.split("\n\n")).isdisjoint(valid.split("\n\n"))
-  assert documentation.overlap(docs.train, docs.valid) < 0.01
+  assert documentation.ngram_overlap(docs.train, docs.valid) < 0.01
 
 
 def test_documentation_does_not_depend_on_the_hash_seed(monkeypatch):
   monkeypatch.setattr(documentation, "PACKAGES", ("flax",))
-  here = hashlib.sha256(repr(documentation.documentation()).encode()).hexdigest()
+  here = hashlib.sha256(repr(documentation.read_documentation()).encode()).hexdigest()
   other = subprocess.run(
     [sys.executable, "-c", DIGEST], cwd=ROOT, env={"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
   )
@@ -116,12 +116,12 @@ def test_a_hanging_indent_continues_its_line(sea):
 
 
 def test_overlap_counts_ngrams():
-  assert documentation.overlap(["a b c d"], ["B, c! x", "a b"], n=2) == 2 / 3
-  assert documentation.overlap(["a b c d"], ["b c d e f", "b c d"], n=3) == 2 / 4
-  assert documentation.overlap(["a b"], ["c d"], n=2) == 0 == documentation.overlap(["a"], [], n=2)
+  assert documentation.ngram_overlap(["a b c d"], ["B, c! x", "a b"], n=2) == 2 / 3
+  assert documentation.ngram_overlap(["a b c d"], ["b c d e f", "b c d"], n=3) == 2 / 4
+  assert documentation.ngram_overlap(["a b"], ["c d"], n=2) == 0 == documentation.ngram_overlap(["a"], [], n=2)
 
 
 def test_a_missing_package_is_a_sentence(monkeypatch):
   monkeypatch.setattr(documentation, "PACKAGES", ("numpy", "no-such-sea"))
   with pytest.raises(UserError, match=r"no-such-sea is not installed; install requirements\.txt"):
-    documentation.documentation()
+    documentation.read_documentation()

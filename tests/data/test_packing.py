@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import packing_in, rows_of, sentences
 
 from switchlora_jax.data import packing, tokenizer
-from switchlora_jax.data.packing import START, Position, Split
+from switchlora_jax.data.packing import START, Position, SplitProgress
 from switchlora_jax.errors import UserError
 
 TEXTS = st.text(st.sampled_from("ab\né😀"), max_size=40)
@@ -41,31 +41,31 @@ def documents_of(parts):
   return [text for part in parts for text in part]
 
 
-# Pieces.
+# Chunks.
 
 
 @given(parts=PARTS, group=GROUPS)
-def test_pieces_are_the_documents(parts, group):
+def test_chunks_are_the_documents(parts, group):
   with packing_in(group):
-    pieces = list(packing.pieces(parts))
-  assert all(0 < len(piece.text) <= group for piece in pieces)
-  assert sum(piece.ends for piece in pieces) == len([text for text in documents_of(parts) if text])
-  joined = "".join(piece.text + "§" * piece.ends for piece in pieces)
+    chunks = list(packing.read_chunks(parts))
+  assert all(0 < len(chunk.text) <= group for chunk in chunks)
+  assert sum(chunk.ends for chunk in chunks) == len([text for text in documents_of(parts) if text])
+  joined = "".join(chunk.text + "§" * chunk.ends for chunk in chunks)
   assert joined == "".join(text + "§" for text in documents_of(parts) if text)
 
 
 @given(parts=PARTS, group=GROUPS)
-def test_pieces_go_on_from_behind_every_piece(parts, group):
+def test_chunks_go_on_from_behind_every_chunk(parts, group):
   with packing_in(group):
-    pieces = list(packing.pieces(parts))
-    for count, piece in enumerate(pieces, 1):
-      assert list(packing.pieces(parts, piece.after)) == pieces[count:]
+    chunks = list(packing.read_chunks(parts))
+    for count, chunk in enumerate(chunks, 1):
+      assert list(packing.read_chunks(parts, chunk.after)) == chunks[count:]
 
 
 def test_long_documents_are_cut_after_a_newline(monkeypatch):
   monkeypatch.setattr(packing, "GROUP", 10)
-  pieces = [piece.text for piece in packing.pieces([["one two\nthree four\nfive", "0123456789", "0123456789ab"]])]
-  assert pieces == ["one two\n", "three four", "\nfive", "0123456789", "0123456789", "ab"]
+  chunks = [chunk.text for chunk in packing.read_chunks([["one two\nthree four\nfive", "0123456789", "0123456789ab"]])]
+  assert chunks == ["one two\n", "three four", "\nfive", "0123456789", "0123456789", "ab"]
 
 
 def test_parts_before_the_position_are_not_read():
@@ -77,14 +77,14 @@ def test_parts_before_the_position_are_not_read():
     def __iter__(self):
       return unread()
 
-  (piece,) = packing.pieces([Unread(), ["one", "two"]], Position(1, 1))
-  assert piece == ("two", True, Position(1, 2))
+  (chunk,) = packing.read_chunks([Unread(), ["one", "two"]], Position(1, 1))
+  assert chunk == ("two", True, Position(1, 2))
 
 
 @given(parts=PARTS, group=GROUPS, take=st.integers(-1, 8))
 def test_the_first_documents(parts, group, take):
   with packing_in(group):
-    joined = "".join(p.text + "§" * p.ends for p in packing.first(packing.pieces(parts), take))
+    joined = "".join(p.text + "§" * p.ends for p in packing.first_documents(packing.read_chunks(parts), take))
   assert joined == "".join(text + "§" for text in [text for text in documents_of(parts) if text][: max(0, take)])
 
 
@@ -93,18 +93,18 @@ def test_the_first_documents(parts, group, take):
 
 def test_every_document_ends_with_eos_and_empty_ones_are_left_out(model):
   documents = ["", *sentences(0, 5), "", "\n"]
-  (group,) = packing.encode(model, packing.pieces([documents]))
+  (group,) = packing.encode_chunks(model, packing.read_chunks([documents]))
   expected = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
   assert group.tokens.tolist() == expected and group.tokens.dtype == np.int32
   assert group[1:] == (6, sum(map(len, documents)), len("".join(documents).encode()), Position(0, 8))
-  assert not list(packing.encode(model, packing.pieces([["", ""], []])))
+  assert not list(packing.encode_chunks(model, packing.read_chunks([["", ""], []])))
 
 
 @pytest.mark.parametrize("limit", [30, 60, 200])
-def test_long_documents_are_encoded_in_pieces_and_nothing_is_lost(model, monkeypatch, limit):
+def test_long_documents_are_encoded_in_chunks_and_nothing_is_lost(model, monkeypatch, limit):
   documents = ["The tide rises.\nThe waves break on the rocks.\n\n" * 5, "x" * 100, "\n" * 50, "é"]
   monkeypatch.setattr(packing, "GROUP", limit)
-  groups = list(packing.encode(model, packing.pieces([documents])))
+  groups = list(packing.encode_chunks(model, packing.read_chunks([documents])))
   tokens = np.concatenate([group.tokens for group in groups])
   assert model.decode(tokens[tokens != 1].tolist()) == "".join(documents) and (tokens == 1).sum() == 4
   assert sum(group.bytes for group in groups) == len("".join(documents).encode())
@@ -114,7 +114,7 @@ def test_long_documents_are_encoded_in_pieces_and_nothing_is_lost(model, monkeyp
 def test_documents_are_read_as_they_are_wanted(model, monkeypatch):
   monkeypatch.setattr(packing, "GROUP", 20)
   documents = iter(["The tide rises."] * 100)
-  next(packing.encode(model, packing.pieces([documents])))
+  next(packing.encode_chunks(model, packing.read_chunks([documents])))
   assert len(list(documents)) >= 95
 
 
@@ -123,13 +123,13 @@ def test_a_mistake_in_the_text_comes_through():
     yield "a" * packing.GROUP
     raise UserError("no text")
 
-  groups = packing.encode(Bytes(), packing.pieces([text()]))
+  groups = packing.encode_chunks(Bytes(), packing.read_chunks([text()]))
   assert len(next(groups).tokens) == packing.GROUP + 1
   with pytest.raises(UserError, match="no text"):
     next(groups)
 
 
-# Rows.
+# Sequences.
 
 
 class Killed(Exception):
@@ -138,7 +138,7 @@ class Killed(Exception):
 
 def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None):
   """Pack what is left to do by the last of `saved`, JSON; killed when it would save for the `kill`th time."""
-  split = Split(**json.loads(saved[-1])) if saved else Split()
+  split = SplitProgress(**json.loads(saved[-1])) if saved else SplitProgress()
   split.position = Position(*split.position)
   count = itertools.count()
 
@@ -147,7 +147,7 @@ def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None):
       raise Killed  # after the shard, before the progress
     saved.append(json.dumps(asdict(split)))
 
-  encoded = packing.encode(Bytes(), packing.pieces(parts, split.position))
+  encoded = packing.encode_chunks(Bytes(), packing.read_chunks(parts, split.position))
   packing.pack(split, encoded, folder, "train", seq_len=seq_len, dtype=dtype, save=save)
   return split
 
@@ -197,11 +197,13 @@ def test_shards_are_as_small_as_is_asked_for(tmp_path, dtype):
 def test_text_without_a_row_is_a_sentence_and_nothing_is_saved(tmp_path):
   for parts in ([], [["", ""]], [["abc"]]):
     saved = []
-    with pytest.raises(UserError, match=r"train must hold at least one row of 5 tokens; it has \d, of \d documents"):
+    with pytest.raises(
+      UserError, match=r"train must hold at least one row of 5 tokens; it has \d tokens in \d non-empty"
+    ):
       fill(tmp_path, parts, saved, 5)
     assert not saved and not contents(tmp_path)
   assert fill(tmp_path, [["abcd"]], [], 5).rows == 1
 
 
 def test_the_start_is_the_first_character():
-  assert START == (0, 0, 0) and Split().position == START
+  assert START == (0, 0, 0) and SplitProgress().position == START

@@ -28,7 +28,7 @@ VALID = sentences(50, 60)
 PROCESS = f"""
 import itertools, json, os, resource, signal, sys, time
 from pathlib import Path
-from switchlora_jax import corpus, packing, preparation
+from switchlora_jax.data import corpus, packing, preparation
 from switchlora_jax.errors import UserError
 packing.GROUP, packing.SHARD = {GROUP}, {SHARD}
 folder, train, valid, model = map(Path, json.loads(sys.argv[1]))
@@ -37,7 +37,7 @@ def prepare(folder=folder, wait=False):
   request = preparation.Request("text", str(model), {LENGTH})
   read = lambda: corpus.open_corpus(str(train / "*"), str(valid / "*"), ("--path", "--eval_path"))
   try:
-    preparation.prepare(folder, request, read, wait=wait, progress=False)
+    preparation.fill_folder(folder, request, read, wait=wait, progress=False)
   except UserError as error:
     print("error:", error, flush=True)
 
@@ -47,8 +47,8 @@ def slowly(found):
     yield item
 """
 SLOWLY = """
-pieces = packing.pieces
-packing.pieces = lambda *args: slowly(pieces(*args))
+chunks = packing.read_chunks
+packing.read_chunks = lambda *args: slowly(chunks(*args))
 print("started", flush=True)
 prepare()
 """
@@ -67,7 +67,7 @@ class Text:
     """The folder of that name, filled in this process, and its manifest."""
     request = Request("text", str(self.model), LENGTH)._replace(**changes)
     with packing_in(GROUP, SHARD):
-      manifest = preparation.prepare(self.folder / name, request, read or self.read, wait=wait, progress=False)
+      manifest = preparation.fill_folder(self.folder / name, request, read or self.read, wait=wait, progress=False)
     return self.folder / name, manifest
 
   def process(self, name, what):
@@ -80,8 +80,8 @@ class Text:
   def rows(self, name, split):
     """All rows of a split of a folder, once its files were verified."""
     manifest = shards.read_manifest(self.folder / name)
-    shards.verify(self.folder / name, manifest, progress=False)
-    return np.asarray(shards.open_rows(self.folder / name, manifest[split]))
+    shards.verify_checksums(self.folder / name, manifest, progress=False)
+    return np.asarray(shards.open_sequences(self.folder / name, manifest[split]))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def kinds(folder):
 def test_rows_are_the_documents_one_after_another(made):
   """… with no piece but whole documents; how long ones are cut is the matter of packing."""
   request, model = Request("text", str(made.model), LENGTH), tokenizer.load_tokenizer(made.model)
-  manifest = preparation.prepare(made.folder / "uncut", request, made.read, wait=False, progress=False)
+  manifest = preparation.fill_folder(made.folder / "uncut", request, made.read, wait=False, progress=False)
   for name, documents in (("train", TRAIN), ("valid", VALID)):
     np.testing.assert_array_equal(made.rows("uncut", name), rows_of(model, documents, LENGTH))
     whole, sizes = [text for text in documents if text], manifest[name]
@@ -154,7 +154,7 @@ def test_a_finished_folder_may_lie_where_nothing_can_be_written(made, monkeypatc
   def refused(*_):
     raise OSError(errno.EROFS, "Read-only file system")
 
-  monkeypatch.setattr(preparation, "_alone", refused)
+  monkeypatch.setattr(preparation, "_folder_lock", refused)
   monkeypatch.setattr(Path, "mkdir", refused)
   assert made.prepare("whole")[1] == shards.read_manifest(made.folder / "whole")
 
@@ -275,7 +275,9 @@ def test_empty_documents_alone_leave_nothing_that_looks_finished(text, side):
   for name in kept:
     (getattr(text, side) / name).unlink()
   write_lines(getattr(text, side) / "a.jsonl", ["", ""])
-  with pytest.raises(UserError, match=rf"{side} must hold at least one row of 8 tokens; it has 0, of 0 documents"):
+  with pytest.raises(
+    UserError, match=rf"{side} must hold at least one row of 8 tokens; it has 0 tokens in 0 non-empty"
+  ):
     text.prepare("mended")
   assert "manifest.json" not in kinds(text.folder / "mended")
   for name, content in kept.items():
@@ -350,7 +352,9 @@ def test_one_process_at_a_time_fills_a_folder(made):
   assert other.stdout.readline() == "started\n"
   while not (made.folder / "busy" / "progress.json").exists():
     time.sleep(0.01)
-  with pytest.raises(UserError, match=r"another process is filling \S+busy; wait until it ends, or choose another"):
+  with pytest.raises(
+    UserError, match=r"another process is filling \S+busy; wait until it has finished, or choose another"
+  ):
     made.prepare("busy")
   made.prepare("busy", wait=True, read=lambda: pytest.fail("was read"))
   assert other.wait() == 0 and contents(made.folder / "busy") == contents(made.folder / "whole")
@@ -374,16 +378,16 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_finishes(made):
   limits = [100, (100 + last) // 2, last - 1]
   said = made.process("full", FULL.replace("LIMITS", repr(limits))).communicate()[0].splitlines()
   for limit, (error, finished) in zip(limits, zip(said[::2], said[1::2], strict=True), strict=True):
-    assert finished == "False" and "File too large; make room, and the same command goes on where it stopped" in error
-    assert error.startswith(f"error: {made.folder / f'full-{limit}'} must be a directory that can be written")
+    assert finished == "False" and "File too large; make room, and the same command continues where it stopped" in error
+    assert error.startswith(f"error: {made.folder / f'full-{limit}'} must be a writable directory")
     assert contents(made.folder / f"full-{limit}") == whole
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(text):
   (text.folder / "file").touch()
   for name in ("file", "file/folder"):
-    with pytest.raises(UserError, match=r"must be a directory that can be written.*; make room, .* choose another"):
+    with pytest.raises(UserError, match=r"must be a writable directory.*; make room, .* choose another"):
       text.prepare(name)
   drop = "folder.parent.mkdir(mode=0o500)\nos.geteuid() or os.seteuid(65534)\nprepare()"  # root may write anywhere
   said = text.process("closed/folder", drop).communicate()[0]
-  assert "must be a directory that can be written" in said and "Permission denied" in said
+  assert "must be a writable directory" in said and "Permission denied" in said

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlora_jax.data import shards
-from switchlora_jax.data.shards import MANIFEST, TOKENIZER, Rows
+from switchlora_jax.data.shards import MANIFEST, TOKENIZER, PackedSequences
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes, write_checksummed_json
 
 
 def folder_of(tmp_path, counts=(3, 3, 2), seq_len=4):
-  """A folder with shards of so many rows, all tokens different; its manifest."""
+  """A folder with shards of `counts` rows, all tokens different; returns its manifest and the tokens."""
   array = np.arange(sum(counts) * seq_len, dtype=np.uint16).reshape(-1, seq_len)
   pieces = np.split(array, np.cumsum(counts)[:-1])
   (tmp_path / TOKENIZER).write_bytes(b"a model")
@@ -24,16 +24,16 @@ def folder_of(tmp_path, counts=(3, 3, 2), seq_len=4):
   return shards.read_manifest(tmp_path), array
 
 
-# Rows.
+# Sequences.
 
 
 @st.composite
 def split_rows(draw):
-  """Rows over some shards, and the same as an array."""
+  """Sequences in several shards, and the same as an array."""
   each, last, full = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(0, 4))
   counts = [each] * full + [min(last, each)]
   array = np.arange(sum(counts) * 3, dtype=np.uint16).reshape(-1, 3)
-  return Rows(np.split(array, np.cumsum(counts)[:-1]), 0, len(array)), array
+  return PackedSequences(np.split(array, np.cumsum(counts)[:-1]), 0, len(array)), array
 
 
 @given(both=split_rows(), data=st.data())
@@ -51,7 +51,7 @@ def test_rows_are_those_of_the_shards_one_after_another(both, data):
 
 
 def test_rows_that_are_not_there_are_errors():
-  found = Rows([np.zeros((3, 2)), np.zeros((2, 2))], 0, 5)
+  found = PackedSequences([np.zeros((3, 2)), np.zeros((2, 2))], 0, 5)
   for which in (5, -6, np.array([0, 5])):
     with pytest.raises(IndexError):
       found[which]
@@ -63,7 +63,7 @@ def test_rows_that_are_not_there_are_errors():
 
 def test_rows_are_mapped_and_given_as_arrays_of_their_own(tmp_path):
   manifest, array = folder_of(tmp_path)
-  found = shards.open_rows(tmp_path, manifest["train"])
+  found = shards.open_sequences(tmp_path, manifest["train"])
   assert all(isinstance(shard, np.memmap) for shard in found._shards)
   assert type(found[np.array([7, 0])]) is type(found[3]) is np.ndarray
   np.testing.assert_array_equal(found, array)
@@ -134,7 +134,7 @@ def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path):
 
 def test_what_was_prepared_is_verified(tmp_path):
   manifest, _ = folder_of(tmp_path)
-  shards.verify(tmp_path, manifest, progress=False)
+  shards.verify_checksums(tmp_path, manifest, progress=False)
 
 
 def flipped(path):
@@ -158,7 +158,7 @@ def test_a_file_that_is_not_what_was_prepared_is_named(tmp_path, name, change):
   found = "No such file or directory" if change == "missing" else "[0-9a-f]{64}"
   message = rf"{re.escape(name)} must have the SHA-256 [0-9a-f]{{64}}; found {found}; restore it, or prepare the data"
   with pytest.raises(UserError, match=message):
-    shards.verify(tmp_path, manifest, progress=False)
+    shards.verify_checksums(tmp_path, manifest, progress=False)
 
 
 @pytest.mark.parametrize("name", ["train-00000.npy", "train-00001.npy", "train-00002.npy", TOKENIZER])
@@ -168,7 +168,7 @@ def test_processes_share_the_work_and_leave_no_file_out(tmp_path, name):
   found = []
   for process in range(3):
     try:
-      shards.verify(tmp_path, manifest, progress=False, share=(process, 3))
+      shards.verify_checksums(tmp_path, manifest, progress=False, share=(process, 3))
     except UserError:
       found.append(process)
   assert len(found) == 1
@@ -178,10 +178,10 @@ def test_the_shards_of_validation_are_verified_too(tmp_path):
   manifest, _ = folder_of(tmp_path)
   shard = shards.write_shard(tmp_path / "valid-00000.npy", np.zeros((2, 4), np.uint16))
   manifest["valid"] = {"rows": 2, "shards": [shard]}
-  shards.verify(tmp_path, manifest, progress=False)
+  shards.verify_checksums(tmp_path, manifest, progress=False)
   flipped(tmp_path / "valid-00000.npy")
   with pytest.raises(UserError, match=r"valid-00000\.npy must have"):
-    shards.verify(tmp_path, manifest, progress=False)
+    shards.verify_checksums(tmp_path, manifest, progress=False)
 
 
 def test_the_fingerprint_is_of_tokenizer_and_rows_and_of_nothing_else(tmp_path):
@@ -199,16 +199,16 @@ def test_the_fingerprint_is_of_tokenizer_and_rows_and_of_nothing_else(tmp_path):
 def test_a_shard_that_is_cut_under_its_reader_is_a_sentence(tmp_path, which):
   """Not a bus error, which nothing can catch."""
   manifest, _ = folder_of(tmp_path)
-  found = shards.open_rows(tmp_path, manifest["train"])
+  found = shards.open_sequences(tmp_path, manifest["train"])
   for name in ("train-00000.npy", "train-00001.npy", "train-00002.npy"):
     os.truncate(tmp_path / name, os.path.getsize(tmp_path / name) - 1)
-  with pytest.raises(UserError, match=r"train-0000\d.npy must have 1\d\d bytes; it was cut to 1\d\d under the run"):
+  with pytest.raises(UserError, match=r"train-0000\d.npy must have 1\d\d bytes; it was cut to 1\d\d during the run"):
     found[np.array(which)]
 
 
 def test_a_shard_that_is_removed_under_its_reader_is_read_to_the_end(tmp_path):
   manifest, array = folder_of(tmp_path)
-  found = shards.open_rows(tmp_path, manifest["train"])
+  found = shards.open_sequences(tmp_path, manifest["train"])
   for path in tmp_path.glob("*.npy"):
     path.unlink()
   np.testing.assert_array_equal(np.asarray(found), array)

@@ -100,19 +100,19 @@ def test_what_cannot_be_trained_is_a_sentence(tmp_path, documents, vocab_size):
 
 
 def test_a_file_that_is_no_model_is_a_sentence(tmp_path):
-  with pytest.raises(UserError, match=r"the tokenizer '.*none' must be .* there is no such file; name one"):
+  with pytest.raises(UserError, match=r"the tokenizer '.*none' must be .* there is no such file; pass an"):
     tokenizer.load_tokenizer(tmp_path / "none")
   with pytest.raises(UserError, match="there is no such file"):
     tokenizer.load_tokenizer("a" * 300)  # the system refuses to look
   (tmp_path / "text").write_text("The tide rises.")
   (tmp_path / "empty").touch()
   for name in ("text", "empty"):
-    with pytest.raises(UserError, match="must be a SentencePiece model; it is not"):
+    with pytest.raises(UserError, match="must be a SentencePiece model; reading it failed"):
       tokenizer.load_tokenizer(tmp_path / name)
 
 
 def test_a_model_without_eos_is_a_sentence(tmp_path):
-  with pytest.raises(UserError, match=r"must have an end-of-sentence piece, which ends documents; train it"):
+  with pytest.raises(UserError, match=r"must have an end-of-sentence piece, to mark the end of a document; train it"):
     tokenizer.load_tokenizer(save(tmp_path / "model", eos_id=-1))
   assert tokenizer.load_tokenizer(save(tmp_path / "model")).eos_id() == 2
 

@@ -12,7 +12,7 @@ def test_every_cost_is_a_line(tmp_path, monkeypatch, capsys):
   flags = [f"--path={tmp_path}/*.jsonl", f"--tokenizer={tmp_path}/own.model", "--characters=20000", "--shards=7"]
   with imported("benchmark_data", *flags) as command:
     monkeypatch.setattr(command, "BATCHES", ((4, 8),))
-    monkeypatch.setattr(command, "DRAWN", 3200)
+    monkeypatch.setattr(command, "READ", 3200)
     shards = []
     monkeypatch.setattr(
       command, "time_batches", lambda found, size, f=command.time_batches: shards.append(found) or f(found, size)
@@ -31,6 +31,6 @@ def test_no_text_is_a_sentence(tmp_path):
   tokenizer.train_tokenizer(sentences(0, 100), 320, tmp_path / "own.model")
   with (
     imported("benchmark_data", f"--path={tmp_path}/*.jsonl", f"--tokenizer={tmp_path}/own.model") as command,
-    pytest.raises(UserError, match="its 1 files are empty"),
+    pytest.raises(UserError, match="the 1 matching files are empty"),
   ):
     command.main()

@@ -19,7 +19,7 @@ from tiny import flags_of, tiny_config
 
 from experiments.common.distributed import FIRST_PORT, Place, from_flags, from_slurm
 from switchlora_jax.config import resolve
-from switchlora_jax.data import batches, dataset
+from switchlora_jax.data import dataset, loader
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.array_checksums import array_checksums
@@ -33,8 +33,8 @@ COUNT, DEVICES = 2, 4
 WATCHED = """
 import atexit, json, runpy, sys
 import numpy as np
-from switchlora_jax.data.shards import Rows
-file, seen, wrote, read = sys.argv.pop(1), [], [], Rows.__getitem__
+from switchlora_jax.data.shards import PackedSequences
+file, seen, wrote, read = sys.argv.pop(1), [], [], PackedSequences.__getitem__
 def watched(self, key):
   if isinstance(key, np.ndarray):
     seen.append((len(self), key.tolist()))
@@ -42,7 +42,7 @@ def watched(self, key):
 def audit(event, details):
   if event == "open" and isinstance(details[1], str) and set(details[1]) & set("wax+"):
     wrote.append(str(details[0]))
-Rows.__getitem__ = watched
+PackedSequences.__getitem__ = watched
 sys.addaudithook(audit)
 atexit.register(lambda: open(file, "w").write(json.dumps([seen, wrote])))
 runpy.run_module("experiments.pretrain", run_name="__main__", alter_sys=True)
@@ -244,11 +244,11 @@ def test_two_processes_pass_over_a_damaged_checkpoint_together(runs):
 
 def test_each_process_reads_its_own_rows_and_no_others(runs):
   folder, config = runs.folder, runs.config
-  data = dataset.prepare(config, progress=False)
+  data = dataset.open_dataset(config, progress=False)
   for process, (read, _) in enumerate(runs.watched):
     share = slice(process * 8 // COUNT, (process + 1) * 8 // COUNT)
     train = [pick for length, picks in read if length == len(data.train) for pick in picks]
-    numbers = [batches.batch(data.train, seed=0, step=step, batch_size=8).picks for step in range(12)]
+    numbers = [loader.shuffled_batch(data.train, seed=0, step=step, batch_size=8).indices for step in range(12)]
     assert train == np.concatenate([picks[share] for picks in numbers]).tolist()
     valid = {pick for length, picks in read if length == len(data.valid) for pick in picks}
     count = min(len(data.valid), config.eval_tokens // 16)

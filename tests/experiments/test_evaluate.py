@@ -150,7 +150,7 @@ def direct(run: Path, rows) -> np.ndarray:
 
 def test_tokens_limits_the_sequences(trained, tmp_path):
   run = trained("switchlora")
-  own = dataset.prepare(open_run(run).config)
+  own = dataset.open_dataset(open_run(run).config)
   found = evaluate(tmp_path, run, "--tokens=95")
   assert (found["rows"], found["tokens"]) == (5, 80)
   expected = summary(direct(run, own.valid[:5]), own.bytes_per_token)
@@ -183,7 +183,7 @@ def prepared(folder, trained):
 
   def prepare(name: str, model: str, seq_len: int) -> Path:
     text = lambda: corpus.open_corpus(write_text(folder), "", ("--path", "--eval_path"))
-    preparation.prepare(folder / name, preparation.Request([name], model, seq_len), text, wait=True, progress=False)
+    preparation.fill_folder(folder / name, preparation.Request([name], model, seq_len), text, wait=True, progress=False)
     return folder / name
 
   return prepare

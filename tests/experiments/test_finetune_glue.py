@@ -79,7 +79,7 @@ def test_the_table(folder, results):
   mean, std = (100 * results[0]["best_epoch"][key] for key in ("mean", "std"))
   assert f"| run | {mean:.2f} ± {std:.2f}† |" in text and "|  | RTE | STS-B |" in text
   constant = 100 * results[0]["constant"]
-  assert f"| the same answer to all | {constant:.2f} | 0.00 |" in text and 50 < constant < 60
+  assert f"| majority-class baseline | {constant:.2f} | 0.00 |" in text and 50 < constant < 60
   assert "| SwitchLoRA, 350M | 56.24±5 | 87.71±0.5 |" in text
 
 
@@ -93,15 +93,15 @@ def test_predictions_and_the_best_weights_have_the_score(folder, results, name):
   assert lines[0] == "index\tprediction\tlabel" and list(map(int, index)) == list(range(task.rows["dev"]))
   number = task.classes.index if task.classes else float
   answered, labels = (np.array(list(map(number, column))) for column in (answered, labels))
-  assert glue.score(task, answered, labels) == pytest.approx(best["score"], abs=1e-4)
+  assert glue.score_predictions(task, answered, labels) == pytest.approx(best["score"], abs=1e-4)
 
-  rows = glue.read(task, str(folder / "glue"))["dev"]
+  rows = glue.read_task(task, str(folder / "glue"))["dev"]
   np.testing.assert_array_equal(rows.labels, labels)
   model = pretrained.load(folder / "run")
-  dev = examples.encode(rows, load_tokenizer(model.tokenizer), 64)
-  params = classifier.load(folder / "out" / "run" / name / "best.npz")
-  outputs = classifier.evaluate(classifier.build(task.outputs, **model.sizes), params, dev)
-  np.testing.assert_allclose(glue.answers(task, outputs), answered, atol=1e-3)
+  dev = examples.encode_examples(rows, load_tokenizer(model.tokenizer), 64)
+  params = classifier.load_params(folder / "out" / "run" / name / "best.npz")
+  outputs = classifier.compute_outputs(classifier.build_classifier(task.outputs, **model.sizes), params, dev)
+  np.testing.assert_allclose(glue.predictions_of(task, outputs), answered, atol=1e-3)
 
 
 def test_the_same_command_trains_nothing_again(folder, results, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_hugging_face_folder_is_fine_tuned_as_its_run_is(folder, results, tmp_
 def test_by_default_it_is_as_the_paper_has_it(folder):
   with finetune(folder) as command:
     assert (command.EPOCHS.default, command.SEQ_LEN.default, command.SEEDS.default) == (30, 512, 5)
-  assert classifier.Plan(1e-5, 30, 0).batch_size == 16
+  assert classifier.FineTuningPlan(1e-5, 30, 0).batch_size == 16
 
 
 def test_what_was_stopped_goes_on_with_what_is_missing(folder, results, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_what_stood_before_texts_in_pre_training_stands_before_rows(folder, tmp_
   load = pretrained.load
   monkeypatch.setattr(pretrained, "load", lambda path: load(path)._replace(prefix=(7,)))
   with finetune(folder, *SHORT, f"--workdir={tmp_path}") as command:
-    monkeypatch.setattr(command, "compare", lambda trial, _: pytest.fail(f"began with {first_tokens(trial)}"))
+    monkeypatch.setattr(command, "sweep_and_repeat", lambda trial, _: pytest.fail(f"began with {first_tokens(trial)}"))
     with pytest.raises(pytest.fail.Exception, match=r"began with \{7\}"):
       command.main()
 
@@ -192,11 +192,13 @@ def test_rows_longer_than_those_of_pre_training_are_counted(folder, caplog):
   """Rows had 16 tokens there; the default of the command is 512."""
   rows = lambda *lengths: examples.Examples([np.zeros(length) for length in lengths], None)
   with finetune(folder) as command:
-    model = command.load(folder / "run")
-    command.warn_of_length(command.Trial(model, TASKS["rte"], rows(3, 16), rows(16), folder))
+    model = command.load_model(folder / "run")
+    command.warn_of_length(command.FineTuning(model, TASKS["rte"], rows(3, 16), rows(16), folder))
     assert not caplog.text
-    command.warn_of_length(command.Trial(model, TASKS["rte"], rows(3, 17), rows(16, 99), folder))
-  assert "run, RTE: 2 rows are longer than those of pre-training; --seq_len=16 cuts them" in caplog.text
+    command.warn_of_length(command.FineTuning(model, TASKS["rte"], rows(3, 17), rows(16, 99), folder))
+  assert (
+    "run, RTE: 2 examples are longer than the 16 tokens of pre-training; --seq_len=16 truncates them" in caplog.text
+  )
 
 
 # The paper's learning rates.
@@ -223,13 +225,13 @@ def test_learning_rates_are_the_papers(folder, monkeypatch, method, parameters, 
 
 def test_the_method_of_a_run_is_known(folder):
   with finetune(folder) as command:
-    assert command.load(str(folder / "run")).method == "switchlora"
+    assert command.load_model(str(folder / "run")).method == "switchlora"
 
 
 def test_the_method_of_a_hugging_face_folder_is_not(folder, tmp_path):
   export.export(folder / "run", tmp_path / "exported")
   with finetune(folder) as command:
-    model = command.load(str(tmp_path / "exported"))
+    model = command.load_model(str(tmp_path / "exported"))
   assert (model.name, model.method, model.pretrained.method) == ("exported", "full", None)
 
 
@@ -245,12 +247,12 @@ def test_titles_are_those_of_the_papers_tables():
   [
     (["--task=rte,qnli"], r"the task \(='qnli'\) must be one of cola, stsb, mrpc, rte, sst2"),
     (["--task=cola"], r"must hold CoLA/train\.tsv or \.tsv\.gz; found neither"),
-    (["--task="], r"--model and --task are needed"),
+    (["--task="], r"--model and --task are required"),
     (["--learning_rates=1e-3,fast"], r"--learning_rates must be a list of numbers .*fast"),
     (["--learning_rates=0"], r"--learning_rates \(=0\) must be greater than 0"),
     (["--model={folder}/none"], r"none must be the directory of a run"),
     (["--workdir={folder}/own.model"], r"own\.model cannot be made \(File exists\)"),
-    (["--model={folder}/run/../run"], r"two models are called run, by which results are kept; rename"),
+    (["--model={folder}/run/../run"], r"two are called run; rename"),
   ],
 )
 def test_mistakes_are_sentences(folder, monkeypatch, flags, message):
@@ -263,4 +265,4 @@ def test_mistakes_are_sentences(folder, monkeypatch, flags, message):
 def test_a_mistake_ends_the_command_with_a_sentence():
   command = [sys.executable, "-m", "experiments.finetune_glue", "--model=x", "--task=rte"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr.startswith("error: --workdir is missing: give")
+  assert done.returncode == 2 and done.stderr.startswith("error: --workdir is missing: set")

@@ -1,4 +1,4 @@
-from experiments.common.glue_table import tables
+from experiments.common.glue_table import glue_tables
 
 
 def found(*scores):
@@ -12,7 +12,7 @@ def row(model, task, best, last, at_edge=False, constant=0.5):
 
 
 def test_a_line_a_model_and_a_column_a_task():
-  text = tables(
+  text = glue_tables(
     [
       row("ours", "RTE", found(0.6, 0.7), found(0.5, 0.6)),
       row("ours", "CoLA", found(0.2, None, 0.3), found(0.1, None, 0.1), constant=0.0),
@@ -25,7 +25,7 @@ def test_a_line_a_model_and_a_column_a_task():
     "|---|---|---|",
     "| ours | 65.00 ± 5.00 | 25.00 ± 5.00 (2 of 3 seeds) |",
     "| theirs | 55.00 |  |",
-    "| the same answer to all | 50.00 | 0.00 |",
+    "| majority-class baseline | 50.00 | 0.00 |",
   ]
   assert "| ours | 55.00 ± 5.00 | 10.00 ± 5.00 (2 of 3 seeds) |" in last
   assert "| SwitchLoRA, 350M | 56.24±5 | 23.13±15 |" in papers and "†" not in text
@@ -33,10 +33,10 @@ def test_a_line_a_model_and_a_column_a_task():
 
 def test_what_was_found_at_the_edge_of_a_sweep_is_marked():
   inside, edge = row("a", "RTE", found(0.6), found(0.6)), row("b", "RTE", found(0.7), found(0.7), at_edge=True)
-  text = tables([inside, edge])
+  text = glue_tables([inside, edge])
   assert text.count("| a | 60.00 |") == text.count("| b | 70.00† |") == 2
   assert "† best learning rate at the edge of the sweep" in text
 
 
 def test_what_diverged_with_all_seeds_has_no_mean():
-  assert "| a | diverged (0 of 2 seeds) |" in tables([row("a", "RTE", found(None, None), found(None, None))])
+  assert "| a | diverged (0 of 2 seeds) |" in glue_tables([row("a", "RTE", found(None, None), found(None, None))])

@@ -51,10 +51,10 @@ def test_real_c4_with_t5s_vocabulary(tmp_path):
   with imported("prepare_data", "--source=c4", *given) as prepare_data:
     prepare_data.main()
   train = shards.read_manifest(tmp_path / "out")["train"]
-  documents = list(corpus.File(str(C4)))
+  documents = list(corpus.LocalFile(str(C4)))
   assert train["documents"] == len(documents) == 2000 and train["tokens"] == 995_287
   assert train["characters"] == sum(map(len, documents)) and train["rows"] == train["tokens"] // 256
-  found = shards.open_rows(tmp_path / "out", train)
+  found = shards.open_sequences(tmp_path / "out", train)
   expected = rows_of(tokenizer.load_tokenizer(T5), documents[:100], 256)
   assert len(expected) > 100 and (found[: len(expected)].__array__() == expected).all()
 
@@ -68,7 +68,7 @@ def test_what_is_prepared(text, changes, documents):
     prepare_data.main()
   manifest = shards.read_manifest(text / "out")
   expected = rows_of(tokenizer.load_tokenizer(text / "own.model"), sentences(0, len(documents)), 16)
-  assert (shards.open_rows(text / "out", manifest["train"])[:].__array__() == expected).all()
+  assert (shards.open_sequences(text / "out", manifest["train"])[:].__array__() == expected).all()
   assert manifest["train"]["documents"] == len(documents) and manifest["valid"]["documents"] == 40
 
 
@@ -97,25 +97,25 @@ def test_c4_without_files_is_that_of_the_hub(text, monkeypatch):
   monkeypatch.setattr(corpus, "open_corpus", lambda *where: asked.append(where[0]))
   for changes in ({"source": "c4", "path": None}, {"source": "hub:some/name:sub", "path": None}, {"source": "c4"}):
     with imported("prepare_data", *flags(text, **changes)) as prepare_data:
-      prepare_data.read()
+      prepare_data.corpus_from_flags()
   assert asked == [corpus.C4, "hub:some/name:sub", f"{text}/train/*"]
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"out": None}, "--out is missing: give the folder"),
-    ({"out": ""}, "--out is missing: give the folder"),
-    ({"tokenizer": None}, "--tokenizer is missing: give a SentencePiece model, or train:32000"),
+    ({"out": None}, "--out is missing: set the folder"),
+    ({"out": ""}, "--out is missing: set the folder"),
+    ({"tokenizer": None}, "--tokenizer is missing: pass a SentencePiece model, or train:32000"),
     ({"tokenizer": "none.model"}, "there is no such file"),
-    ({"tokenizer": "train:many"}, "must say how many pieces to train"),
-    ({"tokenizer": "train:²"}, "must say how many pieces to train"),
-    ({"tokenizer": "train:99999999999"}, "must say how many pieces to train"),
-    ({"path": None}, r"--path is empty; pass e\.g\. --path="),
+    ({"tokenizer": "train:many"}, "must give the number of pieces"),
+    ({"tokenizer": "train:²"}, "must give the number of pieces"),
+    ({"tokenizer": "train:99999999999"}, "must give the number of pieces"),
+    ({"path": None}, r"--path must be a glob of text files; it is empty; pass e\.g\. --path="),
     ({"path": "none/*"}, r"--path \(='none/\*'\) must match .* matches no file"),
     ({"eval_path": "none/*"}, "--eval_path"),
     ({"source": "wiki"}, r"--source \(='wiki'\) must be text, c4, or hub:NAME"),
-    ({"source": "hub:some/name"}, "--path .* is not read beside --source=hub:some/name"),
+    ({"source": "hub:some/name"}, "--path .* is not used with --source=hub:some/name"),
   ],
 )
 def test_mistakes_are_sentences_before_anything_is_made(text, changes, message, monkeypatch):
@@ -126,7 +126,7 @@ def test_mistakes_are_sentences_before_anything_is_made(text, changes, message, 
 
 
 def test_ctrl_c_says_how_to_go_on(text):
-  script = "from switchlora_jax import packing\npacking.SHARD = 64\n" + (
+  script = "from switchlora_jax.data import packing\npacking.SHARD = 64\n" + (
     "import os, signal, runpy, sys\nwrite = packing.write_shard\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell in the background has it ignored
     "def interrupt(*args):\n  os.kill(os.getpid(), signal.SIGINT)\n  return write(*args)\n"

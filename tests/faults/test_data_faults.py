@@ -1,4 +1,4 @@
-"""Training rows that cannot be read any more, or are others."""
+"""Training data that become unreadable, or are changed."""
 
 import errno
 import os
@@ -11,8 +11,8 @@ from hurt_runs import assert_same_end, finish, finish_pair, saved_steps, small, 
 from tiny import sentences, write_lines
 
 from switchlora_jax.data import packing
-from switchlora_jax.data.shards import Rows
-from switchlora_jax.data.stream import Stream
+from switchlora_jax.data.loader import SequenceStream
+from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.errors import HUNG
 from switchlora_jax.parallel.processes import FAREWELL
 from switchlora_jax.parallel.watchdog import GRACE
@@ -23,7 +23,7 @@ from switchlora_jax.runs.checkpoint import Checkpoints
 def test_a_shard_that_is_cut_under_the_run(whole, tmp_path, left):
   """Case 15. One sentence names the file; with the rows as they were, the relaunch ends as the uninterrupted run.
 
-  With others it does not begin. (A file that is removed stays open, and its run goes on: tests/test_rows.py.)
+  With others it does not begin. (A removed file stays open, and its run goes on: tests/data/test_shards.py.)
   """
   folder, uninterrupted = whole
   config, workdir = small(folder, data__cache_dir=str(tmp_path / "cache")), tmp_path / "run"
@@ -48,7 +48,7 @@ def test_a_shard_that_is_cut_under_the_run(whole, tmp_path, left):
 
 def block(step: str):
   """The reader never comes back with the batch of a step."""
-  read, batches = Rows.__getitem__, []
+  read, batches = PackedSequences.__getitem__, []
 
   def reading(self, which):
     batches.extend([which] if getattr(which, "shape", None) == (8,) else [])
@@ -56,12 +56,12 @@ def block(step: str):
       threading.Event().wait()
     return read(self, which)
 
-  Rows.__getitem__ = reading
+  PackedSequences.__getitem__ = reading
 
 
 def fail(step: str):
   """The reader raises what a network drive does, once it is to read the batch of a step."""
-  read, batches = Rows.__getitem__, []
+  read, batches = PackedSequences.__getitem__, []
 
   def reading(self, which):
     batches.extend([which] if getattr(which, "shape", None) == (4,) else [])  # a process reads its half
@@ -69,7 +69,7 @@ def fail(step: str):
       raise OSError(errno.EIO, os.strerror(errno.EIO), "train-00000.npy")
     return read(self, which)
 
-  Rows.__getitem__ = reading
+  PackedSequences.__getitem__ = reading
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -110,7 +110,7 @@ TEXTS = {"train.jsonl": (0, 600), "valid.jsonl": (600, 700)}
 def unreadable(step: str):
   """The user's text cannot be read further from the batch of a step on."""
   packing.GROUP, asked = 2000, [0]  # characters that are read ahead
-  batch, read = Stream.batch, datasets.IterableDataset.iter
+  batch, read = SequenceStream.batch, datasets.IterableDataset.iter
 
   def batch_of(self, now, size):
     asked.append(now)
@@ -122,7 +122,7 @@ def unreadable(step: str):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
       yield lines
 
-  Stream.batch, datasets.IterableDataset.iter = batch_of, reading
+  SequenceStream.batch, datasets.IterableDataset.iter = batch_of, reading
 
 
 def test_text_that_cannot_be_read_further(whole, tmp_path):

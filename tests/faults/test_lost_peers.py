@@ -6,7 +6,7 @@ import time
 
 from hurt_runs import assert_same_end, assert_same_numbers, finish, finish_pair, saved_steps, small, start, start_pair
 
-from switchlora_jax.data import batches
+from switchlora_jax.data import loader
 from switchlora_jax.errors import HUNG, STOPPED
 from switchlora_jax.parallel.watchdog import GRACE, Watchdog
 from switchlora_jax.runs import checkpoint
@@ -65,13 +65,13 @@ def impatient():
 def block_at(step: str):
   """The same; and never find the batch after so many steps."""
   impatient()
-  by_step = batches.by_step
+  make_batch_fn = loader.make_batch_fn
 
   def blocked(train, config):
-    batch_of = by_step(train, config)
+    batch_of = make_batch_fn(train, config)
     return lambda done: time.sleep(3600) if done == int(step) else batch_of(done)
 
-  batches.by_step = blocked
+  loader.make_batch_fn = blocked
 
 
 def test_a_process_that_hangs(whole, tmp_path):

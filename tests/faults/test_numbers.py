@@ -11,7 +11,7 @@ import poison
 import pytest
 from hurt_runs import assert_same_end, last_step, lines, saved_steps, small, start, start_pair
 
-from switchlora_jax.data import batches
+from switchlora_jax.data import loader
 from switchlora_jax.methods import galore
 from switchlora_jax.training import step as train_step
 
@@ -21,7 +21,7 @@ STEP = 28  # as metrics.jsonl counts it, so that the state before it is that of 
 def hurt(what: str):
   """`KIND@STEP,STEP`: those batches break the loss, each by one row; see `poison.KINDS`."""
   kind, _, when = what.partition("@")
-  batches.by_step = poison.by_step(kind, (int(step) - 1 for step in when.split(",")))
+  loader.make_batch_fn = poison.make_batch_fn(kind, (int(step) - 1 for step in when.split(",")))
   train_step.mean_loss = poison.loss
 
 

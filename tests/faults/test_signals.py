@@ -37,7 +37,7 @@ def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
 
 def slow_set_up():
   """Tokenising takes for ever."""
-  dataset.prepare = lambda *_, **__: (print("tokenising", flush=True), time.sleep(600))
+  dataset.open_dataset = lambda *_, **__: (print("tokenising", flush=True), time.sleep(600))
 
 
 def test_sigterm_during_set_up_ends_all_to_be_started_again(tmp_path):

@@ -9,8 +9,15 @@ import pytest
 from small_model import host, same_bits
 
 from switchlora_jax.glue import classifier
-from switchlora_jax.glue.classifier import Plan, build, evaluate, fit, mean_loss, with_head
-from switchlora_jax.glue.examples import Batch, Examples, batch
+from switchlora_jax.glue.classifier import (
+  FineTuningPlan,
+  build_classifier,
+  compute_outputs,
+  fit,
+  weighted_loss,
+  with_head,
+)
+from switchlora_jax.glue.examples import Examples, LabelledBatch, padded_batch
 from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.training.metrics import progress_bar
 
@@ -40,10 +47,10 @@ def accuracy(dev):
 
 
 def fitted(weights, train, dev, judge=None, outputs=2, **plan):
-  plan = Plan(**(dict(learning_rate=1e-2, epochs=3, seed=0) | plan))
+  plan = FineTuningPlan(**(dict(learning_rate=1e-2, epochs=3, seed=0) | plan))
   bar = progress_bar(0, shown=False)
   params = with_head(weights, outputs, plan.seed)
-  return fit(build(outputs, **SIZES), params, train, dev, judge or accuracy(dev), plan, bar)
+  return fit(build_classifier(outputs, **SIZES), params, train, dev, judge or accuracy(dev), plan, bar)
 
 
 # Outputs.
@@ -51,13 +58,15 @@ def fitted(weights, train, dev, judge=None, outputs=2, **plan):
 
 def test_the_trunk_is_the_pre_trained_model(weights):
   """With the head of pre-training, the outputs are the logits of the next token."""
-  rows = batch(toy(6, 0), np.arange(6), 6)
+  rows = padded_batch(toy(6, 0), np.arange(6), 6)
   logits = MODEL.apply({"params": weights}, rows.tokens)[np.arange(6), rows.last]
-  np.testing.assert_allclose(build(2, **SIZES).outputs(weights, rows.tokens, rows.last), logits, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    build_classifier(2, **SIZES).outputs(weights, rows.tokens, rows.last), logits, rtol=1e-5, atol=1e-6
+  )
 
 
 def test_padding_changes_no_output(weights):
-  params, outputs = with_head(weights, 3, 0), build(3, **SIZES).outputs
+  params, outputs = with_head(weights, 3, 0), build_classifier(3, **SIZES).outputs
   row = toy(1, 1).tokens[0]
   places = np.array([len(row) - 1], np.int32)
   filled = np.full((1, 64), 7, np.int32)
@@ -72,10 +81,12 @@ def test_padding_changes_no_output(weights):
 
 def test_other_rows_change_no_output(weights):
   params, examples = with_head(weights, 2, 0), toy(70, 2, longest=40)
-  together = evaluate(build(2, **SIZES), params, examples)
+  together = compute_outputs(build_classifier(2, **SIZES), params, examples)
   assert together.shape == (70, 2)
   for number in (0, 33, 69):
-    alone = evaluate(build(2, **SIZES), params, Examples([examples.tokens[number]], examples.labels[[number]]))
+    alone = compute_outputs(
+      build_classifier(2, **SIZES), params, Examples([examples.tokens[number]], examples.labels[[number]])
+    )
     np.testing.assert_allclose(together[number], alone[0], rtol=1e-5, atol=1e-6)
 
 
@@ -91,21 +102,21 @@ def test_a_head_is_drawn_by_its_seed(weights):
 
 def test_losses_by_hand():
   logits, labels = np.array([[0.0, np.log(3)], [0.0, 0.0], [5.0, 5.0]]), np.array([1, 0, 0])
-  mean = mean_loss(jnp.array(logits), jnp.array(labels), jnp.array([1.0, 1, 0]))
+  mean = weighted_loss(jnp.array(logits), jnp.array(labels), jnp.array([1.0, 1, 0]))
   assert float(mean) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
-  numbers = mean_loss(jnp.array([[1.0], [2.0], [9.0]]), jnp.array([0.0, 4, 0]), jnp.array([1.0, 1, 0]))
+  numbers = weighted_loss(jnp.array([[1.0], [2.0], [9.0]]), jnp.array([0.0, 4, 0]), jnp.array([1.0, 1, 0]))
   assert float(numbers) == pytest.approx((1 + 4) / 2)
 
 
 def test_a_step_is_that_of_adamw_without_decay_on_rows_that_are_there(weights):
-  params, rows = with_head(weights, 2, 0), batch(toy(5, 3), np.arange(5), 5)
+  params, rows = with_head(weights, 2, 0), padded_batch(toy(5, 3), np.arange(5), 5)
   tx = optax.adamw(1e-2, weight_decay=0.0)
   trunk = MODEL.clone(head=False)
 
   @jax.jit
   def gradient(params):
-    answer = lambda p: classifier.outputs_of(trunk, p, rows.tokens, rows.last)
-    return jax.grad(lambda p: mean_loss(answer(p), rows.labels, rows.weights))(params)
+    answer = lambda p: classifier.last_token_outputs(trunk, p, rows.tokens, rows.last)
+    return jax.grad(lambda p: weighted_loss(answer(p), rows.labels, rows.weights))(params)
 
   expected, state = params, tx.init(params)
   for _ in range(2):
@@ -113,17 +124,17 @@ def test_a_step_is_that_of_adamw_without_decay_on_rows_that_are_there(weights):
     expected = optax.apply_updates(expected, updates)
   expected = host(expected)
   found, moments = with_head(weights, 2, 0), classifier.ADAM.init(params)
-  filled = batch(toy(5, 3), np.arange(5), 16)
+  filled = padded_batch(toy(5, 3), np.arange(5), 16)
   for _ in range(2):
-    found, moments, _ = build(2, **SIZES).step(found, moments, filled, 1e-2)
+    found, moments, _ = build_classifier(2, **SIZES).step(found, moments, filled, 1e-2)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), host(found), expected)
   moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, host(with_head(weights, 2, 0)))
   assert min(jax.tree.leaves(moved)) > 1e-3  # all of the model is trained
 
 
 def test_seeds_learning_rates_and_models_share_a_program(weights):
-  machine = build(2, **SIZES)
-  assert build(2, **SIZES) is machine and build(1, **SIZES) is not machine
+  machine = build_classifier(2, **SIZES)
+  assert build_classifier(2, **SIZES) is machine and build_classifier(1, **SIZES) is not machine
   fitted(weights, toy(20, 4), toy(5, 5), epochs=1)
   count = machine.step._cache_size()
   fitted(weights, toy(20, 4), toy(5, 5), epochs=2, seed=3, learning_rate=1e-3)
@@ -165,21 +176,21 @@ def test_the_best_epoch_is_kept(weights, scores, best):
   found = fitted(weights, toy(40, 8), dev, judge)
   assert found.scores == scores and same_bits(found.outputs, seen[best])
   assert not same_bits(found.outputs, seen[best - 1])
-  assert same_bits(evaluate(build(2, **SIZES), found.params, dev), found.outputs)
+  assert same_bits(compute_outputs(build_classifier(2, **SIZES), found.params, dev), found.outputs)
 
 
 def test_the_learning_rate_falls_to_0_in_a_line(weights):
   rates, losses = [], iter([1.0, 2.0, 3.0, 4.0])
 
-  def step(params, moments, rows: Batch, learning_rate):
+  def step(params, moments, rows: LabelledBatch, learning_rate):
     rates.append(learning_rate)
     return params, moments, next(losses)
 
-  stub = build(2, **SIZES)._replace(step=step)
-  plan, dev = Plan(learning_rate=0.8, epochs=2, seed=0), toy(4, 1)
+  stub = build_classifier(2, **SIZES)._replace(step=step)
+  plan, dev = FineTuningPlan(learning_rate=0.8, epochs=2, seed=0), toy(4, 1)
   found = fit(stub, with_head(weights, 2, 0), toy(20, 0), dev, accuracy(dev), plan, progress_bar(0, shown=False))
   assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
-  assert classifier.steps_of(plan, 20) == 4
+  assert classifier.total_steps(plan, 20) == 4
   assert found.losses == pytest.approx([(16 * 1 + 4 * 2) / 20, (16 * 3 + 4 * 4) / 20])  # the mean over rows
 
 
@@ -190,13 +201,13 @@ def test_a_run_that_diverges_stops(weights):
 
 def test_what_is_saved_is_read_back(weights, tmp_path):
   params = host(with_head(weights, 2, 0))
-  classifier.save(tmp_path / "best.npz", params)
-  assert same_bits(classifier.load(tmp_path / "best.npz"), params)
+  classifier.save_params(tmp_path / "best.npz", params)
+  assert same_bits(classifier.load_params(tmp_path / "best.npz"), params)
 
 
 def test_what_was_saved_is_there_until_better_weights_are(weights, tmp_path, monkeypatch):
   params = host(with_head(weights, 2, 0))
-  classifier.save(tmp_path / "best.npz", params)
+  classifier.save_params(tmp_path / "best.npz", params)
 
   def fail(file, **_):
     file.write(b"half")
@@ -204,5 +215,5 @@ def test_what_was_saved_is_there_until_better_weights_are(weights, tmp_path, mon
 
   monkeypatch.setattr(np, "savez", fail)
   with pytest.raises(OSError, match="full"):
-    classifier.save(tmp_path / "best.npz", params)
-  assert same_bits(classifier.load(tmp_path / "best.npz"), params)
+    classifier.save_params(tmp_path / "best.npz", params)
+  assert same_bits(classifier.load_params(tmp_path / "best.npz"), params)

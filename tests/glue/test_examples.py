@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchlora_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from switchlora_jax.glue.examples import Examples, batch, bucket, encode, epoch_of
-from switchlora_jax.glue.tasks import Rows
+from switchlora_jax.glue.examples import Examples, encode_examples, epoch_batches, padded_batch, padded_length
+from switchlora_jax.glue.tasks import LabelledTexts
 
 EOS = 1
 
@@ -23,7 +23,9 @@ def some(lengths) -> Examples:
 
 
 def test_every_sentence_ends_with_its_end(processor):
-  found = encode(Rows([("The tide", "rises é"), ("falls",), ("",)], np.array([1, 0, 1])), processor, 100)
+  found = encode_examples(
+    LabelledTexts([("The tide", "rises é"), ("falls",), ("",)], np.array([1, 0, 1])), processor, 100
+  )
   expected = [
     [*processor.encode("The tide"), EOS, *processor.encode("rises é"), EOS],
     [*processor.encode("falls"), EOS],
@@ -33,8 +35,10 @@ def test_every_sentence_ends_with_its_end(processor):
 
 
 def test_a_prefix_stands_before_all_and_takes_its_room(processor):
-  rows = Rows([("The tide", "rises"), ("falls " * 9,)], np.array([1, 0]))
-  (pair, long), (plain, cut) = (encode(rows, processor, size, prefix).tokens for size, prefix in ((12, (7,)), (11, ())))
+  rows = LabelledTexts([("The tide", "rises"), ("falls " * 9,)], np.array([1, 0]))
+  (pair, long), (plain, cut) = (
+    encode_examples(rows, processor, size, prefix).tokens for size, prefix in ((12, (7,)), (11, ()))
+  )
   assert pair.tolist() == [7, *plain] and long.tolist() == [7, *cut] and len(long) == 12 and long.dtype == np.int32
 
 
@@ -42,7 +46,7 @@ def test_a_prefix_stands_before_all_and_takes_its_room(processor):
 def test_the_longer_sentence_is_cut(processor, first, second, seq_len):
   texts = "a" * first, "b" * second
   a, b = (processor.encode(letter)[0] for letter in "ab")
-  (row,) = encode(Rows([texts], np.array([0])), processor, seq_len).tokens
+  (row,) = encode_examples(LabelledTexts([texts], np.array([0])), processor, seq_len).tokens
   assert len(row) == min(seq_len, len(processor.encode(texts[0])) + len(processor.encode(texts[1])) + 2)
   kept = [int((row == piece).sum()) for piece in (a, b)]
   assert row[-1] == EOS and (row == EOS).sum() == 2 and sum(kept) == len(row) - 2
@@ -54,15 +58,17 @@ def test_the_longer_sentence_is_cut(processor, first, second, seq_len):
 
 @given(st.integers(1, 5000))
 def test_buckets_are_few_and_near(length):
-  assert length <= bucket(length) < max(17, 1.5 * length) and bucket(bucket(length)) == bucket(length)
+  assert length <= padded_length(length) < max(17, 1.5 * length) and padded_length(
+    padded_length(length)
+  ) == padded_length(length)
 
 
 def test_there_are_ten_buckets_up_to_512():
-  assert sorted({bucket(n) for n in range(1, 513)}) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+  assert sorted({padded_length(n) for n in range(1, 513)}) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 
 def test_a_batch_is_cut_to_its_longest_row():
-  found = batch(some([3, 17, 40]), np.array([1, 0]), 4)
+  found = padded_batch(some([3, 17, 40]), np.array([1, 0]), 4)
   assert found.tokens.shape == (4, 24) and found.tokens.dtype == np.int32
   assert found.tokens[0].tolist() == [2] * 17 + [0] * 7 and found.tokens[1].tolist() == [1] * 3 + [0] * 21
   assert not found.tokens[2:].any()
@@ -72,7 +78,7 @@ def test_a_batch_is_cut_to_its_longest_row():
 
 @given(count=st.integers(1, 50), size=st.integers(1, 20), seed=st.integers(0, 9), epoch=st.integers(0, 9))
 def test_an_epoch_has_every_example_once(count, size, seed, epoch):
-  found = list(epoch_of(some([2] * count), size, seed=seed, epoch=epoch))
+  found = list(epoch_batches(some([2] * count), size, seed=seed, epoch=epoch))
   assert {rows.tokens.shape for rows in found} == {(size, 16)} and len(found) == -(-count // size)
   labels = np.concatenate([rows.labels[rows.weights > 0] for rows in found])
   assert sorted(labels) == list(range(1, count + 1))
@@ -80,6 +86,6 @@ def test_an_epoch_has_every_example_once(count, size, seed, epoch):
 
 
 def test_seeds_and_epochs_have_orders_of_their_own():
-  order = lambda seed, epoch: tuple(rows.labels[0] for rows in epoch_of(some([2] * 30), 1, seed=seed, epoch=epoch))
+  order = lambda seed, epoch: tuple(rows.labels[0] for rows in epoch_batches(some([2] * 30), 1, seed=seed, epoch=epoch))
   orders = {order(seed, epoch) for seed in range(3) for epoch in range(3)}
   assert len(orders) == 9 and tuple(range(1, 31)) not in orders and order(1, 2) == order(1, 2)

@@ -9,7 +9,7 @@ from paths import SHARED
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.glue import tasks as glue
-from switchlora_jax.glue.tasks import TASKS, answers, best_constant, score
+from switchlora_jax.glue.tasks import TASKS, majority_baseline, predictions_of, score_predictions
 
 REAL = SHARED / "glue"
 SMALL = {name: task._replace(rows={"train": 6, "dev": 3}) for name, task in TASKS.items()}
@@ -18,10 +18,10 @@ SMALL = {name: task._replace(rows={"train": 6, "dev": 3}) for name, task in TASK
 @pytest.mark.parametrize("name", TASKS)
 def test_rows_of_files(tmp_path, name):
   glue_files.write_task(tmp_path, name, SMALL[name])
-  found = glue.read(SMALL[name], str(tmp_path))
+  found = glue.read_task(SMALL[name], str(tmp_path))
   for split, seed in (("train", 0), ("dev", 1)):
     rows = glue_files.made_up(name, SMALL[name].rows[split], seed)
-    assert found[split].texts == [tuple(row[column] for column in TASKS[name].sentences) for row in rows]
+    assert found[split].sentences == [tuple(row[column] for column in TASKS[name].sentences) for row in rows]
     labels = [row[TASKS[name].label] for row in rows]
     kind = np.int32 if TASKS[name].classes else np.float32
     expected = [TASKS[name].classes.index(label) if TASKS[name].classes else float(label) for label in labels]
@@ -34,7 +34,7 @@ def rte(folder: Path, train: bytes, rows: int):
   glue_files.write_task(folder, "rte", task)
   (folder / "RTE" / "train.tsv.gz").unlink()
   (folder / "RTE" / "train.tsv").write_bytes(train)
-  return glue.read(task, str(folder))["train"]
+  return glue.read_task(task, str(folder))["train"]
 
 
 HEADER = b"index\tsentence1\tsentence2\tlabel\n"
@@ -44,7 +44,7 @@ GOOD = b"0\tone\ttwo\tentailment\n"
 def test_nothing_is_quoted_and_only_newlines_end_rows(tmp_path):
   text = '"Open quote\u2028, \x85 and\r\x0b\tno "" end \tentailment\r\n'.encode()
   rows = rte(tmp_path, b"\xef\xbb\xbf" + HEADER + b"0\t" + text + b"1\t'\t\"\tnot_entailment\n", 2)
-  assert rows.texts == [('"Open quote\u2028, \x85 and', 'no "" end'), ("'", '"')] and rows.labels.tolist() == [0, 1]
+  assert rows.sentences == [('"Open quote\u2028, \x85 and', 'no "" end'), ("'", '"')] and rows.labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,10 @@ def test_nothing_is_quoted_and_only_newlines_end_rows(tmp_path):
     (HEADER + GOOD + b"1\tone\tentailment\n", r"train\.tsv, line 3, must have 4 columns \(index, .*\); found 3"),
     (HEADER + GOOD + b"1\ta\tb\tc\tentailment\n", r"line 3, must have 4 columns .*; found 5"),
     (HEADER + GOOD + b"\n", r"line 3, must have 4 columns"),
-    (GOOD * 2, r"columns sentence1, sentence2, label; its first line lacks sentence1, .* is it RTE's\?"),
+    (
+      GOOD * 2,
+      r"columns sentence1, sentence2, label; its first line lacks sentence1, .* check that it is a file of RTE",
+    ),
     (b"", r"its first line lacks .* and has nothing"),
     (HEADER + GOOD + b"1\tone\ttwo\t1\n", r"line 3: the label must be one of entailment, not_entailment; found '1'"),
     (HEADER + b"0\tcaf\xe9\ttwo\tentailment\n", r"train\.tsv must be UTF-8 text.*UnicodeDecodeError"),
@@ -75,20 +78,20 @@ def test_wrong_lines_of_a_file_without_a_header_are_sentences(tmp_path, line):
   (tmp_path / "CoLA" / "train.tsv.gz").unlink()
   (tmp_path / "CoLA" / "train.tsv").write_bytes(line + b"gj04\t1\t\tA sentence.\n" * 5)
   with pytest.raises(UserError, match=r"CoLA.*line 1"):
-    glue.read(SMALL["cola"], str(tmp_path))
+    glue.read_task(SMALL["cola"], str(tmp_path))
 
 
 def test_files_that_are_not_there_or_cut_off_are_sentences(tmp_path):
   with pytest.raises(UserError, match=r"--data=.* must hold RTE/train\.tsv or \.tsv\.gz; found neither; or use"):
-    glue.read(TASKS["rte"], str(tmp_path))
+    glue.read_task(TASKS["rte"], str(tmp_path))
   glue_files.write_task(tmp_path, "rte", SMALL["rte"])
   path = tmp_path / "RTE" / "train.tsv.gz"
   path.write_bytes(path.read_bytes()[:-9])
   with pytest.raises(UserError, match=r"train\.tsv\.gz must be .* EOFError"):
-    glue.read(SMALL["rte"], str(tmp_path))
+    glue.read_task(SMALL["rte"], str(tmp_path))
   path.write_bytes(HEADER)
   with pytest.raises(UserError, match=r"gzipped if it ends in \.gz.*BadGzipFile"):
-    glue.read(SMALL["rte"], str(tmp_path))
+    glue.read_task(SMALL["rte"], str(tmp_path))
 
 
 @pytest.mark.parametrize("value", ["5.1", "-1", "nan", "high", ""])
@@ -98,7 +101,7 @@ def test_a_score_is_a_number_from_0_to_5(tmp_path, value):
   glue_files.write_task(tmp_path, "stsb", SMALL["stsb"])
   glue_files.write(tmp_path / "STS-B" / "train.tsv.gz", "stsb", rows)
   with pytest.raises(UserError, match=rf"line 6: the score must be a number between 0 and 5; found '{value}'"):
-    glue.read(SMALL["stsb"], str(tmp_path))
+    glue.read_task(SMALL["stsb"], str(tmp_path))
 
 
 def test_an_unknown_task_is_told_which_there_are():
@@ -119,11 +122,11 @@ def test_the_hubs_copy(monkeypatch, name):
     return datasets.Dataset.from_dict(texts | {"label": labels[:count], "idx": list(range(count))})
 
   monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-  rows = glue.read(SMALL[name], "hub")["dev"]
-  assert rows.texts == [("some words",) * len(TASKS[name].sentences)] * 3
+  rows = glue.read_task(SMALL[name], "hub")["dev"]
+  assert rows.sentences == [("some words",) * len(TASKS[name].sentences)] * 3
   assert rows.labels.tolist() == ([4.5, 0, 1] if name == "stsb" else [0, 1, 1])
   with pytest.raises(UserError, match=r"must have 2,?490 rows|must have 5,749 rows|must have 8,551 rows"):
-    glue.read(TASKS[name], "hub")
+    glue.read_task(TASKS[name], "hub")
 
 
 def test_no_network_is_a_sentence(monkeypatch):
@@ -133,16 +136,20 @@ def test_no_network_is_a_sentence(monkeypatch):
     raise ConnectionError("no route\nto host")
 
   monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-  with pytest.raises(UserError, match=r"nyu-mll/glue, rte, could not be read .*ConnectionError: no route to host; it"):
-    glue.read(TASKS["rte"], "hub")
+  with pytest.raises(
+    UserError, match=r"nyu-mll/glue, rte, could not be read .*ConnectionError: no route to host; it needs"
+  ):
+    glue.read_task(TASKS["rte"], "hub")
 
 
 def test_a_part_is_the_same_random_rows():
-  rows = glue.Rows([(str(i),) for i in range(100)], np.arange(100))
-  part = glue.part_of(rows, 10)
-  assert len(set(part.texts)) == 10 and [int(text) for (text,) in part.texts] == part.labels.tolist()
-  assert part.labels.tolist() != list(range(10)) and part.labels.tolist() == glue.part_of(rows, 10).labels.tolist()
-  assert glue.part_of(rows, 100) is rows and glue.part_of(rows, None) is rows
+  rows = glue.LabelledTexts([(str(i),) for i in range(100)], np.arange(100))
+  part = glue.random_subset(rows, 10)
+  assert len(set(part.sentences)) == 10 and [int(text) for (text,) in part.sentences] == part.labels.tolist()
+  assert (
+    part.labels.tolist() != list(range(10)) and part.labels.tolist() == glue.random_subset(rows, 10).labels.tolist()
+  )
+  assert glue.random_subset(rows, 100) is rows and glue.random_subset(rows, None) is rows
 
 
 # Metrics.
@@ -152,11 +159,15 @@ def test_metrics_by_hand():
   # True and false positives and negatives: 3, 1, 2, 4.
   answered, labels = np.array([1] * 4 + [0] * 6), np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
   matthews = (3 * 4 - 1 * 2) / np.sqrt((3 + 1) * (3 + 2) * (4 + 1) * (4 + 2))
-  assert score(TASKS["cola"], answered, labels) == pytest.approx(matthews)
-  assert score(TASKS["rte"], answered, labels) == 0.7
+  assert score_predictions(TASKS["cola"], answered, labels) == pytest.approx(matthews)
+  assert score_predictions(TASKS["rte"], answered, labels) == 0.7
   # Deviations from the means: (-1, 0, 1) and (-2, 1, 1), so 3 / √(2·6).
-  assert score(TASKS["stsb"], np.array([1.0, 2, 3]), np.array([0.0, 3, 3])) == pytest.approx(3 / np.sqrt(12))
-  assert score(TASKS["stsb"], np.array([3.0, 2, 1]), np.array([0.0, 3, 3])) == pytest.approx(-3 / np.sqrt(12))
+  assert score_predictions(TASKS["stsb"], np.array([1.0, 2, 3]), np.array([0.0, 3, 3])) == pytest.approx(
+    3 / np.sqrt(12)
+  )
+  assert score_predictions(TASKS["stsb"], np.array([3.0, 2, 1]), np.array([0.0, 3, 3])) == pytest.approx(
+    -3 / np.sqrt(12)
+  )
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=50))
@@ -165,19 +176,19 @@ def test_matthews_is_that_of_the_confusion_matrix(pairs):
   tp, fp, fn, tn = (int(np.sum((answered == a) & (labels == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
   below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
   expected = (tp * tn - fp * fn) / np.sqrt(below) if below else 0
-  assert score(TASKS["cola"], answered, labels) == pytest.approx(expected, abs=1e-12)
+  assert score_predictions(TASKS["cola"], answered, labels) == pytest.approx(expected, abs=1e-12)
 
 
 def test_answers_of_outputs():
   outputs = np.array([[0.1, 0.2], [3.0, -1.0]], np.float32)
-  assert answers(TASKS["rte"], outputs).tolist() == [1, 0]
-  assert answers(TASKS["stsb"], outputs[:, :1]).tolist() == outputs[:, 0].tolist()
+  assert predictions_of(TASKS["rte"], outputs).tolist() == [1, 0]
+  assert predictions_of(TASKS["stsb"], outputs[:, :1]).tolist() == outputs[:, 0].tolist()
 
 
 def test_the_same_answer_to_all():
   labels = np.array([1, 1, 0, 1], np.int32)
-  assert best_constant(TASKS["rte"], labels) == 0.75 and best_constant(TASKS["cola"], labels) == 0
-  assert best_constant(TASKS["stsb"], np.array([1.0, 2.0])) == 0
+  assert majority_baseline(TASKS["rte"], labels) == 0.75 and majority_baseline(TASKS["cola"], labels) == 0
+  assert majority_baseline(TASKS["stsb"], np.array([1.0, 2.0])) == 0
 
 
 # The real files.
@@ -186,10 +197,10 @@ def test_the_same_answer_to_all():
 @pytest.mark.skipif(not REAL.is_dir(), reason="the GLUE files are not here")
 @pytest.mark.parametrize("name", TASKS)
 def test_the_real_files(name):
-  found = glue.read(TASKS[name], str(REAL))  # which checks columns, labels and numbers of rows
+  found = glue.read_task(TASKS[name], str(REAL))  # which checks columns, labels and numbers of rows
   labels = found["dev"].labels
-  assert all(text for row in found["train"].texts for text in row)
-  assert {len(row) for row in found["train"].texts} == {len(TASKS[name].sentences)}
+  assert all(text for row in found["train"].sentences for text in row)
+  assert {len(row) for row in found["train"].sentences} == {len(TASKS[name].sentences)}
   expected = {"cola": 0.6913, "mrpc": 0.6838, "rte": 0.5271, "sst2": 0.5092}  # of the most frequent class
   if name in expected:
     assert np.bincount(labels).max() / len(labels) == pytest.approx(expected[name], abs=1e-4)

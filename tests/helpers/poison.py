@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switchlora_jax.data import batches
+from switchlora_jax.data import loader
 from switchlora_jax.models.loss import mean_loss
 
 
@@ -40,9 +40,9 @@ def mark(rows, kind: str, row: int = 3) -> np.ndarray:
   return marked
 
 
-def by_step(kind: str, numbers):
-  """In place of `batches.by_step`: the batches of these numbers are marked."""
-  original, numbers = batches.by_step, list(numbers)
+def make_batch_fn(kind: str, numbers):
+  """In place of `loader.make_batch_fn`: the batches of these numbers are marked."""
+  original, numbers = loader.make_batch_fn, list(numbers)
 
   def marked(train, config):
     batch_of = original(train, config)

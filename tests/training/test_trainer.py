@@ -13,7 +13,7 @@ import poison
 import pytest
 from tiny import resolved
 
-from switchlora_jax.data import batches
+from switchlora_jax.data import loader
 from switchlora_jax.errors import Stopped, UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -167,13 +167,13 @@ BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval
 def asked(monkeypatch):
   """The numbers of the batches that runs took; those of numbers 5 and 11 make the loss jump."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
-  marked, numbers = poison.by_step("spike", (5, 11)), []
+  marked, numbers = poison.make_batch_fn("spike", (5, 11)), []
 
   def noted(train, config):
     batch_of = marked(train, config)
     return lambda number: numbers.append(number) or batch_of(number)
 
-  monkeypatch.setattr(batches, "by_step", noted)
+  monkeypatch.setattr(loader, "make_batch_fn", noted)
   return numbers
 
 
@@ -184,13 +184,13 @@ def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monk
   assert (int(back.state.spikes.rollbacks), int(back.state.spikes.offset)) == (2, 12)
   assert [row["step"] for row in lines(tmp_path / "back") if "loss" in row] == list(range(1, 13))
 
-  by_step = batches.by_step
+  make_batch_fn = loader.make_batch_fn
 
   def later(train, config):
-    batch_of = by_step(train, config)
+    batch_of = make_batch_fn(train, config)
     return lambda number: batch_of(number + 12)
 
-  monkeypatch.setattr(batches, "by_step", later)
+  monkeypatch.setattr(loader, "make_batch_fn", later)
   behind = trainer.train(resolved(tmp_path, **BACK), tmp_path / "behind")
   assert int(behind.state.spikes.rollbacks) == 0
   np.testing.assert_array_equal(back.state.spikes.losses, behind.state.spikes.losses)
@@ -238,7 +238,9 @@ def test_the_rows_must_last_for_a_run_that_goes_back(tmp_path, asked, monkeypatc
   prepare = trainer.prepare_data
   few = lambda config: (data := prepare(config))._replace(train=data.train[:100])
   monkeypatch.setattr(trainer, "prepare_data", few)
-  with pytest.raises(UserError, match=r"6 batches ahead .* takes 144 rows; there are 100, .* --config.data.epochs=2"):
+  with pytest.raises(
+    UserError, match=r"skips 6 batches .* needs 144 rows; the text has 100 rows .* --config.data.epochs=2"
+  ):
     trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
   again = trainer.train(resolved(tmp_path, **BACK, data__epochs=3), tmp_path / "run")
   assert int(again.state.spikes.offset) == 12

@@ -15,7 +15,7 @@ from small_model import host, same_bits
 from stages import slowly
 from tiny import resolved
 
-from switchlora_jax.data import batches
+from switchlora_jax.data import loader
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface
 from switchlora_jax.models import weights
@@ -55,7 +55,7 @@ def train(folder, name, **changes):
   """
   config, workdir = resolved(folder, devices=1, **SHAPE | changes), folder / name
   read, saved, handed = [], {}, []
-  batch, save, hand_over = batches.batch, Checkpoints.save, warm_start.hand_over
+  batch, save, hand_over = loader.shuffled_batch, Checkpoints.save, warm_start.hand_over
 
   def seen_batch(rows, *, seed, step, batch_size):
     made = batch(rows, seed=seed, step=step, batch_size=batch_size)
@@ -72,7 +72,7 @@ def train(folder, name, **changes):
     save(self, step, state)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(batches, "batch", seen_batch)
+    patch.setattr(loader, "shuffled_batch", seen_batch)
     patch.setattr(Checkpoints, "save", seen_save)
     patch.setattr(warm_start, "hand_over", seen_hand_over)
     outcome = trainer.train(config, workdir)

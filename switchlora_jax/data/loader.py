@@ -1,0 +1,155 @@
+"""Data loader: the batch of step t is a pure function of (seed, t).
+
+`make_batch_fn` returns the function from a step to its batch. Sequences on disk are shuffled per epoch
+(`shuffled_batch`). A `SequenceStream` packs sequences while the text is read, in the order of the text.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from switchlora_jax.data import packing, tokenizer
+from switchlora_jax.data.shards import PackedSequences
+from switchlora_jax.errors import UserError
+
+ROUNDS = 8  # of the Feistel network
+
+
+@dataclass(frozen=True)
+class Batch:
+  """The batch of one step. Tokens are read on indexing, and only those of the requested slice.
+
+  Attributes:
+    sequences: [n, seq_len], the source of the tokens.
+    indices: [batch_size], int64, the sequences in the batch.
+  """
+
+  sequences: PackedSequences | np.ndarray
+  indices: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(batch_size, seq_len)."""
+    return len(self.indices), self.sequences.shape[1]
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    """Tokens of a slice of the batch, int32 [slice, seq_len]."""
+    return np.asarray(self.sequences[self.indices[part]], np.int32)
+
+
+def make_batch_fn(train: "PackedSequences | SequenceStream", config) -> Callable[[int], Batch]:
+  """Returns the function from a step, counted from 0, to its batch. Uses `config.batch_size` and `config.seed`."""
+  if isinstance(train, SequenceStream):
+    return lambda step: Batch(train.batch(step, config.batch_size), np.arange(config.batch_size))
+  return lambda step: shuffled_batch(train, seed=config.seed, step=step, batch_size=config.batch_size)
+
+
+# Sequences on disk.
+
+
+def shuffled_batch(sequences: PackedSequences | np.ndarray, *, seed: int, step: int, batch_size: int) -> Batch:
+  """The batch of a step, [batch_size, seq_len]. Every epoch contains each sequence once, in its own random order.
+
+  Epochs follow each other without a gap: a batch may contain the end of one epoch and the start of the next.
+  """
+  epochs, positions = np.divmod(step * batch_size + np.arange(batch_size), len(sequences))
+  per_epoch = [
+    shuffled_indices(positions[epochs == epoch], len(sequences), seed=seed, epoch=epoch) for epoch in np.unique(epochs)
+  ]
+  return Batch(sequences, np.concatenate(per_epoch))
+
+
+def shuffled_indices(positions: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
+  """Evaluates a random permutation of range(size) at `positions`.
+
+  The permutation is a Feistel network over the pairs (left, right) of a grid of at least `size` cells. Results outside
+  range(size) are permuted again until they fall inside (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite
+  Domains, 2002). It uses no memory, and each position can be evaluated on its own.
+
+  Args:
+    positions: integers in range(size), any shape.
+    size: number of elements.
+    seed: together with `epoch`, selects the permutation.
+    epoch: see `seed`.
+
+  Returns:
+    int64, the shape of `positions`.
+  """
+  keys = np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS, np.uint64)
+  indices = _feistel(np.array(positions, np.uint64, ndmin=1), size, keys)
+  while (outside := indices >= size).any():
+    indices[outside] = _feistel(indices[outside], size, keys)
+  return indices.astype(np.int64).reshape(np.shape(positions))
+
+
+def _feistel(cells: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+  """Permutes the cells of the smallest, nearly square grid with at least `size` cells. uint64 -> uint64."""
+  width = np.uint64(math.isqrt(max(size - 1, 0)) + 1)
+  height = np.uint64(-(-size // int(width)))
+  right, left = np.divmod(cells, width)
+  for key, next_key in keys.reshape(-1, 2):
+    left = (left + _splitmix64(right ^ key) % width) % width
+    right = (right + _splitmix64(left ^ next_key) % height) % height
+  return right * width + left
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+  """Finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every output bit depends on all input bits. uint64."""
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(31))
+
+
+# Streamed text.
+
+
+class SequenceStream:
+  """Packs sequences of `seq_len` tokens while the text is read, for text that cannot be prepared.
+
+  Nothing is stored: a resumed run reads and tokenizes the text from its start again. It sees the same sequences if the
+  text yields the same documents in the same order. Every process reads the whole text.
+  """
+
+  def __init__(self, parts: packing.Parts, model: Path, seq_len: int):
+    self._parts, self._model, self._seq_len = parts, model, seq_len
+    self._restart()
+
+  def _restart(self):
+    encoded = packing.encode_chunks(tokenizer.load_tokenizer(self._model), packing.read_chunks(self._parts))
+    self._tokens = (group.tokens for group in encoded)
+    self._buffer, self._consumed = np.empty(0, np.int32), 0
+
+  def batch(self, step: int, batch_size: int) -> np.ndarray:
+    """The sequences of a step, int32 [batch_size, seq_len]. A step before the last requested one reads from the start.
+
+    Raises:
+      UserError: the text ends before the batch is complete.
+    """
+    size = batch_size * self._seq_len
+    if step * size < self._consumed:
+      self._restart()
+    while skipped := min(step * size - self._consumed, size):  # batch by batch, to bound the memory
+      self._take(skipped, step)
+    return self._take(size, step).reshape(batch_size, self._seq_len)
+
+  def _take(self, count: int, step: int) -> np.ndarray:
+    """The next `count` tokens. `step` appears in the error message."""
+    parts, available = [self._buffer], len(self._buffer)
+    while available < count:
+      parts.append(self._next_tokens(step))
+      available += len(parts[-1])
+    tokens = np.concatenate(parts)
+    self._consumed, self._buffer = self._consumed + count, tokens[count:]
+    return tokens[:count]
+
+  def _next_tokens(self, step: int) -> np.ndarray:
+    tokens = next(self._tokens, None)
+    if tokens is None:
+      raise UserError(
+        f"the text ended before step {step + 1}; a stream is not repeated: lower --config.steps, add text, or "
+        "prepare it with experiments.prepare_data and set --config.data.epochs"
+      )
+    return tokens
