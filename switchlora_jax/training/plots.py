@@ -21,8 +21,7 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
   axes = figure.subplots()
   if train:
     steps, losses = zip(*train, strict=True)
-    # Rasterised: as vectors, a line through each of 40,000 steps would make an SVG of a megabyte.
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7, label="training, each step", rasterized=True)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7, label="training, each step")
     axes.plot(steps, running_mean(losses, 0.9), color="tab:green", label="training, running mean of about 10 steps")
   if valid:
     axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", markersize=4, label="validation")

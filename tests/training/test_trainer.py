@@ -63,7 +63,7 @@ def test_training_learns(finished):
 
 @pytest.mark.parametrize("stop", [4, 5, 8, 11])
 def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
-  """Stopped after `stop` steps, at a checkpoint or between two, as by a kill; metrics.jsonl is ahead of the checkpoint."""
+  """Stopped after `stop` steps, at a checkpoint or between two, as by a kill; metrics.jsonl is ahead of the save."""
   folder, method, whole, outcome = finished
   workdir = folder / f"stopped-{stop}"
   config = resolved(folder, method=method)
