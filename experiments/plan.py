@@ -1,10 +1,10 @@
-"""Know what a run costs before renting anything: memory, traffic, operations, and the least time of a step.
+"""Estimate what a run costs before renting GPUs: memory, traffic, operations, and a lower bound of the step time.
 
 python -m experiments.plan --config=configs/llama_350m.py --gpu=h100 --topology=1x1x8
 python -m experiments.plan --config=configs/llama_1b.py --methods=full,switchlora --gpu=a100 --topology=1x2x8 --largest
 
-The very training step of the config is compiled, by XLA's GPU compiler where the GPU extra is installed
-(requirements-gpu.txt; no GPU is needed or touched), else by its CPU compiler, whose memory is only a hint.
+The config's own training step is compiled. With the GPU extra (requirements-gpu.txt), XLA's GPU compiler is used; no
+GPU is needed or touched. Without it, XLA's CPU compiler is used, and its memory figures are only a hint.
 """
 
 import json
@@ -22,36 +22,40 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, keys_for
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.planning import planner, topology
-from switchlora_jax.planning.collectives import KINDS
-from switchlora_jax.planning.planner import Estimate, Plan
+from switchlora_jax.planning.collectives import COLLECTIVE_KINDS
+from switchlora_jax.planning.planner import Estimate, StepPlan
 from switchlora_jax.training.phases import build_phases
 
 CONFIG = cli.define_config("llama_350m")
 flags.declare_key_flag("config")
-GPU = flags.DEFINE_string("gpu", "h100", f"of {', '.join(topology.known())}")
-TOPOLOGY = flags.DEFINE_string("topology", "1x1x8", "slices × hosts × GPUs of a host; 1x2x8 is 16 GPUs in 2 hosts")
-NAMES = flags.DEFINE_list("methods", [], f"one column each, of {', '.join(METHODS)}; the config's own by default")
+GPU = flags.DEFINE_string("gpu", "h100", f"GPU type, one of {', '.join(topology.known_gpus())}")
+TOPOLOGY = flags.DEFINE_string("topology", "1x1x8", "slices × hosts × GPUs per host; 1x2x8 is 16 GPUs in 2 hosts")
+NAMES = flags.DEFINE_list(
+  "methods", [], f"one column per method, of {', '.join(METHODS)}; default: the config's method"
+)
 FRACTION = flags.DEFINE_float(
-  "memory_fraction", 0.75, "of the GPU's memory that JAX may take: XLA_CLIENT_MEM_FRACTION where it runs", 0.01, 1.0
+  "memory_fraction", 0.75, "share of GPU memory available to JAX, XLA_CLIENT_MEM_FRACTION in the run", 0.01, 1.0
 )
-LINK = flags.DEFINE_float("link", None, "speed between any two GPUs, GB/s in one direction; the GPU's own by default")
+LINK = flags.DEFINE_float(
+  "link", None, "link speed between any two GPUs, GB/s in one direction; default: that of the GPU type"
+)
 LARGEST = flags.DEFINE_bool(
-  "largest", False, "look for the largest micro-batch that fits, with up to 4 more compiles each"
+  "largest", False, "find the largest micro-batch that fits, with up to 4 more compilations per column"
 )
-JSON = flags.DEFINE_string("json", None, "write the results to this file as well")
+JSON = flags.DEFINE_string("json", None, "also write the results to this JSON file")
 
 
 class Column(NamedTuple):
-  """What is printed of one program: its plan, its estimate, and the rows of a micro-batch tried with their peaks."""
+  """A column of the table: a compiled step, its roofline, and {micro-batch size tried: peak bytes}."""
 
   name: str
-  plan: Plan
+  plan: StepPlan
   estimate: Estimate
   tried: dict[int, int]
 
 
 class Machine(NamedTuple):
-  """What is planned for: the GPU's figures, a mesh to compile on, simulated CPUs as many, and a host's GPUs."""
+  """The planned machine: the GPU type, a mesh to compile for, a mesh of as many simulated CPUs, GPUs per host."""
 
   gpu: topology.Gpu
   mesh: Any
@@ -61,18 +65,18 @@ class Machine(NamedTuple):
 
   @property
   def limit(self) -> float:
-    """Bytes of a GPU that JAX may take."""
+    """Bytes of GPU memory available to JAX."""
     return self.gpu.memory * FRACTION.value
 
 
 def machine() -> Machine:
-  """What the flags ask for, where they make sense."""
+  """The machine that the flags describe; raises `UserError` if they are invalid."""
   if LINK.value is not None and not LINK.value > 0:
     raise UserError(f"--link (={LINK.value}) must be greater than 0; leave it out for the links of {GPU.value}")
-  gpu = topology.figures(GPU.value)
+  gpu = topology.read_gpu(GPU.value)
   if LINK.value:
     gpu = gpu._replace(nvlink=LINK.value * 1e9, network=LINK.value * 1e9)
-  devices, per_host = topology.parse(TOPOLOGY.value)
+  devices, per_host = topology.parse_topology(TOPOLOGY.value)
   topology.without_gpus()
   jax.config.update("jax_num_cpu_devices", devices)
   fsdp = CONFIG.value.sharding.fsdp
@@ -95,13 +99,13 @@ def configs(devices: int) -> dict[str, FrozenConfigDict]:
 
 
 def columns(where: Machine, config) -> list[Column]:
-  """The columns of a config: its method's, after that of a full-rank warm start if it has one."""
+  """The columns of a config: a full-rank warm start, if it has one, then its method."""
   names = ["full (warm start)", config.method] if config.warm_start_steps else [config.method]
   return [column(name, where, config, phase) for phase, name in enumerate(names)]
 
 
 def column(name: str, where: Machine, config, phase: int) -> Column:
-  """One column, and the search for its largest micro-batch if that is asked for."""
+  """One column; with --largest, includes the search for the largest micro-batch."""
   plan = compiled(name, where, config, phase)
   share = where.mesh.size * config.accumulation
 
@@ -112,16 +116,16 @@ def column(name: str, where: Machine, config, phase: int) -> Column:
     return compiled(name, where, changed, phase).peak
 
   rows, most = config.batch_size // share, config.batch_size // where.mesh.size
-  tried = planner.largest(peak_of, rows, most, where.limit) if LARGEST.value else {}
+  tried = planner.search_micro_batch(peak_of, rows, most, where.limit) if LARGEST.value else {}
   return Column(name, plan, planner.estimate(plan, where.gpu, config.dtype, where.per_host), tried)
 
 
-def compiled(name: str, where: Machine, config, phase: int) -> Plan:
-  """The plan of one phase of a config; says how long it took."""
+def compiled(name: str, where: Machine, config, phase: int) -> StepPlan:
+  """Compile one phase of a config, and print how long it took."""
   rows = config.batch_size // (where.mesh.size * config.accumulation)
   print(f"compiling {name}, micro-batch {rows} × {config.seq_len} …", file=sys.stderr, flush=True)
   phase, on_cpus = (build_phases(config, mesh)[phase] for mesh in (where.mesh, where.cpus))
-  plan = planner.plan(phase, config, where.mesh, planner.host_bytes(on_cpus.abstract))
+  plan = planner.plan_step(phase, config, where.mesh, planner.host_bytes(on_cpus.abstract))
   print(f"  {plan.seconds:.1f} s, peak {mib(plan.peak)}", file=sys.stderr, flush=True)
   return plan
 
@@ -132,7 +136,7 @@ def mib(size: float) -> str:
 
 
 def table(where: Machine, found: list[Column]) -> str:
-  """One column a program, as aligned text."""
+  """The aligned table, one column per compiled step."""
   lines = [("", [column.name for column in found])]
   lines += [(label, [cell(column) for column in found]) for label, cell in cells(where, found)]
   left = max(len(label) for label, _ in lines)
@@ -144,54 +148,56 @@ def table(where: Machine, found: list[Column]) -> str:
 
 
 def cells(where: Machine, found: list[Column]):
-  """(label, column -> its cell) of each line of the table; a line of which all columns have nothing is left out."""
+  """(label, column -> cell) of each line of the table. Lines that are empty for all columns are left out."""
   share = lambda part: f"{part:.1%}"
   for key in ("trainable", "frozen", "candidates", "optimizer"):
     yield key, lambda column, key=key: mib(getattr(column.plan, key))
   if any(column.plan.host for column in found):
-    yield "of these, on the host", lambda column: mib(column.plan.host)
+    yield "  of these, in host memory", lambda column: mib(column.plan.host)
   if any(column.plan.exchanged for column in found):
-    yield "  exchanged by a switch", lambda column: mib(column.plan.exchanged)
-  yield "activations, temporaries", lambda column: mib(column.plan.temporaries)
-  yield "peak", lambda column: mib(column.plan.peak)
-  yield f"peak, of {mib(where.limit)}", lambda column: share(column.plan.peak / where.limit)
-  for kind in KINDS:
-    if any(column.plan.carried(kind) for column in found):
-      yield f"{kind} a step", lambda column, kind=kind: mib(column.plan.carried(kind))
-  yield "operations a token", lambda column: f"{column.plan.operations / column.plan.tokens / 1e6:,.1f} M"
-  yield "step at best: products", lambda column: f"{column.estimate.products:.4f} s"
-  yield "  memory", lambda column: f"{column.estimate.memory:.4f} s"
-  yield "  links", lambda column: f"{column.estimate.links:.4f} s"
-  yield "  in all", lambda column: f"{column.estimate.step:.4f} s"
-  yield "  share of links", lambda column: share(column.estimate.link_share)
-  yield "  share of peak", lambda column: share(column.estimate.peak_share)
-  yield "time to compile", lambda column: f"{column.plan.seconds:.1f} s"
+    yield "  moved by one switch, at most", lambda column: mib(column.plan.exchanged)
+  yield "activations and temporaries", lambda column: mib(column.plan.temporaries)
+  yield "peak memory", lambda column: mib(column.plan.peak)
+  yield f"  share of {mib(where.limit)}", lambda column: share(column.plan.peak / where.limit)
+  for kind in COLLECTIVE_KINDS:
+    if any(column.plan.collective_bytes(kind) for column in found):
+      yield f"{kind} per step", lambda column, kind=kind: mib(column.plan.collective_bytes(kind))
+  yield "operations per token", lambda column: f"{column.plan.operations / column.plan.tokens / 1e6:,.1f} M"
+  yield "roofline: matrix products", lambda column: f"{column.estimate.products:.4f} s"
+  yield "  memory traffic", lambda column: f"{column.estimate.memory:.4f} s"
+  yield "  communication", lambda column: f"{column.estimate.links:.4f} s"
+  yield "roofline step time", lambda column: f"{column.estimate.step:.4f} s"
+  yield "  share of communication", lambda column: share(column.estimate.link_share)
+  yield "  share of peak operations", lambda column: share(column.estimate.peak_share)
+  yield "compile time", lambda column: f"{column.plan.seconds:.1f} s"
   if LARGEST.value:
-    yield "largest micro-batch", lambda column: f"{planner.fitting(column.tried, where.limit)} rows"
+    yield "largest micro-batch", lambda column: f"{planner.largest_fitting(column.tried, where.limit)} rows"
 
 
 def results(where: Machine, column: Column) -> dict:
-  """A column for JSON: bytes, seconds, and the rows of a micro-batch tried with their peaks."""
+  """A column as JSON: sizes in bytes, times in seconds, and the micro-batch sizes tried with their peaks."""
   traffic = [collective._asdict() | {"sent": collective.sent} for collective in column.plan.traffic]
   names = {"program": column.name, "gpu": GPU.value, "topology": TOPOLOGY.value, "compiler": where.compiler}
   times = column.estimate._asdict() | {"step": column.estimate.step}
-  largest = {"tried": column.tried, "largest": planner.fitting(column.tried, where.limit)} if LARGEST.value else {}
+  largest = (
+    {"tried": column.tried, "largest": planner.largest_fitting(column.tried, where.limit)} if LARGEST.value else {}
+  )
   return names | column.plan._asdict() | {"traffic": traffic, "limit": where.limit, "estimate": times} | largest
 
 
 def main():
-  """Check, compile, print, write."""
+  """Check the flags, compile, print the table and write it."""
   cli.check_json(JSON.value)
-  devices, _ = topology.parse(TOPOLOGY.value)
+  devices, _ = topology.parse_topology(TOPOLOGY.value)
   wanted, where = configs(devices), machine()
   first = next(iter(wanted.values()))
   cli.set_precision(first)
   print(f"per device of {TOPOLOGY.value} {GPU.value}, {first.dtype}, {where.compiler}")
   found = [column for config in wanted.values() for column in columns(where, config)]
   print(table(where, found))
-  print("the times are a roofline, not measured: a real step takes longer")
+  print("roofline times are lower bounds, not measured: a real step takes longer")
   if any(not collective.certain for column in found for collective in column.plan.traffic):
-    print("some traffic is in loops whose turns the compiler does not know; they were counted as one turn")
+    print("some traffic is in loops with unknown trip count: counted as 1 iteration")
   if JSON.value:
     Path(JSON.value).write_text(json.dumps([results(where, column) for column in found], indent=2) + "\n")
 

@@ -1,10 +1,10 @@
-"""Pre-train a LLaMA. The same command in the same --workdir continues a run that was stopped.
+"""Pre-train a LLaMA. The same command with the same --workdir continues a run that was stopped.
 
 python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tiny
 python -m experiments.pretrain --config=configs/llama_350m.py --config.rank=128 --dry_run
 Several processes train together when SLURM starts them, or with --coordinator, --num_processes and --process_id;
 see docs/cluster.md.
-Exit codes: 2 a mistake; 75 stopped by SIGTERM or Ctrl-C, nothing is lost; 69 it hung or lost another process.
+Exit codes: 2, a user error; 75, stopped by SIGTERM or Ctrl-C after saving; 69, hung or lost another process.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from configs import llama_tiny
 from experiments.common import cli, distributed
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
@@ -31,18 +32,20 @@ flags.adopt_module_key_flags(distributed)
 
 
 def main():
-  """Check, then describe or train and conclude."""
+  """Check the config, then print its sizes (--dry_run), or train and print the report."""
   distributed.join()
   config, workdir = processes.on_all_processes(check)
   processes.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
   if DRY_RUN.value:
     processes.print_once(
-      report.describe(config, *(phase.abstract for phase in build_phases(config, make_mesh(fsdp=config.sharding.fsdp))))
+      report.describe_run(
+        config, *(phase.abstract for phase in build_phases(config, make_mesh(fsdp=config.sharding.fsdp)))
+      )
     )
     return
   outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout)
-  processes.print_once(report.conclude(config, workdir, outcome))
+  processes.print_once(report.conclude(config, workdir, outcome, comparison(config)))
   processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 
 
@@ -56,8 +59,17 @@ def check():
   return config, Path(WORKDIR.value).expanduser()
 
 
+def comparison(config) -> str | None:
+  """Perplexities of other methods at the budget of the default run; None for another run, or while unmeasured."""
+  default = resolve(llama_tiny.get_config(), jax.device_count(), jax.default_backend())
+  if not llama_tiny.REFERENCE or run_directory.differences(default.to_dict(), config.to_dict()):
+    return None
+  measured = ", ".join(f"{name} {perplexity:.2f}" for name, perplexity in llama_tiny.REFERENCE.items())
+  return f"perplexity at this budget, measured by `{llama_tiny.REFERENCE_COMMAND}`: {measured}"
+
+
 def what_must_agree(config, workdir: Path | None) -> dict:
-  """What processes that train one run have in common: all but where each keeps its packed rows."""
+  """{setting: value} that all processes of a run must share: everything except where each caches its packed rows."""
   keys = {key: value for key, value in flatten(config).items() if key != "data.cache_dir"}
   command = {"--workdir": workdir and str(workdir.absolute()), "--dry_run": DRY_RUN.value}
   return keys | command | run_directory.versions() | {"git revision": run_directory.git_revision()}

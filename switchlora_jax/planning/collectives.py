@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text: which operations, how large, how often."""
+"""Collectives of a compiled program, parsed from its HLO text: kind, size, groups and number of executions."""
 
 import math
 import re
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(COLLECTIVE_KINDS)})(?P<start>-start)?\(")
 COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) .*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
@@ -20,14 +20,14 @@ IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\)
 
 
 class Collective(NamedTuple):
-  """One operation between devices.
+  """One collective operation.
 
   Attributes:
-    kind: one of `KINDS`.
-    size: bytes, on each device, of the whole it works on: of the result, or of a reduce-scatter the operand.
-    groups: the numbers of the devices that exchange with each other; of a permutation, the pairs (from, to).
-    times: how often it runs in one run of the program.
-    certain: false where it stands in a loop whose turns the compiler does not know; `times` takes them for one.
+    kind: one of `COLLECTIVE_KINDS`.
+    size: bytes per device of its full array: the result, or the operand of a reduce-scatter.
+    groups: ids of the devices in each group; for a collective-permute, the pairs (source, target).
+    times: number of executions per run of the program.
+    certain: false in a loop with unknown trip count, which `times` counts as 1 iteration.
   """
 
   kind: str
@@ -38,9 +38,9 @@ class Collective(NamedTuple):
 
   @property
   def sent(self) -> float:
-    """Bytes that each device sends in one run of the program, all its turns, around a ring of the n of its group.
+    """Bytes that each device sends per run of the program, in a ring over the n devices of its group.
 
-    all-reduce 2(n - 1)/n of its size; all-gather, reduce-scatter and all-to-all (n - 1)/n; a permutation all of it.
+    all-reduce: 2(n - 1)/n of its size; all-gather, reduce-scatter, all-to-all: (n - 1)/n; collective-permute: 1.
     """
     n = len(self.groups[0])
     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
@@ -48,10 +48,14 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str, devices: int) -> list[Collective]:
-  """The collectives in the text of a compiled program for so many devices (`compiled.as_text()`).
+  """The collectives of a compiled program.
 
-  What stands in a loop counts once a turn, also in loops of loops and in computations called from there; of two
-  branches both count. A device that is alone in its group sends nothing, and is left out.
+  A collective in a loop counts once per iteration, also in nested loops and in computations called from a loop. Both
+  branches of a conditional count. Groups of a single device send nothing and are left out.
+
+  Args:
+    program: its HLO text, `compiled.as_text()`.
+    devices: number of devices it was compiled for.
   """
   bodies, name = {}, None
   for line in program.splitlines():
@@ -73,16 +77,16 @@ def _walk(bodies, name: str, times: int, certain: bool, devices: int) -> Iterato
       yield Collective(found["kind"], size, groups, times, certain)
     trips = TRIPS.search(line)
     loop = " while(" in line
-    turns = int(trips[1]) if loop and trips else 1
+    iterations = int(trips[1]) if loop and trips else 1
     branches = [branch.strip("% ") for group in BRANCHES.findall(line) for branch in group.split(",")]
     for called in CALLED.findall(line) + branches:
-      yield from _walk(bodies, called, times * turns, certain and bool(trips or not loop), devices)
+      yield from _walk(bodies, called, times * iterations, certain and bool(trips or not loop), devices)
 
 
 def _results(found: re.Match) -> list[str]:
-  """The types of the arrays that a collective results in.
+  """The types of the result arrays of a collective.
 
-  The type of a -start is (operands, results, …), but for all-reduce-start, whose operands are results.
+  The type of a -start operation is (operands, results, …); that of all-reduce-start is its results alone.
   """
   text = re.sub(r"/\*.*?\*/", "", found["type"])
   if found["start"] and found["kind"] != "all-reduce":
@@ -91,7 +95,7 @@ def _results(found: re.Match) -> list[str]:
 
 
 def _elements(text: str) -> list[str]:
-  """The elements of the type of a tuple, `(f32[2,3]{1,0}, (s32[], s32[]))` has two."""
+  """The elements of a tuple type: `(f32[2,3]{1,0}, (s32[], s32[]))` has two."""
   depth, elements = 0, [""]
   for character in text.strip()[1:-1]:
     depth += (character in "([{") - (character in ")]}")
@@ -103,14 +107,14 @@ def _elements(text: str) -> list[str]:
 
 
 def _bytes(shape: str) -> int:
-  """Bytes of one array, from its type such as `bf16[24,2048]`."""
+  """Size in bytes of an array, from its type such as `bf16[24,2048]`."""
   kind, sides = ARRAY.match(shape).groups()
-  bits = 8 if kind == "pred" else int((re.search(r"\d+", kind) or "0")[0])  # a token has none
+  bits = 8 if kind == "pred" else int((re.search(r"\d+", kind) or "0")[0])  # a token has no bits
   return math.ceil(bits * math.prod(map(int, filter(None, sides.split(",")))) / 8)
 
 
 def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
-  """Which devices exchange: `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, or nothing, which is all of them."""
+  """The device groups: `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, or all devices if there are none in the text."""
   if found := IOTA.search(line):
     groups, members, sides, order = (tuple(map(int, part.split(","))) if part else () for part in found.groups())
     numbers = np.arange(math.prod(sides)).reshape(sides).transpose(order or None)

@@ -1,4 +1,4 @@
-"""What a traced program costs: the operations of its matrix products, and the memory it needs once compiled."""
+"""Cost of a program: the operations of its matrix products, and the memory of the compiled program."""
 
 import math
 
@@ -7,10 +7,10 @@ from jax.extend import core
 
 
 def operations(function, *args) -> int:
-  """Multiplications and additions in the matrix products of `function(*args)`, loops of known length unrolled.
+  """Floating-point operations (multiplications and additions) of the matrix products in `function(*args)`.
 
-  A loop whose length is not known when tracing (the switch's own) counts as one turn, and of two branches
-  the dearer one counts. `args` may be abstract.
+  A loop counts by its length. A loop with unknown trip count (the switch's, 0 or 1 iterations) counts once. Of the
+  branches of a conditional, the most expensive one counts. `args` may be abstract.
   """
   return _operations(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -40,7 +40,7 @@ def _inner(params):
 
 
 def memory(compiled) -> dict[str, int]:
-  """Bytes of a compiled program on one device: arguments, outputs, those that share memory, temporaries, peak."""
+  """Bytes per device of a compiled program; "shared" are outputs that reuse the memory of arguments."""
   analysis = compiled.memory_analysis()
   arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
   shared, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes

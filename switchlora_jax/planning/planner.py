@@ -1,7 +1,6 @@
-"""What a run costs, known before it starts: memory, traffic between devices, and the least time of a step.
+"""Cost of a run before it starts: memory, traffic between devices, and a lower bound of the step time.
 
-Memory and traffic are those of the compiled step. The times are a roofline, an estimate that nothing here was
-measured against: see `estimate`.
+Memory and traffic are those of the compiled step. The times are a roofline, not measured; see `estimate`.
 """
 
 import math
@@ -19,20 +18,20 @@ from switchlora_jax.planning.topology import Gpu
 from switchlora_jax.training.phases import Phase
 
 
-class Plan(NamedTuple):
-  """A compiled training step, seen from one device.
+class StepPlan(NamedTuple):
+  """Cost of a compiled training step, per device.
 
   Attributes:
     trainable, frozen, candidates, optimizer: bytes of the state.
-    host: how many of them lie in the memory of the host.
-    exchanged: bytes of candidates that a switch brings from where they lie at most, and as many that it puts there.
-    temporaries: bytes of activations, gradients and whatever else lives only within a step.
-    peak: bytes of the device that the step needs at once.
-    moved: bytes read and written in its memory in a step, roughly: see `moved_bytes`.
-    operations: multiplications and additions of the matrix products of a step.
-    tokens: of a step.
+    host: bytes of the state in host memory.
+    exchanged: upper bound of the bytes of candidates that one switch reads, and again of those that it writes.
+    temporaries: bytes of activations, gradients and other arrays that live only within a step.
+    peak: bytes of device memory.
+    moved: bytes read and written in device memory per step, approximately; see `moved_bytes`.
+    operations: operations of the matrix products per step.
+    tokens: tokens per step.
     traffic: the collectives of a step.
-    seconds: that compiling took.
+    seconds: compile time.
   """
 
   trainable: int
@@ -49,13 +48,13 @@ class Plan(NamedTuple):
   traffic: list[Collective]
   seconds: float
 
-  def carried(self, kind: str) -> int:
-    """Bytes that all collectives of a kind work on in a step."""
+  def collective_bytes(self, kind: str) -> int:
+    """Total size in bytes per step of all collectives of a kind."""
     return sum(collective.times * collective.size for collective in self.traffic if collective.kind == kind)
 
 
 class Estimate(NamedTuple):
-  """Seconds of a step if every part of the GPU worked at its peak, see `estimate`."""
+  """Seconds per step of matrix products, memory traffic and links, each at the peak of the GPU; see `estimate`."""
 
   products: float
   memory: float
@@ -63,39 +62,40 @@ class Estimate(NamedTuple):
 
   @property
   def step(self) -> float:
-    """Of all parts together."""
+    """Seconds per step: products and memory overlap, links do not."""
     return max(self.products, self.memory) + self.links
 
   @property
   def link_share(self) -> float:
-    """Share of the step that is spent on sending, in [0, 1]."""
+    """Share of the step spent on communication, in [0, 1]."""
     return self.links / self.step
 
   @property
   def peak_share(self) -> float:
-    """Share of the GPU's peak operations that such a step would use, in [0, 1]; a real one uses less."""
+    """Upper bound of the share of peak operations that a step reaches (MFU), in [0, 1]."""
     return self.products / self.step
 
 
 def device_bytes(tree) -> int:
-  """Bytes that each device (or its host) holds of a tree of abstract arrays, by their shardings."""
+  """Bytes per device of a tree of abstract arrays with shardings, in device or host memory."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def host_bytes(tree) -> int:
-  """As `device_bytes`, of the leaves alone that are placed in the memory of the host.
+  """`device_bytes` of the leaves in pinned host memory.
 
-  Absent GPUs forget such a placement, and so do the compiler's figures on CPUs: the tree must be one for
-  (simulated) CPUs, and these bytes are to be taken out of a peak by hand.
+  Without a GPU attached, XLA does not model host memory, neither in the shardings nor in its memory analysis. The tree
+  must therefore be placed on (simulated) CPUs, and these bytes are subtracted from the peak.
   """
   return device_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind == "pinned_host"])
 
 
-def plan(phase: Phase, config, mesh, host: int) -> Plan:
-  """Compile the training step of a resolved config's program for its mesh, real or not. Allocates nothing.
+def plan_step(phase: Phase, config, mesh, host: int) -> StepPlan:
+  """Compile the training step of a phase for a mesh, real or not. Allocates nothing.
 
   Args:
-    host: `host_bytes` of the same program's state on CPUs.
+    config: the resolved config of the phase.
+    host: `host_bytes` of the state of the same phase built for CPUs.
   """
   rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=by_rows(mesh))
   start, state = time.monotonic(), phase.abstract
@@ -104,7 +104,7 @@ def plan(phase: Phase, config, mesh, host: int) -> Plan:
     seconds = time.monotonic() - start
     operations = cost.operations(phase.step, state, rows)
   memory = cost.memory(compiled)
-  return Plan(
+  return StepPlan(
     trainable=device_bytes(state.params),
     frozen=device_bytes(state.frozen),
     candidates=device_bytes(state.candidates),
@@ -122,33 +122,33 @@ def plan(phase: Phase, config, mesh, host: int) -> Plan:
 
 
 def moved_bytes(memory: dict[str, int], accumulation: int) -> int:
-  """Bytes that a step reads and writes, roughly: all it is given and returns once, temporaries twice a micro-batch.
+  """Approximate bytes that a step reads and writes: arguments and outputs once, temporaries twice per micro-batch.
 
-  Too many where much of the state stays as it is, as candidates and frozen kernels mostly do.
-  Space that is used several times in a step, as under recomputation, moves more. The compiler's own count is of no
-  use: on CPUs it takes every loop, that over layers too, for one turn, and for absent GPUs there is none.
+  An overestimate for state that a step leaves unchanged, such as most candidates and frozen kernels. An underestimate
+  for buffers that are reused within a step, such as with rematerialisation. XLA's own count cannot be used: on CPUs it
+  counts every loop, including that over layers, as 1 iteration, and without a GPU attached there is none.
   """
   return memory["arguments"] + memory["outputs"] + 2 * accumulation * memory["temporaries"]
 
 
-def estimate(plan: Plan, gpu: Gpu, dtype: str, per_host: int) -> Estimate:
-  """A roofline: no kernel can be faster than its operations, its memory or its links allow. Not measured.
+def estimate(plan: StepPlan, gpu: Gpu, dtype: str, per_host: int) -> Estimate:
+  """A roofline: a lower bound of the step time from operations, memory traffic and communication. Not measured.
 
-  Products take operations / peak of their dtype, memory takes `moved` / bandwidth; the two overlap fully. Sending
-  takes `Collective.sent` / speed of the link, and overlaps with nothing. Kernels reach less than these peaks:
-  a real step is slower.
+  Matrix products take operations / peak of their dtype and memory takes `moved` / bandwidth. The two overlap fully.
+  Communication takes `Collective.sent` / link speed and overlaps with nothing. Real kernels do not reach these peaks.
 
   Args:
-    dtype: of the computation. per_host: GPUs of a host.
+    dtype: of the computation.
+    per_host: number of GPUs per host.
   """
   links = sum(collective.sent / link_speed(collective, gpu, per_host) for collective in plan.traffic)
   return Estimate(plan.operations / gpu.peak[dtype], plan.moved / gpu.bandwidth, links)
 
 
 def link_speed(collective: Collective, gpu: Gpu, per_host: int) -> float:
-  """Bytes a second at which each device sends around the ring: NVLink's, if the ring stays within a host.
+  """Bytes per second at which each device sends in the ring: NVLink's, if all groups stay within a host.
 
-  Otherwise each of the k GPUs that it has in a host brings its own adapter, and k rings share the bytes:
+  Otherwise each of the k GPUs of a group in a host has its own network adapter, and the bytes are shared by k rings:
   k × network, at most NVLink's.
   """
   speed = gpu.nvlink
@@ -159,11 +159,22 @@ def link_speed(collective: Collective, gpu: Gpu, per_host: int) -> float:
   return speed
 
 
-def largest(peak_of: Callable[[int], int], rows: int, most: int, limit: float, tries: int = 5) -> dict[int, int]:
-  """Look for the largest number of rows, up to `most`, whose peak is within a limit: {rows: peak} of those tried.
+def search_micro_batch(
+  peak_of: Callable[[int], int], rows: int, most: int, limit: float, tries: int = 5
+) -> dict[int, int]:
+  """Search for the largest micro-batch whose peak is within a limit.
 
-  Peaks grow almost linearly: after `rows` and twice or half as many, the line through the two points nearest to the
-  limit says where to look, until it says nothing new or there were so many `tries`.
+  Peaks grow almost linearly. After `rows` and twice or half as many, each next size is where the line through the two
+  points nearest to the limit crosses it.
+
+  Args:
+    peak_of: micro-batch size in sequences -> peak in bytes.
+    rows: the first size.
+    most: the largest size allowed.
+    limit: bytes.
+    tries: maximum number of sizes.
+  Returns:
+    {size: peak} of all sizes tried; see `largest_fitting`.
   """
   known = {rows: peak_of(rows)}
   guess = min(2 * rows, most) if known[rows] <= limit else rows // 2
@@ -173,14 +184,14 @@ def largest(peak_of: Callable[[int], int], rows: int, most: int, limit: float, t
   return known
 
 
-def fitting(known: dict[int, int], limit: float) -> int:
-  """The largest of the numbers of rows tried by `largest` that is within the limit, or 0."""
+def largest_fitting(known: dict[int, int], limit: float) -> int:
+  """The largest size tried by `search_micro_batch` that is within the limit, or 0."""
   return max((rows for rows, peak in known.items() if peak <= limit), default=0)
 
 
 def _crossing(known: dict[int, int], limit: float) -> int:
-  """The most rows within the limit by the line through the points nearest to it, bounded by what is known."""
-  low = fitting(known, limit)
+  """The largest size within the limit by the line through the two points nearest to it, within the known bounds."""
+  low = largest_fitting(known, limit)
   high = min((rows for rows, peak in known.items() if peak > limit), default=math.inf)
   (x, y), (other_x, other_y) = sorted(known.items(), key=lambda point: abs(point[1] - limit))[:2]
   slope = (other_y - y) / (other_x - x)

@@ -1,4 +1,4 @@
-"""GPUs that are not there: meshes for which XLA's GPU compiler compiles on any machine, and what such GPUs can do.
+"""GPU types without a GPU: meshes that XLA's GPU compiler compiles for on any machine, and their peak figures.
 
 Compiling needs the GPU extra (requirements-gpu.txt), and `without_gpus()` or its two environment variables
 before JAX is first used.
@@ -19,11 +19,14 @@ DESCRIPTIONS = Path(__file__).parent / "gpus"
 
 
 class Gpu(NamedTuple):
-  """What a GPU can do; the units stand in gpus/gpus.toml.
+  """Peak figures of a GPU type, from gpus/gpus.toml.
 
   Attributes:
-    memory: bytes. bandwidth: of the memory, nvlink: within a host, network: to other hosts, all bytes a second.
-    peak: {dtype: operations a second}.
+    memory: bytes.
+    bandwidth: of the memory, bytes per second.
+    nvlink: between GPUs of a host, bytes per second in one direction.
+    network: to other hosts, bytes per second in one direction.
+    peak: {dtype: operations per second}.
   """
 
   memory: int
@@ -33,32 +36,34 @@ class Gpu(NamedTuple):
   peak: dict[str, float]
 
 
-def known() -> list[str]:
-  """The GPUs that are described."""
+def known_gpus() -> list[str]:
+  """Names of the GPU types that have a description."""
   return sorted(path.stem for path in DESCRIPTIONS.glob("*.textproto"))
 
 
-def check(gpu: str):
-  """Raise `UserError` unless there is a description of the GPU; lists those there are."""
-  if gpu not in known():
-    raise UserError(f"no description of GPU {gpu!r}; there is {', '.join(known())}; add one to {DESCRIPTIONS.name}/")
+def check_gpu(gpu: str) -> None:
+  """Raise `UserError` if a GPU type has no description; the message lists those that have."""
+  if gpu not in known_gpus():
+    raise UserError(
+      f"no description of GPU {gpu!r}; there is {', '.join(known_gpus())}; add one to {DESCRIPTIONS.name}/"
+    )
 
 
-def figures(gpu: str) -> Gpu:
-  """What a GPU can do, by its name.
+def read_gpu(gpu: str) -> Gpu:
+  """The figures of a GPU type, by its name.
 
   Raises:
-    UserError: no such description.
+    UserError: the GPU type has no description.
   """
-  check(gpu)
+  check_gpu(gpu)
   return Gpu(**tomllib.loads((DESCRIPTIONS / "gpus.toml").read_text())[gpu])
 
 
-def parse(shape: str) -> tuple[int, int]:
-  """How many GPUs there are in all, and how many in a host: `1x2x8` is 1 slice of 2 hosts with 8 each, (16, 8).
+def parse_topology(shape: str) -> tuple[int, int]:
+  """(number of GPUs, GPUs per host) of a topology: `1x2x8`, 1 slice of 2 hosts with 8 GPUs each, is (16, 8).
 
   Raises:
-    UserError: the shape is none.
+    UserError: the topology is malformed.
   """
   sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
   if not sides:
@@ -68,21 +73,23 @@ def parse(shape: str) -> tuple[int, int]:
 
 
 def without_gpus():
-  """Let this process compile for GPUs that are not there, and look for none. Before JAX is first used."""
-  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the check wants a driver
-  os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # where there are GPUs, others may be using them
+  """Let this process compile for GPUs without a driver, and hide its own GPUs. Call it before JAX is first used."""
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the check needs a driver
+  os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # this machine's GPUs may be in use
 
 
 def gpu_mesh(gpu: str, shape: str = "1x1x1", fsdp: int = 1):
-  """(mesh of absent GPUs, what compiles for it), or None where the CUDA plugin is not installed.
+  """(mesh of described GPUs, name of the compiler), or None if the CUDA plugin is not installed.
 
   Args:
-    gpu: the name of a file in `gpus/`. shape: see `parse`. fsdp: see `sharding.make_mesh`.
+    gpu: the name of a file in `gpus/`.
+    shape: see `parse_topology`.
+    fsdp: see `sharding.make_mesh`.
   Raises:
-    UserError: no such description or shape.
+    UserError: the GPU type has no description, or the topology is malformed.
   """
-  check(gpu)
-  parse(shape)
+  check_gpu(gpu)
+  parse_topology(shape)
   target = (DESCRIPTIONS / f"{gpu}.textproto").read_text()
   try:
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)

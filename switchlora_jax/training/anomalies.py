@@ -1,10 +1,12 @@
-"""Loss spikes: a loss far above those of the steps before it, found on the devices, as a part of the step.
+"""Loss spikes, and updates that are skipped in a row because a number was not finite.
 
-A loss is a spike where it exceeds mean + threshold · deviation of the last `window` finite losses, the rule of OLMo's
-optimizers. The window takes every finite loss, spikes too: each widens the deviation, so that of losses that stay at
-one height, window / (1 + threshold²) are spikes (four by default), and then it is what is normal. Nothing has to end a
-series of skipped steps.
-What a run does about one says `config.spike.action`; to go back and leave out the data that led there is PaLM's way
+A loss is a spike if it exceeds mean + threshold · deviation of the last `window` finite losses, the rule of OLMo's
+optimizers. It is computed on the devices, as a part of the training step. The window takes every finite loss,
+including spikes. Each spike widens the deviation, so that a loss that stays at a new level is a spike
+window / (1 + threshold²) times (four by default), and normal afterwards. A series of skipped steps therefore ends by
+itself.
+
+`config.spike.action` selects the response. Rolling back and leaving out the data that led to the spike follows PaLM
 (Chowdhery et al. 2022, section 5.1).
 """
 
@@ -19,16 +21,16 @@ from switchlora_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 ACTIONS = ("report", "skip", "rollback")
-LEAST = 0.01  # of the mean is the least deviation: where losses hardly differ, a ripple is no spike
+MIN_DEVIATION = 0.01  # lower bound of the deviation, relative to the mean: in a flat window, a ripple is not a spike
 
 
 class SpikeState(NamedTuple):
-  """What a run knows of its losses, a part of its train state.
+  """State of the spike detector, a part of the train state.
 
   Attributes:
-    losses: [window] float32, the last finite ones, oldest first; NaN until there have been so many.
-    rollbacks: [] int32, how often the run went back so far. offset: [] int32, how many batches the data are ahead of
-      the step since then.
+    losses: [window] float32, the last finite losses, oldest first, padded with NaN at the front.
+    rollbacks: [] int32, number of rollbacks so far.
+    offset: [] int32, number of batches left out by rollbacks: step t reads batch t + offset.
   """
 
   losses: jax.Array
@@ -37,32 +39,41 @@ class SpikeState(NamedTuple):
 
 
 def initial_spike_state(window: int) -> SpikeState:
-  """Before step 0."""
+  """The state before step 0."""
   zero = lambda: jnp.zeros((), jnp.int32)
   return SpikeState(jnp.full(window, jnp.nan, jnp.float32), zero(), zero())
 
 
 def detect_spike(spikes: SpikeState, loss, spike) -> tuple[jax.Array, SpikeState, dict[str, jax.Array]]:
-  """Whether the loss [] of a step is a spike by `config.spike`, [] bool, what is known after it, and what to log.
+  """Whether the loss of a step is a spike.
 
-  Nothing is one before the window is full, nor a loss that is not finite, which the window does not take.
-  Metrics: spike, 0 or 1; loss_mean and loss_deviation of the window without this loss, NaN before it is full; and
-  where a run goes back at a spike, rollbacks and data_offset.
+  No loss is a spike until the window is full. A loss that is not finite is not a spike, and not added to the window.
+
+  Args:
+    spikes: the state before the step.
+    loss: [], of any floating dtype; computed with in float32.
+    spike: `config.spike`.
+  Returns:
+    is_spike: [] bool.
+    spikes: the state after the step.
+    metrics: spike, 0 or 1; loss_mean and loss_deviation of the window without this loss, NaN until it is full; with
+      action "rollback", also rollbacks and data_offset.
   """
   loss = loss.astype(jnp.float32)
   mean = jnp.mean(spikes.losses)
   deviation = jnp.sqrt(jnp.mean((spikes.losses - mean[None]) ** 2))
   finite = jnp.isfinite(loss)
-  high = finite & (loss > mean + spike.threshold * jnp.maximum(deviation, LEAST * mean))  # false where these are NaN
+  limit = mean + spike.threshold * jnp.maximum(deviation, MIN_DEVIATION * mean)
+  is_spike = finite & (loss > limit)  # false while the limit is NaN
   losses = jnp.where(finite, jnp.append(spikes.losses[1:], loss), spikes.losses)
-  numbers = {"spike": high.astype(jnp.int32), "loss_mean": mean, "loss_deviation": deviation}
+  metrics = {"spike": is_spike.astype(jnp.int32), "loss_mean": mean, "loss_deviation": deviation}
   if spike.action == "rollback":
-    numbers |= {"rollbacks": spikes.rollbacks, "data_offset": spikes.offset}
-  return high, spikes._replace(losses=losses), numbers
+    metrics |= {"rollbacks": spikes.rollbacks, "data_offset": spikes.offset}
+  return is_spike, spikes._replace(losses=losses), metrics
 
 
 def check_spike_config(spike) -> None:
-  """Raise `UserError` unless `config.spike` makes sense."""
+  """Raise `UserError` if a value of `config.spike` is invalid."""
   if spike.action not in ACTIONS:
     raise UserError(f"spike.action (={spike.action!r}) must be one of {', '.join(ACTIONS)}; set --config.spike.action")
   if spike.window < 2:
@@ -78,55 +89,68 @@ def check_spike_config(spike) -> None:
     )
 
 
-class SpikeDetected(Exception):
-  """The run has to go back: the loss of step number `step`, as metrics.jsonl counts them, was a spike."""
-
-  def __init__(self, step: int):
-    super().__init__(f"the loss of step {step} was a spike")
-    self.step = step
-
-
-DONE = {
+RESPONSES = {
   "report": "the update was made",
   "skip": "the update was skipped",
-  "rollback": "the run goes back to before it, and goes on with the data behind it",
+  "rollback": "the run rolls back to its last checkpoint and continues with the data after this batch",
 }
 
 
-def report_spikes(rows: list[dict], spike, aloud: bool) -> None:
-  """Warn of the spikes among the numbers of some steps.
+def report_spikes(rows: list[dict], spike, aloud: bool) -> int | None:
+  """Warn of loss spikes, and find the first one that calls for a rollback.
 
   Args:
-    rows: of metrics.jsonl, of training steps. spike: `config.spike`. aloud: whether this process warns.
-  Raises:
-    SpikeDetected: at the first, where the run shall go back.
+    rows: metrics of training steps, as from `Metrics.flush`.
+    spike: `config.spike`.
+    aloud: whether this process logs the warnings.
+  Returns:
+    With action "rollback", the step number of the first spike, as in metrics.jsonl; later ones are not reported, since
+    their steps are undone. None if there is no spike, and with any other action.
   """
   for row in rows:
     if row["spike"]:
       if aloud:
         log.warning(
-          "step %d: the loss %.4f is a spike; that of the %d steps before was %.4f, standard deviation %.4f (%s)",
-          row["step"], row["loss"], spike.window, row["loss_mean"], row["loss_deviation"], DONE[spike.action],
+          "step %d: the loss %.4f is a spike; the %d losses before it have mean %.4f, standard deviation %.4f (%s)",
+          row["step"], row["loss"], spike.window, row["loss_mean"], row["loss_deviation"], RESPONSES[spike.action],
         )  # fmt: skip
       if spike.action == "rollback":
-        raise SpikeDetected(row["step"])
+        return row["step"]
+  return None
 
 
 def check_rollback_allowed(spikes: SpikeState, spike, step: int) -> None:
-  """Raise `UserError` where a run, in which step number `step` was a spike, has gone back too often already."""
-  if (times := int(spikes.rollbacks)) >= spike.max_rollbacks:
+  """Raise `UserError` if a run, in which step number `step` was a spike, has used up its rollbacks."""
+  if (count := int(spikes.rollbacks)) >= spike.max_rollbacks:
     raise UserError(
-      f"the run was stopped at step {step}, a loss spike: it went back {times} times already (spike.max_rollbacks = "
+      f"the run was stopped at step {step}, a loss spike, after {count} rollbacks (spike.max_rollbacks = "
       f"{spike.max_rollbacks}); look at the data of these steps, lower --config.learning_rate in a new --workdir, or "
-      f"raise --config.spike.max_rollbacks to go on"
+      f"raise --config.spike.max_rollbacks to continue"
     )
 
 
-def state_after_rollback(there: SpikeState, here: SpikeState, ahead: int) -> SpikeState:
-  """What is known where a run has gone back to: the losses of `there`; one more rollback, and the data go on.
+def state_after_rollback(restored: SpikeState, before: SpikeState, batches: int) -> SpikeState:
+  """Spike-detector state after a rollback: the restored losses, one more rollback, a larger data offset.
 
   Args:
-    here: what was known when it was decided.
-    ahead: the number of batches from there to behind that of the spike.
+    restored: the state of the checkpoint.
+    before: the state when the rollback was decided.
+    batches: number of batches from the step of the checkpoint up to and including that of the spike.
   """
-  return there._replace(rollbacks=here.rollbacks + 1, offset=here.offset + ahead)
+  return restored._replace(rollbacks=before.rollbacks + 1, offset=before.offset + batches)
+
+
+def check_progress(rows: list[dict], config) -> None:
+  """Raise `UserError` if at least `config.max_skipped` updates in a row were skipped because a number was not finite.
+
+  Args:
+    rows: metrics of training steps, as from `Metrics.flush`.
+    config: the resolved config.
+  """
+  worst = max((row["skipped_in_a_row"] for row in rows), default=0)
+  if worst >= config.max_skipped:
+    raise UserError(
+      f"the run was stopped after step {rows[-1]['step']}: {worst} updates in a row had a loss or gradient that "
+      f"was not finite (max_skipped = {config.max_skipped}); lower --config.learning_rate (= {config.learning_rate}) "
+      f"in a new --workdir, or look at the data of these steps"
+    )

@@ -1,4 +1,4 @@
-"""Validation: a token-weighted mean over a fixed set of rows, the same for every method."""
+"""Validation: a token-weighted mean over a fixed set of sequences, the same for every method."""
 
 import math
 
@@ -14,47 +14,63 @@ from switchlora_jax.training.metrics import progress_bar
 
 
 def make_eval_step(model, placement, state):
-  """The jitted (params, frozen, rows [batch, length]) -> the loss of each row, [batch], for states like `state`."""
-  params, frozen = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
-  rows = PartitionSpec(BOTH)
-  # Each device works on its own rows: left to the compiler, chunks of tokens would cross the devices.
-  specs = dict(in_specs=(params, frozen, rows), out_specs=rows)
-  losses = jax.shard_map(on_parts(row_losses, model, params, frozen), mesh=placement.mesh, **specs, check_vma=False)
+  """The jitted evaluation step.
+
+  Args:
+    state: a train state, abstract or real, whose structure and shapes are those that will be evaluated.
+  Returns:
+    (params, frozen, tokens [batch, length]) -> the mean loss of each sequence, [batch], in nats per token, replicated.
+  """
+  param_specs, frozen_specs = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
+  sequences = PartitionSpec(BOTH)
+  # Each device evaluates its own sequences: left to the compiler, chunks of tokens would be sent between devices.
+  specs = dict(in_specs=(param_specs, frozen_specs, sequences), out_specs=sequences)
+  losses = on_parts(row_losses, model, param_specs, frozen_specs)
+  losses = jax.shard_map(losses, mesh=placement.mesh, **specs, check_vma=False)
   return jax.jit(losses, out_shardings=replicated(placement.mesh))
 
 
 def first(rows, tokens: int):
-  """The first of `rows` [n, length], together so many tokens at most; one at least."""
+  """The first sequences of `rows` [n, length] that have at most `tokens` tokens in total, but at least one."""
   return rows[: max(1, tokens // rows.shape[1])]
 
 
 def validate(phase, state, rows, batch_size: int, bytes_per_token: float) -> dict[str, float]:
-  """The `summary` of all of `rows` [n, length].
+  """Evaluate a state on all sequences of `rows` [n, length].
 
-  Every process must call it; each reads the rows of its own devices and gets the same numbers.
+  Every process must call it. Each reads the sequences of its own devices, and all return the same metrics.
+
+  Returns:
+    The metrics of `summary`.
   """
   losses = []
   with progress_bar(len(rows), what="validate", unit="row", shown=processes.is_first()) as bar:
     for start in range(0, len(rows), batch_size):
-      batch = Batch(rows, np.arange(start, start + batch_size) % len(rows))  # the last is filled up from the first rows
-      count = min(batch_size, len(rows) - start)  # … and the filling left out
+      # The last batch is filled up with the first sequences, whose losses are dropped.
+      batch = Batch(rows, np.arange(start, start + batch_size) % len(rows))
+      count = min(batch_size, len(rows) - start)
       losses.append(np.asarray(phase.eval_step(state.params, state.frozen, phase.shard_batch(batch)))[:count])
       bar.update(count)
   return summary(np.concatenate(losses), bytes_per_token)
 
 
 def summary(losses: np.ndarray, bytes_per_token: float) -> dict[str, float]:
-  """What the losses of rows, [n] in nats a token, say together.
+  """Validation metrics from the losses of sequences.
 
+  Args:
+    losses: [n], mean loss of each sequence in nats per token.
+    bytes_per_token: bytes of validation text per token.
   Returns:
-    val_loss: their mean; val_ppl: its exponential; val_bpb: bits per byte of text, which can be compared where tokens
-      differ. With the suffix _se, the standard error of each: std / √n of the loss, and of the others what follows
-      from it to first order. It is of the choice of rows alone, as if they were independent, which rows of one
-      document are not: the true one is larger. A single row has none (NaN).
+    val_loss: the mean loss.
+    val_ppl: its exponential, the perplexity.
+    val_bpb: bits per byte of text, which is comparable across tokenizers.
+    val_loss_se, val_ppl_se, val_bpb_se: standard errors. That of the loss is std / √n, the others follow to first
+      order. They describe the choice of sequences only, taken as independent. Sequences of one document are not, so
+      the true standard errors are larger. NaN for a single sequence.
   """
   loss = float(losses.mean(dtype=np.float64))
   bits = 1 / (math.log(2) * bytes_per_token)
-  with np.errstate(over="ignore", invalid="ignore"):  # a run that has diverged has infinite numbers, not an exception
+  with np.errstate(over="ignore", invalid="ignore"):  # a diverged run has infinite metrics, not an exception
     error = float(losses.std(ddof=1, dtype=np.float64) / np.sqrt(len(losses))) if len(losses) > 1 else math.nan
     perplexity = float(np.exp(loss))
     return {

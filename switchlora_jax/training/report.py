@@ -1,4 +1,4 @@
-"""What is printed before and after a run."""
+"""Text that is printed before and after a run."""
 
 import math
 import shlex
@@ -13,22 +13,21 @@ from switchlora_jax.methods import METHODS
 from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs.directory import flatten
-from switchlora_jax.training import metrics
 
 
 def parameter_count(tree) -> int:
-  """Numbers in a tree of arrays, abstract or real; head and tail of a kernel are one."""
+  """Number of parameters in a tree of arrays, abstract or real; a bfloat16 kernel and its int8 residual count once."""
   leaves = jax.tree.leaves_with_path(tree)
   return sum(math.prod(leaf.shape) for path, leaf in leaves if RESIDUAL not in jax.tree_util.keystr(path[-1:]))
 
 
 def bytes_of(tree) -> int:
-  """Bytes of a tree of arrays, abstract or real."""
+  """Size in bytes of a tree of arrays, abstract or real."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def parameters_line(name: str, tree) -> str:
-  """`trainable parameters: 609.7M (609,720,320)`, which scripts read."""
+  """`trainable parameters: 609.7M (609,720,320)`, a line that scripts read."""
   count = parameter_count(tree)
   return f"{name} parameters: {count / 1e6:.1f}M ({count:,})"
 
@@ -39,9 +38,13 @@ def size_line(name: str, tree) -> str:
   return f"{name}: {size / 2**20:,.1f} MiB ({size:,} bytes)"
 
 
-def describe(config, *states) -> str:
-  """The resolved config and the sizes of its states, abstract or real: of the warm start, if any, and of the method."""
-  *before, state = states
+def describe_run(config, *states) -> str:
+  """The resolved config, and the sizes of its train states.
+
+  Args:
+    states: the train state of each phase, abstract or real: of the full-rank warm start, if any, and of the method.
+  """
+  *warm_start, state = states
   lines = [f"{key}: {value}" for key, value in flatten(config).items()]
   lines += [
     "",
@@ -51,7 +54,7 @@ def describe(config, *states) -> str:
     size_line("frozen", state.frozen),
     size_line("candidates", state.candidates),
     size_line("optimizer", state.opt_state),
-    *(size_line("optimizer in the full-rank warm start", start.opt_state) for start in before),
+    *(size_line("optimizer in the full-rank warm start", start.opt_state) for start in warm_start),
     f"tokens per step: {config.batch_size * config.seq_len:,}",
     f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
   ]
@@ -60,7 +63,7 @@ def describe(config, *states) -> str:
 
 
 def describe_data(summary: dict) -> str:
-  """The size of training and validation text, and the fingerprint of the rows."""
+  """Sizes of the training and validation text, and the fingerprint of the packed rows, from `Dataset.summary`."""
   lines = [f"data: {summary['source']}, fingerprint {summary['fingerprint']}"]
   for part in ("train", "valid"):
     sizes = [f"{value:,} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in summary[part].items()]
@@ -70,14 +73,20 @@ def describe_data(summary: dict) -> str:
   return "\n".join(lines)
 
 
-def conclude(config, workdir: Path, outcome) -> str:
-  """Draw loss.png, sample a text, and say how the run went and where it lies; called by every process."""
-  rows = outcome.rows
+def conclude(config, workdir: Path, outcome, comparison: str | None = None) -> str:
+  """Draw the loss curve, sample a text, and summarise the run. Every process must call it.
+
+  Args:
+    outcome: as from `trainer.train`.
+    comparison: a line to print below the validation metrics, e.g. results of other methods for the same budget.
+  """
   title = f"{workdir.name}: {config.method}, {config.steps:,} steps"
-  processes.on_first_process(lambda: metrics.plot_loss(rows, workdir / "loss.png", title))
+  processes.on_first_process(lambda: _plot(outcome.rows, workdir / "loss.png", title))
   lines = [
     "",
-    *_numbers(rows),
+    *_validation_lines(outcome.rows),
+    *([comparison] if comparison else []),
+    *_training_lines(outcome.rows),
     f"updates skipped as not finite: {int(outcome.state.skipped)}",
     f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",
@@ -86,26 +95,38 @@ def conclude(config, workdir: Path, outcome) -> str:
   return "\n".join(lines)
 
 
-def _numbers(rows: list[dict]) -> list[str]:
-  """Validation perplexity, speed and loss spikes, as far as metrics.jsonl has them."""
+def _plot(rows: list[dict], path: Path, title: str):
+  from switchlora_jax.training.plots import plot_loss  # here, so that training does not import Matplotlib
+
+  plot_loss(rows, path, title)
+
+
+def _validation_lines(rows: list[dict]) -> list[str]:
+  """Perplexity and bits per byte of the last evaluation, if metrics.jsonl has one."""
+  evaluations = [row for row in rows if "val_ppl" in row]
+  if not evaluations:
+    return []
+  last = evaluations[-1]
+  shown = lambda key, digits: "not finite" if last[key] is None else f"{last[key]:.{digits}f}"
+  perplexity, loss = shown("val_ppl", 2), shown("val_loss", 4)
+  lines = [f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})"]
+  if "val_bpb" in last:
+    lines.append(f"validation bits per byte: {shown('val_bpb', 4)} (perplexity is per token; this compares tokenizers)")
+  return lines
+
+
+def _training_lines(rows: list[dict]) -> list[str]:
+  """Speed and number of loss spikes, if metrics.jsonl has training steps."""
   lines = []
-  if evaluations := [row for row in rows if "val_ppl" in row]:
-    last = evaluations[-1]
-    loss, perplexity = (_shown(last[key], digits) for key, digits in (("val_loss", 4), ("val_ppl", 2)))
-    lines.append(f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})")
   if speeds := sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row):
     lines.append(f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)")
-  if steps := [row for row in rows if "spike" in row]:  # those that were gone back from have left no line
+  if steps := [row for row in rows if "spike" in row]:  # rolled-back steps are not in metrics.jsonl
     lines.append(f"loss spikes: {sum(row['spike'] for row in steps) + steps[-1].get('rollbacks', 0)}")
   return lines
 
 
-def _shown(number: float | None, digits: int) -> str:
-  return "not finite" if number is None else f"{number:.{digits}f}"
-
-
 def continue_command(steps: int) -> str:
-  """The command line this process was started with, with another number of steps."""
+  """The command line of this process with another number of steps."""
   module = sys.modules["__main__"].__spec__
   program = f"-m {module.name}" if module else sys.argv[0]
   python = Path(sys.executable)
@@ -114,7 +135,7 @@ def continue_command(steps: int) -> str:
 
 
 def _without_steps(arguments: list[str]) -> list[str]:
-  """The arguments but for --config.steps=N, also written as two words."""
+  """The arguments without `--config.steps=N` or `--config.steps N`."""
   starts = [i for i, word in enumerate(arguments) if word.split("=")[0] in ("--config.steps", "-config.steps")]
   dropped = {*starts, *(i + 1 for i in starts if "=" not in arguments[i])}
   return [word for i, word in enumerate(arguments) if i not in dropped]

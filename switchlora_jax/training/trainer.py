@@ -1,4 +1,4 @@
-"""The story of a run: build, restore, then step, report, evaluate, save until the last step."""
+"""A training run: build, restore, then step, report, evaluate and save until the last step."""
 
 import contextlib
 from pathlib import Path
@@ -20,12 +20,19 @@ from switchlora_jax.runs import manifest
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import anomalies, metrics, report, warm_start
 from switchlora_jax.training.evaluation import first, validate
+from switchlora_jax.training.metrics import Metrics, due
 from switchlora_jax.training.phases import Phase, build_phases, phase_at
-from switchlora_jax.training.train_log import Log, due
+from switchlora_jax.training.writers import default_writers
 
 
 class Outcome(NamedTuple):
-  """What a finished run hands to its report: the trained state, its numbers, and where it began this time."""
+  """A finished run, for its report.
+
+  Attributes:
+    phase: the last phase. state: the trained state. data: the dataset.
+    rows: all rows of metrics.jsonl.
+    first_step: number of steps that were done before this command continued the run; 0 for a new run.
+  """
 
   phase: Phase
   state: TrainState
@@ -35,16 +42,16 @@ class Outcome(NamedTuple):
 
 
 def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
-  """Train as `config` (resolved) says in `workdir`, from its newest good checkpoint if there is one.
+  """Train a resolved config in `workdir`, from its newest valid checkpoint if there is one.
 
   With several processes, each of them calls it with the same config and directory.
 
   Args:
-    peer_seconds: without a sign of life of another process after which the run ends.
+    peer_seconds: seconds without a heartbeat of another process after which the run ends.
   Raises:
-    UserError: before anything expensive where config, data or directory do not fit together; while
-      training when too many updates in a row were not finite, or the run went back from too many loss spikes.
-    Stopped: it was told to by a signal, and has saved.
+    UserError: config, data or directory do not fit together, before anything expensive; too many updates in a row were
+      not finite; the run used up its rollbacks from loss spikes.
+    Stopped: a signal requested the stop, and the run was saved.
   """
   with contextlib.ExitStack() as stack:
     peers = stack.enter_context(Peers())
@@ -61,7 +68,7 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   phases = build_phases(config, mesh)
   source = processes.on_all_processes(lambda: find_source(config, workdir, phases[0], mesh))
-  processes.print_once(report.describe(config, *(phase.abstract for phase in phases)))
+  processes.print_once(report.describe_run(config, *(phase.abstract for phase in phases)))
   data = prepare_data(config)
   if source:
     processes.on_all_processes(lambda: source.check_tokenizer(data.tokenizer_path))
@@ -69,35 +76,40 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
   processes.on_all_processes(lambda: run_directory.check_shared(workdir))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
     run = Run(config, workdir, phases, data, checkpoints, watchdog)
-    with watchdog.telling():  # not only after the checkpoints were waited for, which may need the other processes
+    with watchdog.telling():  # inside `Checkpoints`, whose exit waits for a save that may need the other processes
       first_step = run.begin(source)
       preemption.begin()
       stop = False
       while run.done < config.steps and not stop:
-        try:
-          run.step()
-          stop, last = preemption.due(), run.done == config.steps
-          if due(run.done, config.eval_every) or last:
-            run.evaluate()
-          if due(run.done, config.checkpoint_every) or last or stop:
-            run.save()
-        except anomalies.SpikeDetected as spiked:  # nothing was saved since: `save` looks first
-          stop = stop or preemption.due()  # not when it comes to this step again
-          run.go_back(spiked.step)
-      run.log.close()
+        run.step()
+        stop, last = preemption.due(), run.done == config.steps
+        evaluate = due(run.done, config.eval_every) or last
+        save = due(run.done, config.checkpoint_every) or last or stop
+        if evaluate or save or due(run.done, config.log_every):
+          spike_step = run.report()
+          if spike_step is not None:  # nothing was saved since; a run that is to stop does so where it rolled back to
+            run.roll_back(spike_step)
+            continue
+        if evaluate:
+          run.evaluate()
+        if save:
+          run.save()
+      run.metrics.close()
   if run.done < config.steps:
     saved = f"after step {run.done}, which is saved; the same command continues"
-    nothing = "before anything was saved; the same command starts again"  # it went back to its start
-    raise Stopped(f"stopped by {preemption.cause} {saved if run.done else nothing}")
+    unsaved = "before anything was saved; the same command starts again"  # also after a rollback to the start
+    raise Stopped(f"stopped by {preemption.cause} {saved if run.done else unsaved}")
   return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
 
 
 class Run:
-  """A run in flight: where it stands, and what can happen to it.
+  """A run in progress.
 
   Attributes:
-    done: steps done so far. state: before the next one. program: which made it, of the phase it is in.
-    log: where the numbers of its steps go.
+    done: number of steps done so far.
+    state: the train state after them.
+    phase: the phase that `state` belongs to.
+    metrics: collects and writes the metrics of the steps.
   """
 
   def __init__(
@@ -115,25 +127,32 @@ class Run:
     self._validate = make_evaluate(config, phases[0], data)
 
   def begin(self, source: warm_start.Source | None) -> int:
-    """Take up the newest good checkpoint, or start, from the weights of `source` if there is one; returns `done`."""
+    """Restore the newest valid checkpoint, or create the first state, from the weights of `source` if there is one.
+
+    Returns:
+      The number of steps done.
+    """
     self._source = source
     self._watchdog.begin()
     self._restore()
-    self._go_on()
+    self._resume()
     return self.done
 
-  def go_back(self, step: int):
-    """Leave out the batch of a loss spike, that of step number `step`, and what was done since the last checkpoint.
+  def roll_back(self, step: int) -> None:
+    """Undo the steps since the last checkpoint, and leave out their batches up to that of step number `step`, a spike.
 
-    All follows from the numbers of the steps: a run that is killed on the way, and started again, does the same.
+    The decision follows from the metrics alone: a run that is killed before its next save makes it again.
+
+    Raises:
+      UserError: the run has used up its rollbacks.
     """
     self._watchdog.mark(f"going back from step {step}")
-    before, self.state = self.state.spikes, None  # there may be no room for two states
+    before, self.state = self.state.spikes, None  # there may be no memory for two states
     anomalies.check_rollback_allowed(before, self._config.spike, step)
-    self.log.close()
+    self.metrics.close()
     self._restore()
     self.state = self.state._replace(spikes=anomalies.state_after_rollback(self.state.spikes, before, step - self.done))
-    self._go_on()
+    self._resume()
 
   def _restore(self):
     state = self._checkpoints.restore(lambda step: phase_at(self._phases, step).abstract)
@@ -141,49 +160,62 @@ class Run:
       state = self._source.state() if self._source else self._phases[0].create()
     self.state, self.done = state, int(state.step)
 
-  def _go_on(self):
-    self._ahead = int(self.state.spikes.offset)
-    dataset.check_length_after_skips(self._data, self._config, self._ahead)
+  def _resume(self):
+    self._offset = int(self.state.spikes.offset)
+    dataset.check_length_after_skips(self._data, self._config, self._offset)
     self.phase = phase_at(self._phases, self.done)
-    self.log = Log(self._workdir, self._config, self.done)
+    writers = default_writers(self._workdir, self.done) if processes.is_first() else []
+    self.metrics = Metrics(self._config, self.done, writers)
     self._watchdog.mark("start of training")
 
-  def step(self):
-    """One training step, in the program whose phase it belongs to."""
-    self._checkpoints.check()  # a save that has failed in the meantime
+  def step(self) -> None:
+    """Do one training step, in the phase that it belongs to. Returns while the devices are still computing."""
+    self._checkpoints.check()  # raises if a save in the background has failed
     main = self._phases[-1]
     if self.phase is not main and self.done == main.start:
       self.state, self.phase = warm_start.hand_over(self.state, self.phase, main), main
     self._watchdog.mark(f"step {self.done + 1}, reading its batch")
-    rows = self.phase.shard_batch(self._batch_of(self.done + self._ahead))
+    batch = self.phase.shard_batch(self._batch_of(self.done + self._offset))
     self._watchdog.mark(f"step {self.done + 1}, on the devices")
-    self.state, numbers = self.phase.step(self.state, rows)
+    self.state, values = self.phase.step(self.state, batch)
     self.done += 1
-    self.log.add(self.done, numbers)
+    self.metrics.add(self.done, values)
 
-  def evaluate(self):
-    """Write what the validation rows say of the state."""
-    self.log.flush()
+  def report(self) -> int | None:
+    """Wait for the steps so far, write their metrics, and check them.
+
+    Returns:
+      The number of the step from whose loss spike the run must roll back, or None.
+    Raises:
+      UserError: too many updates in a row were not finite.
+    """
+    rows = self.metrics.flush()
+    spike_step = anomalies.report_spikes(rows, self._config.spike, aloud=processes.is_first())
+    if spike_step is None:
+      anomalies.check_progress(rows, self._config)
+    return spike_step
+
+  def evaluate(self) -> None:
+    """Evaluate the state, and write the validation metrics. After `report`."""
     self._watchdog.mark(f"evaluation after step {self.done}")
-    self.log.evaluation(self.done, self._validate(self.phase, self.state))
+    self.metrics.write_evaluation(self.done, self._validate(self.phase, self.state))
 
-  def save(self):
-    """Begin to save the state; what config.json and metrics.jsonl say of it is on disk before it can be returned to."""
-    self.log.flush()
+  def save(self) -> None:
+    """Start to save the state, after config.json and metrics.jsonl on disk cover it. After `report`."""
     self._watchdog.mark(f"saving step {self.done}")
-    processes.on_first_process(self.log.settle)
+    processes.on_first_process(self.metrics.sync)
     processes.on_first_process(lambda: run_directory.update(self._workdir, self._config))
     self._checkpoints.save(self.done, self.state)
 
 
 def find_source(config, workdir: Path, phase: Phase, mesh) -> warm_start.Source | None:
-  """What `warm_start_from` names; from its first finished checkpoint on, a run does not need it any more."""
+  """The source that `warm_start_from` names; None without one, and once the run has a finished checkpoint."""
   started = manifest.directories(workdir / "checkpoints")
   return warm_start.Source(config, phase, mesh) if config.warm_start_from and not started else None
 
 
 def prepare_data(config) -> dataset.Dataset:
-  """The packed rows, made by the first process and found by the others, or made again where they share no cache."""
+  """The packed dataset. Process 0 prepares it; the others open it, or prepare their own if they share no cache."""
   share = (jax.process_index(), jax.process_count())
   data = processes.first_then_others(lambda: dataset.open_dataset(config, progress=processes.is_first(), share=share))
   processes.check_same({"data fingerprint": data.fingerprint})
@@ -192,17 +224,20 @@ def prepare_data(config) -> dataset.Dataset:
 
 
 def make_evaluate(config, start: Phase, data: dataset.Dataset):
-  """(program, state) -> what `validate` says of the first `eval_tokens` tokens of the validation rows.
+  """The evaluation of a run: (phase, state) -> validation metrics of the first `eval_tokens` validation tokens.
 
-  And, unless the run started from another's weights, the effective rank of what the weights have learnt since.
+  Adds `learnt_rank`, the effective rank of W_t - W_0, unless `warm_start_from` is set: then W_0 cannot be drawn again.
+
+  Args:
+    start: the first phase of the run.
   """
   rows, batch_size = first(data.valid, config.eval_tokens), config.batch_size // config.accumulation
   learnt_rank = None if config.warm_start_from else make_learnt_rank(start)
 
   def evaluate(phase, state) -> dict[str, float]:
-    numbers = validate(phase, state, rows, batch_size, data.bytes_per_token)
+    values = validate(phase, state, rows, batch_size, data.bytes_per_token)
     if learnt_rank is not None:
-      numbers["learnt_rank"] = float(learnt_rank(state.params, state.frozen, phase.scale))
-    return numbers
+      values["learnt_rank"] = float(learnt_rank(state.params, state.frozen, phase.scale))
+    return values
 
   return evaluate

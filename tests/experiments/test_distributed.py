@@ -274,7 +274,8 @@ def test_the_first_writes_for_all(runs):
   assert {Path(path).name for path in outside[1]} == {".lock.1"}
   assert {Path(path).name for path in outside[0]} >= {"metrics.jsonl", "config.json.partial", "loss.png"}
   assert {path.name for path in runs.apart.iterdir()} == {
-    ".lock", ".lock.1", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "tensorboard", "tokenizer.model"
+    ".lock", ".lock.1", "checkpoints", "config.json", "loss.png", "loss.svg", "metrics.jsonl", "tensorboard",
+    "tokenizer.model"
   }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def test_a_column_for_each_method(no_gpu_compiler, tmp_path, capsys):
   assert header.split() == ["full", "lora"]
   assert len({len(line) for line in [header, *lines]}) == 1, "aligned"
   labels = [line.split("  ")[0] for line in lines if line[0] != " "]
-  assert labels[:6] == ["trainable", "frozen", "candidates", "optimizer", "activations, temporaries", "peak"]
-  assert "all-reduce a step" in labels and "all-gather a step" not in labels and "of these, on the host" not in labels
+  assert labels[:6] == ["trainable", "frozen", "candidates", "optimizer", "activations and temporaries", "peak memory"]
+  assert "all-reduce per step" in labels and "all-gather per step" not in labels and "in host memory" not in printed
   full, lora = json.loads(out.read_text())
   assert full["program"] == "full" and lora["program"] == "lora"
   assert full["trainable"] > lora["trainable"] and full["frozen"] == 0 < lora["frozen"]
@@ -59,18 +59,18 @@ def test_a_warm_start_is_a_column_of_its_own(no_gpu_compiler, monkeypatch):
 def test_the_limit_and_the_links_are_what_the_flags_say(no_gpu_compiler):
   with imported("plan", "--gpu=a100", "--memory_fraction=0.5", "--link=7", "--topology=1x2x4") as plan:
     where = plan.machine()
-    assert where.limit == topology.figures("a100").memory / 2
+    assert where.limit == topology.read_gpu("a100").memory / 2
   assert (where.gpu.nvlink, where.gpu.network) == (7e9, 7e9)
   assert (where.per_host, where.mesh.size) == (4, 8)
 
 
 def test_candidates_on_the_host_have_a_line(no_gpu_compiler):
   with imported("plan") as plan:
-    blank = plan.Plan(*[0] * 11, traffic=[], seconds=0.0)._replace(host=2**20, tokens=1, moved=1)
+    blank = plan.StepPlan(*[0] * 11, traffic=[], seconds=0.0)._replace(host=2**20, tokens=1, moved=1)
     where = plan.machine()
     column = plan.Column("switchlora", blank, plan.planner.estimate(blank, where.gpu, "float32", 8), {})
     lines = [line.split() for line in plan.table(where, [column]).splitlines()]
-  assert "of these, on the host 1.0 MiB".split() in lines
+  assert "of these, in host memory 1.0 MiB".split() in lines
 
 
 def test_by_default_the_config_s_own_method(no_gpu_compiler):
@@ -90,7 +90,7 @@ def test_by_default_the_config_s_own_method(no_gpu_compiler):
 )
 def test_mistakes_are_sentences(no_gpu_compiler, monkeypatch, flags, sentence):
   with imported("plan", *SMALL, *flags) as plan, pytest.raises(UserError, match=sentence):
-    monkeypatch.setattr(plan.planner, "plan", lambda *_: pytest.fail("compiled before it was checked"))
+    monkeypatch.setattr(plan.planner, "plan_step", lambda *_: pytest.fail("compiled before it was checked"))
     plan.main()
 
 

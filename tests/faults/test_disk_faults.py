@@ -8,7 +8,7 @@ import shutil
 from hurt_runs import assert_same_end, finish, lines, saved_steps, small, start
 from tensorboardX import record_writer
 
-from switchlora_jax.training import metrics
+from switchlora_jax.training import writers
 
 
 class Full(io.FileIO):
@@ -28,8 +28,8 @@ class Full(io.FileIO):
 def full(writes: str):
   """metrics.jsonl cannot be written from one write to another, `FIRST-LAST`; TensorBoard's events never can."""
   Full.first, Full.last = map(int, writes.split("-"))
-  opened = metrics.Path.open
-  metrics.Path.open = lambda path, mode="r", *rest, **named: (
+  opened = writers.Path.open
+  writers.Path.open = lambda path, mode="r", *rest, **named: (
     Full(path, mode) if (path.name, mode) == ("metrics.jsonl", "ab") else opened(path, mode, *rest, **named)
   )
   record_writer.open = lambda path, mode: io.FileIO("/dev/full", mode)
@@ -41,7 +41,7 @@ def test_a_disk_that_has_room_again(whole, tmp_path):
   run = start(small(folder), tmp_path / "run", fault="test_disk_faults:full=12-14")
   assert run.end() == 0, run.said()
   assert run.said().count("metrics.jsonl cannot be written (No space left on device)") == 1, run.said()
-  assert run.said().count("what TensorBoard shows cannot be written") == 1, run.said()
+  assert run.said().count("TensorBoard events cannot be written") == 1, run.said()
   assert_same_end(tmp_path / "run", uninterrupted)
 
 

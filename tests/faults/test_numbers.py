@@ -129,13 +129,13 @@ def test_a_run_goes_back_from_a_spike(tmp_path):
   config, what = spiking(tmp_path, "rollback"), f"hurt=spike@{STEP}"
   run = finish(config, tmp_path / "whole", what)
   rows = numbers(tmp_path / "whole")
-  assert "the run goes back" in run.said() and list(rows) == list(range(1, 41))
+  assert "the run rolls back" in run.said() and list(rows) == list(range(1, 41))
   assert not any(row["spike"] for row in rows.values())
   assert [(rows[step]["rollbacks"], rows[step]["data_offset"]) for step in (25, 26, 40)] == [(0, 0), (1, 3), (1, 3)]
 
   killed = tmp_path / "killed"
   run = begin(config, killed, what)
-  run.wait_for(lambda: "the run goes back" in run.said(), "a way back")
+  run.wait_for(lambda: "the run rolls back" in run.said(), "a way back")
   run.kill()
   assert saved_steps(killed)[-1] <= 25, "what is saved is of the first course"
   run = begin(config, killed, what)
@@ -150,7 +150,7 @@ def test_two_processes_go_back_together(tmp_path):
   fault = f"test_numbers:hurt=spike@{STEP}"
   pair = start_pair(spiking(tmp_path, "rollback"), tmp_path / "pair", faults=(fault, fault))
   assert [run.end() for run in pair] == [0, 0], [run.said() for run in pair]
-  assert ["the run goes back" in run.said() for run in pair] == [True, False]
+  assert ["the run rolls back" in run.said() for run in pair] == [True, False]
   rows = numbers(tmp_path / "pair")
   assert list(rows) == list(range(1, 41))
   assert [(rows[step]["rollbacks"], rows[step]["data_offset"]) for step in (25, 26, 40)] == [(0, 0), (1, 3), (1, 3)]

@@ -17,7 +17,7 @@ from tiny import ONE_DEVICE, tiny_config
 from experiments.common import children, sweep
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
-from switchlora_jax.training import metrics
+from switchlora_jax.training.writers import JsonLinesWriter
 
 
 def tiny_base(folder: Path, **changes) -> sweep.BaseConfig:
@@ -40,7 +40,7 @@ def write_run(workdir: Path, config, losses: dict[int, float], fingerprint="abc"
   run_directory.prepare(workdir, config)
   tokenizer.write_bytes(b"pieces")
   run_directory.record(workdir, config, SimpleNamespace(fingerprint=fingerprint, tokenizer_path=str(tokenizer)))
-  log = metrics.Metrics(workdir, 0)
+  log = JsonLinesWriter(workdir, 0)
   with np.errstate(over="ignore"):
     log.write([{"step": step, "val_loss": loss, "val_ppl": float(np.exp(loss))} for step, loss in losses.items()])
   log.close()

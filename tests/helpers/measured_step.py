@@ -25,7 +25,7 @@ config.model.update(vocab_size=8192, hidden_size=128, intermediate_size=256, num
 config = resolve(config, devices=1)
 mesh = make_mesh()
 phase = build_phase(config, mesh)
-plan = planner.plan(phase, config, mesh, 0)
+plan = planner.plan_step(phase, config, mesh, 0)
 rows = phase.shard_batch(np.zeros((config.batch_size, config.seq_len)))
 jax.block_until_ready(phase.step(phase.create(), rows))  # compiles once more, and starts the threads
 gc.collect()

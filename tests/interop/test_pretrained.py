@@ -64,7 +64,7 @@ def test_the_residual_of_a_kernel_is_added_on_request(tmp_path):
   frozen = opened.frozen["blocks"]["q"]
   assert set(frozen) == {"kernel", "kernel_tail"} and np.any(frozen["kernel_tail"])
   kernels = [pretrained.merge(opened, residual=flag).weights["blocks"]["q"]["kernel"] for flag in (False, True)]
-  expected = np.asarray(kernel_storage.read(frozen)) - np.asarray(frozen["kernel"], np.float32)
+  expected = np.asarray(kernel_storage.load_kernel(frozen)) - np.asarray(frozen["kernel"], np.float32)
   np.testing.assert_allclose(kernels[1] - kernels[0], expected, rtol=0, atol=2**-22)
   assert np.abs(expected).max() > 2**-14
 

@@ -8,18 +8,18 @@ from jax.sharding import PartitionSpec as P
 from switchlora_jax.planning.collectives import Collective, collectives
 
 EIGHT = (tuple(range(8)),)
-ROWS, EVERYWHERE = P("data"), P()
+ROWS, REPLICATED = P("data"), P()
 
 
-def compiled(local, x, in_specs=ROWS, out_specs=EVERYWHERE, shape=(8,), names=("data",)):
+def compiled(local, x, in_specs=ROWS, out_specs=REPLICATED, shape=(8,), names=("data",)):
   """The collectives of `local`, compiled for eight devices."""
   mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
   mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
   return collectives(jax.jit(mapped).lower(x).compile().as_text(), 8)
 
 
-def turns(length, body):
-  """A loop of so many turns whose every turn needs the one before."""
+def loop(length, body):
+  """A loop of `length` iterations, each of which depends on the one before."""
   return lambda x: jax.lax.scan(lambda x, _: (body(x), None), x, length=length)[0]
 
 
@@ -35,19 +35,19 @@ def test_one_reduction():
   assert compiled(reduced, jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 1, True)]
 
 
-def test_a_reduction_in_a_loop_counts_once_a_turn():
-  assert compiled(turns(7, reduced), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 7, True)]
+def test_a_reduction_in_a_loop_counts_once_per_iteration():
+  assert compiled(loop(7, reduced), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 7, True)]
 
 
 def test_loops_multiply():
-  assert compiled(turns(3, turns(7, reduced)), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 21, True)]
+  assert compiled(loop(3, loop(7, reduced)), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 21, True)]
 
 
 def test_what_is_gathered_and_scattered_counts_as_a_whole():
   """[16, 4] in float32: 2 rows a device, gathered; 16 rows on every device, summed and scattered."""
   x = jnp.ones((16, 4))
   (gather,) = compiled(lambda x: jax.lax.all_gather(x, "data"), x)
-  (scatter,) = compiled(lambda x: jax.lax.psum_scatter(x, "data", tiled=True), x, EVERYWHERE, ROWS)
+  (scatter,) = compiled(lambda x: jax.lax.psum_scatter(x, "data", tiled=True), x, REPLICATED, ROWS)
   assert gather == Collective("all-gather", 256, EIGHT, 1, True)
   assert scatter == Collective("reduce-scatter", 256, EIGHT, 1, True)
 
@@ -69,7 +69,7 @@ def test_groups_are_the_devices_along_an_axis():
   assert slow.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-def test_a_loop_of_unknown_length_is_one_turn_and_says_so():
+def test_a_loop_with_unknown_trip_count_is_one_uncertain_iteration():
   def local(x):
     return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, reduced, x)
 

@@ -22,7 +22,7 @@ from switchlora_jax.config import resolve
 from switchlora_jax.parallel.sharding import DATA, make_mesh
 from switchlora_jax.planning import planner
 from switchlora_jax.planning.collectives import Collective
-from switchlora_jax.planning.planner import Estimate, Plan
+from switchlora_jax.planning.planner import Estimate, StepPlan
 from switchlora_jax.planning.topology import Gpu
 from switchlora_jax.training.phases import build_phase
 
@@ -94,21 +94,23 @@ def plan(method: str, accumulation: int, devices: int = 8):
   config = small_model.config(method, accumulation=accumulation, batch_size=4 * devices)
   config = resolve(config, devices)
   phase = build_phase(config, small_model.mesh(devices))
-  return planner.plan(phase, config, small_model.mesh(devices), HOST), phase.abstract, config
+  return planner.plan_step(phase, config, small_model.mesh(devices), HOST), phase.abstract, config
 
 
 @pytest.mark.parametrize("method", ["full", "switchlora"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_what_is_reduced_is_what_is_trained_and_the_loss(method, accumulation):
   found, _, _ = plan(method, accumulation)
-  assert found.carried("all-reduce") == found.trainable + 4
+  assert found.collective_bytes("all-reduce") == found.trainable + 4
   assert {collective.kind for collective in found.traffic} == {"all-reduce"}
   assert all(collective.certain and len(collective.groups[0]) == 8 for collective in found.traffic)
 
 
 def test_switchlora_sends_less_by_what_it_does_not_train():
   full, ours = (plan(method, 1)[0] for method in ("full", "switchlora"))
-  assert 0 < full.trainable - ours.trainable == full.carried("all-reduce") - ours.carried("all-reduce")
+  assert (
+    0 < full.trainable - ours.trainable == full.collective_bytes("all-reduce") - ours.collective_bytes("all-reduce")
+  )
 
 
 def test_a_plan_adds_up():
@@ -160,7 +162,7 @@ def test_a_run_uses_what_was_planned():
 # --- roofline -----------------------------------------------------------------------------------------------------
 
 GPU = Gpu(memory=1000, bandwidth=100.0, nvlink=50.0, network=10.0, peak={"bfloat16": 400.0, "float32": 200.0})
-BLANK = Plan(*[0] * 8, moved=300, operations=2000, tokens=10, traffic=[], seconds=0.0)
+BLANK = StepPlan(*[0] * 8, moved=300, operations=2000, tokens=10, traffic=[], seconds=0.0)
 
 
 def reduction(*groups, size=1000):
@@ -196,9 +198,11 @@ def test_a_link_is_as_fast_as_its_slowest_part(groups, per_host, speed):
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20_000))
 def test_on_a_line_the_largest_is_found_in_three(rows, most, base, slope, limit):
   rows = min(rows, most)
-  known = planner.largest(lambda n: base + slope * n, rows, most, limit)
+  known = planner.search_micro_batch(lambda n: base + slope * n, rows, most, limit)
   assert len(known) <= 3 and max(known) <= max(most, rows)
-  assert planner.fitting(known, limit) == max((n for n in range(1, most + 1) if base + slope * n <= limit), default=0)
+  assert planner.largest_fitting(known, limit) == max(
+    (n for n in range(1, most + 1) if base + slope * n <= limit), default=0
+  )
 
 
 @given(st.integers(1, 100), st.integers(1, 400), st.integers(0, 10**6))
@@ -209,7 +213,7 @@ def test_on_a_curve_what_is_found_fits(rows, most, limit):
     asked.append(n)
     return 100 + 40 * n + n * n
 
-  known = planner.largest(peak_of, rows, most, limit)
-  found = planner.fitting(known, limit)
+  known = planner.search_micro_batch(peak_of, rows, most, limit)
+  found = planner.largest_fitting(known, limit)
   assert asked == list(known) and len(asked) <= 5 and min(asked) >= 1
   assert found == 0 or peak_of(found) <= limit

@@ -13,7 +13,7 @@ from switchlora_jax.planning import topology
 
 
 def test_an_unknown_gpu_lists_those_there_are():
-  for ask in (topology.gpu_mesh, topology.figures):
+  for ask in (topology.gpu_mesh, topology.read_gpu):
     with pytest.raises(UserError, match="no description of GPU 'h42'; there is a100, a100-40, h100, h200"):
       ask("h42")
 
@@ -25,21 +25,21 @@ def test_without_the_gpu_extra_there_is_no_mesh():
 
 @pytest.mark.parametrize(("shape", "parsed"), [("1x1x8", (8, 8)), ("1x2x8", (16, 8)), ("2x3x4", (24, 4))])
 def test_a_topology_is_slices_hosts_and_gpus(shape, parsed):
-  assert topology.parse(shape) == parsed
+  assert topology.parse_topology(shape) == parsed
 
 
 @pytest.mark.parametrize("shape", ["8", "1x8", "1x0x8", "1x1x8x1", "1x1x-8", "axbxc", ""])
 def test_a_malformed_topology_says_what_one_is(shape):
-  for ask in (topology.parse, lambda shape: topology.gpu_mesh("h100", shape)):
+  for ask in (topology.parse_topology, lambda shape: topology.gpu_mesh("h100", shape)):
     with pytest.raises(UserError, match=f"slices × hosts × GPUs of a host, say 1x2x8 for 16 GPUs; found '{shape}'"):
       ask(shape)
 
 
-@pytest.mark.parametrize("gpu", topology.known())
+@pytest.mark.parametrize("gpu", topology.known_gpus())
 def test_figures_are_those_that_the_compiler_is_told(gpu):
   """The memory exactly; the bandwidth to the 1% by which data sheets round."""
   told = dict(re.findall(r"(\w+): (\d+)", (topology.DESCRIPTIONS / f"{gpu}.textproto").read_text()))
-  figures = topology.figures(gpu)
+  figures = topology.read_gpu(gpu)
   assert figures.memory == int(told["device_memory_size"])
   assert figures.bandwidth == pytest.approx(int(told["memory_bandwidth"]), rel=0.01)
   assert set(figures.peak) == {"bfloat16", "float32", "float64"}
@@ -62,9 +62,9 @@ def clean() -> dict[str, str]:
 
 COLLECT = """
 import jax
-from switchlora_jax import topology
+from switchlora_jax.planning import topology
 topology.without_gpus()
-for gpu in topology.known():
+for gpu in topology.known_gpus():
   mesh, compiler = topology.gpu_mesh(gpu, "1x2x4") or (None, "nothing")
   print(gpu, compiler)
   if mesh:
@@ -79,14 +79,14 @@ def test_every_gpu_compiles_without_any_environment():
   assert done.returncode == 0, done.stderr
   if "nothing" in done.stdout:
     pytest.skip("the GPU extra (requirements-gpu.txt) is not installed")
-  for gpu, line in zip(topology.known(), done.stdout.splitlines(), strict=True):
+  for gpu, line in zip(topology.known_gpus(), done.stdout.splitlines(), strict=True):
     assert line.startswith(f"{gpu} XLA for NVIDIA {gpu.split('-')[0].upper()}")
 
 
 STEP = """
-import sys; sys.path[:0] = [".", "tests"]
+import sys; sys.path[:0] = [".", "tests/helpers"]
 import jax, jax.numpy as jnp, small_model
-from switchlora_jax import topology
+from switchlora_jax.planning import topology
 from switchlora_jax.config import resolve
 from switchlora_jax.training.phases import build_phase
 topology.without_gpus()

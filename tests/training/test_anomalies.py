@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.training.anomalies import (
-  LEAST,
-  SpikeDetected,
+  MIN_DEVIATION,
+  check_progress,
   check_rollback_allowed,
   detect_spike,
   initial_spike_state,
@@ -40,7 +40,7 @@ def expected(losses, window, threshold):
   for loss in losses:
     last = np.array(seen[-window:])
     full = len(last) == window
-    limit = last.mean() + threshold * max(last.std(), LEAST * last.mean()) if full else np.inf
+    limit = last.mean() + threshold * max(last.std(), MIN_DEVIATION * last.mean()) if full else np.inf
     found.append(bool(np.isfinite(loss) and loss > limit))
     seen += [loss] if np.isfinite(loss) else []
   return found
@@ -104,26 +104,24 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("action", "what"), [("report", "was made"), ("skip", "was skipped")])
-def test_every_spike_is_told(caplog, action, what):
-  report_spikes(ROWS, settings(action=action), aloud=True)
+def test_every_spike_is_reported(caplog, action, what):
+  assert report_spikes(ROWS, settings(action=action), aloud=True) is None
   assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
   assert caplog.messages[0] == (
-    f"step 5: the loss 9.0000 is a spike; that of the 8 steps before was 2.0000, standard deviation 0.2500 "
+    f"step 5: the loss 9.0000 is a spike; the 8 losses before it have mean 2.0000, standard deviation 0.2500 "
     f"(the update {what})"
   )
   assert caplog.messages[1].startswith("step 7:")
 
 
-def test_the_first_is_gone_back_from_on_every_process(caplog):
+def test_every_process_rolls_back_from_the_first_spike(caplog):
   for aloud in (True, False):
-    with pytest.raises(SpikeDetected) as raised:
-      report_spikes(ROWS, settings(action="rollback"), aloud)
-    assert raised.value.step == 5
-  assert len(caplog.messages) == 1 and "goes back" in caplog.messages[0]
+    assert report_spikes(ROWS, settings(action="rollback"), aloud) == 5
+  assert len(caplog.messages) == 1 and "the run rolls back" in caplog.messages[0]
 
 
-def test_nothing_is_said_of_losses_that_are_none(caplog):
-  report_spikes(ROWS[::2], settings(action="rollback"), aloud=True)
+def test_without_a_spike_there_is_no_warning_and_no_rollback(caplog):
+  assert report_spikes(ROWS[::2], settings(action="rollback"), aloud=True) is None
   assert not caplog.messages
 
 
@@ -139,5 +137,14 @@ def test_going_back_again_adds_up():
 def test_a_run_goes_back_only_so_often():
   known = initial_spike_state(4)
   check_rollback_allowed(known._replace(rollbacks=jnp.int32(1)), settings(), 9)
-  with pytest.raises(UserError, match=r"stopped at step 9, a loss spike: it went back 2 times already .*max_rollbacks"):
+  with pytest.raises(UserError, match=r"stopped at step 9, a loss spike, after 2 rollbacks .*max_rollbacks"):
     check_rollback_allowed(known._replace(rollbacks=jnp.int32(2)), settings(), 9)
+
+
+def test_a_run_stops_after_too_many_skipped_updates_in_a_row():
+  config = ConfigDict(dict(max_skipped=3, learning_rate=0.1))
+  rows = [{"step": step, "skipped_in_a_row": count} for step, count in ((4, 1), (5, 2), (6, 0))]
+  check_progress([], config)
+  check_progress(rows, config)
+  with pytest.raises(UserError, match=r"stopped after step 7: 3 updates in a row .*max_skipped = 3.*= 0.1"):
+    check_progress([*rows, {"step": 6, "skipped_in_a_row": 3}, {"step": 7, "skipped_in_a_row": 0}], config)

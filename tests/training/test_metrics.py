@@ -5,16 +5,17 @@ import json
 import os
 import shutil
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
-from matplotlib.image import imread
+from ml_collections import ConfigDict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.training import metrics
+from switchlora_jax.training import metrics, writers
+from switchlora_jax.training.writers import JsonLinesWriter, TensorBoardWriter
 
 
 def test_lines_are_json_and_not_finite_is_null(tmp_path):
-  log = metrics.Metrics(tmp_path, start=0)
+  log = JsonLinesWriter(tmp_path, start=0)
   log.write([{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}])
   log.close()
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -23,7 +24,7 @@ def test_lines_are_json_and_not_finite_is_null(tmp_path):
 
 def test_continuing_drops_later_lines_and_half_lines(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-  log = metrics.Metrics(tmp_path, start=1)
+  log = JsonLinesWriter(tmp_path, start=1)
   log.write([{"step": 2, "loss": 4.0}])
   log.close()
   assert [row["loss"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1.0, 4.0]
@@ -35,30 +36,17 @@ def test_continuing_drops_later_lines_and_half_lines(tmp_path):
 def test_a_damaged_line_is_said_and_left_out(tmp_path, caplog, hurt):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + hurt + b'\n{"step": 3, "loss": 3.0}\n')
-  metrics.Metrics(tmp_path, start=3).close()
+  JsonLinesWriter(tmp_path, start=3).close()
   assert "metrics.jsonl: 1 damaged lines are left out" in caplog.text
   assert [row["loss"] for row in metrics.read(path)] == [1.0, 3.0]
 
 
 def test_tensorboard_has_the_numbers(tmp_path):
-  log = metrics.Metrics(tmp_path, start=0)
-  log.write([{"step": 1, "loss": 2.5}])
+  log = TensorBoardWriter(tmp_path / "tensorboard", start=0)
+  log.write([{"step": 1, "loss": 2.5}, {"step": 2, "nothing": float("nan")}])
   log.close()
   (events,) = (tmp_path / "tensorboard").iterdir()
-  assert b"loss" in events.read_bytes()
-
-
-def test_running_mean_starts_at_the_first_value():
-  np.testing.assert_allclose(metrics.running_mean([3.0, 3.0, 3.0], 0.9), 3.0)
-  np.testing.assert_allclose(metrics.running_mean([1.0, 2.0], 0.5), [1.0, 5 / 3])
-
-
-def test_the_picture_is_drawn(tmp_path):
-  rows = [{"step": s, "loss": 5 / s} for s in range(1, 50)] + [{"step": 20, "val_loss": 0.4}, {"step": 3, "loss": None}]
-  metrics.plot_loss(rows, tmp_path / "loss.png", "a title")
-  picture = imread(tmp_path / "loss.png")
-  assert picture.shape[:2] == (600, 960)
-  assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
+  assert b"loss" in events.read_bytes() and b"nothing" not in events.read_bytes()
 
 
 # A disk that fails.
@@ -81,29 +69,29 @@ class Full:
 
 def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
   """None is lost, none is there twice or in half, and a checkpoint must wait."""
-  log = metrics.Metrics(tmp_path, start=0)
+  log = JsonLinesWriter(tmp_path, start=0)
   log.write([{"step": 1, "loss": 1.0}])
   log._file = Full(log._file)
   for step in (2, 3):
     log.write([{"step": step, "loss": float(step)}])
     assert log.path.read_text().splitlines() == ['{"step": 1, "loss": 1.0}']
   assert [record.getMessage() for record in caplog.records] == [
-    f"{log.path} cannot be written (No space left on device); its lines wait until the next checkpoint"
+    f"{log.path} cannot be written (No space left on device); its lines are kept until the next checkpoint"
   ]
   with pytest.raises(UserError, match=r"metrics.jsonl could not be written until this checkpoint was due \(No space"):
-    log.settle()
+    log.sync()
   log._file.room = True
-  log.settle()
+  log.sync()
   log.write([{"step": 4, "loss": 4.0}])
   assert metrics.read(log.path) == [{"step": step, "loss": float(step)} for step in range(1, 5)]
   log.close()
 
 
 def test_what_a_checkpoint_needs_is_on_the_disk_with_it(tmp_path, monkeypatch):
-  log, synced = metrics.Metrics(tmp_path, start=0), []
+  log, synced = JsonLinesWriter(tmp_path, start=0), []
   log.write([{"step": 1}])
   monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number), log.path.read_text())))
-  log.settle()
+  log.sync()
   ((file, contents),) = synced
   assert os.path.samestat(file, log.path.stat()) and contents == '{"step": 1}\n'
   log.close()
@@ -112,7 +100,7 @@ def test_what_a_checkpoint_needs_is_on_the_disk_with_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("action", ["remove", "replace", "move"])
 def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
   (tmp_path / "run").mkdir()
-  log = metrics.Metrics(tmp_path / "run", start=0)
+  log = JsonLinesWriter(tmp_path / "run", start=0)
   log.write([{"step": 1}])
   if action == "move":
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -121,7 +109,7 @@ def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
   if action == "replace":
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-  for what in (log.settle, lambda: log.write([{"step": 2}])):
+  for what in (log.sync, lambda: log.write([{"step": 2}])):
     with pytest.raises(
       UserError, match=r"run/metrics.jsonl was removed, moved or replaced while the run wrote it; put"
     ):
@@ -130,28 +118,30 @@ def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
 
 
 def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, caplog, monkeypatch):
-  """`tensorboardX.SummaryWriter` would wait for ever at the eleventh number."""
-  log = metrics.Metrics(tmp_path, start=0)
+  """`tensorboardX.SummaryWriter` would block at the eleventh number. metrics.jsonl remains complete."""
+  log = writers.default_writers(tmp_path, 0)
 
   def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr(metrics.EventsWriter, "write_event", full)
+  monkeypatch.setattr(writers.EventsWriter, "write_event", full)
   for step in range(1, 30):
-    log.write([{"step": step, "loss": 1.0}])
-  log.close()
+    for writer in log:
+      writer.write([{"step": step, "loss": 1.0}])
+  for writer in log:
+    writer.close()
   assert [record.getMessage() for record in caplog.records] == [
-    "what TensorBoard shows cannot be written ([Errno 28] No space left on device); the run goes on without"
+    "TensorBoard events cannot be written ([Errno 28] No space left on device); the run continues without it"
   ]
-  assert len(metrics.read(log.path)) == 29
+  assert len(metrics.read(tmp_path / "metrics.jsonl")) == 29
 
 
 def test_tensorboard_hides_what_is_done_again(tmp_path):
-  board = metrics.Board(tmp_path / "tensorboard", start=4)
+  board = TensorBoardWriter(tmp_path / "tensorboard", start=4)
   board.close()
   (events,) = (tmp_path / "tensorboard").iterdir()
-  (_, *marks) = [metrics.Event.FromString(record) for record in records(events.read_bytes())]
-  assert [mark.step for mark in marks] == [5, 5] and marks[1].session_log.status == metrics.SessionLog.START
+  (_, *marks) = [writers.Event.FromString(record) for record in records(events.read_bytes())]
+  assert [mark.step for mark in marks] == [5, 5] and marks[1].session_log.status == writers.SessionLog.START
 
 
 def records(contents: bytes) -> list[bytes]:
@@ -164,6 +154,38 @@ def records(contents: bytes) -> list[bytes]:
   return found
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
-  metrics.plot_loss([{"step": 1, "loss": 5}], tmp_path / "nowhere" / "loss.png", "a title")
-  assert "loss.png cannot be written" in caplog.text
+# --- several writers ----------------------------------------------------------------------------------------------
+
+
+class ListWriter(metrics.Writer):
+  """A toy writer: keeps rows in memory."""
+
+  def __init__(self):
+    self.rows, self.calls = [], []
+
+  def write(self, rows):
+    self.rows += rows
+
+  def sync(self):
+    self.calls.append("sync")
+
+  def close(self):
+    self.calls.append("close")
+
+
+def test_every_writer_gets_all_rows():
+  toys = [ListWriter(), ListWriter()]
+  log = metrics.Metrics(ConfigDict(dict(steps=4, batch_size=2, seq_len=8)), 0, toys)
+  for step in (1, 2):
+    log.add(step, {"loss": jnp.float32(step / 2), "skipped": jnp.int32(0)})
+  assert toys[0].rows == []
+  found = log.flush()
+  assert found == [{"step": 1, "loss": 0.5, "skipped": 0}, {"step": 2, "loss": 1.0, "skipped": 0}] and log.flush() == []
+  log.write_evaluation(2, {"val_loss": 1.5, "val_ppl": 4.5})
+  log.sync()
+  log.close()
+  for toy in toys:
+    *steps, evaluation = toy.rows
+    assert [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in steps] == found
+    assert all(row["tokens_per_second"] > 0 for row in steps)
+    assert evaluation == {"step": 2, "val_loss": 1.5, "val_ppl": 4.5} and toy.calls == ["sync", "close"]

@@ -24,13 +24,13 @@ def test_a_kernel_and_its_tail_are_one_number_of_three_bytes():
 
 def test_a_description_has_every_key_and_the_cycles(tmp_path):
   config = resolved(tmp_path)
-  text = report.describe(config, build_phase(config, make_mesh()).abstract)
+  text = report.describe_run(config, build_phase(config, make_mesh()).abstract)
   assert "\nswitch.interval: 2\n" in text and "\nlearning_rate: 0.02\n" in text
   assert "\ntokens per step: 128\n" in text
   # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
   assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
   plain = resolved(tmp_path, method="lora")
-  assert "cycled" not in report.describe(plain, build_phase(plain, make_mesh()).abstract)
+  assert "cycled" not in report.describe_run(plain, build_phase(plain, make_mesh()).abstract)
 
 
 def test_data_are_described():
@@ -43,18 +43,26 @@ def test_data_are_described():
 
 
 def test_numbers_that_are_missing_or_not_finite_do_not_end_in_an_exception():
-  assert report._numbers([]) == []
+  assert report._validation_lines([]) == report._training_lines([]) == []
   rows = [{"step": 3, "tokens_per_second": 5.0}, {"step": 3, "val_loss": None, "val_ppl": None}]
-  assert report._numbers(rows) == [
-    "validation perplexity: not finite (loss not finite nats per token, step 3)",
-    "tokens per second: 5 (median)",
+  assert report._validation_lines(rows) == [
+    "validation perplexity: not finite (loss not finite nats per token, step 3)"
+  ]
+  assert report._training_lines(rows) == ["tokens per second: 5 (median)"]
+
+
+def test_the_last_perplexity_stands_beside_bits_per_byte():
+  rows = [{"step": step, "val_loss": 3.5, "val_ppl": 33.12 + step, "val_bpb": 1.23456} for step in (1, 2)]
+  assert report._validation_lines(rows) == [
+    "validation perplexity: 35.12 (loss 3.5000 nats per token, step 2)",
+    "validation bits per byte: 1.2346 (perplexity is per token; this compares tokenizers)",
   ]
 
 
-def test_spikes_are_counted_also_those_that_were_gone_back_from():
+def test_spikes_are_counted_including_rolled_back_ones():
   rows = [{"step": 1, "spike": 0, "loss": 2.0}, {"step": 1, "val_loss": None, "val_ppl": None}, {"step": 2, "spike": 1}]
-  assert report._numbers(rows)[-1] == "loss spikes: 1"
-  assert report._numbers([*rows, {"step": 3, "spike": 0, "rollbacks": 2}])[-1] == "loss spikes: 3"
+  assert report._training_lines(rows)[-1] == "loss spikes: 1"
+  assert report._training_lines([*rows, {"step": 3, "spike": 0, "rollbacks": 2}])[-1] == "loss spikes: 3"
 
 
 def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):

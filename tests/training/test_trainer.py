@@ -17,7 +17,7 @@ from switchlora_jax.data import loader
 from switchlora_jax.errors import Stopped, UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.checkpoint import Checkpoints
-from switchlora_jax.training import metrics, phases, train_log, trainer
+from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training import step as train_step
 
 
@@ -63,11 +63,11 @@ def test_training_learns(finished):
 
 @pytest.mark.parametrize("stop", [4, 5, 8, 11])
 def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
-  """Stopped after `stop` steps, on a checkpoint or between two, as by a kill: nothing is flushed or closed."""
+  """Stopped after `stop` steps, at a checkpoint or between two, as by a kill; metrics.jsonl is ahead of the save."""
   folder, method, whole, outcome = finished
   workdir = folder / f"stopped-{stop}"
   config = resolved(folder, method=method)
-  original = train_log.Log.add
+  original = metrics.Metrics.add
 
   class Killed(BaseException):
     pass
@@ -75,10 +75,11 @@ def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
   def add(self, step, numbers):
     original(self, step, numbers)
     if step == stop + 1:
+      self.flush()
       raise Killed
 
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(train_log.Log, "add", add)
+    patch.setattr(metrics.Metrics, "add", add)
     trainer.train(config, workdir)
   again = trainer.train(config, workdir)
   assert again.first_step == stop // 4 * 4
@@ -224,7 +225,7 @@ def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, ask
 
 
 def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked):
-  with pytest.raises(UserError, match=r"stopped at step 6, a loss spike: it went back 1 times already"):
+  with pytest.raises(UserError, match=r"stopped at step 6, a loss spike, after 1 rollbacks"):
     trainer.train(resolved(tmp_path, **BACK, spike__max_rollbacks=1), tmp_path / "run")
   assert asked == list(range(12)) and [row["spike"] for row in lines(tmp_path / "run") if "loss" in row] == [0] * 5 + [
     1
