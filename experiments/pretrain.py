@@ -32,7 +32,7 @@ flags.adopt_module_key_flags(distributed)
 
 def main():
   """Check, then describe or train and conclude."""
-  distributed.join()
+  distributed.initialize()
   config, workdir = processes.on_all_processes(check)
   processes.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
@@ -41,7 +41,7 @@ def main():
       report.describe(config, *(phase.abstract for phase in build_phases(config, make_mesh(fsdp=config.sharding.fsdp))))
     )
     return
-  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout)
+  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout, distributed.end_process)
   processes.print_once(report.conclude(config, workdir, outcome))
   processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 

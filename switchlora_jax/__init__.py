@@ -28,8 +28,7 @@
   program         what a config compiles to, for each phase of its run
   warm_start      full-rank training first, within the run or in another
   peers           what the processes of a run tell each other while they are busy
-  preemption      told to stop: which step is the last, on all processes
-  watchdog        ends a run that hangs or has lost a process
+  supervision     stops a run by signals, on all processes; detects hangs and lost processes
   trainer         the story of a run: build, restore, step, evaluate, save
   evaluation      validation loss, perplexity, bits per byte, and their standard errors
   glue            GLUE: its tasks, their rows, their metrics

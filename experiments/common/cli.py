@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import base
+from experiments.common import distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
-from switchlora_jax.parallel import processes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PARSERS = tuple(str(Path(package.__file__).parent) for package in (ml_collections, flags))
@@ -140,7 +140,7 @@ def _ended(command):
     command()
   except BaseException as error:
     if getattr(error, "code", None) != STOPPED:
-      processes.exit_process(error)
+      distributed.exit_process(error)
     raise
 
 

@@ -11,10 +11,8 @@ from switchlora_jax.data import batches, dataset
 from switchlora_jax.errors import Stopped
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.parallel import processes
-from switchlora_jax.parallel.heartbeat import Peers
-from switchlora_jax.parallel.preemption import Preemption
 from switchlora_jax.parallel.sharding import make_mesh
-from switchlora_jax.parallel.watchdog import Watchdog
+from switchlora_jax.parallel.supervision import Supervisor
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -34,30 +32,28 @@ class Outcome(NamedTuple):
   first_step: int
 
 
-def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
+def train(config, workdir: Path, peer_seconds: float = 60, on_failure=None) -> Outcome:
   """Train as `config` (resolved) says in `workdir`, from its newest good checkpoint if there is one.
 
   With several processes, each of them calls it with the same config and directory.
 
   Args:
     peer_seconds: without a sign of life of another process after which the run ends.
+    on_failure: of `Supervisor`; by default an exception is raised in the main thread.
   Raises:
     UserError: before anything expensive where config, data or directory do not fit together; while
       training when too many updates in a row were not finite, or the run went back from too many loss spikes.
     Stopped: it was told to by a signal, and has saved.
   """
   with contextlib.ExitStack() as stack:
-    peers = stack.enter_context(Peers())
-    watchdog = stack.enter_context(Watchdog(peers, config.hang_seconds, peer_seconds))
-    preemption = stack.enter_context(Preemption(peers))
-    stack.enter_context(watchdog.telling())
+    supervisor = stack.enter_context(Supervisor(config.hang_seconds, peer_seconds, on_failure))
     processes.on_all_processes(lambda: dataset.check(config))
     processes.on_first_process(lambda: run_directory.prepare(workdir, config))
     processes.first_then_others(lambda: stack.enter_context(run_directory.held(workdir)))
-    return _train(config, workdir, watchdog, preemption)
+    return _train(config, workdir, supervisor)
 
 
-def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) -> Outcome:
+def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   phases = build_phases(config, mesh)
   source = processes.on_all_processes(lambda: find_source(config, workdir, phases[0], mesh))
@@ -68,27 +64,27 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
   processes.on_first_process(lambda: run_directory.record(workdir, config, data))
   processes.on_all_processes(lambda: run_directory.check_shared(workdir))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    run = Run(config, workdir, phases, data, checkpoints, watchdog)
-    with watchdog.telling():  # not only after the checkpoints were waited for, which may need the other processes
+    run = Run(config, workdir, phases, data, checkpoints, supervisor)
+    with supervisor.report_errors():  # before waiting for checkpoints, which may need the other processes
       first_step = run.begin(source)
-      preemption.begin()
+      supervisor.begin_steps()
       stop = False
       while run.done < config.steps and not stop:
         try:
           run.step()
-          stop, last = preemption.due(), run.done == config.steps
+          stop, last = supervisor.should_stop(), run.done == config.steps
           if due(run.done, config.eval_every) or last:
             run.evaluate()
           if due(run.done, config.checkpoint_every) or last or stop:
             run.save()
         except anomalies.SpikeDetected as spiked:  # nothing was saved since: `save` looks first
-          stop = stop or preemption.due()  # not when it comes to this step again
+          stop = stop or supervisor.should_stop()  # not when it comes to this step again
           run.go_back(spiked.step)
       run.log.close()
   if run.done < config.steps:
     saved = f"after step {run.done}, which is saved; the same command continues"
     nothing = "before anything was saved; the same command starts again"  # it went back to its start
-    raise Stopped(f"stopped by {preemption.cause} {saved if run.done else nothing}")
+    raise Stopped(f"stopped by {supervisor.cause} {saved if run.done else nothing}")
   return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
 
 
@@ -107,17 +103,17 @@ class Run:
     phases: list[Phase],
     data: dataset.Dataset,
     checkpoints: Checkpoints,
-    watchdog: Watchdog,
+    supervisor: Supervisor,
   ):
     self._config, self._workdir, self._phases, self._checkpoints = config, workdir, phases, checkpoints
-    self._watchdog = watchdog
+    self._supervisor = supervisor
     self._data, self._batch_of = data, batches.by_step(data.train, config)
     self._validate = make_evaluate(config, phases[0], data)
 
   def begin(self, source: warm_start.Source | None) -> int:
     """Take up the newest good checkpoint, or start, from the weights of `source` if there is one; returns `done`."""
     self._source = source
-    self._watchdog.begin()
+    self._supervisor.mark("restoring the newest checkpoint")
     self._restore()
     self._go_on()
     return self.done
@@ -127,7 +123,7 @@ class Run:
 
     All follows from the numbers of the steps: a run that is killed on the way, and started again, does the same.
     """
-    self._watchdog.mark(f"going back from step {step}")
+    self._supervisor.mark(f"going back from step {step}")
     before, self.state = self.state.spikes, None  # there may be no room for two states
     anomalies.check_rollback_allowed(before, self._config.spike, step)
     self.log.close()
@@ -146,7 +142,7 @@ class Run:
     dataset.check_ahead(self._data, self._config, self._ahead)
     self.phase = phase_at(self._phases, self.done)
     self.log = Log(self._workdir, self._config, self.done)
-    self._watchdog.mark("start of training")
+    self._supervisor.mark("start of training")
 
   def step(self):
     """One training step, in the program whose phase it belongs to."""
@@ -154,9 +150,9 @@ class Run:
     main = self._phases[-1]
     if self.phase is not main and self.done == main.start:
       self.state, self.phase = warm_start.hand_over(self.state, self.phase, main), main
-    self._watchdog.mark(f"step {self.done + 1}, reading its batch")
+    self._supervisor.mark(f"step {self.done + 1}, reading its batch")
     rows = self.phase.shard_batch(self._batch_of(self.done + self._ahead))
-    self._watchdog.mark(f"step {self.done + 1}, on the devices")
+    self._supervisor.mark(f"step {self.done + 1}, on the devices")
     self.state, numbers = self.phase.step(self.state, rows)
     self.done += 1
     self.log.add(self.done, numbers)
@@ -164,13 +160,13 @@ class Run:
   def evaluate(self):
     """Write what the validation rows say of the state."""
     self.log.flush()
-    self._watchdog.mark(f"evaluation after step {self.done}")
+    self._supervisor.mark(f"evaluation after step {self.done}")
     self.log.evaluation(self.done, self._validate(self.phase, self.state))
 
   def save(self):
     """Begin to save the state; what config.json and metrics.jsonl say of it is on disk before it can be returned to."""
     self.log.flush()
-    self._watchdog.mark(f"saving step {self.done}")
+    self._supervisor.mark(f"saving step {self.done}")
     processes.on_first_process(self.log.settle)
     processes.on_first_process(lambda: run_directory.update(self._workdir, self._config))
     self._checkpoints.save(self.done, self.state)
