@@ -18,7 +18,7 @@ from configs import base
 from experiments.common import distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARSERS = tuple(str(Path(package.__file__).parent) for package in (ml_collections, flags))
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from switchlora_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Base(NamedTuple):
