@@ -268,7 +268,7 @@ class Supervisor:
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if self._store.count > 1 and _is_communication_error(error):
       to_stderr(f"{reason}\nanother process may have caused this error; waiting for its status")
-      time.sleep(self._peer_seconds + GRACE)
+      time.sleep(self._peer_seconds + 3 * GRACE)  # until the supervision has found it, and `on_failure` has ended
     elif self._store.count > 1 and self._status["marks"]:  # printed now, since this process first waits for its save
       readable = isinstance(error, UserError | OSError | KeyboardInterrupt)
       described = reason if readable else "".join(traceback.format_exception(error))

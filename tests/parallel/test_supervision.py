@@ -333,7 +333,7 @@ def test_an_error_that_another_process_may_have_caused_waits_for_its_status(erro
   monkeypatch.setattr(supervision, "time", SimpleNamespace(sleep=slept.append))
   with pytest.raises(type(error)), one.report_errors(), one.report_errors():
     raise error
-  assert slept == [LOST + GRACE] and "waiting for its status" in capsys.readouterr().err
+  assert slept == [LOST + 3 * GRACE] and "waiting for its status" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
