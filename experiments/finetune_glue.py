@@ -129,7 +129,7 @@ def sweep_and_repeat(tuning: FineTuning, rates: list[float]) -> dict:
     "metric": tuning.task.metric,
     "learning_rate": best,
     "at_edge_of_sweep": best_epoch["mean"] is not None and at_edge(best, sweep),
-    "sweep": {f"{rate:g}": result["score"] for rate, result in items()},
+    "sweep": {f"{rate:g}": result["score"] for rate, result in sweep.items()},
     "best_epoch": best_epoch,
     "last_epoch": mean_and_std([result["scores"][-1] if result["scores"] else None for result in results]),
     "constant": glue.majority_baseline(tuning.task, tuning.dev.labels),

@@ -33,7 +33,7 @@ flags.adopt_module_key_flags(distributed)
 
 def main():
   """Check the config, then print its sizes (--dry_run), or train and print the report."""
-  distributed.join()
+  distributed.initialize()
   config, workdir = processes.on_all_processes(check)
   processes.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
@@ -44,7 +44,7 @@ def main():
       )
     )
     return
-  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout)
+  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout, distributed.end_process)
   processes.print_once(report.conclude(config, workdir, outcome, comparison(config)))
   processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 

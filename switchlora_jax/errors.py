@@ -1,22 +1,26 @@
-"""How a run may end other than by its last step: commands print these as a sentence, without a traceback."""
+"""Exceptions that end a run, and its exit codes. Commands print these exceptions as one line, without a traceback."""
 
 import contextlib
 import sys
 
-STOPPED = 75  # exit code of a run that was told to stop and lost nothing; EX_TEMPFAIL: the same command continues
-HUNG = 69  # exit code of a run that hangs or has lost a process; EX_UNAVAILABLE
+STOPPED = 75  # exit code of a run that a signal stopped, with nothing lost; EX_TEMPFAIL: the same command continues it
+HUNG = 69  # exit code of a run that hung, or that lost a process; EX_UNAVAILABLE
 
 
 class UserError(ValueError):
-  """A mistake in a flag, a config, a file or a directory: what was expected, what was found, what to do."""
+  """An invalid flag, config, file or directory. The message has the expectation, the finding and the remedy."""
 
 
 class Stopped(Exception):
-  """A run was told to stop, and has saved what it did."""
+  """The run was stopped by a signal before its last step."""
+
+
+class RunFailed(RuntimeError):
+  """The run hung, or another of its processes failed or was lost."""
 
 
 def to_stderr(text: str):
-  """Print from any thread, a run's last words perhaps; where the terminal is gone, go on all the same."""
+  """Print to stderr from any thread. A closed terminal or a full disk is ignored, since the process may be ending."""
   with contextlib.suppress(OSError, ValueError):
     sys.stderr.write(f"\n{text}\n")
     sys.stderr.flush()

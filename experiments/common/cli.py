@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import base
+from experiments.common import distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
-from switchlora_jax.parallel import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -144,7 +144,7 @@ def _end_process(command):
     command()
   except BaseException as error:
     if getattr(error, "code", None) != STOPPED:
-      processes.exit_process(error)
+      distributed.exit_process(error)
     raise
 
 

@@ -43,7 +43,7 @@ def on_parts(loss, model, params, frozen):
   """
   blocks = {"params": params["blocks"], "frozen": frozen.get("blocks", {})}
   if is_split(blocks):
-    model = model.clone(gather=lambda layer: gather(layer, {name: blocks[name] for name in layer}, lost=1))
+    model = model.clone(gather=lambda layer: gather(layer, {name: blocks[name] for name in layer}, removed_axes=1))
 
   def local(param_shards, frozen_shards, rows):
     whole = {name: part if name == "blocks" else gather(part, params[name]) for name, part in param_shards.items()}

@@ -1,8 +1,8 @@
-"""The mesh, and where every array of a run lives on it.
+"""The device mesh, and the sharding of every array of a run.
 
-A mesh has two axes, `data` and `fsdp`; the rows of a batch are split over both. The train state is repeated on
-every device, but for what `config.sharding` says: trained arrays, optimizer state and base kernels may be split
-over `fsdp`, and candidates over all devices or kept in the memory of the host.
+The mesh has two axes, `data` and `fsdp`; the sequences of a batch are split over both. The train state is replicated,
+except as `config.sharding` selects: trained arrays, optimizer state and base kernels can be split over `fsdp`, and
+candidates over all devices or kept in host memory.
 """
 
 from typing import NamedTuple
@@ -17,34 +17,34 @@ from switchlora_jax.lowrank.spares import SPARES
 
 DATA, FSDP = "data", "fsdp"
 BOTH = (DATA, FSDP)
-GATHERED = "gathered"  # the name under which a rematerialisation policy finds what `gather` returns
+GATHERED = "gathered"  # checkpoint name of the arrays that `gather` returns, for rematerialisation policies
 
 
 def make_mesh(devices=None, fsdp: int = 1) -> jax.sharding.Mesh:
-  """[data, fsdp] over `devices`, by default all that are visible; `fsdp` must divide their number."""
+  """Return a mesh [data, fsdp] over `devices`, by default all visible ones; `fsdp` must divide their number."""
   devices = jax.devices() if devices is None else devices
   shape, axis_types = (len(devices) // fsdp, fsdp), (jax.sharding.AxisType.Auto,) * 2
   return jax.make_mesh(shape, BOTH, axis_types=axis_types, devices=devices)
 
 
 def replicated(mesh) -> NamedSharding:
-  """A copy on every device."""
+  """Return the sharding with a copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh) -> NamedSharding:
-  """For batches [rows, length]: each device has its share of the rows."""
+  """Return the sharding of batches [sequences, length]: each device has its share of the sequences."""
   return NamedSharding(mesh, PartitionSpec(BOTH))
 
 
 class Placement(NamedTuple):
-  """Where the arrays of a run live.
+  """The sharding of each part of a train state.
 
   Attributes:
     mesh: as from `make_mesh`.
-    trained, optimizer, frozen: whether these are split over fsdp rather than repeated.
-    candidates: `sharded` over all devices along the rows of spares, `replicated`, or `host`: whole, in the pinned
-      memory of each device's host.
+    trained, optimizer, frozen: whether this part is split over `fsdp` rather than replicated.
+    candidates: "sharded" over all devices, along the rows of the spares; "replicated"; or "host": a full copy in the
+      pinned host memory of each device.
   """
 
   mesh: jax.sharding.Mesh
@@ -54,13 +54,17 @@ class Placement(NamedTuple):
   candidates: str = "replicated"
 
   def specs(self, tree, part: str):
-    """A PartitionSpec for each array of a tree that is the `part` trained, gradient, optimizer or frozen of a state."""
+    """Return a PartitionSpec for each array of a tree.
+
+    Args:
+      part: part of the state that the tree belongs to: "trained", "gradient", "optimizer" or "frozen".
+    """
     split = self.trained or self.optimizer if part == "gradient" else getattr(self, part)
     parts = self.mesh.shape[FSDP] if split else 1
     return jax.tree.map_with_path(lambda path, x: _spec(path, x.shape, parts), tree)
 
   def shardings(self, state):
-    """A sharding for each array of a train state, abstract or not."""
+    """Return a sharding for each array of a train state, which may be abstract."""
     named = lambda specs: jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=_is_spec)
     return jax.tree.map(lambda _: replicated(self.mesh), state)._replace(
       params=named(self.specs(state.params, "trained")),
@@ -77,7 +81,7 @@ class Placement(NamedTuple):
     return NamedSharding(self.mesh, PartitionSpec(*[None] * (leaf.ndim - 2), BOTH))
 
   def pad(self, state):
-    """The state with its spares filled up with rows of zeros, until the devices divide them; nothing reads these."""
+    """Return the state with spares padded to a multiple of the number of devices, by rows of zeros that are unused."""
 
     def padded(path, leaf):
       if path[-1].key not in SPARES:
@@ -90,13 +94,13 @@ class Placement(NamedTuple):
 
 
 def placement(config, mesh) -> Placement:
-  """What `config.sharding` says of a mesh."""
+  """Return the placement that `config.sharding` selects on a mesh."""
   split = {name: config.sharding[name] == "sharded" for name in ("trained", "optimizer", "frozen")}
   return Placement(mesh, **split, candidates=config.sharding.candidates)
 
 
 def is_split(specs) -> bool:
-  """Whether any PartitionSpec of a tree splits along fsdp."""
+  """Return whether any PartitionSpec of a tree splits over `fsdp`."""
   return any(FSDP in tuple(spec) for spec in jax.tree.leaves(specs, is_leaf=_is_spec))
 
 
@@ -105,9 +109,9 @@ def _is_spec(x):
 
 
 def _spec(path, shape, parts: int) -> PartitionSpec:
-  """Split along the longest axis that the parts divide, if there is one; LoRA vectors between vectors if possible.
+  """Split along the longest axis that is a multiple of `parts`, if there is one; LoRA factors by vectors if possible.
 
-  Never along the layers, which the model walks.
+  The axis of stacked layers is never split, since `nn.scan` iterates over it.
   """
   names = [getattr(key, "key", None) for key in path]
   axes = [axis for axis in range("blocks" in names, len(shape)) if shape[axis] % parts == 0]
@@ -115,40 +119,43 @@ def _spec(path, shape, parts: int) -> PartitionSpec:
     return PartitionSpec()
   axis = max(axes, key=lambda axis: shape[axis])
   if names[-1] in ADAPTER and len(shape) - 2 in axes:
-    axis = len(shape) - 2  # a switch moves whole vectors: cut across, they would have to be put together first
+    axis = len(shape) - 2  # a switch moves whole vectors, which would have to be gathered otherwise
   return PartitionSpec(*[None] * axis, FSDP)
 
 
-def gather(tree, specs, lost: int = 0):
-  """Whole arrays from this device's parts, inside a `shard_map`; the gradient of one is scattered again.
+def gather(tree, specs, removed_axes: int = 0):
+  """All-gather the arrays that are split over `fsdp`, inside a `shard_map`; their gradients are scattered again.
 
   Args:
-    specs: PartitionSpecs as from `Placement.specs`, of the arrays with all their axes.
-    lost: leading axes that the arrays have not any more.
+    tree: this device's parts of the arrays.
+    specs: PartitionSpecs from `Placement.specs`, of the arrays with all their axes.
+    removed_axes: number of leading axes that the arrays no longer have, such as that of the layers inside `nn.scan`.
   """
 
-  def whole(part, spec):
+  def gather_one(part, spec):
     if FSDP not in tuple(spec):
       return part
-    return checkpoint_name(jax.lax.all_gather(part, FSDP, axis=tuple(spec).index(FSDP) - lost, tiled=True), GATHERED)
+    axis = tuple(spec).index(FSDP) - removed_axes
+    return checkpoint_name(jax.lax.all_gather(part, FSDP, axis=axis, tiled=True), GATHERED)
 
-  return jax.tree.map(whole, tree, specs)
+  return jax.tree.map(gather_one, tree, specs)
 
 
-def reduce(grads, held, wanted):
-  """The sum of all devices' gradients, inside a `shard_map`, each in the parts that `wanted` says.
+def reduce(grads, param_specs, grad_specs):
+  """Sum gradients over all devices, inside a `shard_map`.
 
   Args:
-    held: the PartitionSpecs of the parameters. A gradient of one in parts was summed over fsdp when it was scattered.
-    wanted: the PartitionSpecs of the result, where the optimizer needs it.
+    param_specs: PartitionSpecs of the parameters. The transpose of its all-gather has already summed the gradient of a
+      split parameter over `fsdp`.
+    grad_specs: PartitionSpecs of the result, as the optimizer needs it.
   """
 
-  def total(grad, held, wanted):
-    if FSDP in tuple(held):
+  def reduce_one(grad, param_spec, grad_spec):
+    if FSDP in tuple(param_spec):
       return jax.lax.psum(grad, DATA)
-    if FSDP in tuple(wanted):
-      grad = jax.lax.psum_scatter(grad, FSDP, scatter_dimension=tuple(wanted).index(FSDP), tiled=True)
+    if FSDP in tuple(grad_spec):
+      grad = jax.lax.psum_scatter(grad, FSDP, scatter_dimension=tuple(grad_spec).index(FSDP), tiled=True)
       return jax.lax.psum(grad, DATA)
     return jax.lax.psum(grad, BOTH)
 
-  return jax.tree.map(total, grads, held, wanted)
+  return jax.tree.map(reduce_one, grads, param_specs, grad_specs)

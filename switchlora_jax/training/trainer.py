@@ -11,10 +11,8 @@ from switchlora_jax.data import dataset, loader
 from switchlora_jax.errors import Stopped
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.parallel import processes
-from switchlora_jax.parallel.heartbeat import Peers
-from switchlora_jax.parallel.preemption import Preemption
 from switchlora_jax.parallel.sharding import make_mesh
-from switchlora_jax.parallel.watchdog import Watchdog
+from switchlora_jax.parallel.supervision import Supervisor
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -41,30 +39,28 @@ class Outcome(NamedTuple):
   first_step: int
 
 
-def train(config, workdir: Path, peer_seconds: float = 60) -> Outcome:
+def train(config, workdir: Path, peer_seconds: float = 60, on_failure=None) -> Outcome:
   """Train a resolved config in `workdir`, from its newest valid checkpoint if there is one.
 
   With several processes, each of them calls it with the same config and directory.
 
   Args:
     peer_seconds: seconds without a heartbeat of another process after which the run ends.
+    on_failure: see `Supervisor`; by default a failure is raised in the main thread.
   Raises:
     UserError: config, data or directory do not fit together, before anything expensive; too many updates in a row were
       not finite; the run used up its rollbacks from loss spikes.
     Stopped: a signal requested the stop, and the run was saved.
   """
   with contextlib.ExitStack() as stack:
-    peers = stack.enter_context(Peers())
-    watchdog = stack.enter_context(Watchdog(peers, config.hang_seconds, peer_seconds))
-    preemption = stack.enter_context(Preemption(peers))
-    stack.enter_context(watchdog.telling())
+    supervisor = stack.enter_context(Supervisor(config.hang_seconds, peer_seconds, on_failure))
     processes.on_all_processes(lambda: dataset.check_data_config(config))
     processes.on_first_process(lambda: run_directory.prepare(workdir, config))
     processes.first_then_others(lambda: stack.enter_context(run_directory.locked(workdir)))
-    return _train(config, workdir, watchdog, preemption)
+    return _train(config, workdir, supervisor)
 
 
-def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) -> Outcome:
+def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   phases = build_phases(config, mesh)
   source = processes.on_all_processes(lambda: find_source(config, workdir, phases[0], mesh))
@@ -75,14 +71,14 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
   processes.on_first_process(lambda: run_directory.record(workdir, config, data))
   processes.on_all_processes(lambda: run_directory.check_shared(workdir))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    run = Run(config, workdir, phases, data, checkpoints, watchdog)
-    with watchdog.telling():  # inside `Checkpoints`, whose exit waits for a save that may need the other processes
+    run = Run(config, workdir, phases, data, checkpoints, supervisor)
+    with supervisor.report_errors():  # inside Checkpoints: its exit waits for a save that may need the others
       first_step = run.begin(source)
-      preemption.begin()
+      supervisor.begin_steps()
       stop = False
       while run.done < config.steps and not stop:
         run.step()
-        stop, last = preemption.due(), run.done == config.steps
+        stop, last = supervisor.should_stop(), run.done == config.steps
         evaluate = due(run.done, config.eval_every) or last
         save = due(run.done, config.checkpoint_every) or last or stop
         if evaluate or save or due(run.done, config.log_every):
@@ -98,7 +94,7 @@ def _train(config, workdir: Path, watchdog: Watchdog, preemption: Preemption) ->
   if run.done < config.steps:
     saved = f"after step {run.done}, which is saved; the same command continues"
     unsaved = "before anything was saved; the same command starts again"  # also after a rollback to the start
-    raise Stopped(f"stopped by {preemption.cause} {saved if run.done else unsaved}")
+    raise Stopped(f"stopped by {supervisor.cause} {saved if run.done else unsaved}")
   return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
 
 
@@ -119,10 +115,10 @@ class Run:
     phases: list[Phase],
     data: dataset.Dataset,
     checkpoints: Checkpoints,
-    watchdog: Watchdog,
+    supervisor: Supervisor,
   ):
     self._config, self._workdir, self._phases, self._checkpoints = config, workdir, phases, checkpoints
-    self._watchdog = watchdog
+    self._supervisor = supervisor
     self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
     self._validate = make_evaluate(config, phases[0], data)
 
@@ -133,7 +129,7 @@ class Run:
       The number of steps done.
     """
     self._source = source
-    self._watchdog.begin()
+    self._supervisor.mark("restoring the newest checkpoint")
     self._restore()
     self._resume()
     return self.done
@@ -146,7 +142,7 @@ class Run:
     Raises:
       UserError: the run has used up its rollbacks.
     """
-    self._watchdog.mark(f"going back from step {step}")
+    self._supervisor.mark(f"going back from step {step}")
     before, self.state = self.state.spikes, None  # there may be no memory for two states
     anomalies.check_rollback_allowed(before, self._config.spike, step)
     self.metrics.close()
@@ -166,7 +162,7 @@ class Run:
     self.phase = phase_at(self._phases, self.done)
     writers = default_writers(self._workdir, self.done) if processes.is_first() else []
     self.metrics = Metrics(self._config, self.done, writers)
-    self._watchdog.mark("start of training")
+    self._supervisor.mark("start of training")
 
   def step(self) -> None:
     """Do one training step, in the phase that it belongs to. Returns while the devices are still computing."""
@@ -174,9 +170,9 @@ class Run:
     main = self._phases[-1]
     if self.phase is not main and self.done == main.start:
       self.state, self.phase = warm_start.hand_over(self.state, self.phase, main), main
-    self._watchdog.mark(f"step {self.done + 1}, reading its batch")
+    self._supervisor.mark(f"step {self.done + 1}, reading its batch")
     batch = self.phase.shard_batch(self._batch_of(self.done + self._offset))
-    self._watchdog.mark(f"step {self.done + 1}, on the devices")
+    self._supervisor.mark(f"step {self.done + 1}, on the devices")
     self.state, values = self.phase.step(self.state, batch)
     self.done += 1
     self.metrics.add(self.done, values)
@@ -197,12 +193,12 @@ class Run:
 
   def evaluate(self) -> None:
     """Evaluate the state, and write the validation metrics. After `report`."""
-    self._watchdog.mark(f"evaluation after step {self.done}")
+    self._supervisor.mark(f"evaluation after step {self.done}")
     self.metrics.write_evaluation(self.done, self._validate(self.phase, self.state))
 
   def save(self) -> None:
     """Start to save the state, after config.json and metrics.jsonl on disk cover it. After `report`."""
-    self._watchdog.mark(f"saving step {self.done}")
+    self._supervisor.mark(f"saving step {self.done}")
     processes.on_first_process(self.metrics.sync)
     processes.on_first_process(lambda: run_directory.update(self._workdir, self._config))
     self._checkpoints.save(self.done, self.state)

@@ -1,4 +1,4 @@
-"""What a command starts: shares of the cores, and an end for all of them."""
+"""Child processes of a command: their shares of the cores, and their end."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 from experiments.common import children
 from experiments.common.children import Children
-from switchlora_jax.parallel.preemption import PARENT
+from switchlora_jax.parallel.supervision import PARENT
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
@@ -23,7 +23,7 @@ def test_processes_share_the_cores():
       children.share_cores(process.pid, number, 2)
       shares.append(os.sched_getaffinity(process.pid))
     children.share_cores(process.pid, len(cores), len(cores) + 1)
-    assert os.sched_getaffinity(process.pid) == {cores[0]}  # more processes than cores
+    assert os.sched_getaffinity(process.pid) == {cores[0]}  # more children than cores
     process.communicate(b"\n")
   assert shares == [set(cores[0::2]), set(cores[1::2] or cores[:1])]
 
@@ -33,7 +33,7 @@ SLEEPER = f"import os, time; print(os.environ['{PARENT}'], flush=True); time.sle
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_children(tmp_path, number):
-  """… which are told whose children they are."""
+  """… which get the PID of their parent."""
   codes, running = [], Children()
   handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 
@@ -49,13 +49,13 @@ def test_a_signal_ends_the_children(tmp_path, number):
       os.kill(os.getpid(), number)
       time.sleep(60)
     thread.join(20)
-    one()  # too late: it is not even started
+    one()  # after the end: it is not started
   signal.signal(signal.SIGINT, handler)
   assert codes == [-signal.SIGTERM] * 2
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_child_that_is_started_while_the_others_are_ended_is_ended_too(tmp_path, monkeypatch):
+def test_a_child_that_starts_while_the_others_are_stopped_is_stopped_too(tmp_path, monkeypatch):
   running, popen = Children(), subprocess.Popen
 
   def slow(*args, **how):
@@ -69,6 +69,6 @@ def test_a_child_that_is_started_while_the_others_are_ended_is_ended_too(tmp_pat
     assert running.run([sys.executable, "-c", "import time; time.sleep(20)"], output, (0, 1)) == -signal.SIGTERM
 
 
-def test_what_ends_well_ends_alone(tmp_path):
+def test_run_returns_the_exit_code(tmp_path):
   with (tmp_path / "output").open("w") as output, Children() as running:
     assert [running.run([sys.executable, "-c", f"exit({code})"], output, (0, 1)) for code in (0, 3)] == [0, 3]

@@ -1,4 +1,4 @@
-"""Two real processes with four simulated devices each train what one process trains, and stop together."""
+"""Two processes with four simulated devices each train the same run as one process, and stop together."""
 
 import json
 import os
@@ -17,10 +17,11 @@ import small_model
 from paths import ROOT
 from tiny import flags_of, tiny_config
 
-from experiments.common.distributed import FIRST_PORT, Place, from_flags, from_slurm
+from experiments.common import distributed
+from experiments.common.distributed import FIRST_PORT, Placement, from_flags, from_slurm
 from switchlora_jax.config import resolve
 from switchlora_jax.data import dataset, loader
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import HUNG, STOPPED, UserError
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.array_checksums import array_checksums
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -29,7 +30,7 @@ from switchlora_jax.training.phases import build_phase
 
 COUNT, DEVICES = 2, 4
 
-# The command, which notes the packed rows that it reads and the files that it writes: `python -c … FILE --flags`.
+# The command, which records the packed rows that it reads and the files that it writes: `python -c … FILE --flags`.
 WATCHED = """
 import atexit, json, runpy, sys
 import numpy as np
@@ -48,13 +49,13 @@ atexit.register(lambda: open(file, "w").write(json.dumps([seen, wrote])))
 runpy.run_module("experiments.pretrain", run_name="__main__", alter_sys=True)
 """
 
-# --- the place of a process -----------------------------------------------------------------------------------------
+# --- placement of a process ------------------------------------------------------------------------------------------
 
 
-def test_flags_make_a_place_and_without_them_there_is_none():
+def test_flags_define_a_placement():
   assert from_flags(None, None, None) is None
-  assert from_flags("node1:61440", 4, 3) == Place("node1:61440", 4, 3)
-  assert from_flags("[fe80::1]:1", 1, 0) == Place("[fe80::1]:1", 1, 0)
+  assert from_flags("node1:61440", 4, 3) == Placement("node1:61440", 4, 3)
+  assert from_flags("[fe80::1]:1", 1, 0) == Placement("[fe80::1]:1", 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_flags_make_a_place_and_without_them_there_is_none():
     (("node1:61440", 2, -1), r"--process_id \(=-1\)"),
   ],
 )
-def test_flags_that_make_no_sense_are_sentences(given, message):
+def test_invalid_flags_are_errors(given, message):
   with pytest.raises(UserError, match=message):
     from_flags(*given)
 
@@ -91,31 +92,75 @@ def slurm(nodes="node7", tasks=2, task=1, job=5):
     ("rack[1-2]-gpu[3,5]", "rack1-gpu3"),
   ],
 )
-def test_the_first_node_of_a_slurm_step_listens(nodes, first):
-  assert from_slurm(slurm(nodes, tasks=6, task=4, job=4096 * 3 + 9)) == Place(f"{first}:{FIRST_PORT + 9}", 6, 4)
+def test_process_0_listens_on_the_first_node_of_a_slurm_step(nodes, first):
+  assert from_slurm(slurm(nodes, tasks=6, task=4, job=4096 * 3 + 9)) == Placement(f"{first}:{FIRST_PORT + 9}", 6, 4)
 
 
 @pytest.mark.parametrize(
   ("name", "value"), [("PROCID", None), ("JOB_ID", "x"), ("STEP_NUM_TASKS", "2x"), ("STEP_NODELIST", None)]
 )
-def test_half_a_place_of_slurm_is_a_sentence(name, value):
+def test_incomplete_variables_of_slurm_are_errors(name, value):
   said = slurm() | {f"SLURM_{name}": value}
-  with pytest.raises(UserError, match=r"one of \S+ tasks, and not which, or where .*; start them by srun, or pass"):
+  with pytest.raises(
+    UserError, match=r"define \S+ tasks, but not the number or node of this one .*; start the tasks by srun, or pass"
+  ):
     from_slurm({key: text for key, text in said.items() if text is not None})
 
 
-def test_without_other_tasks_slurm_says_nothing():
+def test_a_single_task_of_slurm_has_no_placement():
   """A batch script is no step; `srun` of one task is one, and so is every command that it starts in turn."""
   assert from_slurm({}) is None
   assert from_slurm(slurm(tasks=1, task=0)) is None
   assert from_slurm({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None
 
 
+# --- the end of a process -------------------------------------------------------------------------------------------
+
+
+def ends(monkeypatch, process: int, count: int, end) -> tuple[list[int], list[float]]:
+  """Return the exit codes with which `end()` ends a process, and for how many seconds it waited before."""
+  codes, waits = [], []
+  monkeypatch.setattr(distributed.processes, "Store", lambda: SimpleNamespace(process=process, count=count))
+  monkeypatch.setattr(distributed, "os", SimpleNamespace(_exit=codes.append))
+  monkeypatch.setattr(distributed, "time", SimpleNamespace(sleep=waits.append))
+  end()
+  return codes, waits
+
+
+@pytest.mark.parametrize(("process", "waits"), [(0, [distributed.FAREWELL]), (1, [])])
+def test_process_0_ends_last(monkeypatch, process, waits):
+  """Before, it answers the others, each of which ends by its own message."""
+  assert ends(monkeypatch, process, 2, lambda: distributed.exit_process(SystemExit(2))) == ([2], waits)
+  for code in (HUNG, STOPPED):
+    assert ends(monkeypatch, process, 2, lambda code=code: distributed.end_process("why", code)) == ([code], waits)
+
+
+def test_ctrl_c_once_more_does_not_wait(monkeypatch, capsys):
+  assert ends(monkeypatch, 0, 2, lambda: distributed.end_process("stopped at once", 130)) == ([130], [])
+  assert capsys.readouterr().err == "\nstopped at once\n"
+
+
+def test_an_unexpected_error_is_printed_with_its_traceback(monkeypatch, capsys):
+  assert ends(monkeypatch, 1, 2, lambda: distributed.exit_process(ValueError("why"))) == ([1], [])
+  assert capsys.readouterr().err.endswith("ValueError: why\n")
+
+
+def test_a_single_process_ends_as_python_does(monkeypatch, capsys):
+  assert ends(monkeypatch, 0, 1, lambda: distributed.exit_process(ValueError("why"))) == ([], [])
+  assert capsys.readouterr().err == ""
+
+
+def test_a_process_ends_even_if_nothing_can_be_printed(monkeypatch):
+  with open("/dev/null") as unwritable:
+    monkeypatch.setattr(sys, "stderr", unwritable)
+    assert ends(monkeypatch, 0, 1, lambda: distributed.end_process("why", HUNG)) == ([HUNG], [])
+
+
 # --- real processes -------------------------------------------------------------------------------------------------
 
 
 def free_port():
-  """A port from which SLURM's job number can be told."""
+  """Return a free port in the range that follows from SLURM's job numbers."""
   for port in range(FIRST_PORT + os.getpid() % 4000, 2**16):
     try:
       with socket.create_server(("", port)):
@@ -125,16 +170,16 @@ def free_port():
   raise AssertionError("no port is free")
 
 
-def start(folder, flags, *, slurm_says=False, first=(), second=()):
-  """[(exit code, stdout, stderr)] of two processes of one run; their own flags are `first` and `second`."""
+def start(folder, flags, *, by_slurm=False, first=(), second=()):
+  """Return [(exit code, stdout, stderr)] of two processes of one run, with flags `first` and `second` of their own."""
   port, running = free_port(), []
   shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   for process, own in enumerate((first, second)):
     place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={COUNT}", f"--process_id={process}"]
-    environment = shared | (slurm("localhost", COUNT, process, port - FIRST_PORT) if slurm_says else {})
+    environment = shared | (slurm("localhost", COUNT, process, port - FIRST_PORT) if by_slurm else {})
     command = [sys.executable, "-c", WATCHED, str(folder / f"watched-{process}.json"), *flags, *own]
-    command += [] if slurm_says else place
+    command += [] if by_slurm else place
     running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
   try:
     ended = [process.communicate(timeout=900) for process in running]
@@ -149,9 +194,9 @@ ALL_SPLIT = ["--config.sharding.fsdp=8", "--config.sharding.frozen=sharded"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """The same run by 1 × 8, 1 × 1 and 2 × 4 devices; and by 2 × 4 from step 4 of 1 × 8, behind a damaged checkpoint.
+  """The same run on 1 × 8, 1 × 1 and 2 × 4 processes × devices; and continued on 2 × 4 from step 4 of the first.
 
-  The last has its arrays split over all 8, so that each process holds half of them.
+  The last one finds a damaged checkpoint of step 8, and its arrays are split over all 8 devices.
   """
   folder = tmp_path_factory.mktemp("runs")
   raw, eight, one = tiny_config(folder), folder / "eight", folder / "one"
@@ -166,7 +211,7 @@ def runs(tmp_path_factory):
   shutil.copytree(eight, continued)
   shutil.rmtree(continued / "checkpoints" / "12")
   damage(continued / "checkpoints" / "8")
-  again = start(folder, [*flags, *ALL_SPLIT, f"--workdir={continued}"], slurm_says=True)
+  again = start(folder, [*flags, *ALL_SPLIT, f"--workdir={continued}"], by_slurm=True)
   return SimpleNamespace(
     folder=folder, config=config, eight=eight, one=one, apart=folder / "apart", continued=continued,
     started=apart, started_again=again, watched=watched,
@@ -183,7 +228,7 @@ def rows_of(workdir):
 
 
 def state_of(workdir, config, devices=8):
-  """(state, program) of the newest checkpoint of a run, on so many devices of this process."""
+  """Return the state in the newest checkpoint of a run, on a number of devices of this process."""
   phase = build_phase(config, small_model.mesh(devices))
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     return checkpoints.restore(lambda _: phase.abstract)
@@ -193,7 +238,7 @@ def numbers(rows, name):
   return [row[name] for row in rows if name in row]
 
 
-def test_both_processes_end_well(runs):
+def test_both_processes_succeed(runs):
   for code, _, error in (*runs.started, *runs.started_again):
     assert code == 0, error
 
@@ -206,7 +251,7 @@ def test_each_step_is_logged_once(runs, name):
 
 
 @pytest.mark.parametrize("name", ["one", "apart", "continued"])
-def test_the_run_is_the_same_wherever_its_devices_are(runs, name):
+def test_the_run_does_not_depend_on_the_placement_of_its_devices(runs, name):
   """Up to the order in which gradients are summed; switching does not depend on it at all."""
   rows, expected = rows_of(getattr(runs, name)), rows_of(runs.eight)
   for key in ("loss", "val_loss", "grad_norm", "learnt_rank", "moved_norm"):
@@ -220,14 +265,14 @@ def test_the_run_is_the_same_wherever_its_devices_are(runs, name):
       np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
 
 
-def test_another_seed_would_be_seen(runs):
-  """What the tolerance above does not forgive."""
+def test_the_tolerance_tells_two_seeds_apart(runs):
+  """The losses of other batches are not within the tolerance above."""
   rows = numbers(rows_of(runs.apart), "loss")
   assert not np.allclose(rows[1:], np.roll(rows, 1)[1:], rtol=1e-3)
 
 
 @pytest.mark.parametrize("devices", [8, 1])
-def test_a_checkpoint_of_two_processes_comes_back_on_one(runs, devices):
+def test_a_checkpoint_of_two_processes_is_restored_on_one(runs, devices):
   state = state_of(runs.apart, runs.config, devices)
   assert int(state.step) == 12 and array_checksums(state) == manifest.read(runs.apart / "checkpoints" / "12").arrays
   assert state.params["embed"]["embedding"].sharding.device_set == set(jax.devices()[:devices])
@@ -256,19 +301,19 @@ def test_each_process_reads_its_own_rows_and_no_others(runs):
   assert len(list((folder / "cache").iterdir())) == 1, "text was prepared once"
 
 
-def test_the_first_speaks_for_all(runs):
+def test_process_0_prints(runs):
   (_, said, _), (_, other, shown) = runs.started
   assert re.search(r"^process 0 of 2 on \S+: 4 × cpu$", said, re.M)
   for pattern in ("data: text, fingerprint", "step 4: validation perplexity", "sample: '.*' → '", "saved in: "):
     assert re.search(pattern, said), pattern
-  # Gloo says how many peers it has from threads, piece by piece: a piece may stand on a line of its own.
+  # Gloo prints the number of peers from several threads: a part of its message may be on a line of its own.
   lines = [line for line in other.splitlines() if "peer ranks" not in line and not re.fullmatch(r"\s*\d*\s*", line)]
   assert len(lines) == 1 and re.fullmatch(r"process 1 of 2 on \S+: 4 × cpu", lines[0])
   assert shown == "", "no progress bar"
 
 
-def test_the_first_writes_for_all(runs):
-  """… but for checkpoints, of which each process writes its share, and its lock."""
+def test_process_0_writes(runs):
+  """… all files but checkpoints, of which each process writes its share, and the lock of each process."""
   inside = [[path for path in wrote if path.startswith(f"{runs.apart}/")] for _, wrote in runs.watched]
   outside = [{path for path in paths if f"{runs.apart}/checkpoints" not in path} for paths in inside]
   assert {Path(path).name for path in outside[1]} == {".lock.1"}
@@ -290,8 +335,8 @@ def test_another_config_on_one_process_stops_both(runs):
   assert not (runs.folder / "none").exists()
 
 
-def test_a_mistake_that_only_the_first_can_see_stops_both(runs):
-  """The other waits for the directory that the first cannot make."""
+def test_a_mistake_found_by_process_0_alone_stops_both(runs):
+  """The other one waits for the directory that process 0 cannot create."""
   (runs.folder / "file").touch()
   ended = start(runs.folder, [f"--workdir={runs.folder / 'file' / 'run'}"])
   for code, _, error in ended:
@@ -299,7 +344,7 @@ def test_a_mistake_that_only_the_first_can_see_stops_both(runs):
     assert "Traceback" not in error
 
 
-def test_a_coordinator_that_cannot_be_reached_is_a_sentence():
+def test_an_unreachable_coordinator_is_an_error():
   place = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=1", "--coordinator_timeout=1"]
   command = [sys.executable, "-m", "experiments.pretrain", "--workdir=none", *place]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

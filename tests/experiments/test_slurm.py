@@ -1,4 +1,4 @@
-"""The batch script, with stand-ins for what SLURM gives it."""
+"""The batch script, with stand-ins for the commands of SLURM."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ SCRIPT = ROOT / "experiments" / "slurm" / "pretrain.sbatch"
 
 
 def submit(folder: Path, srun: str, state: str = "RUNNING") -> subprocess.Popen:
-  """The script, started in a folder with a virtual environment, with `srun` being these lines of shell."""
+  """Start the script in a folder with a virtual environment, with lines of shell as `srun`."""
   (folder / ".venv" / "bin").mkdir(parents=True)
   (folder / ".venv" / "bin" / "activate").touch()
   stand_ins = {"srun": srun, "scontrol": 'echo "scontrol $@"', "squeue": f'[ "$3" = --jobs=17 ] && echo {state}'}
@@ -26,31 +26,31 @@ def submit(folder: Path, srun: str, state: str = "RUNNING") -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 69, 75, 137])
-def test_a_run_that_saved_when_it_was_told_to_stop_is_requeued_and_no_other(tmp_path, code):
+def test_a_run_is_requeued_only_if_it_was_stopped(tmp_path, code):
   process = submit(tmp_path, f"exit {code}")
   said, _ = process.communicate(timeout=30)
   assert process.returncode == code
   assert said == ("scontrol requeue 17\n" if code == 75 else "")
 
 
-def test_a_job_that_was_cancelled_stays_so(tmp_path):
+def test_a_cancelled_job_is_not_requeued(tmp_path):
   process = submit(tmp_path, "exit 75", state="COMPLETING")
   said, _ = process.communicate(timeout=30)
-  assert process.returncode == 75 and said == "stopped, and not put back into the queue: the job is COMPLETING\n"
+  assert process.returncode == 75 and said == "stopped, and not requeued: the job is COMPLETING\n"
 
 
-def test_where_the_state_of_the_job_is_not_known_it_is_requeued(tmp_path):
+def test_a_job_of_unknown_state_is_requeued(tmp_path):
   process = submit(tmp_path, "exit 75", state="; false")
   said, _ = process.communicate(timeout=30)
   assert process.returncode == 75 and said.strip() == "scontrol requeue 17"
 
 
-def test_the_command_gets_the_arguments_as_they_were_given(tmp_path):
+def test_arguments_reach_the_command_unchanged(tmp_path):
   said, _ = submit(tmp_path, 'for word in "$@"; do echo "$word"; done').communicate(timeout=30)
   assert said.splitlines()[-4:] == ["python", "-m", "experiments.pretrain", "--workdir=runs/a b"]
 
 
-def test_the_script_lives_to_see_the_end_of_a_run_that_was_told_to_stop(tmp_path):
+def test_the_script_survives_sigterm(tmp_path):
   """SLURM may send the signal to the script as well."""
   process = submit(tmp_path, f"touch {tmp_path}/begun; sleep 3; exit 75")
   while not (tmp_path / "begun").exists():

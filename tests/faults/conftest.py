@@ -1,4 +1,4 @@
-"""The faults: all of them by `make faults`; those marked `telling` belong to the default tests as well."""
+"""Fault injection: `make faults` runs all tests; those marked `telling` belong to the default tests as well."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Real runs of the training command, hurt on purpose, and what must be left of them."""
+"""Real runs of the training command for fault injection, and comparisons of their results."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ PATIENCE = int(os.environ.get("FAULTS_PATIENCE", 600))  # seconds that a tiny ru
 
 
 class Run(NamedTuple):
-  """A process that trains: the process, its --workdir, the files that its output goes to, and who writes the last."""
+  """A training process, its --workdir, its output files, and the process that writes `stderr`."""
 
   process: subprocess.Popen
   workdir: Path
@@ -32,11 +32,11 @@ class Run(NamedTuple):
   scribe: subprocess.Popen
 
   def until(self, step: int):
-    """Wait until metrics.jsonl has a line of a step, which the process must live to write."""
+    """Wait until metrics.jsonl has a line of a step; fails if the process ends before."""
     self.wait_for(lambda: last_step(self.workdir) >= step, f"step {step}")
 
   def wait_for(self, happened, what: str):
-    """Wait until `happened()`, which the process must live to see."""
+    """Wait until `happened()`; fails if the process ends before."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
       assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}: {self.said()}"
@@ -44,7 +44,7 @@ class Run(NamedTuple):
       time.sleep(0.01)
 
   def end(self, patience: float = PATIENCE) -> int:
-    """Wait for its end; returns the exit code."""
+    """Wait for its end and return the exit code."""
     try:
       code = self.process.wait(patience)
       self.scribe.wait(patience)
@@ -53,23 +53,23 @@ class Run(NamedTuple):
       self.process.kill()
 
   def kill(self):
-    """SIGKILL, which strikes it alive: one that had ended by itself has survived nothing."""
+    """Send SIGKILL to the process, which must still be running."""
     self.process.kill()
     assert (code := self.end()) == -signal.SIGKILL, f"it had ended with {code} before: {self.said()}"
 
   def errors(self) -> list[str]:
-    """The errors that it printed, each a line of its own, also where a progress bar was shown."""
+    """Return the lines with errors that it printed, also those after a progress bar."""
     return [line for line in self.said().replace("\r", "\n").splitlines() if line.startswith("error: ")]
 
   def said(self) -> str:
-    """What it printed to stderr."""
+    """Return its output on stderr."""
     return self.stderr.read_text()
 
 
 def start(config, workdir: Path, *flags: str, fault: str | None = None, devices: int | None = None, **popen) -> Run:
   """Start the command on an unresolved config; `fault` as for `inject.py`, `popen` as for `subprocess.Popen`.
 
-  Without `devices` it is alone on one, and shares what it compiles.
+  Without `devices` it has one, and uses the compilation cache.
   """
   entry = ["-m", "experiments.pretrain"] if fault is None else [str(ROOT / "tests" / "faults" / "inject.py"), fault]
   command = [sys.executable, *entry, *flags_of(config), f"--workdir={workdir}", *flags]
@@ -79,13 +79,13 @@ def start(config, workdir: Path, *flags: str, fault: str | None = None, devices:
   environment = os.environ | (ONE_DEVICE if devices is None else several)
   with outputs[0].open("w") as stdout, outputs[1].open("w") as stderr:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, **popen)
-    scribe = subprocess.Popen(["cat"], stdin=process.stderr, stdout=stderr)  # a full disk shall not cut what is said
+    scribe = subprocess.Popen(["cat"], stdin=process.stderr, stdout=stderr)  # a full disk must not truncate the output
   process.stderr.close()
   return Run(process, workdir, *outputs, scribe)
 
 
 def start_pair(config, workdir: Path, *flags: str, faults=(None, None), devices: int = 1) -> list[Run]:
-  """Start two processes of one run with so many devices each; each may have its own fault."""
+  """Start two processes of one run with `devices` devices and an optional fault each."""
   with socket.create_server(("127.0.0.1", 0)) as probe:
     port = probe.getsockname()[1]
   place = lambda process: [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={process}"]
@@ -96,7 +96,7 @@ def start_pair(config, workdir: Path, *flags: str, faults=(None, None), devices:
 
 
 def finish(config, workdir: Path, *flags: str, **more) -> Run:
-  """Run the command to its end, which must be a good one; `more` as for `start`."""
+  """Run the command to its end, which must be successful; `more` as for `start`."""
   hurt_at = last_step(workdir)
   run = start(config, workdir, *flags, **more)
   end_well([run], hurt_at)
@@ -112,7 +112,7 @@ def finish_pair(config, workdir: Path, *flags: str, devices: int = 1) -> list[Ru
 
 
 def end_well(runs: list[Run], hurt_at: int):
-  """Wait for a good end of the processes of a run, and print how long it took to come further than before."""
+  """Wait for the successful end of all processes of a run, and print the time until it passed the step of the fault."""
   began = time.monotonic()
   further = lambda: last_step(runs[0].workdir) > hurt_at
   while not further() and runs[0].process.poll() is None and time.monotonic() < began + PATIENCE:
@@ -124,24 +124,24 @@ def end_well(runs: list[Run], hurt_at: int):
 
 
 def last_step(workdir: Path) -> int:
-  """The last step in metrics.jsonl, 0 before the first."""
+  """Return the last step in metrics.jsonl, 0 before the first."""
   rows = metrics.read(workdir / "metrics.jsonl")
   return rows[-1]["step"] if rows else 0
 
 
 def saved_steps(workdir: Path) -> list[int]:
-  """The steps that have a finished checkpoint."""
+  """Return the steps that have a finished checkpoint."""
   names = (path.name for path in (workdir / "checkpoints").iterdir())
   return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
 
 
 def lines(workdir: Path) -> list[dict]:
-  """metrics.jsonl without the one thing that is a matter of time."""
+  """Return the rows of metrics.jsonl without the one number that depends on time."""
   return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
 def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:
-  """Every array of the newest checkpoint, by its path there."""
+  """Return every array of the newest checkpoint by its path in the state."""
   path = workdir / "checkpoints" / str(saved_steps(workdir)[-1]) / "state"
   with ocp.PyTreeCheckpointer() as reader:
     described = reader.metadata(path).item_metadata.tree
@@ -166,7 +166,7 @@ def assert_same_end(run: Path, whole: Path):
 
 
 def assert_same_numbers(run: Path, whole: Path):
-  """The weaker claim, where other devices sum in another order: the same numbers but for rounding, switches exactly."""
+  """The same numbers up to rounding, since other devices sum in another order; switches are exactly the same."""
   rows, others = lines(run), lines(whole)
   assert [row.keys() for row in rows] == [row.keys() for row in others]
   exact = {"step", "switched", "frozen_share", "coverage", "learning_rate", "skipped"}

@@ -1,7 +1,7 @@
 """Runs the training command with a fault in it: `python tests/faults/inject.py MODULE:FUNCTION[=ARGUMENT] --flags`.
 
-The function, which stands in the test module beside the test that needs it, is called first, with the argument as a
-string if there is one. It patches what is to fail; then the command runs as always.
+The function is defined in the test module that needs it. It is called first, with the argument as a string if there is
+one, and patches the code that is to fail. Then the command runs as usual.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Clocks that jump: file names, logs and speeds have them, what a run computes has not."""
+"""Clocks that jump: they affect file names, logs and speeds, but no result of a run."""
 
 import itertools
 import time
@@ -9,10 +9,10 @@ DAY = 86_400
 
 
 def jump():
-  """The wall clock leaps a day back at every 50th look, and once, at the 120th, a quarter of an hour ahead.
+  """The wall clock jumps back by a day at every 50th reading, and once, at the 120th, ahead by a quarter of an hour.
 
-  (More than 20 minutes ahead within one save would end that save: by this clock orbax measures its patience.)
-  The monotonic clock stands still between most looks, as a coarse one does; back it never goes.
+  (More than 20 minutes ahead within one save would end that save: orbax measures its timeout by this clock.)
+  The monotonic clock stands still between most readings, as a coarse one does; it never goes back.
   """
   walls, monos = itertools.count(), itertools.count()
   real, nanoseconds, monotonic = time.time, time.time_ns, time.monotonic

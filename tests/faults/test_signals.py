@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step is finished and saved, on two processes the same one, and nothing at all is lost."""
+"""SIGTERM and SIGINT: the step is finished and saved, the same one on two processes, and nothing is lost."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ from switchlora_jax.errors import STOPPED
 
 
 def stopped_at(run) -> int:
-  """The step after which a run that was told to stop has ended; nothing is written after its save."""
+  """Return the step after which a signal stopped a run; nothing is written after its save."""
   assert run.end() == STOPPED, run.said()
   step = saved_steps(run.workdir)[-1]
   assert step == last_step(run.workdir)
@@ -20,7 +20,7 @@ def stopped_at(run) -> int:
 
 @pytest.mark.telling
 def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
-  """Case 3. SIGTERM, then SIGINT in what continues, both between two checkpoints of the schedule: nothing is lost."""
+  """Case 3. SIGTERM, then SIGINT to the relaunch, both between two scheduled checkpoints: nothing is lost."""
   folder, uninterrupted = whole
   config, workdir = small(folder, checkpoint_every=30), tmp_path / "stopped"
   for number, reach in ((signal.SIGTERM, 7), (signal.SIGINT, 22)):
@@ -43,25 +43,25 @@ def slow_set_up():
 def test_sigterm_during_set_up_ends_all_to_be_started_again(tmp_path):
   """Case 3. SIGTERM before the first step, to one of two: both exit with 75 at once; the same command starts again."""
   faults, workdir = ("test_signals:slow_set_up",) * 2, tmp_path / "pair"
-  for told in (1, 0):
+  for receiver in (1, 0):
     pair = start_pair(small(tmp_path), workdir, faults=faults)
     pair[0].wait_for(lambda first=pair[0]: "tokenising" in first.stdout.read_text(), "set-up")
-    pair[told].process.send_signal(signal.SIGTERM)
+    pair[receiver].process.send_signal(signal.SIGTERM)
     assert [run.end(20) for run in pair] == [STOPPED] * 2
-    assert "stopped by SIGTERM during set-up; the same command starts again" in pair[told].said()
-    assert f"stopped by SIGTERM to process {told} during set-up; the same" in pair[1 - told].said()
+    assert "stopped by SIGTERM during set-up; the same command starts again" in pair[receiver].said()
+    assert f"stopped by SIGTERM to process {receiver} during set-up; the same" in pair[1 - receiver].said()
 
 
 def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole_pair, tmp_path):
   """Case 4. SIGTERM to one process, then SIGINT to the other: both save the same step, and nothing is lost."""
   folder, uninterrupted = whole_pair
   config, workdir = small(folder, checkpoint_every=30), tmp_path / "pair"
-  for number, told, reach in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 20)):
+  for number, receiver, reach in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 20)):
     pair = start_pair(config, workdir)
     pair[0].until(reach)
-    pair[told].process.send_signal(number)
+    pair[receiver].process.send_signal(number)
     step, _ = (stopped_at(run) for run in pair)
-    assert f"stopped by {number.name} after step {step}, which is saved" in pair[told].said()
-    assert f"stopped by {number.name} to process {told} after step {step}, which" in pair[1 - told].said()
+    assert f"stopped by {number.name} after step {step}, which is saved" in pair[receiver].said()
+    assert f"stopped by {number.name} to process {receiver} after step {step}, which" in pair[1 - receiver].said()
   finish_pair(config, workdir)
   assert_same_end(workdir, uninterrupted)

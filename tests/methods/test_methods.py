@@ -176,7 +176,7 @@ def test_a_method_is_a_module_a_line_in_the_table_and_a_section_of_the_config(mo
   config = resolve(toy_config(0.9), 1)
   assert (config.learning_rate, config.min_lr_ratio) == (0.1, 0.5)
   phase = small_model.phase(config, 1)
-  text = run_report.describe(config, phase.abstract)
+  text = run_report.describe_run(config, phase.abstract)
   assert "toy.momentum: 0.9" in text and text.endswith("momentum: 0.9\nWARNING: momentum is a toy")
   state, losses = phase.create(), []
   for _ in range(8):

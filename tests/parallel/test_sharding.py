@@ -1,4 +1,4 @@
-"""Where arrays lie: every placement trains the same run, holds what it says, and moves only what it must."""
+"""Shardings: every placement trains the same run, has its share of the arrays, and moves no more than needed."""
 
 import math
 from functools import lru_cache
@@ -26,18 +26,18 @@ LAYOUTS = {
   "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
   "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded", remat="full"),
 }
-# What is reduced in another order, or by other devices, differs by roundings that Adam amplifies.
+# Other reductions have another order of sums, and Adam amplifies the differences in rounding.
 SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
 
 
 def config(method="switchlora", **layout):
-  """Rank 5, 11 spares: nothing divides by 8, but for hidden and vocabulary."""
+  """Rank 5 and 11 spares: only the hidden size and the vocabulary are multiples of 8."""
   return small_model.config(method, rank=5, **layout)
 
 
 @lru_cache
 def trained(devices=8, method="switchlora", steps=5, **layout):
-  """The program, the metrics of some steps, the last state on the host and some validation losses."""
+  """Return the phase, the metrics of some steps, the last state on the host and some validation losses."""
   settings = config(method, **layout)
   phase, metrics = small_model.phase(settings, devices), []
   with jax.set_mesh(small_model.mesh(devices, settings.sharding.fsdp)):
@@ -50,7 +50,7 @@ def trained(devices=8, method="switchlora", steps=5, **layout):
 
 
 def without_padding(state):
-  """A state on the host whose spares are the c - r = 11 that there are, and not their padding."""
+  """Return a state on the host without the padding of its c - r = 11 spares."""
   real = lambda path, x: x[..., :11, :] if path[-1].key in ("spare_a", "spare_b") else x
   return state._replace(candidates=jax.tree.map_with_path(real, state.candidates))
 
@@ -58,7 +58,7 @@ def without_padding(state):
 # --- the same run -------------------------------------------------------------------------------------------------
 
 
-# The quick ones are compiled for other tests as well, or hold most of what the others do.
+# The quick ones are compiled for other tests as well, or have most properties of the others.
 @pytest.mark.parametrize("name", slowly(LAYOUTS, quick=(*SUMS_ALIKE, "all over 4 of 8 devices")))
 def test_every_layout_trains_the_same_run(name):
   _, expected, last, losses = trained(**REPLICATED)
@@ -87,15 +87,15 @@ def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), state.params, last.params)
 
 
-def test_rows_of_padding_are_there_and_stay_zero():
+def test_padding_exists_and_stays_zero():
   spares = trained(**SPARES)[2].candidates["blocks"]["gate"]["spare_b"]
   assert spares.shape == (2, 16, 24) and not spares[:, 11:].any() and spares[:, :11].any()
   assert trained(**REPLICATED)[2].candidates["blocks"]["gate"]["spare_b"].shape == (2, 11, 24)
 
 
 @pytest.mark.parametrize("remat", ["none", "linear", "full"])
-def test_what_is_gathered_of_a_layer_is_not_kept_for_the_backward_pass(remat):
-  """In the trace of a step no loop over the layers returns whole kernels; as plain training would keep them."""
+def test_gathered_arrays_are_not_kept_for_the_backward_pass(remat):
+  """In the trace of a step no loop over the layers returns full kernels, as it does without sharding."""
 
   def stacked(**layout):
     settings = config("full", batch_size=8, model__num_layers=3, model__vocab_size=56, **layout)
@@ -109,28 +109,31 @@ def test_what_is_gathered_of_a_layer_is_not_kept_for_the_backward_pass(remat):
   assert stacked() & kernels == kernels, "their gradients, at the least"
 
 
-# --- what a device holds ------------------------------------------------------------------------------------------
+# --- arrays per device --------------------------------------------------------------------------------------------
 
 
-def held(tree) -> int:
-  """Numbers on one device."""
+def size_per_device(tree) -> int:
+  """Return the number of elements on one device."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def test_a_device_holds_its_share():
+def test_a_device_has_its_share():
   whole = trained(**REPLICATED)[0].abstract
   layouts = {name: trained(**layout)[0].abstract for name, layout in LAYOUTS.items()}
   spares = lambda state: [{n: x for n, x in c.items() if "spare" in n} for c in state.candidates["blocks"].values()]
-  assert held(spares(layouts["candidates over 8 devices"])) * 8 == held(spares(whole)) * 16 / 11
+  assert size_per_device(spares(layouts["candidates over 8 devices"])) * 8 == size_per_device(spares(whole)) * 16 / 11
   for part in ("params", "frozen", "opt_state"):
-    assert held(getattr(layouts["candidates over 8 devices"], part)) == held(getattr(whole, part))
+    assert size_per_device(getattr(layouts["candidates over 8 devices"], part)) == size_per_device(getattr(whole, part))
   split = layouts["optimizer over 8 devices"]
-  assert (held(split.params), held(split.frozen)) == (held(whole.params), held(whole.frozen))
-  vectors_of_5 = 2 * 7 * 2 * 5  # their counts, in Adam's state, which nothing divides
-  assert held(split.opt_state) < held(whole.opt_state) / 8 + vectors_of_5 + 10
-  assert held(layouts["trained over 8 devices"].params) == held(whole.params) / 8
-  assert held(layouts["trained over 8 devices"].frozen) == held(whole.frozen)
-  assert held(layouts["all over 4 of 8 devices"].frozen) == held(whole.frozen) / 4
+  assert (size_per_device(split.params), size_per_device(split.frozen)) == (
+    size_per_device(whole.params),
+    size_per_device(whole.frozen),
+  )
+  vectors_of_5 = 2 * 7 * 2 * 5  # their counts in Adam's state, which cannot be split
+  assert size_per_device(split.opt_state) < size_per_device(whole.opt_state) / 8 + vectors_of_5 + 10
+  assert size_per_device(layouts["trained over 8 devices"].params) == size_per_device(whole.params) / 8
+  assert size_per_device(layouts["trained over 8 devices"].frozen) == size_per_device(whole.frozen)
+  assert size_per_device(layouts["all over 4 of 8 devices"].frozen) == size_per_device(whole.frozen) / 4
 
 
 def test_candidates_on_the_host_are_in_its_pinned_memory():
@@ -144,7 +147,7 @@ def test_candidates_on_the_host_are_in_its_pinned_memory():
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 5, 8, 16, 24, 40]), min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_blocks, vectors):
+def test_arrays_are_split_evenly_and_never_along_the_layers(shape, in_blocks, vectors):
   name = "lora_a" if vectors else "kernel"
   tree = {"blocks": {"q": {name: np.zeros(shape)}}} if in_blocks else {"head": {name: np.zeros(shape)}}
   placement = Placement(small_model.mesh(8, 8), trained=True)
@@ -161,8 +164,8 @@ def test_what_is_split_is_divided_evenly_and_never_along_the_layers(shape, in_bl
     assert shape[axis] == max(shape[a] for a in axes)
 
 
-def test_a_device_computes_what_one_alone_would():
-  """The same rows a device, alone and among eight: as many operations."""
+def test_operations_per_device_do_not_grow_with_devices():
+  """The same number of sequences per device, on one device and on eight, needs the same number of operations."""
 
   def operations(devices, **layout):
     settings = config(batch_size=2 * devices, model__hidden_size=64, **layout)
@@ -177,7 +180,7 @@ def test_a_device_computes_what_one_alone_would():
 
 
 @pytest.mark.parametrize(
-  ("saved", "wanted"),
+  ("saved", "restored_as"),
   [
     (SPARES, REPLICATED),
     (REPLICATED, LAYOUTS["all over 4 of 8 devices"]),
@@ -185,12 +188,12 @@ def test_a_device_computes_what_one_alone_would():
     (LAYOUTS["all over 4 of 8 devices"], LAYOUTS["candidates on the host"]),
   ],
 )
-def test_a_checkpoint_of_one_layout_restores_in_another(saved, wanted, tmp_path):
+def test_a_checkpoint_of_one_layout_restores_in_another(saved, restored_as, tmp_path):
   phase, _, state, _ = trained(**saved)
   placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, phase.abstract)
   with Checkpoints(tmp_path, 1) as checkpoints:
     checkpoints.save(5, placed)
-  abstract = trained(**wanted)[0].abstract
+  abstract = trained(**restored_as)[0].abstract
   with Checkpoints(tmp_path, 1) as checkpoints:
     restored = checkpoints.restore(lambda _: abstract)
   assert same_bits(without_padding(restored), without_padding(state))
@@ -199,7 +202,7 @@ def test_a_checkpoint_of_one_layout_restores_in_another(saved, wanted, tmp_path)
 
 
 def test_a_checkpoint_of_other_shapes_is_not_filled_up_with_zeros(tmp_path):
-  """As it would be if only the rows of padding were meant to differ: a larger rank, model or vocabulary."""
+  """Padding alone may differ: not the rank, the size of the model or the vocabulary."""
   state = {"blocks": {"lora_a": np.ones((2, 4, 16), np.float32), "spare_a": np.ones((2, 12, 16), np.float32)}}
   on_one = replicated(small_model.mesh(1))
   with Checkpoints(tmp_path, 1) as checkpoints:
@@ -216,7 +219,7 @@ def test_a_checkpoint_of_other_shapes_is_not_filled_up_with_zeros(tmp_path):
       restore(lora_a, spare_a)
 
 
-def test_one_device_goes_on_from_a_checkpoint_of_eight(tmp_path):
+def test_one_device_continues_from_a_checkpoint_of_eight(tmp_path):
   phase, _, state, _ = trained(**SPARES)
   with Checkpoints(tmp_path, 1) as checkpoints:
     checkpoints.save(5, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, phase.abstract))
