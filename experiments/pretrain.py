@@ -60,12 +60,14 @@ def check():
 
 
 def comparison(config) -> str | None:
-  """Perplexities of other methods at the budget of the default run; None for another run, or while unmeasured."""
+  """Perplexities of other methods at the budget of the default run; None for another run."""
   default = resolve(llama_tiny.get_config(), jax.device_count(), jax.default_backend())
-  if not llama_tiny.REFERENCE or run_directory.differences(default.to_dict(), config.to_dict()):
+  if run_directory.differences(default.to_dict(), config.to_dict()):
     return None
-  measured = ", ".join(f"{name} {perplexity:.2f}" for name, perplexity in llama_tiny.REFERENCE.items())
-  return f"perplexity at this budget, measured by `{llama_tiny.REFERENCE_COMMAND}`: {measured}"
+  measured = ", ".join(
+    f"{name} {perplexity:.2f} ({bits:.3f} bits per byte)" for name, (perplexity, bits) in llama_tiny.REFERENCE.items()
+  )
+  return f"at this budget, mean of 3 seeds: {measured}; see docs/results/index.md"
 
 
 def what_must_agree(config, workdir: Path | None) -> dict:

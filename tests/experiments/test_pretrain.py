@@ -5,9 +5,14 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
+from grids import imported
 from paths import ROOT
 from tiny import ONE_DEVICE, write_text
+
+from configs import llama_tiny
+from switchlora_jax.config import resolve
 
 TINY = [f"--config.model.{key}" for key in ("hidden_size=16", "num_heads=2", "num_layers=2", "intermediate_size=24")]
 
@@ -84,3 +89,13 @@ def test_a_mistake_is_one_sentence(tmp_path, name):
 def test_a_config_file_that_is_not_there_is_one_sentence():
   done = pretrain("--dry_run", config="configs/llama_3m.py")
   assert done.returncode == 2 and "llama_3m" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_default_is_compared_with_other_methods_at_its_budget():
+  config = llama_tiny.get_config()
+  with imported("pretrain") as command:
+    line = command.comparison(resolve(config, jax.device_count()))
+    config.steps = 2000
+    assert command.comparison(resolve(config, jax.device_count())) is None
+  for method, (perplexity, bits) in llama_tiny.REFERENCE.items():
+    assert f"{method} {perplexity:.2f} ({bits:.3f} bits per byte)" in line
