@@ -1,4 +1,4 @@
-"""Commands, `python -m experiments.NAME`; see the README. This file runs on any Python 3, to report a wrong one."""
+"""Commands, run by `python -m`; see the README. This file runs on any Python 3, to report a wrong one."""
 
 import importlib.util
 import sys

@@ -251,7 +251,7 @@ def test_titles_are_those_of_the_papers_tables():
     (["--learning_rates=1e-3,fast"], r"--learning_rates must be a list of numbers .*fast"),
     (["--learning_rates=0"], r"--learning_rates \(=0\) must be greater than 0"),
     (["--model={folder}/none"], r"none must be the directory of a run"),
-    (["--workdir={folder}/own.model"], r"own\.model cannot be made \(File exists\)"),
+    (["--workdir={folder}/own.model"], r"^cannot create the folder .*own\.model \(File exists\)"),
     (["--model={folder}/run/../run"], r"two are called run; rename"),
   ],
 )

@@ -227,7 +227,7 @@ def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
 def test_singular_values_are_shown_where_the_figure_shows_them(tmp_path, monkeypatch, item, shown):
   run, shown_runs = SimpleNamespace(workdir=tmp_path / "run"), []
   with imported("reproduce", f"--item={item}", f"--workdir={tmp_path}") as reproduce:
-    monkeypatch.setattr(reproduce.saved_run, "open_run", lambda workdir: workdir)
+    monkeypatch.setattr(reproduce, "open_run", lambda workdir: workdir)
     monkeypatch.setattr(reproduce.spectra, "conclude", lambda *arguments: shown_runs.append(arguments))
     monkeypatch.setattr(reproduce.sweep, "run_sweep", lambda base, variants, **options: [run])
     monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: None)
