@@ -113,7 +113,8 @@ def test_finished_trials_on_other_data_are_refused(tmp_path, runs):
   run(tiny_base(tmp_path), (FULL,), tmp_path)
   runs.started.clear()
   runs.text = "def"
-  with pytest.raises(UserError, match=r"cells/full_lr=0\.001_seed=0 was started on other data \(fingerprint abc, now def\)"):
+  message = r"cells/full_lr=0\.001_seed=0 was started on other data \(fingerprint abc, now def\)"
+  with pytest.raises(UserError, match=message):
     run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
   assert runs.started == []
 
