@@ -1,13 +1,6 @@
-"""Eight simulated CPU devices, quick compiling, no silent broadcasting, and access to the recorded numbers."""
+"""Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
 
 import gc
-import os
-
-# Compiling takes most of the time of tests; without fusion emitters a quarter less. But then a product and a sum are
-# rounded as one in some programs and not in others, which AVX rules out: it has no such instruction. JAX reads both
-# when it starts, as do the processes that tests start.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
 
 import jax
 import pytest
@@ -19,18 +12,22 @@ from switchlora_jax.training import phases
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-phases.build_phase, ranks.make_learnt_rank = (
-  shared_programs.build,
-  shared_programs.make_learnt_rank,
-)  # for all to import
+# Replaced before any test module imports them, so that all tests share what is compiled.
+phases.build_phase, ranks.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank
 gc.freeze()  # what is imported stays: the collector need not walk it again and again
 
 collect_ignore = ["helpers"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_a_file():
-  """What is compiled for the tests of one file is not kept for the next: compilers fail in a process with too much."""
+def programs_of_a_file(request):
+  """Compile quickly, except in modules that are marked `user_flags`; drop the compiled programs after each module.
+
+  Compilation takes most of the time of the tests, and XLA's optimizations two fifths of it. Processes that tests start
+  compile as a user's do. A test process that kept all its programs would run out of memory mappings.
+  """
+  quick = request.node.get_closest_marker("user_flags") is None
+  jax.config.update("jax_disable_most_optimizations", quick)
   yield
   shared_programs.forget()
 

@@ -23,6 +23,8 @@ from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training.evaluation import summary
 from switchlora_jax.training.phases import restore_phase
 
+pytestmark = pytest.mark.user_flags
+
 RUNS = {
   **{method: dict(method=method) for method in ("full", "lora", "switchlora", "relora", "galore")},
   "warm start": dict(warm_start_steps=5),  # step 4 is full rank, step 8 has adapters

@@ -15,6 +15,8 @@ from switchlora_jax.lowrank.optimizer import clip_by_global_norm, scale_by_vecto
 from switchlora_jax.methods.galore import scale_by_galore
 from switchlora_jax.methods.schedules import cosine_schedule
 
+pytestmark = pytest.mark.user_flags
+
 OURS = {
   "scale_by_vector_adam of no vectors": scale_by_vector_adam(),
   "scale_by_vector_adam of vectors": scale_by_vector_adam(vectors=lora_vectors),

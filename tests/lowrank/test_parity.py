@@ -14,6 +14,8 @@ from switchlora_jax.methods.schedules import cosine_schedule
 from switchlora_jax.models.loss import mean_loss, row_losses
 from switchlora_jax.parallel.sharding import replicated
 
+pytestmark = pytest.mark.user_flags
+
 # --- switched layers, state by state ------------------------------------------------------------------------------
 
 TRAJECTORIES = [

@@ -16,6 +16,8 @@ from switchlora_jax.parallel.sharding import make_mesh, replicated
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.checkpoint import REMOVED, Checkpoints
 
+pytestmark = pytest.mark.user_flags
+
 
 def some_state(seed: int):
   """A tree with what a train state holds: nesting, empty dicts, float32, bfloat16, int8 and int32 arrays."""

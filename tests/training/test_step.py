@@ -23,6 +23,8 @@ from switchlora_jax.planning.collectives import collectives
 from switchlora_jax.training import step as train_step
 from switchlora_jax.training.phases import assemble_phase
 
+pytestmark = pytest.mark.user_flags
+
 
 @lru_cache
 def prepared(method, devices=8, **changes):

@@ -20,6 +20,8 @@ from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training import step as train_step
 
+pytestmark = pytest.mark.user_flags
+
 
 def lines(workdir):
   """metrics.jsonl without the one thing that is a matter of time."""

@@ -22,6 +22,8 @@ from switchlora_jax.models import weights
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, phases, trainer, warm_start
 
+pytestmark = pytest.mark.user_flags
+
 LOW_RANK = ("lora", "switchlora", "relora", "galore")
 STEPS, K = 12, 5  # of all runs, and of their full-rank phase
 SHAPE = dict(
