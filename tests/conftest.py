@@ -1,6 +1,13 @@
 """Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
 
 import gc
+import os
+import tempfile
+
+# One cache of compiled programs per session, for its workers and for the processes that tests start.
+if "TESTS_COMPILATION_CACHE" not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix="compiled-")  # removed at exit
+  os.environ["TESTS_COMPILATION_CACHE"] = _cache.name
 
 import jax
 import pytest
@@ -11,6 +18,8 @@ from switchlora_jax.analysis import ranks
 from switchlora_jax.training import phases
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_COMPILATION_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Replaced before any test module imports them, so that all tests share what is compiled.
 phases.build_phase, ranks.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import tempfile
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +20,11 @@ from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.runs.directory import flatten
 from switchlora_jax.training.phases import build_phase
 
-_compiled = tempfile.TemporaryDirectory()  # removed at exit
-# For processes on one device, each of which finds what another has compiled; on several devices that cache hangs.
+# For processes on one device. On several devices in several processes, a program from the cache can hang.
 ONE_DEVICE = {
   "JAX_PLATFORMS": "cpu",
   "JAX_NUM_CPU_DEVICES": "1",
-  "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+  "JAX_COMPILATION_CACHE_DIR": os.environ["TESTS_COMPILATION_CACHE"],
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
