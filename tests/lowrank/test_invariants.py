@@ -15,8 +15,6 @@ from switchlora_jax.lowrank.layers import SwitchLoRADense
 from switchlora_jax.lowrank.spares import coverage, draw_spare_indices
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
-pytestmark = pytest.mark.user_flags
-
 SCALE = 0.5
 STEPS = 12
 # layers, in, out, rank: fewer spares than slots, odd ranks, one spare, as few as two slots, dozens switched at once.

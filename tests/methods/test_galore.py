@@ -18,8 +18,6 @@ from switchlora_jax.methods import galore
 from switchlora_jax.methods.galore import failures, leading_directions, scale_by_galore
 from switchlora_jax.runs.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.user_flags
-
 
 def matrices(params):
   """Projects whatever is a matrix or a stack of them."""

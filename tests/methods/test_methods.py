@@ -25,8 +25,6 @@ from switchlora_jax.training import report as run_report
 from switchlora_jax.training.anomalies import initial_spike_state
 from switchlora_jax.training.phases import create_state
 
-pytestmark = pytest.mark.user_flags
-
 each = pytest.mark.parametrize("method", METHODS)
 PARTS = ("params", "frozen", "candidates")
 

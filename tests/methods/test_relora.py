@@ -21,8 +21,6 @@ from switchlora_jax.methods.schedules import cosine_schedule
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.training.anomalies import initial_spike_state
 
-pytestmark = pytest.mark.user_flags
-
 # --- against the authors' code: schedules -------------------------------------------------------------------------
 
 

@@ -12,8 +12,6 @@ from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, 
 from switchlora_jax.models.loss import mean_loss
 from switchlora_jax.planning import cost
 
-pytestmark = pytest.mark.user_flags
-
 METHODS = ["full", "lora", "switchlora"]
 
 

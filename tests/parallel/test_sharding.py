@@ -17,8 +17,6 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import FSDP, Placement, by_rows, replicated
 from switchlora_jax.runs.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.user_flags
-
 REPLICATED = {}
 SPARES = dict(sharding__candidates="sharded")
 LAYOUTS = {
