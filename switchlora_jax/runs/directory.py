@@ -24,6 +24,10 @@ log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
 KEYS = {"config", "data_fingerprint", "versions", "devices", "git_revision"}  # of config.json
 
+# Written to config.json as `schedule`; runs from before there was one have 1. In 1, `min_lr_ratio` was a lower bound of
+# the learning rate for these methods, in 2 it is the end of the cosine for all.
+SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
+
 # Config keys that may change on resume. None changes what the run computes; sharding changes only the summation order.
 FREE = (
   "eval_every",
@@ -96,6 +100,13 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def _check_same_run(workdir: Path, saved: dict, config):
+  then = saved["config"]
+  if saved.get("schedule", 1) < 2 and then.get("method") in LOWER_BOUND_METHODS and then.get("min_lr_ratio", 0) > 0:
+    raise UserError(
+      f"--workdir={workdir} holds a run of an earlier version, in which min_lr_ratio (={then['min_lr_ratio']}) was a "
+      f"lower bound of the learning rate and not the end of its cosine; continue it with the code that made it (git "
+      f"revision {saved['git_revision']}), or choose a new --workdir"
+    )
   changed = differences(saved["config"], config.to_dict())
   if saved["config"]["data"]["source"] == config.data.source == "prepared":  # may have moved: `record` compares data
     changed = [change for change in changed if not change.startswith("data.path:")]
@@ -166,6 +177,7 @@ def record(workdir: Path, config, dataset) -> None:
   if not saved:
     write_bytes(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
     environment = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
+    environment["schedule"] = SCHEDULE_VERSION
     _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | environment)
 
 

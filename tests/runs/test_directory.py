@@ -52,6 +52,22 @@ def test_prepared_data_may_move_and_text_may_not(tmp_path, dataset):
         start(tmp_path / source, second, dataset)
 
 
+@pytest.mark.parametrize(("method", "ratio"), [("lora", 0.1), ("lora", 0.0), ("galore", 0.1)])
+def test_a_run_whose_learning_rate_had_a_lower_bound_is_refused(tmp_path, dataset, method, ratio):
+  """Runs from before `schedule` was recorded; only a lower bound above 0 makes a difference."""
+  workdir, config = tmp_path / "run", resolved(tmp_path, method=method, min_lr_ratio=ratio)
+  start(workdir, config, dataset)
+  start(workdir, config, dataset)
+  saved = json.loads((workdir / "config.json").read_text())
+  del saved["schedule"]
+  (workdir / "config.json").write_text(json.dumps(saved))
+  if (method, ratio) == ("lora", 0.1):
+    with pytest.raises(UserError, match=r"min_lr_ratio \(=0\.1\) was a lower bound .*git revision"):
+      start(workdir, config, dataset)
+  else:
+    start(workdir, config, dataset)
+
+
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "checkpoints"])
 def test_what_is_not_a_run_is_refused(tmp_path, missing):
   refused = lambda found: pytest.raises(
