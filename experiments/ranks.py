@@ -1,4 +1,4 @@
-"""Singular values of the weights of runs, by kind of layer, and the rank of what they have learnt (Figures 10, 11).
+"""Plot the singular values of the weights of runs, and print the ranks of W − W₀, per kind of layer (Figures 10, 11).
 
 python -m experiments.ranks --run=runs/full --run=runs/lora --run=runs/switchlora --out=runs/ranks
 """
@@ -11,19 +11,21 @@ from experiments.common import cli, spectra
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.directory import open_run
 
-RUN = flags.DEFINE_multi_string("run", [], "directory of a run: its --workdir; repeat for several")
+RUN = flags.DEFINE_multi_string("run", [], "directory of a run (its --workdir); repeatable")
 OUT = flags.DEFINE_string("out", "runs/ranks", "directory for ranks.json, weights.png and learnt.png; created")
 
 
 def main():
-  """Check, measure, write."""
+  """Check the flags, measure each run, write pictures and ranks.json."""
   directories = [Path(run).expanduser() for run in RUN.value]
   if not directories:
-    raise UserError("--run is missing: give the directory of a trained run, say --run=runs/tiny; repeat it for several")
+    raise UserError(
+      "--run is missing: give the directory of a trained run, for example --run=runs/tiny; it is repeatable"
+    )
   runs = [open_run(directory) for directory in directories]
   names = [directory.name for directory in directories]
   if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise UserError(f"--run is given twice with the name {', '.join(twice)}; names must tell the runs apart")
+    raise UserError(f"--run is given twice with the name {', '.join(twice)}; directory names must be unique")
   spectra.conclude(runs, Path(OUT.value).expanduser())
 
 

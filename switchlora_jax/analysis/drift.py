@@ -1,7 +1,7 @@
-"""How far base kernels drift while vectors are switched, by how they are stored: a study of one layer.
+"""Drift of base kernels under switching, for several storage formats: a study of one layer.
 
-The very layer and the very `switch` of training; in place of gradients, every LoRA vector takes a small random
-step before each switch. All storages see the same vectors, so what tells their weights apart is rounding.
+The study uses the layer and the `switch` of training. In place of gradients, every LoRA vector takes a small random
+step before each switch. All formats see the same vectors, so their weights differ only by rounding.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,18 @@ from switchlora_jax.lowrank.layers import ADAPTER, SwitchLoRADense, merge
 from switchlora_jax.lowrank.spares import draw_uniforms
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
-TRAINED = 0.01  # how far a vector moves in a step, relative to its size; it slows down as switching does
-EXACT, AT_RANDOM = "float32", "bfloat16, rounded at random"
-STORED = {  # attributes of the layer
+TRAINED = 0.01  # step length relative to the vector's standard deviation; scaled by the switching rate
+EXACT, STOCHASTIC = "float32", "bfloat16, stochastic rounding"
+FORMATS = {  # attributes of the layer
   EXACT: dict(),
   "bfloat16": dict(frozen_dtype=jnp.bfloat16, kernel_residual=False),
-  AT_RANDOM: dict(),
-  "bfloat16 + int8 tail": dict(frozen_dtype=jnp.bfloat16),
+  STOCHASTIC: dict(),
+  "bfloat16 + int8 residual": dict(frozen_dtype=jnp.bfloat16),
 }
 
 
 class Setting(NamedTuple):
-  """A layer [size, size] of some rank, when its vectors are switched, and the steps to look at."""
+  """A layer [size, size], its rank, the switch schedule, and the number of steps to simulate."""
 
   size: int
   rank: int
@@ -35,27 +35,27 @@ class Setting(NamedTuple):
 
 
 def drifts(setting: Setting, points: int) -> dict[str, list[float]]:
-  """After each of so many equal parts of the steps: vectors switched a side, and the drift of each storage.
+  """Vectors switched per factor and the drift of each format, at `points` equally spaced steps.
 
-  A drift is ‖W - W₃₂‖/‖W₃₂‖ (Frobenius) of the weight in force, W = kernel + s·AᵀB, W₃₂ with a float32 kernel.
+  The drift is ‖W − W₃₂‖ / ‖W₃₂‖ (Frobenius norm) of the merged weight W = kernel + s·AᵀB; W₃₂ has a float32 kernel.
   """
-  switched, exact = weights_in_force(setting, EXACT, points)
-  far = lambda weights: np.linalg.norm(weights - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
-  others = {name: weights_in_force(setting, name, points)[1] for name in STORED if name != EXACT}
-  return {"switched": switched.tolist()} | {name: far(weights).tolist() for name, weights in others.items()}
+  switched, exact = merged_weights(setting, EXACT, points)
+  drift = lambda weights: np.linalg.norm(weights - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
+  others = {name: merged_weights(setting, name, points)[1] for name in FORMATS if name != EXACT}
+  return {"switched": switched.tolist()} | {name: drift(weights).tolist() for name, weights in others.items()}
 
 
-def weights_in_force(setting: Setting, stored: str, points: int) -> tuple[np.ndarray, np.ndarray]:
-  """Vectors switched a side [points] and the weight in force [points, size, size], in float32."""
-  layer = SwitchLoRADense(setting.size, setting.rank, **STORED[stored])
+def merged_weights(setting: Setting, storage: str, points: int) -> tuple[np.ndarray, np.ndarray]:
+  """Vectors switched per factor [points] and the merged weight [points, size, size], in float32."""
+  layer = SwitchLoRADense(setting.size, setting.rank, **FORMATS[storage])
   seed, every = jax.random.key(0), setting.steps // points
 
   def step(t, variables):
     key = jax.random.fold_in(seed, t)
-    variables["params"] = trained(key, variables["params"], TRAINED * setting.schedule.rate(t))
+    variables["params"] = random_step(key, variables["params"], TRAINED * setting.schedule.rate(t))
     uniforms = draw_uniforms(key, variables["candidates"])
     out = switch(**variables, schedule=setting.schedule, scale=layer.scale, step=t, uniforms=uniforms)
-    frozen = {KERNEL: rounded_at_random(key, out.frozen[KERNEL])} if stored == AT_RANDOM else out.frozen
+    frozen = {KERNEL: round_stochastically(key, out.frozen[KERNEL])} if storage == STOCHASTIC else out.frozen
     return {"params": out.params, "frozen": frozen, "candidates": out.candidates}
 
   def point(variables, first):
@@ -71,14 +71,14 @@ def weights_in_force(setting: Setting, stored: str, points: int) -> tuple[np.nda
   return jax.tree.map(np.asarray, history)
 
 
-def trained(key, params, distance):
-  """The LoRA vectors after a random step that is so long, relative to their size."""
+def random_step(key, params, distance):
+  """The LoRA vectors after a Gaussian step of `distance` standard deviations of each array."""
   keys = dict(zip(params, jax.random.split(key), strict=True))
   return {name: x + distance * jnp.std(x) * jax.random.normal(keys[name], x.shape) for name, x in params.items()}
 
 
-def rounded_at_random(key, kernel):
-  """Float32 values rounded up or down to bfloat16 ones so that the mean is right; those that are stay."""
+def round_stochastically(key, kernel):
+  """Stochastic rounding of float32 values to bfloat16 precision; unbiased, and exact for representable values."""
   noise = jax.random.bits(key, kernel.shape, jnp.uint16).astype(jnp.uint32)
   bits = jax.lax.bitcast_convert_type(kernel, jnp.uint32) + noise
   return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
