@@ -134,7 +134,7 @@ def test_text_that_cannot_be_read_further(whole, tmp_path):
   finish(config, tmp_path / "whole")
   run = start(config, tmp_path / "run", fault="test_data_faults:unreadable=8")
   assert run.end() == 2
-  assert_sentence(run, f"{train} could not be read (Input/output error); see the disk or the network drive")
+  assert_sentence(run, f"{train} could not be read (Input/output error); check the disk or the network drive")
   assert saved_steps(tmp_path / "run"), "it ended before anything was saved"
   finish(config, tmp_path / "run")
   assert_same_end(tmp_path / "run", tmp_path / "whole")

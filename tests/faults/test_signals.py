@@ -8,6 +8,7 @@ from hurt_runs import assert_same_end, finish, finish_pair, last_step, saved_ste
 
 from switchlora_jax.data import dataset
 from switchlora_jax.errors import STOPPED
+from switchlora_jax.training import trainer
 
 
 def stopped_at(run) -> int:
@@ -35,8 +36,14 @@ def test_a_signal_finishes_and_saves_the_step(whole, tmp_path):
   assert_same_end(workdir, uninterrupted)
 
 
+def slow_steps():
+  """Steps take 0.2 s more, so that a run is not over while its processes agree on the last one."""
+  step = trainer.Run.step
+  trainer.Run.step = lambda self: (time.sleep(0.2), step(self))
+
+
 def slow_set_up():
-  """Tokenising takes for ever."""
+  """Tokenising never ends."""
   dataset.open_dataset = lambda *_, **__: (print("tokenising", flush=True), time.sleep(600))
 
 
@@ -56,8 +63,9 @@ def test_a_signal_to_one_of_two_stops_both_after_the_same_step(whole_pair, tmp_p
   """Case 4. SIGTERM to one process, then SIGINT to the other: both save the same step, and nothing is lost."""
   folder, uninterrupted = whole_pair
   config, workdir = small(folder, checkpoint_every=30), tmp_path / "pair"
-  for number, receiver, reach in ((signal.SIGTERM, 1, 5), (signal.SIGINT, 0, 20)):
-    pair = start_pair(config, workdir)
+  for number, receiver in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
+    reach = last_step(workdir) + 3
+    pair = start_pair(config, workdir, faults=("test_signals:slow_steps",) * 2)
     pair[0].until(reach)
     pair[receiver].process.send_signal(number)
     step, _ = (stopped_at(run) for run in pair)
