@@ -1,5 +1,5 @@
-# Commands for a checkout. Each first makes .venv complete for what it needs; see .ci/venv.
-# PYTHON=python3.12 chooses the Python of .venv; by default, the one it has, or python3.
+# Commands for a checkout. Each first installs what it needs into .venv; see .ci/venv.
+# PYTHON=python3.12 chooses the Python of .venv; the default is that of an existing .venv, else python3.
 PYTHON ?=
 VENV := .venv/bin
 ENVIRONMENT := PYTHON='$(PYTHON)' sh .ci/venv
@@ -16,13 +16,13 @@ pretrain: run-environment  ## Train the embedded default.
 test: dev-environment  ## Run the tests.
 	$(VENV)/python -m pytest -n 2 --dist worksteal
 
-slow: dev-environment  ## Run the slow tests: further settings of what the others show.
+slow: dev-environment  ## Run the slow tests: further configurations of the same properties.
 	$(VENV)/python -m pytest -n 2 --dist worksteal -m slow
 
-faults: dev-environment  ## Run the fault suite: kill, starve and damage real runs.
+faults: dev-environment  ## Run the fault suite: kills, full disks, damaged files and hangs in real runs.
 	$(VENV)/python -m pytest -n 2 --dist worksteal --faults tests/faults
 
-lint: dev-environment  ## Check style, formatting, the imports between rooms, and types.
+lint: dev-environment  ## Check style, formatting, the import contracts, and types.
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/lint-imports
