@@ -65,7 +65,7 @@ def open_flagged_run() -> SavedRun:
 
 
 def select_text(run: SavedRun) -> EvalText:
-  """The sequences that the flags select, tokenised first if necessary."""
+  """The sequences that the flags select, tokenized first if necessary."""
   if DATA.value is None:
     text = own_validation_text(run)
   elif (folder := Path(DATA.value).expanduser()).is_dir():
@@ -113,7 +113,7 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
 
 
 def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
-  """All text of the files that match a glob, tokenised with the run's tokenizer and packed into its cache."""
+  """All text of the files that match a glob, tokenized with the run's tokenizer and packed into its cache."""
   files = tuple(map(corpus.LocalFile, corpus.matching_files(pattern, "--data")))
   request = preparation.Request([file.origin() for file in files], str(run.tokenizer), run.config.seq_len)
   read = lambda: corpus.Corpus(files, None)

@@ -38,7 +38,7 @@ def define_flags():
     "coordinator_timeout", 300, "seconds that processes wait for each other to start", lower_bound=1, upper_bound=10**6
   )
   flags.DEFINE_integer(
-    "peer_timeout", 60, "seconds without a sign of life after which another process counts as lost", lower_bound=5
+    "peer_timeout", 60, "seconds without a heartbeat after which another process counts as lost", lower_bound=5
   )
 
 

@@ -242,7 +242,7 @@ def method_warnings(config) -> list[str]:
 
 
 def prepare_datasets(trials: list[Trial]) -> dict[str, str]:
-  """Tokenise each dataset once, before several processes need it; returns {label of a variant: fingerprint}."""
+  """Tokenize each dataset once, before several processes need it; returns {label of a variant: fingerprint}."""
   prepared = {}
 
   def fingerprint(config) -> str:

@@ -2,7 +2,7 @@
 
 All processes run the same program and must call these functions in the same order. The functions communicate through
 the key-value store of `jax.distributed` and not through the devices, so that one process may wait while another one
-tokenises a corpus for hours, and an error on one process reaches the waiting ones. A single process does not
+tokenizes a corpus for hours, and an error on one process reaches the waiting ones. A single process does not
 communicate.
 
 This is the only module that imports `jax._src`.

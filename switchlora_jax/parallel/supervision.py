@@ -44,7 +44,7 @@ class Supervisor:
 
   Args:
     hang_seconds: time without a `mark` after which the run counts as hung; 0 disables the check. Set-up before the
-      first mark is not checked, since tokenising a corpus takes hours. Time in which the process was suspended does
+      first mark is not checked, since tokenizing a corpus takes hours. Time in which the process was suspended does
       not count.
     peer_seconds: time without a new status of another process after which that process counts as lost.
     on_failure: `on_failure(message, exit_code)` is called in a thread if the run cannot go on. By default the message
@@ -137,7 +137,7 @@ class Supervisor:
     if (lost := self._find_lost(silent)) is not None:
       doing = statuses.get(lost, {}).get("doing", "set-up")
       return (
-        f"process {lost} of {self._store.count} is lost: no sign of life for {self._peer_seconds:g} s "
+        f"process {lost} of {self._store.count} is lost: no heartbeat for {self._peer_seconds:g} s "
         f"(--peer_timeout); it was last at: {doing}; see its output, end it if it still exists, and {REMEDY}"
       ), HUNG
     still = self._seconds_unchanged("marks", self._status["marks"], seconds)

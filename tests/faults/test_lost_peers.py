@@ -36,7 +36,7 @@ def lose_each_process(number: signal.Signals, whole_pair, workdir):
       assert "This most likely indicates that another task died" in pair[1].said()
     else:
       output = end_by_supervision(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
-      assert f"process {victim} of 2 is lost: no sign of life for {PATIENCE} s (--peer_timeout); it was last" in output
+      assert f"process {victim} of 2 is lost: no heartbeat for {PATIENCE} s (--peer_timeout); it was last" in output
     assert saved_steps(workdir)[-1] >= reach - 7  # the save of the last five may have been in progress
     pair[victim].kill()  # a suspended one still holds the lock of the directory
   finish_pair(small(folder), workdir)

@@ -270,7 +270,7 @@ def test_a_silent_process_is_lost(here, silent):
   unheard = {silent} if silent else {0, 1, 2}  # all statuses pass through process 0
   assert failure_within(one, LOST - 2, unheard) is None
   assert failure_within(one, 5, unheard).startswith(
-    f"process {silent} of 3 is lost: no sign of life for 30 s (--peer_timeout); it was last at: s"
+    f"process {silent} of 3 is lost: no heartbeat for 30 s (--peer_timeout); it was last at: s"
   )
 
 
@@ -285,7 +285,7 @@ def test_no_other_process_is_blamed_if_process_0_does_not_answer(here):
 def test_process_0_is_lost_if_it_never_answered():
   (_, one) = supervisors(2)
   assert failure_within(one, LOST - 1) is None
-  assert one.find_failure(3)[0].startswith("process 0 of 2 is lost: no sign of life for 30 s")
+  assert one.find_failure(3)[0].startswith("process 0 of 2 is lost: no heartbeat for 30 s")
 
 
 def test_a_process_that_has_ended_is_not_lost():
