@@ -1,8 +1,8 @@
 """Benchmark training steps of each method relative to full rank: time, optimizer size and peak memory.
 
-All programs are timed in turns in one process. The table has medians and ratios to full rank. The peak is that of the
-compiler for the timed device. With --memory the steps are only compiled, for a GPU if its compiler is installed, which
-needs no GPU.
+The timed steps of all programs alternate in one process. The table has medians and ratios to full rank. The peak is the
+compiler's for the timed device. With --memory the steps are only compiled: for a GPU if XLA's GPU compiler is
+installed, which needs no GPU, else for the CPU.
 
 python -m experiments.benchmark                      # the 350M shape cut to 2 layers, vocabulary 2,048
 python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
@@ -40,7 +40,7 @@ PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
 CONFIG = cli.define_config("llama_350m_cut")
 flags.declare_key_flag("config")
 NAMES = flags.DEFINE_list(
-  "methods", list(PROGRAMS), f"programs to measure, of {', '.join(PROGRAMS)}; full is always included"
+  "methods", list(PROGRAMS), f"programs to measure, from {', '.join(PROGRAMS)}; full is always included"
 )
 VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [], "vocabulary size; default: the config's; repeatable")
 RANKS = flags.DEFINE_multi_integer(
@@ -102,14 +102,14 @@ def batch_size() -> int:
 def make_cases(vocabulary: int, mesh) -> dict[tuple[str, int], BenchmarkCase]:
   """{(program, rank): case}, full rank first."""
   if unknown := set(NAMES.value) - set(PROGRAMS):
-    raise UserError(f"--methods has {', '.join(sorted(unknown))}; expected programs of {', '.join(PROGRAMS)}")
+    raise UserError(f"--methods has {', '.join(sorted(unknown))}; expected some of {', '.join(PROGRAMS)}")
   low_rank = [name for name in NAMES.value if name != "full"]
   names = [("full", 0), *((name, rank) for rank in RANKS.value or [CONFIG.value.rank] for name in low_rank)]
   return {name: make_case(*name, vocabulary, mesh) for name in names}
 
 
 def time_in_turns(calls: dict, what: str) -> dict:
-  """{name: seconds of each timed call}; runs each call once untimed, then all of them in turns."""
+  """{name: seconds of each timed call}; runs each call once untimed, then alternates between all calls."""
   seconds = {name: [] for name in calls}
   with progress_bar((REPEATS.value + 1) * len(calls), what=what) as bar:
     for repeat in range(REPEATS.value + 1):
@@ -129,7 +129,7 @@ def compile_step(phase: Phase, mesh):
 
 
 def step_call(phase: Phase, step, rows):
-  """A function that runs the next compiled step of a phase, from step 0 on, where the switch rate is highest."""
+  """A function that runs the next compiled step of a phase, starting at step 0, where the switching rate is highest."""
   state = phase.create()
 
   def call():

@@ -55,7 +55,7 @@ def main():
     raise UserError(f"the run in {checkpoints.parent} has saved no checkpoint yet; let it train longer")
   print(checkpoint_table(rows))
   if bad:
-    print(f"\n{len(bad)} cannot be restored; the run continues from the newest good checkpoint")
+    print(f"\n{len(bad)} cannot be restored; the run continues from the newest valid checkpoint")
     sys.exit(1)
 
 

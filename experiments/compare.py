@@ -24,7 +24,7 @@ from switchlora_jax.methods import METHODS, keys_for
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
-METHOD_NAMES = flags.DEFINE_list("methods", list(METHODS), f"methods to train, of {', '.join(METHODS)}")
+METHOD_NAMES = flags.DEFINE_list("methods", list(METHODS), f"methods to train, from {', '.join(METHODS)}")
 RANKS = flags.DEFINE_list("ranks", None, "ranks of the low-rank methods; default: the config's")
 LEARNING_RATES = flags.DEFINE_multi_string(
   "learning_rates",
@@ -39,7 +39,7 @@ def method_variants(config) -> list[Variant]:
   """One variant per method and rank."""
   unknown = [name for name in METHOD_NAMES.value if name not in METHODS]
   if unknown or not METHOD_NAMES.value:
-    raise UserError(f"--methods has {', '.join(unknown) or 'none'}; expected methods of {', '.join(METHODS)}")
+    raise UserError(f"--methods has {', '.join(unknown) or 'none'}; expected some of {', '.join(METHODS)}")
   rates, found = learning_rates(), []
   ranks = sweep.parse_numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
@@ -59,7 +59,9 @@ def learning_rates() -> dict[str, tuple[float, ...]]:
     names, colon, rates = text.rpartition(":")
     rates = tuple(sweep.parse_numbers("learning_rates", rates.split(","), float))
     if unknown := set(names.split(",") if colon else ()) - set(METHODS):
-      raise UserError(f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected of {', '.join(METHODS)}")
+      raise UserError(
+        f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}"
+      )
     (for_named if colon else for_all).update(dict.fromkeys(names.split(",") if colon else METHODS, rates))
   return for_all | for_named
 

@@ -4,8 +4,8 @@ python -m experiments.finetune_glue --model=runs/tiny --task=cola --data=glue --
 python -m experiments.finetune_glue --model=runs/full --model=runs/switchlora --task=cola,stsb,mrpc,rte,sst2 \
     --data=hub --seeds=5 --workdir=runs/glue
 
-The first seed runs every learning rate, the other seeds the best one. Results that exist are reused: the same command
-continues where it was stopped, with the first unfinished fine-tuning.
+The first seed runs every learning rate, and the other seeds run the best one. Existing results are reused: the same
+command continues with the first unfinished fine-tuning.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 MODEL = flags.DEFINE_multi_string(
   "model", [], "directory of a run, or a Hugging Face LLaMA folder; repeat the flag to compare models"
 )
-TASK = flags.DEFINE_list("task", [], f"comma-separated tasks, of {', '.join(glue.TASKS)}")
+TASK = flags.DEFINE_list("task", [], f"comma-separated tasks, from {', '.join(glue.TASKS)}")
 DATA = flags.DEFINE_string("data", glue.HUB, "folder with CoLA/train.tsv.gz and so on, or hub to download them")
 SEEDS = flags.DEFINE_integer("seeds", 5, "seeds per model and task, at the best learning rate", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the results: created, or continued if it exists")
@@ -70,7 +70,7 @@ class Model(NamedTuple):
 
 
 def load_model(path: str) -> Model:
-  """Loads the model of a run or a Hugging Face folder. The latter does not state its method: full rank is assumed."""
+  """Loads the model of a run or a Hugging Face folder. A folder does not record its method; full rank is assumed."""
   folder = Path(path).expanduser()
   found = pretrained.load(folder)
   return Model(folder.resolve().name, found.method or "full", found, weights_checksum(found.weights))

@@ -31,7 +31,7 @@ flags.declare_key_flag("config")
 GPU = flags.DEFINE_string("gpu", "h100", f"GPU type, one of {', '.join(topology.known_gpus())}")
 TOPOLOGY = flags.DEFINE_string("topology", "1x1x8", "slices × hosts × GPUs per host; 1x2x8 is 16 GPUs in 2 hosts")
 NAMES = flags.DEFINE_list(
-  "methods", [], f"one column per method, of {', '.join(METHODS)}; default: the config's method"
+  "methods", [], f"one column per method, from {', '.join(METHODS)}; default: the config's method"
 )
 FRACTION = flags.DEFINE_float(
   "memory_fraction", 0.75, "share of GPU memory available to JAX, XLA_CLIENT_MEM_FRACTION in the run", 0.01, 1.0
@@ -89,7 +89,7 @@ def machine() -> Machine:
 def configs(devices: int) -> dict[str, FrozenConfigDict]:
   """{method: resolved config} of the columns."""
   if unknown := set(NAMES.value) - set(METHODS):
-    raise UserError(f"--methods has {', '.join(sorted(unknown))}; they must be of {', '.join(METHODS)}")
+    raise UserError(f"--methods has {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}")
   found = {}
   for name in NAMES.value or [CONFIG.value.method]:
     config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders

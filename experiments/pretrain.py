@@ -55,7 +55,7 @@ def check():
   if DRY_RUN.value:
     return config, None
   if WORKDIR.value is None:
-    raise UserError("--workdir is missing: give the directory in which the run is kept, say --workdir=runs/tiny")
+    raise UserError("--workdir is missing: give the directory of the run, for example --workdir=runs/tiny")
   return config, Path(WORKDIR.value).expanduser()
 
 
@@ -71,7 +71,7 @@ def comparison(config) -> str | None:
 
 
 def what_must_agree(config, workdir: Path | None) -> dict:
-  """{setting: value} that all processes of a run must share: everything except where each caches its packed rows."""
+  """{setting: value} that must be equal on all processes of a run: everything except `data.cache_dir`."""
   keys = {key: value for key, value in flatten(config).items() if key != "data.cache_dir"}
   command = {"--workdir": workdir and str(workdir.absolute()), "--dry_run": DRY_RUN.value}
   return keys | command | run_directory.versions() | {"git revision": run_directory.git_revision()}

@@ -1,12 +1,12 @@
 """Pre-train LLaMA with SwitchLoRA (arXiv 2406.06564) and the methods it is compared with.
 
-The rooms of the package; each imports only rooms below it:
+The sub-packages and modules; each imports only those below it:
 
   config      checks a config and fills in its defaults
   planning    memory, traffic and time of a run, before it starts
   glue        fine-tuning a pre-trained model on GLUE
   training    the train state and step, phases, the trainer, evaluation, metrics
-  interop     runs and Hugging Face folders as one kind of pre-trained model
+  interop     loading runs and Hugging Face folders as pre-trained models; export
   analysis    singular values and ranks of the weights; drift of stored kernels
   data        documents, tokenizer, packed sequences, the batch of step t
   methods     full, lora, switchlora, relora, galore: what each method adds to a step

@@ -1,7 +1,7 @@
 """Resolve a config: check it and fill in defaults that depend on other keys.
 
-The rest of the package only reads resolved configs. The module that owns a section of the config checks it: a method
-checks its settings, and `training.anomalies` checks `spike`. The checks here are of keys that all methods share.
+The rest of the package only reads resolved configs. A section of the config is checked by the module that uses it: a
+method checks its settings, and `training.anomalies` checks `spike`. This module checks the keys that all methods share.
 """
 
 import math
@@ -36,7 +36,7 @@ LARGEST = 2**31 - 1  # integers on a device and in shapes have 32 bits
 
 
 def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenConfigDict:
-  """Check a config against itself and the number of devices, and fill in its unset keys.
+  """Check the values of a config, also against the number of devices, and fill in its unset keys.
 
   Args:
     devices: number of devices of the run, over all processes.
@@ -44,7 +44,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   Returns:
     The resolved config, which cannot be changed.
   Raises:
-    UserError: a value makes no sense; the message names the key, its value and what to set instead.
+    UserError: a value is invalid; the message names the key, its value and what to set instead.
   """
   _check_ranges(config)
   _check_positive(config)

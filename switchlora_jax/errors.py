@@ -8,7 +8,7 @@ HUNG = 69  # exit code of a run that hung, or that lost a process; EX_UNAVAILABL
 
 
 class UserError(ValueError):
-  """An invalid flag, config, file or directory. The message has the expectation, the finding and the remedy."""
+  """An invalid flag, config, file or directory. The message states what was expected, what was found, and a remedy."""
 
 
 class Stopped(Exception):

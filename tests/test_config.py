@@ -64,7 +64,7 @@ MISTAKES = {
     "candidates_dtype (='bfloat16') must be the same as param_dtype (='float64'), or one of the two",
   ),
   "spike action": (dict(spike__action="stop"), "spike.action (='stop') must be one of report, skip, rollback; set"),
-  "spike window": (dict(spike__window=1), "spike.window (=1) must be at least 2, to have a deviation; set"),
+  "spike window": (dict(spike__window=1), "spike.window (=1) must be at least 2, to define a deviation; set"),
   "spike threshold": (dict(spike__threshold=0.0), "spike.threshold (=0.0) must be greater than 0"),
   "rollbacks": (dict(spike__max_rollbacks=0), "spike.max_rollbacks (=0) must be at least 1; set"),
   "nothing frozen": (

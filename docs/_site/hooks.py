@@ -1,7 +1,7 @@
-"""MkDocs hooks: pages that follow from the repository, so that they cannot fall behind it.
+"""MkDocs hooks: pages that are generated from the repository, so that they cannot become outdated.
 
 * README.md is the home page; CONTRIBUTING.md and CHANGELOG.md are pages too.
-* Each room of the package has an API page that lists its modules.
+* Each sub-package has an API page that lists its modules.
 * A link from a page to a file of the repository outside docs/ leads to a page with the text of that file.
 """
 
@@ -65,7 +65,7 @@ def _root_pages() -> dict[str, str]:
 
 
 def _api_pages() -> dict[str, str]:
-  """The API pages: the public names, then one page per room."""
+  """The API pages: the public names, then one page per sub-package."""
   pages = {"api/index.md": "# Public names\n\n::: switchlora_jax\n    options: {show_root_heading: false}\n"}
   for room in _rooms():
     name = f"switchlora_jax.{room.name}"

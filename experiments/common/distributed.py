@@ -18,7 +18,7 @@ from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.supervision import GRACE
 
 FIRST_PORT, PORTS = 61440, 4096  # above the ports that Linux assigns by itself
-FAREWELL = GRACE + 3.0  # seconds in which the other processes end after a failure, before process 0 does
+FAREWELL = GRACE + 3.0  # seconds that process 0 waits after a failure, so that the other processes end first
 
 
 class Placement(NamedTuple):
@@ -54,9 +54,9 @@ def initialize() -> None:
     return
   wait_for_all(*placement, values.coordinator_timeout)
   jax.config.update("jax_enable_preemption_service", False)  # see switchlora_jax/parallel/supervision.py
-  # JAX ends a process without naming the lost one: its timeout is later than that of the supervision, which does.
+  # JAX aborts a process without naming the lost one, so its timeout is longer than that of the supervision.
   timeouts = dict(heartbeat_timeout_seconds=values.peer_timeout + 30, shutdown_timeout_seconds=60)
-  # []: all devices that this process sees. The default in SLURM is one GPU per task.
+  # []: all devices that this process sees; JAX's default under SLURM is one GPU per task.
   jax.distributed.initialize(*placement, local_device_ids=[], **timeouts)
   processes.check_devices()
   print(processes.describe_process(), flush=True)
@@ -104,7 +104,9 @@ def from_flags(coordinator: str | None, count: int | None, process: int | None) 
   if len(missing) == len(given):
     return None
   if missing:
-    raise UserError(f"{', '.join(given)} go together; found no {' and no '.join(missing)}; give all of them or none")
+    raise UserError(
+      f"{', '.join(given)} must be given together; found no {' and no '.join(missing)}; give all of them or none"
+    )
   port = re.fullmatch(r"(?:[^\s:\[\]]+|\[[\da-fA-F:]+\]):(\d+)", coordinator)
   if not port or not 0 < int(port[1]) < 2**16:
     raise UserError(f"--coordinator (={coordinator!r}) must be HOST:PORT; pass e.g. --coordinator=node1:{FIRST_PORT}")

@@ -1,6 +1,6 @@
 """A check that all processes of a run have started, before `jax.distributed.initialize`.
 
-JAX (0.10.2) ends a process that waits in vain by SIGABRT, and does not name the missing process. In this check,
+If a process is missing, JAX (0.10.2) aborts the waiting ones (SIGABRT) without naming it. In this check,
 process 0 listens at the coordinator's address, the other processes send it their number and the number of processes
 that they were started with, and all of them receive the same answer.
 """
@@ -89,7 +89,8 @@ def _answer(arrived: list[tuple[int, int]], count: int) -> str:
   for number, own_count in arrived:
     if own_count != count:
       return (
-        f"process {number} was started with --num_processes={own_count} and process 0 with {count}; give all the same"
+        f"process {number} was started with --num_processes={own_count} and process 0 with {count}; "
+        "pass the same number to all"
       )
     if numbers.count(number) > 1:
       return f"two processes were started with --process_id={number}; number them from 0 to {count - 1}"

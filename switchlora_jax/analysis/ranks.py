@@ -27,7 +27,7 @@ def effective_ranks(values: np.ndarray) -> np.ndarray:
 def ranks(values: np.ndarray, largest: np.ndarray, side: int) -> np.ndarray:
   """The numerical rank of W_t − W_0 in float32, per layer: [layers].
 
-  NumPy's rule counts σ > ε·side·σ₁. Here σ₁ is that of W_t, because W_t is what float32 rounds, not the difference.
+  NumPy's rule counts σ > ε·side·σ₁. Here σ₁ is that of W_t, because float32 rounding affects W_t, not the difference.
 
   Args:
     values: singular values of W_t − W_0, [layers, count].
@@ -52,7 +52,7 @@ def participation_ratio(matrix):
 def make_learnt_rank(first):
   """The jitted (params, frozen, scale) -> mean effective rank of W_t − W_0 over all kernels of the blocks, [].
 
-  W_0 is drawn again from the seed instead of being kept, so the function needs memory for a second copy of the weights
+  W_0 is recomputed from the seed instead of being stored, so the function needs memory for a second copy of the weights
   while it runs. It merges one layer at a time.
 
   Args:

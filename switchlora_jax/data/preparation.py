@@ -106,11 +106,11 @@ def _folder_lock(folder: Path, wait: bool) -> Iterator[None]:
 
 
 def _check_request(folder: Path, found: dict, expected: dict):
-  """Raises `UserError` if the folder was filled, or begun, for another request."""
+  """Raises `UserError` if the folder was filled or started for another request."""
   keys = sorted(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
   if keys:
     changed = "; ".join(f"{key} was {found.get(key)!r:.80} and is {expected.get(key)!r:.80}" for key in keys)
-    raise UserError(f"{folder} was begun for other rows ({changed}); choose a new directory, or delete this one")
+    raise UserError(f"{folder} was started for other rows ({changed}); choose a new directory, or delete this one")
 
 
 class _Preparation:

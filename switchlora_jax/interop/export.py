@@ -53,7 +53,7 @@ class Exported(NamedTuple):
 
 
 def export(run_folder: Path, out: Path) -> Exported:
-  """Exports the newest good checkpoint of a run to the folder `out`, which is created only if the logits agree.
+  """Exports the newest valid checkpoint of a run to the folder `out`, which is created only if the logits agree.
 
   Raises:
     UserError: there is no such run, `out` holds other files, or the logits of the written folder differ from the run's.
@@ -85,7 +85,7 @@ def export(run_folder: Path, out: Path) -> Exported:
 
 
 def check_out(folder: Path, needed: list[str]):
-  """Raises `UserError` unless the folder is missing, empty, or holds only files of an export, the `needed` ones too."""
+  """Raises `UserError` unless the folder is missing, empty, or has only files of an export, with the `needed` ones."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} must be a folder to write to; it is a file; choose another --out")
   names = {path.name for path in folder.glob("*")}
@@ -97,7 +97,7 @@ def check_out(folder: Path, needed: list[str]):
 def largest_difference(weights: pretrained.RunWeights, folder: Path) -> float:
   """Largest absolute difference of float32 logits on random ids between a folder that was written and the run.
 
-  The run's model applies base kernels and adapters apart, as in training; the folder has them merged.
+  The run's model applies base kernels and adapters separately, as in training; in the folder they are merged.
   """
   model = pretrained.read(huggingface.inspect_folder(folder))
   shape = (SEQUENCES, min(LENGTH, model.seq_len))

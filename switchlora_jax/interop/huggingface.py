@@ -1,8 +1,8 @@
 """Writes plain weights as a Hugging Face LLaMA folder, and reads such a folder.
 
-Tensors follow PyTorch there: the weight of a linear layer is [out, in], the transpose of our kernel, and layers are not
-stacked. Both rotate the two halves of a head for rotary positions, so nothing is permuted. A folder has one safetensors
-file, or several and an index.
+Tensors follow PyTorch's layout: the weight of a linear layer is [out, in], the transpose of our kernel, and layers are
+not stacked. Both rotate the two halves of a head for rotary positions, so nothing is permuted. A folder has one
+safetensors file, or several and an index.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Opens a model that was saved before, a run or a Hugging Face LLaMA folder, and reads its plain weights.
+"""Opens a saved model, either a run or a Hugging Face LLaMA folder, and reads its plain weights.
 
-`inspect` reads descriptions alone, `read` the weights as well; `load` is both, for commands that also need the
+`inspect` reads only descriptions, and `read` reads the weights; `load` does both, for commands that also need the
 tokenizer. Plain weights are the `params` of the full-rank model (`models.weights`). Every process that calls these
 functions reads the files and holds the whole model in host memory.
 """
@@ -36,11 +36,11 @@ class Pretrained(NamedTuple):
 
   Attributes:
     sizes: vocab_size, hidden_size, intermediate_size, num_layers, num_heads.
-    weights: plain weights, adapters merged in; NumPy arrays in float32, or float64 if they were stored so.
+    weights: plain weights, adapters merged in; NumPy arrays in float32, or in float64 if they are stored in float64.
     tokenizer: the SentencePiece model of its token ids; None if a Hugging Face folder has none.
-    origin: a description for messages, say `runs/tiny, switchlora, step 1000 of 2000`.
+    origin: a description for messages, for example `runs/tiny, switchlora, step 1000 of 2000`.
     seq_len: tokens per sequence in training.
-    method: that trained it; None for a Hugging Face folder.
+    method: the method that trained it; None for a Hugging Face folder.
     prefix: token ids that preceded every text in training: LLaMA 1 begins with BOS; runs of this package have none.
   """
 
@@ -54,11 +54,12 @@ class Pretrained(NamedTuple):
 
 
 class RunWeights(NamedTuple):
-  """A checkpoint of a run as the run applies it, with adapters apart from their base kernels.
+  """A checkpoint of a run, with adapters separate from their base kernels.
 
   Attributes:
-    run: the run. step: the step of the checkpoint.
-    model: the LLaMA of the phase that made it, which computes in float32, or float64 if the weights are stored so.
+    run: the run.
+    step: the step of the checkpoint.
+    model: the LLaMA of the phase that made it, which computes in float32, or in float64 if it stores float64.
     params, frozen: the collections of the model; NumPy arrays in the dtypes of the checkpoint.
     scale: s = α/r of the adapters; None if there are none.
   """
@@ -88,7 +89,7 @@ def inspect(path: Path) -> SavedRun | huggingface.Folder:
 
 
 def read(source: SavedRun | huggingface.Folder, *, residual: bool = False) -> Pretrained:
-  """Reads the plain weights of what `inspect` opened; of a run, those of its newest good checkpoint.
+  """Reads the plain weights of what `inspect` opened; of a run, those of its newest valid checkpoint.
 
   Args:
     residual: see `merge`.
@@ -123,7 +124,7 @@ def _check_tokenizer(folder: huggingface.Folder):
   if pieces > embeddings:
     raise UserError(
       f"the tokenizer in {folder.path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
-      "put the one there that the model was trained with"
+      "replace it by the tokenizer that the model was trained with"
     )
 
 
@@ -131,13 +132,13 @@ def restore_weights(run: SavedRun, step: int | None = None) -> RunWeights:
   """Restores the weights of a checkpoint into host memory; optimizer state and candidates are not read.
 
   Args:
-    step: one of `run.steps`; the newest good one by default.
+    step: one of `run.steps`; the newest valid one by default.
   Raises:
     UserError: no checkpoint can be restored, or a key is missing in the run's config.
   """
   model_at = lambda step: _model_and_scale(config_at(run.config, step))
   with run.missing_key_as_error():
-    model_at(run.steps[-1])  # raises here, rather than in `restore`, which would call the checkpoint damaged
+    model_at(run.steps[-1])  # raises here, rather than in `restore`, which would report a damaged checkpoint
   with full_precision(run.config.param_dtype), Checkpoints(run.directory / "checkpoints") as checkpoints:
     found = checkpoints.restore(lambda step: _abstract_weights(model_at(step)[0]), step, partial=True)
   if found is None:
@@ -165,7 +166,7 @@ def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
 
   Args:
     residual: whether to add the int8 residual of a kernel that is stored in bfloat16. The forward pass of training does
-      not read it, so the function of the run is the one without; a run that goes on from the weights needs it.
+      not read it, so the function of the run does not include it; a run that continues from the weights needs it.
   """
   run, plain = found.run, {}
   params = flatten_dict(found.params)
@@ -183,13 +184,13 @@ _merge_kernel = partial(jax.jit, static_argnames="scale")(merge_kernel)
 
 
 def _wide(array) -> np.ndarray:
-  """A NumPy array in float32, or float64 if it was."""
+  """A NumPy array in float32, or in float64 if it was in float64."""
   return np.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
 
 
 @contextlib.contextmanager
 def full_precision(param_dtype: str):
-  """Enables float64 if weights are stored so, and float32 products in float32, which GPUs would round to TF32."""
+  """Enables float64 for float64 weights, and float32 precision of products, which GPUs would round to TF32."""
   wide = jax.config.jax_enable_x64 or param_dtype == "float64"
   with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
     yield

@@ -1,7 +1,7 @@
 """Converts a SentencePiece model to the `tokenizer.json` that `transformers` loads, with the same ids for a text.
 
-The conversion is ours because the classes of `transformers` for LLaMA and T5 each build a normalizer of their own:
-it adds a space that SentencePiece does not add, or drops spaces that it keeps.
+`transformers` cannot do this conversion: its tokenizer classes for LLaMA and T5 each build their own normalizer, which
+adds a space that SentencePiece does not add, or drops spaces that it keeps.
 """
 
 import base64
@@ -17,8 +17,8 @@ TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a Hug
 SPACE = "▁"  # stands for a space in SentencePiece
 APPROXIMATE = (
   "tokenizer.json only approximates a tokenizer of this kind: transformers encodes the literal text of a special "
-  "piece, say </s>, as that piece, and rare text, say a letter with two accents or a long run of one letter, may get "
-  "other ids than in training"
+  "piece, such as </s>, as that piece, and rare text, such as a letter with two accents or a long run of one letter, "
+  "may get other ids than in training"
 )
 
 

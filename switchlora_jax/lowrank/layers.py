@@ -1,4 +1,4 @@
-"""Linear layers with a frozen base kernel and a trainable low-rank adapter.
+"""Linear layers of SwitchLoRA (arXiv 2406.06564): a frozen base kernel and a trainable low-rank adapter.
 
 The arrays of a layer are in three collections:
 
@@ -27,12 +27,12 @@ INITS = ("switchlora", "lora")
 
 
 def adapter_scale(rank: int, alpha: float = 1.0) -> float:
-  """s = α/r, the factor of the product of A and B."""
+  """s = α/r, the factor of B·A in the layer (eq. 4)."""
   return alpha / rank
 
 
 def adapter_std(in_features: int, out_features: int, rank: int, init: str = "switchlora") -> tuple[float, float]:
-  """Standard deviations of the vectors of A and of B, spares included.
+  """Standard deviations of the elements of A and of B, spares included.
 
   Args:
     init: `switchlora` is eq. 3 with `√m·r` in place of its `√(m·r)`, because eq. 14 holds only then. `lora` is the
@@ -52,7 +52,10 @@ def merge(kernel, lora_a, lora_b, scale, dtype=None):
   """The merged weight `kernel + scale·AᵀB`, [..., in, out], in the wider of the kernel's dtype and `dtype`.
 
   Args:
-    kernel: [..., in, out]. lora_a: [..., r, in]. lora_b: [..., r, out].
+    kernel: [..., in, out].
+    lora_a: [..., r, in].
+    lora_b: [..., r, out].
+    scale: s = α/r.
     dtype: the factors are cast to it before they are multiplied; None: the wider of their and the kernel's dtype.
   """
   dtype = dtype or jnp.promote_types(kernel.dtype, lora_a.dtype)
@@ -224,5 +227,5 @@ class SwitchLoRADense(LoRADense):
 
 
 def lora_vectors(params):
-  """A tree of bools like `params`, true for the leaves whose rows are LoRA vectors."""
+  """A tree of bools like `params`, true for the leaves `lora_a` and `lora_b`, whose rows are LoRA vectors."""
   return jax.tree.map_with_path(lambda path, _: path[-1].key in ADAPTER, params)

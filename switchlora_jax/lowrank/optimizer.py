@@ -1,6 +1,7 @@
 """Adam with a step count per LoRA vector and the reset and freeze masks of the switch; gradient clipping.
 
-Independent of models and configs: the caller marks the leaves whose rows are LoRA vectors.
+Resetting and freezing follow SwitchLoRA (arXiv 2406.06564, Algorithm 1 and Appendices A and D). This module is
+independent of models and configs: the caller marks the leaves whose rows are LoRA vectors.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,8 @@ def scale_by_vector_adam(
     vectors: from the parameters to a tree of bools, true for the leaves [..., r, d] whose rows are LoRA vectors.
     count_per_element: store a count per element of every leaf (App. D). The updates are the same; the state of the
       optimizer takes 50% more memory.
+  Raises:
+    ValueError: in `update`, if a reset mask does not broadcast to the step count of its leaf.
   """
 
   def count_shape(is_vector, param):
@@ -93,17 +96,19 @@ def vector_adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8, **options) -> optax.G
   """Adam with a step count per LoRA vector and without weight decay.
 
   Args:
-    learning_rate: a number, or a schedule of the number of updates.
+    learning_rate: a number, or a schedule: a function from the number of updates to the learning rate.
+    b1, b2: decay rates of the first and second moments.
+    eps: added to the square root of the bias-corrected second moment.
     options: `vectors` and `count_per_element` of `scale_by_vector_adam`, whose masks `update` accepts.
   """
   return optax.chain(scale_by_vector_adam(b1, b2, eps, **options), optax.scale_by_learning_rate(learning_rate))
 
 
 def clip_by_global_norm(grads, max_norm: float):
-  """Scale the gradients by min(1, max_norm / (‖g‖ + 1e-6)), as `clip_grad_norm_` of PyTorch and so the authors do.
+  """Scale the gradients by min(1, max_norm / (‖g‖ + 1e-6)), as in PyTorch's `clip_grad_norm_`, which the authors use.
 
   Returns:
-    The scaled gradients, and their global norm ‖g‖ before, [] in float32 or wider.
+    The scaled gradients, and their global norm ‖g‖ before scaling, [] in float32 or wider.
   """
   norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
   factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))

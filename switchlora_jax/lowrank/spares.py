@@ -1,8 +1,8 @@
-"""The spare candidate vectors: gather and scatter of their rows, the random draws, and metrics.
+"""The spare candidate vectors of SwitchLoRA: gather and scatter of their rows, random draws, and metrics.
 
 The candidates of a layer are `spare_a [c - r, in]`, `spare_b [c - r, out]`, `timer_a [r]`, `timer_b [r]` and
 `cursor []`, with or without leading axes along which layers are stacked. The spares may be padded with rows beyond
-c - r, so that the number of devices divides their number. The padding is never read or written.
+c - r to a multiple of the number of devices. The padding is never read or written.
 """
 
 import math
@@ -83,7 +83,14 @@ def rank_and_spares(candidates, path) -> tuple[int, int]:
 
 
 def draw_uniforms(key, candidates) -> dict:
-  """One number in [0, 1) per layer, {path: [...]}; `key` is folded with the number of the layer."""
+  """One uniform random number in [0, 1) per layer, for `switch`.
+
+  Args:
+    key: a random key, which is folded with the number of each layer.
+    candidates: the collection of all layers.
+  Returns:
+    {path: float array of the shape of the layer's leading axes, [] or [layers]}.
+  """
   draws, number = {}, 0
   for path in switchable(candidates):
     shape = stack_shape(candidates, path)
@@ -95,7 +102,15 @@ def draw_uniforms(key, candidates) -> dict:
 
 
 def draw_spare_indices(key, candidates, schedule) -> dict:
-  """K distinct random indices of spares per factor of each layer: {path: ([..., K] for A, [..., K] for B)}."""
+  """K distinct random indices of spares per factor of each layer, for `switch` in random order (section 2.2).
+
+  Args:
+    key: a random key.
+    candidates: the collection of all layers.
+    schedule: a `SwitchSchedule`, which gives K.
+  Returns:
+    {path: ([..., K] int32 for A, [..., K] int32 for B)}.
+  """
   indices = {}
   for number, path in enumerate(switchable(candidates)):
     stack, (rank, spares) = stack_shape(candidates, path), rank_and_spares(candidates, path)
@@ -125,7 +140,7 @@ def coverage(candidates):
   """The share of the candidates of all layers that have been LoRA vectors so far, [] in [0, 1].
 
   This is defined for the sequential order only. There the first r candidates of a layer are LoRA vectors from the
-  start, and each of the first c - r loads adds another one. The state does not record which rows a random order drew.
+  start, and each of the first c - r loads adds another one. The state does not record spares drawn at random.
   """
   flat, seen, total = flatten_dict(candidates), 0, 0
   for path in switchable(candidates):

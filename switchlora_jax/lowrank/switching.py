@@ -1,6 +1,6 @@
-"""Algorithms 1 and 2 of the paper: in each step, swap a few LoRA vectors with spare candidates.
+"""Algorithms 1 and 2 of SwitchLoRA (arXiv 2406.06564): in each step, swap a few LoRA vectors with spare candidates.
 
-Invariant: a switch changes A, B, the spares and W, and keeps `W + s·B·A`. In the layout of `layers`, it keeps
+Invariant: a switch changes A, B, the spares and W, but not `W + s·B·A`. In the layout of `layers`, it keeps
 `kernel + scale·AᵀB` with one LoRA vector per row of `lora_a [r, in]` and `lora_b [r, out]`.
 
 All positions in a layer follow from `cursor`, the number k of vectors loaded so far per factor. Load k of A goes to
@@ -43,7 +43,7 @@ class SwitchSchedule(NamedTuple):
   decay_to: float = 1 / 3
 
   def rate(self, step):
-    """The switching rate at `step` relative to the start, d^((t+1) / (p·T)), at least 1e-8."""
+    """The switching rate at `step` t relative to the start, d^((t+1) / (p·T)), [], at least 1e-8."""
     return jnp.maximum(self.decay_to ** ((step + 1) / (self.decay_point * self.total_steps)), 1e-8)
 
   def window(self, rank: int, spares: int) -> int:
@@ -61,7 +61,7 @@ class Switched(NamedTuple):
     reset, freeze: masks for the optimizer, trees like `params`: [..., r, 1] bool for switchable LoRA vectors, else
       False.
     count: [] int32, number of vectors switched per factor, summed over all layers.
-    moved: [] Frobenius norm of the change of all kernels.
+    moved: [] float32 or wider, Frobenius norm of the change of all kernels.
   """
 
   params: Any
@@ -217,7 +217,7 @@ def freeze(timer, hit, freeze_steps: int, skip):
   """Algorithm 2, lines 8 and 13: start the timers of the vectors marked by `hit`.
 
   Returns:
-    A mask of the vectors that are frozen in this step, and the timers after it, both [L, r].
+    A mask of the vectors that are frozen in this step, [L, r] bool, and the timers after it, [L, r] int32.
   """
   running = jnp.where(hit, freeze_steps, timer)
   return running > 0, jnp.where(skip, timer, jnp.maximum(running - 1, 0))
@@ -276,7 +276,9 @@ def switch(
     step: t, from 0.
     uniforms: {path: [...] in [0, 1)} from `draw_uniforms`, or one number for all layers.
     spare_indices: from `draw_spare_indices`; None: sequential order, as in the authors' code.
-    skip: [] bool; if true, nothing changes, timers included.
+    skip: [] bool; if true, nothing changes, including timers and cursors.
+  Returns:
+    The new collections, the masks for the optimizer and the metrics, see `Switched`.
   """
   candidates = candidates or {}
   flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
@@ -304,9 +306,13 @@ def switch(
 
 
 def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> float:
-  """The expected number of times a run cycles through all c candidates of a layer.
+  """The expected number of times that a run cycles through the spares of a layer.
 
-  Far below 1, most candidates are never used and switching can have little effect.
+  If it is far below 1, most candidates are never used and switching can have little effect.
+
+  Args:
+    rank: r, LoRA vectors per factor.
+    candidates: c, vectors per factor including spares.
   """
   decayed = schedule.decay_point * schedule.total_steps / math.log(1 / schedule.decay_to)
   return rank / (candidates - rank) * decayed / schedule.interval

@@ -1,11 +1,11 @@
-"""The training methods: a module each, and the table by which `config.method` selects one.
+"""The training methods, one module per method, and the table from which `config.method` selects one.
 
 To add a method, write `methods/NAME.py`, add a line to `METHODS` and, if the method has settings of its own, add a
 section `config.NAME` to `configs/base.py`. The module has:
 
   LEARNING_RATE, MIN_LR_RATIO   the defaults of `config.learning_rate` and `config.min_lr_ratio`
-  check(config)                 raises `UserError` if a setting that the method reads makes no sense
-  describe(config)              facts that a run prints before it starts, one line each
+  check(config)                 raises `UserError` if a setting of the method is invalid
+  describe(config)              lines that a run prints before it starts
   warnings(config)              sentences that a run prints as warnings before it starts
   build(config)                 returns a `base.Method`, whose docstring lists what a method can change
 
@@ -31,10 +31,10 @@ def keys_for(config, method: str) -> dict:
 
 
 def full_rank_config(config) -> FrozenConfigDict:
-  """The config of the full-rank phase of a run with `warm_start_steps`, over the same horizon as the run.
+  """The config of the full-rank phase of a run with `warm_start_steps`; its schedule spans the steps of the whole run.
 
-  Its learning rate and warm-up are `warm_start_learning_rate` and `warm_start_warmup_steps`. `min_lr_ratio` is that of
-  full rank: the run's own value, 0.1 by default for GaLore, applies to the phase that follows.
+  Its learning rate and warm-up are `warm_start_learning_rate` and `warm_start_warmup_steps`. `min_lr_ratio` is the
+  default of full rank; the value of the run applies to the phase that follows.
   """
   changes = {
     "method": "full",

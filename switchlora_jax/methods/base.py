@@ -75,8 +75,8 @@ class Method(NamedTuple):
       can be used, for example `optax.scale_by_adam()`.
     schedule: from the step to the learning rate. The step is that of the train state.
     scale: s = α/r if the layers have adapters, else None.
-    before_gradients: TrainState -> TrainState, called before the gradients of a step. It must keep the function of the
-      model and is not subject to `skip`.
+    before_gradients: TrainState -> TrainState, called before the gradients of a step. It must not change the function
+      of the model, and is not subject to `skip`.
     before_update: (TrainState, skip) -> Adjusted, called between the gradients and the optimizer. It must change
       nothing if `skip` [] bool is true. The train step does not select between old and new frozen kernels and
       candidates, because that would copy them.

@@ -1,7 +1,7 @@
 """GaLore: full-rank training with Adam's moments of block kernels in a low-rank projection of their gradients.
 
-Algorithm 2 of Zhao et al. 2024b, as in the authors' code. Kernels are [in, out] here, the transpose of theirs.
-`optax.contrib.galore` is a different algorithm: it projects the larger side.
+Algorithm 2 of Zhao et al. 2024 (arXiv 2403.03507), as in the authors' code. Kernels are [in, out] here, the transpose
+of theirs. `optax.contrib.galore` is a different algorithm: it projects the larger side.
 """
 
 from collections.abc import Callable
@@ -141,7 +141,7 @@ def failures(state: GaLoreState) -> jax.Array:
 
 
 def _no_directions(is_projected: bool, param, rank: int):
-  """The projector of a leaf before its first refresh: zeros, so that it does not move; None if it is not projected."""
+  """The projector of a leaf before its first refresh: zeros, for an update of 0; None if it is not projected."""
   if not is_projected:
     return None
   small = min(param.shape[-2:])
@@ -165,7 +165,7 @@ def _project_back(low, projector, shape):
 
 
 def check(config):
-  """Raise `UserError` if the rank or a setting of the projection makes no sense."""
+  """Raise `UserError` if the rank or a setting of the projection is invalid."""
   full.check(config)
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
@@ -182,7 +182,7 @@ def check(config):
 
 
 def describe(config) -> list[str]:
-  """The number of decompositions, which are what the method costs in time."""
+  """The number of decompositions, which take most of the extra time of the method."""
   every = config.galore.refresh_every
   refreshes = -(-(config.steps - config.warm_start_steps) // every)
   return [f"singular value decompositions of every block gradient: {refreshes}, one every {every} steps"]

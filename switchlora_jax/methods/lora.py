@@ -16,7 +16,7 @@ MIN_LR_RATIO = 0.0
 
 
 def check(config):
-  """Raise `UserError` if the rank is below 1 or the initialisation does not exist."""
+  """Raise `UserError` if the rank is below 1 or the initialisation is unknown."""
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
   if config.switch.init not in INITS:

@@ -8,9 +8,9 @@ and before the gradients of the next step:
 
 A restart does not change the function of the model, so it is also done if the steps around it are skipped.
 
-Two deviations from the authors' code: it starts with A = B = 0, so that no adapter is trained before the first merge,
-while this module draws A at the start as at a restart. It prunes the first and second moments independently, while this
-module prunes them by one mask, because an element with a first and no second moment gets a huge update.
+There are two deviations from the authors' code. It starts with A = B = 0, so that no adapter is trained before the
+first merge; this module draws A at the start as at a restart. It prunes the first and second moments independently;
+this module uses one mask for both, because an element with a first but no second moment would get a very large update.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ PRUNES = ("random", "magnitude")
 
 
 def check(config):
-  """Raise `UserError` if a setting of restarts, pruning or scale makes no sense."""
+  """Raise `UserError` if a setting of restarts, pruning or scale is invalid."""
   relora, every = config.relora, config.relora.restart_every
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")

@@ -153,8 +153,7 @@ class LLaMA(nn.Module):
     cache_length: number of positions of the collection `cache`, which must be mutable; 0: no cache. With a cache, a
       call continues after the positions of the previous call, which are not computed again.
     head: if false, return the hidden states before the head, [batch, length, hidden_size].
-    gather: from the variables of one layer as they are sharded, {collection: tree}, to whole arrays. None: they are
-      not sharded.
+    gather: maps the sharded variables of one layer, {collection: tree}, to whole arrays. None: they are not sharded.
   """
 
   vocab_size: int
@@ -199,7 +198,7 @@ class LLaMA(nn.Module):
     if self.gather is None:
       return REMAT[self.remat](Block)
     block = nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
-    # Saved for the backward pass, the gathered parameters would add up to the whole model. They are gathered again.
+    # Gathered parameters are not saved but gathered again: those of all layers would add up to the whole model.
     if self.remat == "none":
       return nn.remat(block, prevent_cse=False, policy=all_but_gathered)
     return REMAT[self.remat](block)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from switchlora_jax.parallel.sharding import gather, is_split
 
-CHUNK = 1024  # largest number of tokens per chunk; enough for the matrix units of a GPU
+CHUNK = 1024  # largest number of tokens per chunk; large enough to use the tensor cores of a GPU
 
 
 def row_losses(model, params, frozen, rows):
@@ -31,7 +31,7 @@ def mean_loss(model, params, frozen, rows):
 
 
 def on_parts(loss, model, params, frozen):
-  """A loss for use inside a `shard_map`, from this device's shards of params and frozen kernels.
+  """A loss for use inside a `shard_map`, computed from this device's shards of params and frozen kernels.
 
   The arrays of a block are all-gathered one layer at a time, inside the model's loop over the layers.
 
@@ -39,7 +39,7 @@ def on_parts(loss, model, params, frozen):
     loss: `mean_loss` or `row_losses`.
     params, frozen: PartitionSpecs from `Placement.specs`.
   Returns:
-    (params, frozen, rows) -> the loss of this device's rows.
+    (params, frozen, rows) -> the loss of this device's sequences.
   """
   blocks = {"params": params["blocks"], "frozen": frozen.get("blocks", {})}
   if is_split(blocks):
@@ -61,7 +61,7 @@ def _head_inputs(model, params, frozen, rows):
 def token_losses(x, kernel, targets):
   """−log softmax(x · kernel)[target] of each token, [tokens] in float32 or wider.
 
-  The product is computed from factors in x's dtype.
+  The kernel is cast to the dtype of x before the product.
 
   Shapes: x [tokens, hidden], kernel [hidden, vocab], targets [tokens] integers.
   """
@@ -130,7 +130,7 @@ def _softmax(x, targets, weight):
 def _chunks(x, targets):
   """Split x into [chunks, size, hidden] and targets into [chunks, size], padded with zeros whose losses are dropped.
 
-  The number of chunks is the smallest possible. Their size is a multiple of 8, for the matrix units.
+  The number of chunks is the smallest possible. Their size is a multiple of 8, for tensor cores.
   """
   tokens = len(targets)
   chunks = -(-tokens // CHUNK)

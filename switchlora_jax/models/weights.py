@@ -1,4 +1,4 @@
-"""Plain weights: merge the adapters of a model into its kernels, and split them off again.
+"""Plain weights: merge the adapters of a model into its kernels, and split kernels into a base and an adapter.
 
 Plain weights are the `params` of the full-rank model. Where a low-rank model has `lora_a`, `lora_b` and a frozen
 `kernel` (perhaps with a residual), they have one `kernel`. Embedding, norms and head are the same in both.

@@ -1,8 +1,8 @@
-"""Agreement between the processes of one run: joint success or failure, work of the first process, comparisons.
+"""Coordination of the processes of one run: joint success or failure, actions of process 0, comparison of settings.
 
 All processes run the same program and must call these functions in the same order. The functions communicate through
-the key-value store of `jax.distributed` and not through the devices, so that one process may wait while another one
-tokenizes a corpus for hours, and an error on one process reaches the waiting ones. A single process does not
+the key-value store of `jax.distributed` and not through the devices, so that a process may wait for hours while another
+one tokenizes a corpus, and an error on one process is raised on the waiting ones. A single process does not
 communicate.
 
 This is the only module that imports `jax._src`.
@@ -20,7 +20,7 @@ from jax._src import distributed  # the store has no public name; orbax and mult
 from switchlora_jax.errors import UserError
 
 MAX_WAIT = 7 * 24 * 3600.0  # seconds; supervision ends the run much earlier if a process dies
-_calls = itertools.count()  # numbers the calls of `exchange`, equally on all processes
+_calls = itertools.count()  # numbers the calls of `exchange`, the same on all processes
 
 
 class Store:
@@ -49,7 +49,7 @@ class Store:
 
 
 def is_first() -> bool:
-  """Return whether this is process 0, which prints, logs and writes all files but the arrays of checkpoints."""
+  """Return whether this is process 0, which prints, logs and writes all files except the arrays of checkpoints."""
   return jax.process_index() == 0
 
 

@@ -119,12 +119,12 @@ def _spec(path, shape, parts: int) -> PartitionSpec:
     return PartitionSpec()
   axis = max(axes, key=lambda axis: shape[axis])
   if names[-1] in ADAPTER and len(shape) - 2 in axes:
-    axis = len(shape) - 2  # a switch moves whole vectors, which would have to be gathered otherwise
+    axis = len(shape) - 2  # a switch moves whole vectors, which a split along the other axis would have to gather
   return PartitionSpec(*[None] * axis, FSDP)
 
 
 def gather(tree, specs, removed_axes: int = 0):
-  """All-gather the arrays that are split over `fsdp`, inside a `shard_map`; their gradients are scattered again.
+  """All-gather the arrays that are split over `fsdp`, inside a `shard_map`; their gradients are reduce-scattered.
 
   Args:
     tree: this device's parts of the arrays.

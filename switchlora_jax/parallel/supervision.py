@@ -2,10 +2,10 @@
 
 Two threads run beside training. One exchanges a small status between the processes every second, through the key-value
 store; it blocks while process 0, which hosts the store, does not answer. The other one receives signals and evaluates
-the statuses. Neither ends the process: that is up to `on_failure`.
+the statuses. Neither ends the process; `on_failure` may.
 
-JAX's own services replace neither. Its preemption service consumes every SIGTERM, also a second one and one during
-set-up, and ignores SIGINT. Its heartbeat ends a process by SIGABRT without naming the lost one.
+JAX's own services do not suffice. Its preemption service consumes every SIGTERM, also a second one and one during
+set-up, and ignores SIGINT. Its heartbeat aborts a process (SIGABRT) without naming the lost one.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Supervisor:
       first mark is not checked, since tokenizing a corpus takes hours. Time in which the process was suspended does
       not count.
     peer_seconds: time without a new status of another process after which that process counts as lost.
-    on_failure: `on_failure(message, exit_code)` is called in a thread if the run cannot go on. By default the message
+    on_failure: `on_failure(message, exit_code)` is called in a thread if the run cannot continue. By default the
       is printed, and raised in the main thread as soon as that thread executes Python code: as `RunFailed` (code HUNG),
       `Stopped` (STOPPED) or KeyboardInterrupt (130).
 
@@ -102,8 +102,8 @@ class Supervisor:
   def should_stop(self) -> bool:
     """Return whether the run stops after this step, which is the same one on all processes.
 
-    All processes call this once per step. It waits a second or two, once, while they agree. Calls are counted rather
-    than step numbers compared, since a rollback repeats step numbers.
+    All processes call this once per step. After a stop is requested, one call waits a second or two until they agree.
+    Calls are counted rather than steps, since a rollback repeats step numbers.
     """
     with self._lock:
       self._lock.wait_for(lambda: self._proposed is None or self._last is not None)
@@ -112,7 +112,7 @@ class Supervisor:
 
   @contextlib.contextmanager
   def report_errors(self):
-    """Report an exception to the other processes as it leaves this context; the end of the outer context does, too."""
+    """Report an exception to the other processes when it leaves this context, as the exit of the outer context does."""
     try:
       yield
     except BaseException as error:
@@ -120,7 +120,7 @@ class Supervisor:
       raise
 
   def find_failure(self, seconds: float) -> tuple[str, int] | None:
-    """Return (message, exit code) if the run cannot go on, given that `seconds` have passed since the last call."""
+    """Return (message, exit code) if the run cannot continue, given that `seconds` have passed since the last call."""
     here = self._store.process
     statuses = dict(self._statuses) or {here: self._status}
     for process, status in sorted(statuses.items()):
@@ -151,7 +151,7 @@ class Supervisor:
     return self._unchanged[what][1]
 
   def _find_lost(self, silent: dict[int, float]) -> int | None:
-    """Return the process that is lost. If not even the own status comes back, it can only be process 0."""
+    """Return the process that is lost. If this process's own status does not come back either, it is process 0."""
     if (own := silent.get(self._store.process, 0.0)) > GRACE:
       return 0 if own > self._peer_seconds else None
     return min((process for process, seconds in silent.items() if seconds > self._peer_seconds), default=None)
@@ -163,7 +163,7 @@ class Supervisor:
     with contextlib.suppress(OSError, ValueError):  # the stderr of a notebook may not be a file
       faulthandler.dump_traceback(all_threads=True)
     return (
-      f"process {self._store.process} hangs since {since} at: {self._status['doing']}; no progress for "
+      f"process {self._store.process} has hung since {since} at: {self._status['doing']}; no progress for "
       f"{self._hang_seconds:g} s (--config.hang_seconds){others}; the stacks of its threads are above; {REMEDY}"
     )
 
@@ -241,7 +241,7 @@ class Supervisor:
       self._fail(*failure)
 
   def _agree_on_last_step(self):
-    """Propose the present step once a stop is requested; all stop after the step that follows every proposal."""
+    """Propose the current step when a stop is requested; all stop one step after the latest proposal."""
     requests = {process: status["stop"] for process, status in self._statuses.items() if "stop" in status}
     with self._lock:
       if not (requests and self._steps_begun):
@@ -262,14 +262,14 @@ class Supervisor:
     self._on_failure(message, code)
 
   def _report(self, error: BaseException | None):
-    """Make an exception of this process end the others; first let the cause be found if that may be another one."""
+    """Report an exception, so that the others end; if another process may be the cause, first wait for its status."""
     if error is None or isinstance(error, Stopped) or "failed" in self._status:
       return
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if self._store.count > 1 and _is_communication_error(error):
       to_stderr(f"{reason}\nanother process may have caused this error; waiting for its status")
-      time.sleep(self._peer_seconds + 3 * GRACE)  # until the supervision has found it, and `on_failure` has ended
-    elif self._store.count > 1 and self._status["marks"]:  # printed now, since this process first waits for its save
+      time.sleep(self._peer_seconds + 3 * GRACE)  # until supervision has found the cause, and `on_failure` has returned
+    elif self._store.count > 1 and self._status["marks"]:  # printed now, because this process still waits for its save
       readable = isinstance(error, UserError | OSError | KeyboardInterrupt)
       described = reason if readable else "".join(traceback.format_exception(error))
       to_stderr(f"{described}\nthis process ends after a save in progress, the others in {GRACE:g} s")
@@ -290,7 +290,7 @@ class Supervisor:
 
 
 def _is_communication_error(error: BaseException | None) -> bool:
-  """Return whether JAX raised the error, or its cause, as it does if another process ends."""
+  """Return whether the error, or its cause, is one that JAX raises when another process ends."""
   while error:
     if isinstance(error, jax.errors.JaxRuntimeError) and COMMUNICATION.search(str(error)):
       return True

@@ -84,14 +84,14 @@ def device_bytes(tree) -> int:
 def host_bytes(tree) -> int:
   """`device_bytes` of the leaves in pinned host memory.
 
-  Without a GPU attached, XLA does not model host memory, neither in the shardings nor in its memory analysis. The tree
+  Without a GPU attached, XLA does not model host memory, in shardings or in its memory analysis. The tree
   must therefore be placed on (simulated) CPUs, and these bytes are subtracted from the peak.
   """
   return device_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind == "pinned_host"])
 
 
 def plan_step(phase: Phase, config, mesh, host: int) -> StepPlan:
-  """Compile the training step of a phase for a mesh, real or not. Allocates nothing.
+  """Compile the training step of a phase for a mesh, whose devices need not exist. Allocates nothing.
 
   Args:
     config: the resolved config of the phase.
@@ -126,7 +126,7 @@ def moved_bytes(memory: dict[str, int], accumulation: int) -> int:
 
   An overestimate for state that a step leaves unchanged, such as most candidates and frozen kernels. An underestimate
   for buffers that are reused within a step, such as with rematerialisation. XLA's own count cannot be used: on CPUs it
-  counts every loop, including that over layers, as 1 iteration, and without a GPU attached there is none.
+  counts every loop, including that over layers, as 1 iteration, and without a GPU attached it is not available.
   """
   return memory["arguments"] + memory["outputs"] + 2 * accumulation * memory["temporaries"]
 

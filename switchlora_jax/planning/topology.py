@@ -1,4 +1,4 @@
-"""GPU types without a GPU: meshes that XLA's GPU compiler compiles for on any machine, and their peak figures.
+"""GPU types: meshes for which XLA compiles without a GPU, and peak figures.
 
 Compiling needs the GPU extra (requirements-gpu.txt), and `without_gpus()` or its two environment variables
 before JAX is first used.
@@ -42,10 +42,10 @@ def known_gpus() -> list[str]:
 
 
 def check_gpu(gpu: str) -> None:
-  """Raise `UserError` if a GPU type has no description; the message lists those that have."""
+  """Raise `UserError` if a GPU type has no description; the message lists the known types."""
   if gpu not in known_gpus():
     raise UserError(
-      f"no description of GPU {gpu!r}; there is {', '.join(known_gpus())}; add one to {DESCRIPTIONS.name}/"
+      f"no description of GPU {gpu!r}; expected one of {', '.join(known_gpus())}; or add it to {DESCRIPTIONS.name}/"
     )
 
 
@@ -67,7 +67,7 @@ def parse_topology(shape: str) -> tuple[int, int]:
   """
   sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)
   if not sides:
-    raise UserError(f"a topology is slices × hosts × GPUs of a host, say 1x2x8 for 16 GPUs; found {shape!r}")
+    raise UserError(f"a topology must be slices × hosts × GPUs per host, such as 1x2x8 for 16 GPUs; found {shape!r}")
   slices, hosts, gpus = map(int, sides.groups())
   return slices * hosts * gpus, gpus
 

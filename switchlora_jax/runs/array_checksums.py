@@ -31,7 +31,7 @@ def sum_weighted_bits(leaves) -> list[jax.Array]:
 
 
 def array_checksums(state) -> dict[str, list[int]]:
-  """{path of a leaf: [checksum, *shape]} on the host; of whole arrays, however they are sharded.
+  """{path of a leaf: [checksum, *shape]} on the host; of whole arrays, for any sharding.
 
   Args:
     state: a pytree of JAX or NumPy arrays.

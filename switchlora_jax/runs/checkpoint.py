@@ -1,13 +1,13 @@
 """Checkpoints through orbax: saved asynchronously, the newest few kept, verified when they are restored.
 
 A save is written under a temporary name. When all processes have written their shares of the arrays, process 0 adds the
-manifest, then orbax renames the directory. So a listed step is always complete, and older checkpoints are removed only
-after that.
+manifest, then orbax renames the directory. A listed step is therefore always complete. Older checkpoints are removed
+only after that.
 
 Orbax does not detect flipped bits. The manifest has two kinds of checksums, and both are needed. Those of the files are
-compared before anything is read: they detect errors of the disk, and `experiments.checkpoints` needs no device for
-them. Those of the arrays, computed on the devices before a save and after a restore, cover the whole path: a dtype that
-was cast, a missing row, an error in a layout.
+compared before anything is read: they detect errors of the disk, and `experiments.checkpoints` can compare them without
+a device. Those of the arrays are computed on the devices before a save and after a restore: they also detect errors in
+between, such as a cast dtype, a missing row or a wrong layout.
 
 All processes of a run call each of these functions, and share one directory.
 """
@@ -110,7 +110,7 @@ class Checkpoints:
   def check(self):
     """Raises the `UserError` of the save in flight if it has failed by now; does not wait and does not communicate.
 
-    The other processes notice the failure when this process ends: to agree on it would cost a message per step.
+    The other processes notice the failure when this process ends. An agreement would need a message per step.
     """
     with self._failure_as_user_error():
       self._writer.check_for_errors()
@@ -123,7 +123,7 @@ class Checkpoints:
       try:
         self._remove(old)
       except OSError as error:  # on network drives, if another process reads the checkpoint
-        log.warning("an old checkpoint in %s could not be removed (%s); the run goes on", self._directory, error)
+        log.warning("an old checkpoint in %s could not be removed (%s); the run continues", self._directory, error)
 
   def _remove(self, steps: list[int]):
     manifest.sync(self._directory)  # the newer checkpoints must be on the disk before the older ones are removed
@@ -147,15 +147,15 @@ class Checkpoints:
       ) from error
 
   def restore(self, abstract_at, step: int | None = None, *, partial: bool = False):
-    """Returns the newest good state, or that of one step; None if nothing was saved yet.
+    """Returns the newest valid state, or that of one step; None if nothing was saved yet.
 
-    Newer checkpoints that are incomplete or damaged are passed over with a warning. If they belong to this run, they
+    Newer checkpoints that are incomplete or damaged are skipped with a warning. If they belong to this run, they
     are moved out of `checkpoints/`, into the directory of the run.
 
     Args:
       abstract_at: function from a step to a pytree of ShapeDtypeStruct, the structure of its state. A leaf with a
         sharding is restored as a JAX array, a leaf without one as a NumPy array on every process.
-      step: one of `steps()`; the newest good one by default.
+      step: one of `steps()`; the newest valid one by default.
       partial: whether to read only those entries of the state (fields of a NamedTuple, keys of a dict) that the
         abstract state has, such as the fields of `Weights`.
     Raises:
@@ -196,7 +196,7 @@ class Checkpoints:
 
   def _restore(self, step: int, abstract, partial: bool):
     folder, share = self._directory / str(step), (jax.process_index(), jax.process_count())
-    # If one process cannot read a file, all must pass the checkpoint over.
+    # If one process cannot read a file, all must skip the checkpoint.
     saved = processes.on_all_processes(lambda: manifest.verify(folder, share))
     expected = _check_structure(saved.arrays, abstract, partial)
     # Not strict: padding differs between layouts. Checksums and shapes detect rows that are cut off or added.
@@ -211,7 +211,7 @@ class Checkpoints:
 
   def _pass_over(self, step: int, reason: str):
     """Warns of a damaged checkpoint, and moves it aside if it belongs to this run."""
-    action = f"moved to {self._set_aside(step)}" if self._keep else "an older one is read"
+    action = f"moved to {self._set_aside(step)}" if self._keep else "an older one is used"
     log.warning("checkpoint of step %d is damaged (%s); %s", step, reason, action)
 
   def _set_aside(self, step: int) -> Path:

@@ -46,8 +46,8 @@ FREE = (
 def prepare(workdir: Path, config) -> None:
   """Checks that `workdir` is writable and holds no run with another config; creates it if needed.
 
-  A larger `steps` is allowed: it extends the run, with a warning, because the schedules then have another horizon than
-  the steps already done.
+  A larger `steps` is allowed: it extends the run, with a warning, because the steps already done used
+  schedules over fewer steps.
 
   Raises:
     UserError: the directory is not writable, or it holds a run with another config; the message names the keys.
@@ -76,8 +76,8 @@ def prepare(workdir: Path, config) -> None:
 def locked(workdir: Path) -> Iterator[None]:
   """Holds the lock of a run that trains in `workdir`; reading a run needs no lock.
 
-  Every process of a run calls it, process 0 first. Each process has a lock of its own, so that a process that outlived
-  its run is detected as well.
+  Every process of a run calls it, process 0 first. Each process has a lock of its own, so that a process that is still
+  alive after its run is detected as well.
 
   Raises:
     UserError: another run trains there; the message names its process.
@@ -120,9 +120,7 @@ def _check_same_run(workdir: Path, saved: dict, config):
     )
   before, now = saved["config"]["steps"], config.steps
   if now > before and all(change.startswith("steps:") for change in changed):
-    log.warning(
-      "extending the run from %d to %d steps: learning rate and switching follow the new horizon", before, now
-    )
+    log.warning("extending the run from %d to %d steps: the schedules now span the new number of steps", before, now)
     return
   raise another_run(f"--workdir={workdir}", changed)
 
@@ -155,8 +153,8 @@ def check_is_run(named: str, directory: Path, *parts: str) -> None:
   """Raises `UserError` unless the directory holds config.json and the given parts of a run.
 
   Args:
-    named: how the user named the directory, say `--run=runs/tiny`.
-    parts: names of files or folders, say `checkpoints`.
+    named: how the user named the directory, for example `--run=runs/tiny`.
+    parts: names of files or folders, for example `checkpoints`.
   """
   *first, last = "config.json", *parts
   if not all((directory / part).exists() for part in (*first, last)):

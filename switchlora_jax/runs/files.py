@@ -3,7 +3,7 @@
 The package has three kinds of checksums:
 
   SHA-256 of a file, or of the contents of a JSON file   here; prepared data and everything small
-  XXH3 of the files of a checkpoint                      `runs.manifest`; as fast as the files are read
+  XXH3 of the files of a checkpoint                      `runs.manifest`; as fast as reading the files
   uint32 of an array, computed on its devices            `runs.array_checksums`; spans a save and its restore
 """
 
@@ -28,7 +28,7 @@ LOCK_NAME = ".lock"  # of the lock file, in the directory that it protects
 
 
 def write_bytes(path: Path, contents: bytes) -> None:
-  """Writes a file atomically: at every moment it is either the old file or the complete new one."""
+  """Writes a file atomically: at any time it is either the old file or the complete new one."""
   with atomic_writer(path) as file:
     file.write(contents)
 
@@ -113,7 +113,7 @@ class LockTaken(Exception):
 
 @contextlib.contextmanager
 def exclusive_lock(directory: Path, *, wait: bool, name: str = LOCK_NAME) -> Iterator[None]:
-  """Holds an exclusive lock on a directory, which must exist; the kernel releases it however the process ends.
+  """Holds an exclusive lock on a directory, which must exist; the kernel releases it when the process ends in any way.
 
   The lock file keeps the description of the holder while the lock is held and is never removed. On a full disk the
   lock holds as well, but its holder is not recorded.

@@ -1,11 +1,12 @@
 """The manifest of a checkpoint: size and XXH3 of every file, and the checksum of every array.
 
 `manifest.json` is written last, into the directory of a step that still has a temporary name; a step directory without
-a manifest is incomplete. It lies beside the files that it covers, so that both are copied, moved and removed together.
-It covers `state/`, which is all that a restore reads; what orbax writes beside it later (`_CHECKPOINT_METADATA`,
-`commit_success.txt`) is not covered. The `manifest.json` of prepared data (`data.shards`) is another format.
+a manifest is incomplete. It is in the same directory as the files that it covers, so that both are copied, moved and
+removed together. It covers `state/`, which is all that a restore reads; what orbax writes beside it later
+(`_CHECKPOINT_METADATA`, `commit_success.txt`) is not covered. The `manifest.json` of prepared data (`data.shards`) is
+another format.
 
-Nothing here needs a device. XXH3 is as fast as the files are read, which CRC-32 is not; see `runs.files` for the other
+Nothing here needs a device. XXH3 is as fast as reading the files, unlike CRC-32; see `runs.files` for the other
 kinds of checksums.
 """
 

@@ -1,10 +1,10 @@
 """Loss spikes, and updates that are skipped in a row because a number was not finite.
 
-A loss is a spike if it exceeds mean + threshold · deviation of the last `window` finite losses, the rule of OLMo's
-optimizers. It is computed on the devices, as a part of the training step. The window takes every finite loss,
-including spikes. Each spike widens the deviation, so that a loss that stays at a new level is a spike
-window / (1 + threshold²) times (four by default), and normal afterwards. A series of skipped steps therefore ends by
-itself.
+A loss is a spike if it exceeds mean + threshold · standard deviation of the last `window` finite losses, the rule of
+OLMo's optimizers. The training step evaluates it on the devices. The window includes every finite loss, also spikes.
+Each spike increases the deviation. A loss that stays at a new level therefore counts as a spike
+window / (1 + threshold²) times (four by default), and as normal afterwards. With action "skip", a series of skipped
+steps ends for this reason.
 
 `config.spike.action` selects the response. Rolling back and leaving out the data that led to the spike follows PaLM
 (Chowdhery et al. 2022, section 5.1).
@@ -21,7 +21,7 @@ from switchlora_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 ACTIONS = ("report", "skip", "rollback")
-MIN_DEVIATION = 0.01  # lower bound of the deviation, relative to the mean: in a flat window, a ripple is not a spike
+MIN_DEVIATION = 0.01  # lower bound of deviation / mean: small fluctuations of a flat loss are not spikes
 
 
 class SpikeState(NamedTuple):
@@ -51,7 +51,7 @@ def detect_spike(spikes: SpikeState, loss, spike) -> tuple[jax.Array, SpikeState
 
   Args:
     spikes: the state before the step.
-    loss: [], of any floating dtype; computed with in float32.
+    loss: [], of any floating dtype; converted to float32.
     spike: `config.spike`.
   Returns:
     is_spike: [] bool.
@@ -78,7 +78,7 @@ def check_spike_config(spike) -> None:
     raise UserError(f"spike.action (={spike.action!r}) must be one of {', '.join(ACTIONS)}; set --config.spike.action")
   if spike.window < 2:
     raise UserError(
-      f"spike.window (={spike.window}) must be at least 2, to have a deviation; set --config.spike.window"
+      f"spike.window (={spike.window}) must be at least 2, to define a deviation; set --config.spike.window"
     )
   if not spike.threshold > 0:
     raise UserError(f"spike.threshold (={spike.threshold}) must be greater than 0; set --config.spike.threshold")

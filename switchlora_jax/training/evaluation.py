@@ -23,7 +23,7 @@ def make_eval_step(model, placement, state):
   """
   param_specs, frozen_specs = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
   sequences = PartitionSpec(BOTH)
-  # Each device evaluates its own sequences: left to the compiler, chunks of tokens would be sent between devices.
+  # Each device evaluates its own sequences: without shard_map, XLA would send chunks of tokens between devices.
   specs = dict(in_specs=(param_specs, frozen_specs, sequences), out_specs=sequences)
   losses = on_parts(row_losses, model, param_specs, frozen_specs)
   losses = jax.shard_map(losses, mesh=placement.mesh, **specs, check_vma=False)
@@ -65,8 +65,8 @@ def summary(losses: np.ndarray, bytes_per_token: float) -> dict[str, float]:
     val_ppl: its exponential, the perplexity.
     val_bpb: bits per byte of text, which is comparable across tokenizers.
     val_loss_se, val_ppl_se, val_bpb_se: standard errors. That of the loss is std / √n, the others follow to first
-      order. They describe the choice of sequences only, taken as independent. Sequences of one document are not, so
-      the true standard errors are larger. NaN for a single sequence.
+      order. They assume independent sequences. Sequences of one document are not independent, so the true standard
+      errors are larger. NaN for a single sequence.
   """
   loss = float(losses.mean(dtype=np.float64))
   bits = 1 / (math.log(2) * bytes_per_token)

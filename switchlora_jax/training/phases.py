@@ -66,7 +66,7 @@ def restore_phase(run: SavedRun, step: int | None, mesh, whole: bool = False):
 
   Args:
     run: as from `runs.directory.open_run`.
-    step: one of `run.steps`; the newest good one by default.
+    step: one of `run.steps`; the newest valid one by default.
     whole: whether to restore the whole `TrainState` rather than its `runs.checkpoint.Weights`.
   Raises:
     UserError: a key is missing in the run's config, or the checkpoint cannot be restored.

@@ -1,4 +1,4 @@
-"""One training step, compiled as one dispatch: loss, accumulated gradients, clipping, the method's hooks, update."""
+"""One training step as one jitted function: loss, accumulated gradients, clipping, the method's hooks, update."""
 
 import jax
 import jax.numpy as jnp

@@ -48,8 +48,8 @@ def train(config, workdir: Path, peer_seconds: float = 60, on_failure=None) -> O
     peer_seconds: seconds without a heartbeat of another process after which the run ends.
     on_failure: see `Supervisor`; by default a failure is raised in the main thread.
   Raises:
-    UserError: config, data or directory do not fit together, before anything expensive; too many updates in a row were
-      not finite; the run used up its rollbacks from loss spikes.
+    UserError: config, data and directory do not match (raised before anything expensive); too many updates in a row
+      were not finite; the run used up its rollbacks from loss spikes.
     Stopped: a signal requested the stop, and the run was saved.
   """
   with contextlib.ExitStack() as stack:
@@ -123,7 +123,7 @@ class Run:
     self._validate = make_evaluate(config, phases[0], data)
 
   def begin(self, source: warm_start.Source | None) -> int:
-    """Restore the newest valid checkpoint, or create the first state, from the weights of `source` if there is one.
+    """Restore the newest valid checkpoint; without one, create the first state, from the weights of `source` if given.
 
     Returns:
       The number of steps done.
@@ -135,9 +135,9 @@ class Run:
     return self.done
 
   def roll_back(self, step: int) -> None:
-    """Undo the steps since the last checkpoint, and leave out their batches up to that of step number `step`, a spike.
+    """Restore the last checkpoint, and skip the batches up to that of the loss spike at step number `step`.
 
-    The decision follows from the metrics alone: a run that is killed before its next save makes it again.
+    The decision depends only on the metrics: a run that is killed before its next save repeats it.
 
     Raises:
       UserError: the run has used up its rollbacks.

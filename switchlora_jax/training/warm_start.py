@@ -1,9 +1,9 @@
 """Warm starts: full-rank training first, then another method from its weights (section 4.3).
 
-There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data continue at the hand-over.
+There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data order continues afterwards.
 `warm_start_from` starts a new run from the weights of a finished one (the authors' way) or of a Hugging Face LLaMA.
-Both keep the function of the model: embedding, norms and head stay as they are, and adapters are split off the kernels.
-Optimizer state, candidates and counts start afresh.
+Both keep the function of the model: embedding, norms and head stay the same, and each kernel is split into a base
+kernel and an adapter. Optimizer state, candidates and counts are reinitialised.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from switchlora_jax.training.phases import Phase
 def hand_over(state: TrainState, before: Phase, after: Phase) -> TrainState:
   """The state with which phase `after` continues from a state of phase `before`.
 
-  It has the same function, step, skip counts and spike-detector state; the optimizer starts afresh.
+  It has the same function, step, skip counts and spike-detector state; the optimizer state is reinitialised.
   """
   kept = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row", "spikes")}
   return _initial_state(after, state.params, state.frozen, before.scale)._replace(**kept)
@@ -86,7 +86,7 @@ class Source:
       )
 
   def state(self) -> TrainState:
-    """The state before step 0 with the weights of the source; of a run, those of its newest good checkpoint.
+    """The state before step 0 with the weights of the source; of a run, those of its newest valid checkpoint.
 
     Every process reads the whole model into host memory, and places on each of its devices no more than the share that
     the mesh's `fsdp` axis gives it.

@@ -95,7 +95,7 @@ class JsonLinesWriter(metrics.Writer):
 
 
 class TensorBoardWriter(metrics.Writer):
-  """Writes TensorBoard events. All of it is in metrics.jsonl as well: after an I/O error it warns and stops writing.
+  """Writes TensorBoard events. metrics.jsonl has the same numbers: after an I/O error this writer warns and stops.
 
   `tensorboardX.SummaryWriter` is not used: a full disk ends its thread, after which it blocks its callers.
   """

@@ -326,7 +326,7 @@ def begun(text):
 def test_a_folder_for_other_rows_is_a_sentence(text, stage, changes, message):
   name = begun(text) if stage == "begun" else stage
   before = contents(text.folder / name)
-  with pytest.raises(UserError, match=rf"{name} was begun for other rows {message}; choose a new directory, or delete"):
+  with pytest.raises(UserError, match=rf"{name} was started for other rows {message}; choose a new directory, or"):
     text.prepare(name, **changes)
   assert contents(text.folder / name) == before
 

@@ -111,7 +111,7 @@ def test_the_layer_it_compares_with_computes_the_same():
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    (["--methods=full,loar"], "--methods has loar; expected programs of full, .*, two products, galore refreshing"),
+    (["--methods=full,loar"], "--methods has loar; expected some of full, .*, two products, galore refreshing"),
     (["--methods=switchlora", "--rank=1"], r"rank \(=1\) cannot switch"),
     (["--methods=lora", "--vocabulary=0"], r"model\.vocab_size \(=0\) must be greater than 0"),
   ],

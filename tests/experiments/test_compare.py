@@ -160,11 +160,11 @@ def test_a_missing_workdir_is_an_error():
 
 
 MISTAKES = {
-  "unknown method": (["--methods=full,loar"], "--methods has loar; expected methods of full, lora, switchlora, relora"),
-  "no methods": (["--methods="], "--methods has none; expected methods of full"),
+  "unknown method": (["--methods=full,loar"], "--methods has loar; expected some of full, lora, switchlora, relora"),
+  "no methods": (["--methods="], "--methods has none; expected some of full"),
   "unknown method of rates": (
     ["--learning_rates=loar:1e-3"],
-    r"--learning_rates=loar:1e-3 names loar; expected of full",
+    r"--learning_rates=loar:1e-3 names loar; expected some of full",
   ),
   "no number": (["--learning_rates=full:fast"], "--learning_rates must be a list of numbers .*fast"),
   "no colon": (["--learning_rates=full,lora"], "--learning_rates must be a list of numbers .*full"),

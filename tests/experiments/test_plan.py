@@ -81,9 +81,9 @@ def test_by_default_the_config_s_own_method(no_gpu_compiler):
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    (["--gpu=h42"], "no description of GPU 'h42'; there is a100, a100-40, h100, h200"),
-    (["--topology=8"], "a topology is slices × hosts × GPUs of a host, say 1x2x8 for 16 GPUs; found '8'"),
-    (["--methods=full,loar"], "--methods has loar; they must be of full, lora"),
+    (["--gpu=h42"], "no description of GPU 'h42'; expected one of a100, a100-40, h100, h200"),
+    (["--topology=8"], "a topology must be slices × hosts × GPUs per host, such as 1x2x8 for 16 GPUs; found '8'"),
+    (["--methods=full,loar"], "--methods has loar; expected some of full, lora"),
     (["--link=0"], r"--link \(=0.0\) must be greater than 0; leave it out for the links of h100"),
     (["--config.batch_size=100"], r"batch_size \(=100\) must be a multiple of devices × accumulation \(=8 × 2\)"),
   ],

@@ -72,7 +72,7 @@ def test_duplicates_and_different_counts_are_named_on_all_that_started(coordinat
   found = outcomes(coordinator, [(3, 0), (3, 1), (3, 1)])
   assert found == ["two processes were started with --process_id=1; number them from 0 to 2"] * 3
   found = outcomes(coordinator, [(2, 0), (3, 1)])
-  assert found == ["process 1 was started with --num_processes=3 and process 0 with 2; give all the same"] * 2
+  assert found == ["process 1 was started with --num_processes=3 and process 0 with 2; pass the same number to all"] * 2
 
 
 def test_a_port_in_use_is_an_error():

@@ -62,7 +62,7 @@ FLAGS = {
   "--config.method=loar\nlaro": "must be one of full, lora, switchlora, relora, galore",
   "--dry_run=maybe": "boolean",
   "--flagfile=nowhere": "nowhere",
-  "--num_processes=2": "go together; found no --coordinator",
+  "--num_processes=2": "must be given together; found no --coordinator",
   "--=": "expected only --flags, found --=",
 }
 

@@ -101,7 +101,7 @@ def test_the_tokenizer_of_a_folder_fits_its_model(run, tmp_path):
   """Ids beyond the embeddings would be read as NaN, and text could still be sampled."""
   folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # of 64 ids
   shutil.copy(run() / "tokenizer.model", folder)
-  refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; put the one there")
+  refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; replace it by")
 
 
 def test_the_tokenizer_of_a_folder_ends_documents(run, tmp_path):

@@ -238,7 +238,7 @@ def test_a_hang_is_reported_with_the_stacks(capfd):
   one = marked()
   one.mark("step 38, on the devices")
   assert re.fullmatch(
-    r"process 0 hangs since \d\d:\d\d:\d\d at: step 38, on the devices; no progress for 100 s "
+    r"process 0 has hung since \d\d:\d\d:\d\d at: step 38, on the devices; no progress for 100 s "
     r"\(--config.hang_seconds\); the stacks of its threads are above; the same command .*continues from .*",
     failure_within(one, HANG + 3),
   )
@@ -371,12 +371,12 @@ def test_a_stopped_run_has_not_failed():
 def test_a_hang_raises_in_the_main_thread(capfd):
   """… of a notebook, for example, whose process goes on."""
   with (
-    pytest.raises(RunFailed, match=r"hangs since .* at: step 1; no progress for 0.1 s"),
+    pytest.raises(RunFailed, match=r"has hung since .* at: step 1; no progress for 0.1 s"),
     Supervisor(0.1, LOST) as one,
   ):
     one.mark("step 1")
     time.sleep(60)
-  assert "hangs since" in capfd.readouterr().err
+  assert "has hung since" in capfd.readouterr().err
 
 
 def test_sigterm_during_set_up_raises_in_the_main_thread():
@@ -508,7 +508,7 @@ def test_a_process_that_hangs_ends_by_itself():
   process = start("blocked", hang=1)
   _, error = process.communicate(timeout=300)
   assert process.returncode == HUNG
-  assert "error: process 0 hangs since" in error and 'File "<string>", line 13 in <module>' in error
+  assert "error: process 0 has hung since" in error and 'File "<string>", line 13 in <module>' in error
 
 
 def test_a_process_that_was_suspended_has_not_hung():

@@ -14,7 +14,7 @@ from switchlora_jax.planning import topology
 
 def test_an_unknown_gpu_lists_those_there_are():
   for ask in (topology.gpu_mesh, topology.read_gpu):
-    with pytest.raises(UserError, match="no description of GPU 'h42'; there is a100, a100-40, h100, h200"):
+    with pytest.raises(UserError, match="no description of GPU 'h42'; expected one of a100, a100-40, h100, h200"):
       ask("h42")
 
 
@@ -31,7 +31,7 @@ def test_a_topology_is_slices_hosts_and_gpus(shape, parsed):
 @pytest.mark.parametrize("shape", ["8", "1x8", "1x0x8", "1x1x8x1", "1x1x-8", "axbxc", ""])
 def test_a_malformed_topology_says_what_one_is(shape):
   for ask in (topology.parse_topology, lambda shape: topology.gpu_mesh("h100", shape)):
-    with pytest.raises(UserError, match=f"slices × hosts × GPUs of a host, say 1x2x8 for 16 GPUs; found '{shape}'"):
+    with pytest.raises(UserError, match=f"slices × hosts × GPUs per host, such as 1x2x8 for 16 GPUs; found '{shape}'"):
       ask(shape)
 
 

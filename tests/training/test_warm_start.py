@@ -445,7 +445,7 @@ def test_a_damaged_checkpoint_of_the_source_is_not_moved(folder, runs, tmp_path,
       part.write_bytes(b"")
   train(folder, "from-damaged", method="full", warm_start_from=str(source))
   assert newest.is_dir() and not list(source.glob("damaged*"))
-  assert f"checkpoint of step {STEPS} is damaged" in caplog.text and "an older one is read" in caplog.text
+  assert f"checkpoint of step {STEPS} is damaged" in caplog.text and "an older one is used" in caplog.text
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
