@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   config.frozen_dtype = placeholder(str)  # of stored base kernels: float32 | bfloat16; None: param_dtype
   config.candidates_dtype = placeholder(str)  # of stored spare vectors: float32 | bfloat16; None: param_dtype
   config.remat = "none"  # recompute in the backward pass: none | linear (all but linear layers) | full (whole blocks)
-  config.count_per_element = False  # lora, switchlora: store Adam's step counts per element (App. D), same updates
+  config.count_per_element = False  # lora, switchlora: store Adam's step counts per element (App. D); same updates
 
   config.eval_every = 1000  # steps between evaluations; another one follows the last step
   config.eval_tokens = 10_000_000  # largest number of validation tokens
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
   config.keep_checkpoints = 3  # number of newest checkpoints to keep
   config.log_every = 10  # steps between writes to metrics.jsonl, which has a line per step
   config.max_skipped = 20  # abort after this number of consecutive steps with a loss or gradient that is not finite
-  config.hang_seconds = 1800.0  # abort when one restore, step, evaluation or save takes longer; 0: never
+  config.hang_seconds = 1800.0  # abort when one restore, step, evaluation or save takes more seconds; 0: never
 
   config.spike = ConfigDict()  # loss spikes: losses above mean + threshold · standard deviation of the window
   config.spike.window = 128  # number of preceding losses in mean and deviation; no spikes before there are that many
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
   config.switch.interval = 40  # steps between two switches of one vector, at the start of the run; 0: never switch
   config.switch.freeze_steps = 5  # steps for which the counterpart of a switched vector is frozen
   config.switch.decay_point = 0.1  # fraction of `steps` after which the switching rate has fallen to decay_to
-  config.switch.decay_to = 1 / 3  # switching rate there / switching rate at the start (0.3 in the authors' code)
+  config.switch.decay_to = 1 / 3  # rate at decay_point / rate at the start (0.3 in the authors' code)
   config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
   config.switch.order = "sequential"  # order in which spare vectors are used: sequential | random (section 2.2)
   config.switch.reset = True  # reset the optimizer state of the counterpart of a switched vector
@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
 
   config.galore = ConfigDict()  # settings of galore
   config.galore.refresh_every = 200  # updates between two singular value decompositions of the gradients
-  config.galore.scale = 0.25  # factor of the projected update
+  config.galore.scale = 0.25  # factor of the update after it is projected back
 
   config.data = ConfigDict()
   config.data.source = "text"  # docs (documentation of the packages) | text (your files) | prepared | stream

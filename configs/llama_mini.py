@@ -1,4 +1,4 @@
-"""The comparison of five methods in miniature, on encyclopedia text and a laptop CPU; results: docs/miniature.md.
+"""Comparison of five methods at small scale, on Wikipedia text and a laptop CPU; results: docs/miniature.md.
 
 python -m experiments.compare --config=configs/llama_mini.py --workdir=runs/mini \
     --config.data.path='wiki/train*' --config.data.eval_path='wiki/valid*'

@@ -12,7 +12,7 @@ REFERENCE = {"full rank": (49.44, 1.799), "LoRA": (38.46, 1.683), "SwitchLoRA": 
 
 
 def get_config():
-  """A short run needs a switch interval of 10 instead of 40 to cycle through its candidates."""
+  """A small model; the switch interval is 10 instead of 40, so that a short run cycles through its candidates."""
   config = base.get_config()
   config.rank = 32
   config.steps = 1000

@@ -1,4 +1,4 @@
-"""Commands, run by `python -m`; see the README. This file runs on any Python 3, to report a wrong one."""
+"""Commands, run by `python -m`; see the README. This file runs on any Python 3, to report a version that is too old."""
 
 import importlib.util
 import sys

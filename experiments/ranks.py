@@ -16,7 +16,7 @@ OUT = flags.DEFINE_string("out", "runs/ranks", "directory for ranks.json, weight
 
 
 def main():
-  """Check the flags, measure each run, write pictures and ranks.json."""
+  """Check the flags, measure each run, write figures and ranks.json."""
   directories = [Path(run).expanduser() for run in RUN.value]
   if not directories:
     raise UserError(

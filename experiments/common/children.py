@@ -1,4 +1,4 @@
-"""Child processes of a command: each has its share of the cores, and none outlives the command."""
+"""Child processes of a command: each has its share of the cores, and all end with the command."""
 
 import os
 import signal

@@ -27,7 +27,7 @@ PARSERS = tuple(str(Path(package.__file__).parent) for package in (ml_collection
 def exit_on_flag_errors():
   """Exit with code 2 and one sentence on an invalid flag, config key, value or config file.
 
-  Handles whatever absl, ml_collections and the config file itself raise.
+  Handles all exceptions that absl, ml_collections and the config file raise.
   """
   try:
     yield
@@ -175,7 +175,7 @@ def _exit_on_errors(main, continues: bool = False):
 
 
 def _report_unraisable(unraisable):
-  """Python's hook, but silent on what tensorstore raises for each array in flight when a save fails."""
+  """Python's hook, without the exceptions that tensorstore raises per array when a save fails."""
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 

@@ -68,7 +68,7 @@ def time_saves(state, folder: Path, times: int) -> tuple[int, list[SaveTimes]]:
     for step in range(times + 1):
       arrays = elapsed_seconds(lambda: array_checksums(state))
       whole = elapsed_seconds(lambda step=step: (checkpoints.save(step, state), checkpoints.wait()))
-      os.sync()  # a restore happens in a new process, when the disk has finished the save
+      os.sync()  # as for a restore, which runs in a new process after the save is on disk
       verify = elapsed_seconds(lambda step=step: manifest.verify(folder / str(step)))
       saves.append(SaveTimes(whole, arrays, checkpoints.spent, verify))
       bar.update(step > 0)

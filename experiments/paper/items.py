@@ -1,4 +1,4 @@
-"""The tables and figures of the paper as data: the runs of each, at the paper's scale and at ours, and its numbers.
+"""The tables and figures of the paper as data: the runs of each, at the paper's scale and a small one, and its numbers.
 
 The scale `paper` follows the paper's text. The scale `mini` has an eighth of the width and rank, a quarter of the
 depth, and trains on text from the installed packages, so that lines can be compared within minutes. A line has no
@@ -158,7 +158,7 @@ WARM = dict(  # Appendix C.1; the `warm_start_` keys make the full-rank steps of
   warm_start_learning_rate=5e-4, warm_start_warmup_steps=Scaled(1000, 30),
 )  # fmt: skip
 RELORA = WARM | {
-  "warmup_steps": Scaled(500, 15),  # at the hand-over, in the authors' code
+  "warmup_steps": Scaled(500, 15),  # after the full-rank steps, in the authors' code
   "relora.alpha": Scaled(32.0, 4.0),  # equal α / r
   "relora.restart_every": Scaled(5000, 150),
   "relora.restart_warmup_steps": Scaled(100, 15),

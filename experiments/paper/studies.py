@@ -33,7 +33,7 @@ def interval(config) -> Study:
 
 
 def ratio(config) -> Study:
-  """Figure 6, first experiment: the fraction of the run at which the switch rate has decayed to `decay_to`."""
+  """Figure 6, first experiment: the fraction of the run at which the switching rate has decayed to `decay_to`."""
   values = sorted({0.03, 0.1, 0.3, 0.9, config.switch.decay_point})
   return Study("how fast switching fades", "Figure 6", {f"ratio {v:g}": {"switch.decay_point": v} for v in values})
 
@@ -49,7 +49,7 @@ def grid(config) -> Study:
 
 
 def freeze(config) -> Study:
-  """Figure 8: the number of steps N for which a switched vector's counterpart is frozen; 0 resets, never freezes."""
+  """Figure 8: number of steps N for which a switched vector's counterpart is frozen; 0: only reset."""
   values = sorted({0, 1, 2, 5, 10, 20, config.switch.freeze_steps})
   values = [value for value in values if 2 * value <= config.switch.interval]
   return Study("how long to freeze", "Figure 8", {f"N = {v}": {"switch.freeze_steps": v} for v in values})

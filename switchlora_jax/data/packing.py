@@ -48,7 +48,7 @@ class Chunk(NamedTuple):
   Attributes:
     text: the characters.
     ends: whether the document ends with this chunk.
-    after: the position behind the chunk.
+    after: the position after the chunk.
   """
 
   text: str
@@ -64,7 +64,7 @@ class EncodedGroup(NamedTuple):
     documents: number of documents that end in the group.
     characters: length of the text in characters.
     bytes: length of the text in UTF-8.
-    after: the position behind the group.
+    after: the position after the group.
   """
 
   tokens: np.ndarray
@@ -180,7 +180,7 @@ def pack(
 
   Args:
     split: progress so far, updated in place.
-    encoded: the tokens of all text behind `split.position`.
+    encoded: the tokens of all text after `split.position`.
     folder: where the shards are written.
     name: the split, `train` or `valid`.
     seq_len: tokens per sequence.

@@ -118,7 +118,7 @@ def _check_tokenizer(folder: huggingface.Folder):
   """Raises `UserError` unless a folder has a tokenizer whose ids all have an embedding: others would give NaN."""
   if folder.tokenizer is None:
     raise UserError(
-      f"{folder.path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; put it there"
+      f"{folder.path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; copy it there"
     )
   pieces, embeddings = load_tokenizer(folder.tokenizer).get_piece_size(), folder.sizes["vocab_size"]
   if pieces > embeddings:

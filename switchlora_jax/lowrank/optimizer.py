@@ -46,6 +46,8 @@ def scale_by_vector_adam(
   Without masks, each leaf is updated exactly (bitwise) as by an `optax.scale_by_adam` of its own.
 
   Args:
+    b1, b2: decay rates of the first and second moments.
+    eps: added to the square root of the bias-corrected second moment.
     vectors: from the parameters to a tree of bools, true for the leaves [..., r, d] whose rows are LoRA vectors.
     count_per_element: store a count per element of every leaf (App. D). The updates are the same; the state of the
       optimizer takes 50% more memory.

@@ -74,8 +74,8 @@ def warnings(config) -> list[str]:
   if not config.switch.interval or not config.param_dtype == config.frozen_dtype == "bfloat16":
     return []
   return [
-    "switching rounds bfloat16 base kernels at every step, and they drift; they do not with "
-    "--config.param_dtype=float32, nor with --config.frozen_dtype=bfloat16 under it"
+    "switching rounds bfloat16 base kernels at every step, so that they drift; set --config.param_dtype=float32, with "
+    "which --config.frozen_dtype=bfloat16 adds a residual that prevents the drift"
   ]
 
 

@@ -66,7 +66,7 @@ class Source:
     if self._source.tokenizer is None and not config.data.tokenizer:
       raise UserError(
         f"--config.warm_start_from={config.warm_start_from} has no tokenizer.model, the SentencePiece file of its "
-        f"token ids; put it there, or name one with the same ids by --config.data.tokenizer"
+        f"token ids; copy it there, or set --config.data.tokenizer to one with the same ids"
       )
     sizes, expected = self._source.sizes, config.model.to_dict()
     if wrong := {name: size for name, size in sizes.items() if size != expected[name]}:

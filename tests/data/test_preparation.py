@@ -333,7 +333,7 @@ def test_a_folder_for_other_rows_is_a_sentence(text, stage, changes, message):
 
 def test_another_tokenizer_of_the_same_name_is_a_sentence(text):
   tokenizer.train_tokenizer(sentences(0, 100), 300, text.model)
-  with pytest.raises(UserError, match=r"begun for other rows \(tokenizer was '\w{64}' and is '\w{64}'\)"):
+  with pytest.raises(UserError, match=r"started for other rows \(tokenizer was '\w{64}' and is '\w{64}'\)"):
     text.prepare("whole")
 
 
