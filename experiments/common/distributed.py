@@ -17,7 +17,7 @@ from switchlora_jax.errors import HUNG, STOPPED, UserError, to_stderr
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.supervision import GRACE
 
-FIRST_PORT, PORTS = 61440, 4096  # above the ports that Linux assigns by itself
+FIRST_PORT, PORTS = 61440, 4096  # above the ports that Linux assigns automatically
 FAREWELL = GRACE + 3.0  # seconds that process 0 waits after a failure, so that the other processes end first
 
 

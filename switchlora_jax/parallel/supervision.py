@@ -27,7 +27,7 @@ from switchlora_jax.parallel.processes import Store
 
 BEAT = 1.0  # seconds between two exchanges of statuses
 TICK = 0.5  # seconds between two checks
-GRACE = 5.0  # seconds in which every process can read a new status, or fail with the same error by itself
+GRACE = 5.0  # seconds in which every process reads a new status, or fails with the same error
 REPEAT = 2.0  # seconds within which signals count as one: SLURM and srun may each send theirs
 PARENT = "SWITCHLORA_JAX_PARENT"  # environment variable with the PID of a parent process whose end stops the run
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

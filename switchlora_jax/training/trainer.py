@@ -83,7 +83,7 @@ def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
         save = due(run.done, config.checkpoint_every) or last or stop
         if evaluate or save or due(run.done, config.log_every):
           spike_step = run.report()
-          if spike_step is not None:  # nothing was saved since; a run that is to stop does so where it rolled back to
+          if spike_step is not None:  # a requested stop then ends at the restored step, which is saved
             run.roll_back(spike_step)
             continue
         if evaluate:

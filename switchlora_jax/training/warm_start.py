@@ -1,7 +1,7 @@
 """Warm starts: full-rank training first, then another method from its weights (section 4.3).
 
 There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data order continues afterwards.
-`warm_start_from` starts a new run from the weights of a finished one (the authors' way) or of a Hugging Face LLaMA.
+`warm_start_from` starts a new run from the weights of a run (as the authors do) or of a Hugging Face LLaMA.
 Both keep the function of the model: embedding, norms and head stay the same, and each kernel is split into a base
 kernel and an adapter. Optimizer state, candidates and counts are reinitialised.
 """
