@@ -5,7 +5,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from switchlora_jax.models.llama import LLaMA
+from switchlora_jax.models.llama import INIT, LLaMA
 
 __all__ = ["LLaMA", "make_model", "supports_fused_attention"]
 
@@ -16,13 +16,14 @@ def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32,
   Args:
     sizes: vocab_size, hidden_size, intermediate_size, num_layers and num_heads, as in `config.model`.
     dense: factory of the linear layers of a block, `dense(features, name=…)`. The default is `flax.linen.Dense`
-      without bias, with which the `params` of the model are the plain weights of `models.weights`.
+      without bias and with the initialisation of full-rank training; the `params` of the model then are the plain
+      weights of `models.weights`.
     dtype: dtype of the computation.
     param_dtype: dtype of embedding, norms, head and, by default, of the linear layers.
     device: the device that runs the model; it selects the attention kernel. None: the portable kernel.
     options: `remat` and `head`, see `LLaMA`.
   """
-  dense = dense or partial(nn.Dense, use_bias=False, dtype=dtype, param_dtype=param_dtype)
+  dense = dense or partial(nn.Dense, use_bias=False, kernel_init=INIT, dtype=dtype, param_dtype=param_dtype)
   fused = device is not None and supports_fused_attention(device)
   return LLaMA(**sizes, dense=dense, fused_attention=fused, dtype=dtype, param_dtype=param_dtype, **options)
 

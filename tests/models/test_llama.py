@@ -8,6 +8,7 @@ import small_model
 from small_model import equations
 
 from switchlora_jax.lowrank.layers import lora_vectors
+from switchlora_jax.models import make_model
 from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, rotate, supports_fused
 from switchlora_jax.models.loss import mean_loss
 from switchlora_jax.planning import cost
@@ -198,6 +199,14 @@ def test_at_one_seed_all_methods_start_from_one_function():
   np.testing.assert_array_equal(losses["switchlora"], losses["lora"])
   no_adapter = jax.tree.map(lambda p, is_vector: jnp.where(is_vector, 0, p), params, lora_vectors(params))
   assert abs(loss_of(model, tokens)(no_adapter, frozen) - losses["full"]) > 1e-3
+
+
+def test_the_default_layers_start_as_those_of_full_rank_training():
+  """With a standard deviation of 0.02; that of Flax's own initialisation would be 1/√64."""
+  layer = make_model(small_model.config("full").model).dense(64)
+  params = layer.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+  assert params.keys() == {"kernel"}
+  np.testing.assert_allclose(np.std(params["kernel"]), 0.02, rtol=0.05)
 
 
 def test_all_linear_layers_of_a_block_have_adapters_and_nothing_else():
