@@ -169,6 +169,7 @@ class LLaMA(nn.Module):
   cache_length: int = 0
   head: bool = True
   gather: Callable[[dict], dict] | None = None
+  block_class = Block  # without an annotation, so that it is no field: a subclass names its own blocks here
 
   @nn.compact
   def __call__(self, tokens):
@@ -194,10 +195,10 @@ class LLaMA(nn.Module):
     return nn.Dense(self.vocab_size, use_bias=False, kernel_init=INIT, **kinds, name="head")(x)
 
   def block(self):
-    """`Block` with the gathering of `gather` and the recomputation of `remat`."""
+    """`block_class` with the gathering of `gather` and the recomputation of `remat`."""
     if self.gather is None:
-      return REMAT[self.remat](Block)
-    block = nn.map_variables(Block, ("params", "frozen"), trans_in_fn=self.gather)
+      return REMAT[self.remat](self.block_class)
+    block = nn.map_variables(self.block_class, ("params", "frozen"), trans_in_fn=self.gather)
     # Gathered parameters are not saved but gathered again: those of all layers would add up to the whole model.
     if self.remat == "none":
       return nn.remat(block, prevent_cse=False, policy=all_but_gathered)

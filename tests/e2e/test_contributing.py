@@ -6,15 +6,24 @@ A toy adds its own file, from `toys/`, and edits the files that the guide names.
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pytest
+import small_model
 from paths import ROOT
 from tiny import flags_of, tiny_config
+
+from switchlora_jax.methods import METHODS
+from switchlora_jax.parallel.sharding import Placement
+from switchlora_jax.training.step import accumulated_gradients
 
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
 TOYS = Path(__file__).parent / "toys"
@@ -53,8 +62,9 @@ EXTENSIONS = {
     {
       "switchlora_jax/models/__init__.py": [
         (
-          "from switchlora_jax.models.llama import LLaMA",
-          "from switchlora_jax.models.llama import LLaMA\nfrom switchlora_jax.models.squared_relu import SquaredReLU",
+          "from switchlora_jax.models.llama import INIT, LLaMA",
+          "from switchlora_jax.models.llama import INIT, LLaMA\n"
+          "from switchlora_jax.models.squared_relu import SquaredReLU",
         ),
         (
           "  return LLaMA(**sizes",
@@ -148,6 +158,19 @@ def test_the_method_and_the_model_train(run):
   losses = [row["loss"] for row in rows(run)]
   assert "lion" in str(config) and "squared_relu" in str(config)
   assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_the_model_trains_with_sharded_parameters():
+  """Each layer's shards are gathered in the loop over the layers, and gathered again for the backward pass."""
+  toy, config = runpy.run_path(TOYS / "squared_relu.py"), small_model.config("full")
+  model = toy["SquaredReLU"](**config.model, dense=METHODS["full"].build(config).dense)
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+  assert "gate" not in params["blocks"], "its blocks are the toy's"
+  state, rows = SimpleNamespace(params=params, frozen={}), jax.ShapeDtypeStruct((4, 8), jnp.int32)
+  step = accumulated_gradients(model, Placement(small_model.mesh(2, fsdp=2), trained=True), state, accumulation=1)
+  traced = jax.make_jaxpr(step)(params, {}, rows)
+  gathered = [e.outvars[0].aval.shape for e in small_model.equations(traced.jaxpr) if e.primitive.name == "all_gather"]
+  assert gathered.count((24, 16)) == 2, "the kernel of `down`"
 
 
 def test_the_writer_gets_every_row(run):

@@ -18,8 +18,6 @@ class Block(llama.Block):
 
 
 class SquaredReLU(llama.LLaMA):
-  """As `LLaMA`, with these blocks. They are not gathered: `sharding.fsdp` must be 1, see `LLaMA.block`."""
+  """As `LLaMA`, with these blocks."""
 
-  def block(self):
-    """`Block`, with its activations recomputed as `remat` selects."""
-    return llama.REMAT[self.remat](Block)
+  block_class = Block
