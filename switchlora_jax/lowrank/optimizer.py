@@ -53,6 +53,8 @@ def scale_by_vector_adam(
       optimizer takes 50% more memory.
   Raises:
     ValueError: in `update`, if a reset mask does not broadcast to the step count of its leaf.
+    TypeError: in `update`, if it is called with `skip`, an argument of earlier versions. Other unknown arguments are
+      ignored, as `optax.chain` requires.
   """
 
   def count_shape(is_vector, param):
@@ -64,8 +66,13 @@ def scale_by_vector_adam(
     count = jax.tree.map(lambda v, p: jnp.zeros(count_shape(v, p), jnp.int32), vectors(params), params)
     return VectorAdamState(count, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
-  def update(updates, state, params=None, *, reset=None, freeze=None, **_):
+  def update(updates, state, params=None, *, reset=None, freeze=None, **others):
     del params
+    if "skip" in others:
+      raise TypeError(
+        "update() no longer has an argument skip; to skip a step, keep the old parameters and the old optimizer state, "
+        "for example with jnp.where(skip, old, new)"
+      )
     reset = _no_vectors(updates) if reset is None else reset
     freeze = _no_vectors(updates) if freeze is None else freeze
     grads = jax.tree.map(lambda g, frozen: jnp.where(frozen, 0, g), updates, freeze)

@@ -71,8 +71,11 @@ class Method(NamedTuple):
 
   Attributes:
     dense: factory of the linear layers of a block, `dense(features, name=…)`.
-    optimizer: an Optax transformation from gradients to directions, without learning rate and sign. Any transformation
-      can be used, for example `optax.scale_by_adam()`.
+    optimizer: an Optax transformation from gradients to directions, without learning rate and sign. It can be any, for
+      example `optax.scale_by_adam()`, if the hooks neither return masks nor use its state. It must apply the masks that
+      `before_update` returns; a transformation in an `optax.chain` silently ignores masks that it does not know.
+      SwitchLoRA returns masks and needs a `scale_by_vector_adam`, alone or in a chain. ReLoRA prunes the attributes
+      `mu` and `nu` of the optimizer state.
     schedule: from the step to the learning rate. The step is that of the train state.
     scale: s = α/r if the layers have adapters, else None.
     before_gradients: TrainState -> TrainState, called before the gradients of a step. It must not change the function

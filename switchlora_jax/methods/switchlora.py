@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import SwitchLoRADense
+from switchlora_jax.lowrank.optimizer import VectorAdamState
 from switchlora_jax.lowrank.spares import coverage, draw_spare_indices, draw_uniforms, exchanged_bytes
 from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_cycles, switch
 from switchlora_jax.methods import lora
@@ -89,6 +90,7 @@ def build(config) -> Method:
   plan = schedule(config)
 
   def before_update(state: TrainState, skip) -> Adjusted:
+    _check_optimizer(state.opt_state)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     random = config.switch.order == "random"
     moved = switch(
@@ -104,6 +106,19 @@ def build(config) -> Method:
   return method._replace(
     before_update=before_update, exchanged_bytes=lambda candidates: exchanged_bytes(candidates, plan)
   )
+
+
+def _check_optimizer(opt_state):
+  """Raise `ValueError` unless the optimizer applies the masks of the switch; `optax.chain` would hide that it does not.
+
+  The structure of the state is checked, while the step is traced.
+  """
+  applies_masks = lambda node: isinstance(node, VectorAdamState)
+  if not any(map(applies_masks, jax.tree.leaves(opt_state, is_leaf=applies_masks))):
+    raise ValueError(
+      "the optimizer of SwitchLoRA must be or contain scale_by_vector_adam(vectors=lora_vectors), which resets and "
+      "freezes the vectors that a switch marks; this one does not; add it, or use method=lora"
+    )
 
 
 def switch_metrics(moved: Switched) -> dict[str, jax.Array]:

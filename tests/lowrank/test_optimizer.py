@@ -277,6 +277,13 @@ def test_clipping_keeps_dtypes():
   np.testing.assert_allclose(norm, 8**0.5, rtol=1e-6)
 
 
+def test_the_argument_skip_of_earlier_versions_raises():
+  """Ignored, it would make an update of a step that was to be skipped."""
+  tx, params = vector_adam(1e-2), {"lora_a": jnp.ones((4, 3))}
+  with pytest.raises(TypeError, match=r"no longer has an argument skip; to skip a step, keep the old parameters"):
+    tx.update(params, tx.init(params), params, skip=False)
+
+
 def test_masks_without_vectors_raise():
   params = {"lora_a": jnp.ones((4, 3))}
   tx = scale_by_vector_adam()

@@ -247,6 +247,17 @@ def clocks(state):
   return [state.candidates["q"][name] for name in ("cursor", "timer_a", "timer_b")]
 
 
+def test_an_optimizer_that_would_ignore_the_masks_is_refused():
+  config = small_model.config("switchlora")
+  method, state = METHODS["switchlora"].build(config), small_model.phase(config, 1).abstract
+  before_update = lambda tx: jax.eval_shape(
+    lambda state: method.before_update(state._replace(opt_state=tx.init(state.params)), False).state, state
+  )
+  before_update(optax.chain(method.optimizer, optax.add_decayed_weights(0.1)))
+  with pytest.raises(ValueError, match=r"must be or contain scale_by_vector_adam"):
+    before_update(optax.chain(optax.scale_by_adam()))
+
+
 def test_without_reset_the_optimizer_gets_no_reset_mask():
   (reset, reports, masks), (kept, reports_kept, masks_kept) = layers_alone(), layers_alone(switch__reset=False)
   assert masks == {"freeze", "reset"} and masks_kept == {"freeze"}
