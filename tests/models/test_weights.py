@@ -10,6 +10,7 @@ import small_model
 from flax.traverse_util import flatten_dict
 from small_model import same_bits
 
+from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS
 from switchlora_jax.models import weights
 from switchlora_jax.training.phases import create_state
@@ -113,6 +114,21 @@ def test_plain_weights_without_adapters_are_left_as_they_are():
   assert same_bits(weights.merged(plain, {}, None), plain)
   params, frozen = weights.split(plain, fresh, {}, None)
   assert same_bits(params, plain) and frozen == {}
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "full rank"])
+def test_weights_of_another_architecture_are_refused(adapted):
+  """The arrays that they lack would stay random, and what they have besides would be dropped."""
+  plain, params, frozen = some_trees()
+  into = (params, frozen, 0.7) if adapted else (plain, {}, None)
+  renamed = plain | {"blocks": {{"up": "gate"}.get(name, name): layer for name, layer in plain["blocks"].items()}}
+  for other, missing, unknown in (
+    (renamed, "blocks/up/kernel", "blocks/gate/kernel"),
+    (plain | {"bias": plain["head"]["kernel"]}, "none", "bias"),
+    ({name: part for name, part in plain.items() if name != "norm"}, "norm/scale", "none"),
+  ):
+    with pytest.raises(UserError, match=f"missing: {missing}; not in the model: {unknown}; start from"):
+      weights.split(other, *into)
 
 
 # --- models -------------------------------------------------------------------------------------------------------
