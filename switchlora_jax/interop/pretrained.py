@@ -136,9 +136,14 @@ def restore_weights(run: SavedRun, step: int | None = None) -> RunWeights:
   Raises:
     UserError: no checkpoint can be restored, or a key is missing in the run's config.
   """
-  model_at = lambda step: _model_and_scale(config_at(run.config, step))
-  with run.missing_key_as_error():
-    model_at(run.steps[-1])  # raises here, rather than in `restore`, which would report a damaged checkpoint
+
+  def model_at(step):
+    with run.missing_key_as_error():
+      return _model_and_scale(config_at(run.config, step))
+
+  # Raises here, rather than in `restore`, which would report a damaged checkpoint. The phase of another step may need
+  # other keys.
+  model_at(run.steps[-1] if step is None else step)
   with full_precision(run.config.param_dtype), Checkpoints(run.directory / "checkpoints") as checkpoints:
     found = checkpoints.restore(lambda step: _abstract_weights(model_at(step)[0]), step, partial=True)
   if found is None:

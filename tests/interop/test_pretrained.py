@@ -80,6 +80,17 @@ def test_a_run_with_a_warm_start_is_read_in_the_phase_of_its_checkpoint(tmp_path
   assert largest_difference(pretrained.load(workdir), opened) == 0
 
 
+def test_a_key_that_only_the_warm_start_needs_is_not_reported_as_damage(tmp_path):
+  workdir = saved_run(tmp_path / "run", method="full")
+  saved = json.loads((workdir / "config.json").read_text())
+  saved["config"] |= {"method": "lora", "warm_start_steps": 3}
+  del saved["config"]["warm_start_learning_rate"]
+  (workdir / "config.json").write_text(json.dumps(saved))
+  shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "4")  # of the other phase
+  with pytest.raises(UserError, match=r"^the run in .* was made by another version of the code"):
+    pretrained.restore_weights(open_run(workdir), 0)
+
+
 def test_a_run_in_float64_is_read_in_float64(tmp_path):
   with jax.enable_x64(True):
     workdir = saved_run(tmp_path / "run", dtype="float64", param_dtype="float64", method="lora")
