@@ -98,6 +98,9 @@ def scale_by_galore(
   A kernel whose decomposition fails keeps its projector and is decomposed again at the next update. A kernel that has
   no projector yet does not move.
 
+  If a refresh is due at a step that the train step skips, zero gradients are decomposed and the result is discarded,
+  which costs the time of a refresh per skipped step.
+
   Args:
     rank: number of directions kept; all of them if the smaller side of a kernel is smaller than the rank.
     projected: from the parameters to a tree of bools, true for the leaves [..., in, out] to project.
