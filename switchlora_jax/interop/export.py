@@ -67,7 +67,7 @@ def export(run_folder: Path, out: Path) -> Exported:
   shutil.rmtree(unverified, ignore_errors=True)
   try:
     unverified.mkdir(parents=True)
-    remarks = huggingface.write_folder(unverified, model.sizes, model.weights, model.seq_len, model.tokenizer)
+    remarks = huggingface.write_folder(unverified, model.sizes, model.weights, model.seq_len, weights.run.tokenizer)
   except (OSError, SafetensorError) as error:  # safetensors raises the latter on a full disk
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"--out={out} cannot be written ({reason}); choose a directory that can") from error

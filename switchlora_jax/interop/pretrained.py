@@ -196,6 +196,6 @@ def _wide(array) -> np.ndarray:
 @contextlib.contextmanager
 def full_precision(param_dtype: str):
   """Enables float64 for float64 weights, and float32 precision of products, which GPUs would round to TF32."""
-  wide = jax.config.jax_enable_x64 or param_dtype == "float64"
-  with jax.enable_x64(wide), jax.default_matmul_precision("highest"):
+  wide = jax.enable_x64(True) if param_dtype == "float64" else contextlib.nullcontext()
+  with wide, jax.default_matmul_precision("highest"):
     yield

@@ -12,7 +12,8 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.runs.files import read_json_object
 
-Piece, Trainer = proto.ModelProto.SentencePiece, proto.TrainerSpec
+Model, Trainer = proto.ModelProto, proto.TrainerSpec  # type: ignore[attr-defined]  # made by protobuf at import
+Piece = Model.SentencePiece
 TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a Hugging Face folder
 SPACE = "▁"  # stands for a space in SentencePiece
 APPROXIMATE = (
@@ -41,7 +42,7 @@ def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
     ({file name: contents}, remarks): tokenizer.json and tokenizer_config.json, or no files if the kind of model cannot
     be converted; a remark per reason why ids may differ or files are missing.
   """
-  model = proto.ModelProto.FromString(path.read_bytes())
+  model = Model.FromString(path.read_bytes())
   if reason := _inconvertible(model):
     return {}, [f"{path.name} is written, tokenizer.json is not, since it {reason}: load it with sentencepiece"]
   contents = {
