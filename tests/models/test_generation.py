@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,25 +17,25 @@ from tiny import write_text
 from switchlora_jax.data.tokenizer import train_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import LoRADense, adapter_scale
-from switchlora_jax.models import weights
+from switchlora_jax.models import make_model, weights
 from switchlora_jax.models.generation import Sampling, advance, draw, generate, stream_text, truncated
-from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.parallel.sharding import Placement
 
 GREEDY = Sampling(temperature=0)
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def llama(dense):
+def llama(dense=None):
   """A small model whose tokens see each other, which at the small start of training they hardly do; its variables."""
-  model = LLaMA(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, dense=dense)
+  model = make_model(SIZES, dense)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   draws = np.random.default_rng(0)
   return model, jax.tree.map(lambda x: draws.standard_normal(x.shape).astype(np.float32), shapes)
 
 
-PLAIN, ADAPTED = (llama(dense) for dense in (partial(nn.Dense, use_bias=False), partial(LoRADense, rank=4)))
+PLAIN, ADAPTED = llama(), llama(partial(LoRADense, rank=4))
 
 
 def continued(model, variables, prompt, **changes):
