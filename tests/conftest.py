@@ -13,8 +13,10 @@ import jax
 import pytest
 import shared_programs
 from recorded import load
+from small_model import TwoLinearBlock
 
 from switchlora_jax.analysis import ranks
+from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.training import phases
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -37,7 +39,10 @@ def programs_of_a_file(request):
   """
   quick = request.node.get_closest_marker("user_flags") is None
   jax.config.update("jax_disable_most_optimizations", quick)
-  yield
+  with pytest.MonkeyPatch.context() as patch:
+    if request.node.get_closest_marker("two_linear_layers"):
+      patch.setattr(LLaMA, "block_class", TwoLinearBlock)
+    yield
   shared_programs.forget()
 
 

@@ -1,15 +1,22 @@
 """Programs that the tests of a file share: compiling takes most of their time, and a program holds no state.
 
-conftest.py puts `build` and `make_learnt_rank` in place of the package's. `program.build.__wrapped__` makes a new one.
+conftest.py puts `build` and `make_learnt_rank` in place of the package's. `build.__wrapped__` makes a new phase.
 """
 
 import functools
+import hashlib
+import os
+import pickle
+from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from configs.base import get_config
 from switchlora_jax.analysis import ranks
+from switchlora_jax.models.llama import LLaMA
+from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import FREE, flatten
 from switchlora_jax.training import phases
 from switchlora_jax.training import step as train_step
@@ -20,7 +27,32 @@ NOT_COMPILED = ("eval_tokens", "warm_start_from", *(key for key in FREE if not k
 
 @functools.cache
 def _build(config, mesh, *_):
-  return _new(config, mesh)
+  phase = _new(config, mesh)
+  return phase._replace(create=functools.partial(_create, config, phase.abstract))
+
+
+def _create(config, abstract):
+  """`Phase.create`: its program takes long to compile and has no arguments, so a session runs it once.
+
+  The state is created on one device, then padded and placed. test_sharding.py compares it with what `create` returns.
+  """
+  plain = ConfigDict(config.to_dict())
+  plain.sharding.update(fsdp=1, candidates="replicated")
+  lowered = _new(FrozenConfigDict(plain), make_mesh(jax.devices()[:1])).create.lower()
+  text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
+  file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
+  if not file.exists():
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
+    partial.replace(file)
+
+  def placed(array, like):
+    whole = np.zeros(like.shape, like.dtype)
+    whole[tuple(map(slice, array.shape))] = array
+    return jax.device_put(whole, like.sharding)
+
+  leaves, structure = jax.tree.flatten(abstract)
+  return structure.unflatten(map(placed, pickle.loads(file.read_bytes()), leaves))
 
 
 _new = phases.build_phase
@@ -32,7 +64,7 @@ def build(config, mesh):
   base, plain = flatten(get_config()), ConfigDict(config.to_dict())
   unread = [key for key in base if key in NOT_COMPILED or key.startswith("data.")]
   plain.update_from_flattened_dict({key: base[key] for key in unread})
-  patched = (jax.config.jax_enable_x64, train_step.mean_loss, phases.make_train_step)
+  patched = (jax.config.jax_enable_x64, train_step.mean_loss, phases.make_train_step, LLaMA.block_class)
   return _build(FrozenConfigDict(plain), mesh, *patched)
 
 
