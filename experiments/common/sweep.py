@@ -27,7 +27,6 @@ from switchlora_jax.data import dataset
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS
 from switchlora_jax.runs import directory as run_directory
-from switchlora_jax.runs.directory import differences
 from switchlora_jax.training import metrics
 
 
@@ -309,9 +308,9 @@ def trial_command(base: BaseConfig, trial: Trial, workdir: Path) -> list[str]:
 
 
 def is_finished(workdir: Path, config) -> bool:
-  """Whether `workdir` holds a run with exactly this config that was evaluated after its last step."""
+  """Whether `workdir` holds a run with this config, see `changed_keys`, that was evaluated after its last step."""
   saved = run_directory.read(workdir)
-  if saved is None or differences(saved["config"], config.to_dict()):
+  if saved is None or run_directory.changed_keys(workdir, saved, config):
     return False
   return any(row["step"] == config.steps for row in evaluations(workdir))
 
@@ -319,7 +318,7 @@ def is_finished(workdir: Path, config) -> bool:
 def check_same_run(workdir: Path, config, fingerprint: str):
   """Raise `UserError` if `workdir` holds a run with another config or other data, which must not be continued."""
   saved = run_directory.read(workdir)
-  if saved and (changed := differences(saved["config"], config.to_dict())):
+  if saved and (changed := run_directory.changed_keys(workdir, saved, config)):
     raise run_directory.another_run(workdir, changed)
   run_directory.check_same_data(workdir, saved, fingerprint)
 

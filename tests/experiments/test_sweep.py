@@ -3,6 +3,7 @@
 `grids.Runs` replaces the processes here; those of test_compare.py are real.
 """
 
+import json
 import os
 import re
 import sys
@@ -117,6 +118,35 @@ def test_finished_trials_on_other_data_are_refused(tmp_path, runs):
   with pytest.raises(UserError, match=message):
     run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
   assert runs.started == []
+
+
+def test_a_run_of_a_version_with_another_meaning_of_a_key_is_neither_finished_nor_used(tmp_path, runs):
+  """Its losses are of another learning rate; see `changed_keys`."""
+  base = tiny_base(tmp_path, min_lr_ratio=0.1)
+  ran = run(base, (FULL,), tmp_path)[0]
+  runs.started.clear()
+  path = ran.workdir / "config.json"
+  saved = json.loads(path.read_text())
+  del saved["schedule"]
+  path.write_text(json.dumps(saved))
+  message = rf"^{ran.workdir} holds a run of an earlier version, in which min_lr_ratio \(=0\.1\) was a lower bound"
+  with pytest.raises(UserError, match=message):
+    sweep.is_finished(ran.workdir, ran.trial.config)
+  with pytest.raises(UserError, match=message):
+    run(base, (FULL,), tmp_path)
+  assert runs.started == []
+
+
+def test_a_prepared_folder_may_have_moved(tmp_path, runs):
+  """Its contents are compared by their fingerprint."""
+  moved = lambda path: tiny_base(tmp_path, data__source="prepared", data__path=path)
+  run(moved("here"), (FULL,), tmp_path)
+  runs.started.clear()
+  run(moved("there"), (FULL,), tmp_path)
+  assert runs.started == []
+  runs.text = "def"
+  with pytest.raises(UserError, match="was started on other data"):
+    run(moved("there"), (FULL,), tmp_path)
 
 
 def test_keys_that_change_no_result_may_change(tmp_path, runs):
