@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from paths import ROOT
 
+from switchlora_jax.data import documentation
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TEXT_ONLY = {"chex", "pandas"}  # pinned because data.source=docs reads their documentation; no module imports them
 
 
 def run(*command, cwd, **environment):
@@ -94,8 +95,13 @@ def pins(file: str) -> dict[str, str]:
   return {name: next(iter(found.specifier)).version for name, found in requirements(lines).items()}
 
 
-def test_the_pins_are_the_dependencies_and_the_text():
-  assert pins("requirements.txt").keys() == requirements(PROJECT["dependencies"]).keys() | TEXT_ONLY
+def test_the_pins_are_the_dependencies():
+  assert pins("requirements.txt").keys() == requirements(PROJECT["dependencies"]).keys()
+
+
+def test_the_default_text_is_installed_with_the_package():
+  """data.source=docs, the default, refuses to run without any of them."""
+  assert set(map(canonicalize_name, documentation.PACKAGES)) <= requirements(PROJECT["dependencies"]).keys()
 
 
 @pytest.mark.parametrize("extra", ["gpu", "torch", "dev", "docs"])
