@@ -27,7 +27,6 @@ from switchlora_jax.data import dataset
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS
 from switchlora_jax.runs import directory as run_directory
-from switchlora_jax.runs.directory import differences
 from switchlora_jax.training import metrics
 
 
@@ -166,14 +165,23 @@ def update_config(config: ConfigDict, overrides: dict[str, Any]) -> None:
 def default_processes() -> int:
   """One run per CPU core if JAX only finds CPUs, else one, because a process takes all accelerators."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return cores if platform() == "cpu" else 1
+  return cores if probe_devices()[0] == "cpu" else 1
 
 
 @functools.cache
-def platform() -> str:
-  """The platform of the runs, "cpu" or "gpu"; queried in a child process, which releases the accelerators again."""
-  probe = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-  return subprocess.run(probe, capture_output=True, text=True).stdout.strip()
+def probe_devices() -> tuple[str, int]:
+  """(platform, number of devices) of a run, such as ("gpu", 8); a child process queries them and releases them again.
+
+  Raises:
+    UserError: JAX does not start.
+  """
+  probe = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
+  done = subprocess.run(probe, capture_output=True, text=True)
+  if done.returncode:
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    raise UserError(f"JAX does not find its devices: {reason}; a run would not start either: check the drivers")
+  platform, count = done.stdout.split()[-2:]
+  return platform, int(count)
 
 
 # --- Running a sweep ---------------------------------------------------------------------------------------------
@@ -192,7 +200,8 @@ def make_trial(base: BaseConfig, variant: Variant, learning_rate: float | None, 
   if learning_rate is not None:
     own["learning_rate"] = learning_rate
   update_config(config, own)
-  resolved = resolve(config, devices=1, platform=platform())
+  platform, devices = probe_devices()
+  resolved = resolve(config, devices, platform)
   return Trial(variant, resolved.learning_rate, resolved.seed, resolved, base.overrides | variant.overrides | own)
 
 
@@ -309,9 +318,9 @@ def trial_command(base: BaseConfig, trial: Trial, workdir: Path) -> list[str]:
 
 
 def is_finished(workdir: Path, config) -> bool:
-  """Whether `workdir` holds a run with exactly this config that was evaluated after its last step."""
+  """Whether `workdir` holds a run with this config, see `changed_keys`, that was evaluated after its last step."""
   saved = run_directory.read(workdir)
-  if saved is None or differences(saved["config"], config.to_dict()):
+  if saved is None or run_directory.changed_keys(workdir, saved, config):
     return False
   return any(row["step"] == config.steps for row in evaluations(workdir))
 
@@ -319,7 +328,7 @@ def is_finished(workdir: Path, config) -> bool:
 def check_same_run(workdir: Path, config, fingerprint: str):
   """Raise `UserError` if `workdir` holds a run with another config or other data, which must not be continued."""
   saved = run_directory.read(workdir)
-  if saved and (changed := differences(saved["config"], config.to_dict())):
+  if saved and (changed := run_directory.changed_keys(workdir, saved, config)):
     raise run_directory.another_run(workdir, changed)
   run_directory.check_same_data(workdir, saved, fingerprint)
 

@@ -21,12 +21,6 @@ from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256
 
-# Version of the packed sequences, part of the name of a cache folder. Raise it when the same text would give other
-# sequences: after a change of what is read from files (`corpus`) or docstrings (`documentation`), of how a tokenizer is
-# trained (`tokenizer`), or of how tokens are packed and stored (`packing`, `preparation`, `shards`). The digest in
-# tests/data/test_format_version.py detects such changes.
-FORMAT_VERSION = 1
-
 HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
 FLAGS = ("--config.data.path", "--config.data.eval_path")
 SOURCES = {
@@ -189,7 +183,7 @@ def cached_folder(
 
 def _cache_key(request: Request) -> str:
   """Hash of everything that determines the sequences, 16 hexadecimal digits."""
-  contents = [FORMAT_VERSION, request.to_json(), sentencepiece.__version__]
+  contents = [preparation.FORMAT_VERSION, request.to_json(), sentencepiece.__version__]
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ full shard. The manifest is written last.
 import contextlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import sentencepiece
 from tqdm import tqdm
 
 from switchlora_jax.data import packing, tokenizer
@@ -22,6 +24,7 @@ from switchlora_jax.data.packing import EncodedGroup, Position, SplitProgress
 from switchlora_jax.data.shards import MANIFEST, TOKENIZER, read_manifest
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import (
+  UNSUPPORTED,
   LockTaken,
   exclusive_lock,
   file_sha256,
@@ -29,6 +32,14 @@ from switchlora_jax.runs.files import (
   write_bytes,
   write_checksummed_json,
 )
+
+log = logging.getLogger(__name__)
+
+# Version of the packed sequences, part of the name of a cache folder and of the progress of an unfinished one. Raise it
+# when the same text would give other sequences: after a change of what is read from files (`corpus`) or docstrings
+# (`documentation`), of how a tokenizer is trained (`tokenizer`), or of how tokens are packed and stored (`packing`,
+# `preparation`, `shards`). The digests in tests/data/test_format_version.py detect such changes.
+FORMAT_VERSION = 1
 
 PROGRESS = "progress.json"
 TRAIN = "train:"  # `train:SIZE` trains a tokenizer of SIZE pieces on the text
@@ -96,13 +107,18 @@ def _is_finished(folder: Path) -> bool:
 @contextlib.contextmanager
 def _folder_lock(folder: Path, wait: bool) -> Iterator[None]:
   """Holds the lock of the folder, so that one process at a time fills it."""
-  try:
-    with exclusive_lock(folder, wait=wait):
-      yield
-  except LockTaken as holder:
-    raise UserError(
-      f"another process is filling {folder}; wait until it has finished, or choose another directory ({holder})"
-    ) from None
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(exclusive_lock(folder, wait=wait))
+    except LockTaken as holder:
+      raise UserError(
+        f"another process is filling {folder}; wait until it has finished, or choose another directory ({holder})"
+      ) from None
+    except OSError as error:
+      if error.errno not in UNSUPPORTED:
+        raise
+      log.warning("%s cannot be locked (%s); make sure that no other process fills it", folder, error.strerror)
+    yield
 
 
 def _check_request(folder: Path, found: dict, expected: dict):
@@ -113,6 +129,27 @@ def _check_request(folder: Path, found: dict, expected: dict):
     raise UserError(f"{folder} was started for other rows ({changed}); choose a new directory, or delete this one")
 
 
+def _code_versions() -> dict:
+  """The versions that determine the sequences beside the request."""
+  return {"format": FORMAT_VERSION, "sentencepiece": sentencepiece.__version__}
+
+
+def _check_code_versions(folder: Path, saved: dict):
+  """Raises `UserError` if the folder was started by versions that may give other sequences.
+
+  Versions before this check recorded none. Such a folder is continued: it may hold days of work, and most likely the
+  versions are the same.
+  """
+  now = _code_versions()
+  then = {key: saved.get(key, value) for key, value in now.items()}
+  if then != now:
+    named = lambda versions: f"format {versions['format']} and SentencePiece {versions['sentencepiece']}"
+    raise UserError(
+      f"{folder} was started with {named(then)} and would be continued with {named(now)}, which may give other rows; "
+      f"install the versions that it was started with, or delete {folder} and prepare it again"
+    )
+
+
 class _Preparation:
   """Fills one folder: the request, and the progress of each split."""
 
@@ -121,6 +158,7 @@ class _Preparation:
     self._request_json = request.to_json()
     saved = read_checksummed_json(folder / PROGRESS) or {"request": self._request_json}
     _check_request(folder, saved["request"], self._request_json)
+    _check_code_versions(folder, saved)
     self._splits = {name: _split_progress(saved.get(name, {})) for name in ("train", "valid")}
 
   def run(self, corpus: Corpus) -> dict:
@@ -143,7 +181,7 @@ class _Preparation:
 
   def _save(self):
     splits = {name: asdict(split) for name, split in self._splits.items()}
-    write_checksummed_json(self._folder / PROGRESS, {"request": self._request_json} | splits)
+    write_checksummed_json(self._folder / PROGRESS, {"request": self._request_json} | _code_versions() | splits)
 
   def _write_tokenizer(self, corpus: Corpus):
     """Copies the tokenizer into the folder, or trains it there, and loads it."""

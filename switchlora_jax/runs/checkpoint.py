@@ -27,6 +27,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.array_checksums import array_checksums, saved_shape
+from switchlora_jax.runs.files import sync_directory
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Checkpoints:
         log.warning("an old checkpoint in %s could not be removed (%s); the run continues", self._directory, error)
 
   def _remove(self, steps: list[int]):
-    manifest.sync(self._directory)  # the newer checkpoints must be on the disk before the older ones are removed
+    sync_directory(self._directory)  # the newer checkpoints must be on the disk before the older ones are removed
     for step in steps:
       shutil.rmtree((self._directory / str(step)).rename(self._directory / f"{step}{REMOVED}"))
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -22,7 +23,8 @@ from switchlora_jax.runs.files import LOCK_NAME, LockTaken, exclusive_lock, repl
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
-KEYS = {"config", "data_fingerprint", "versions", "devices", "git_revision"}  # of config.json
+# The keys of config.json, and the types of their values.
+KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": str, "git_revision": (str, type(None))}
 
 # Written to config.json as `schedule`; runs from before there was one have 1. In 1, `min_lr_ratio` was a lower bound of
 # the learning rate for these methods, in 2 it is the end of the cosine for all.
@@ -100,29 +102,45 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def _check_same_run(workdir: Path, saved: dict, config):
-  then = saved["config"]
-  if saved.get("schedule", 1) < 2 and then.get("method") in LOWER_BOUND_METHODS and then.get("min_lr_ratio", 0) > 0:
-    raise UserError(
-      f"--workdir={workdir} holds a run of an earlier version, in which min_lr_ratio (={then['min_lr_ratio']}) was a "
-      f"lower bound of the learning rate and not the end of its cosine; continue it with the code that made it (git "
-      f"revision {saved['git_revision']}), or choose a new --workdir"
-    )
-  changed = differences(saved["config"], config.to_dict())
-  if saved["config"]["data"]["source"] == config.data.source == "prepared":  # may have moved: `record` compares data
-    changed = [change for change in changed if not change.startswith("data.path:")]
+  changed = changed_keys(f"--workdir={workdir}", saved, config)
   if not changed:
     return
-  if keys := sorted((flatten(saved["config"]).keys() ^ flatten(config).keys()) - set(FREE)):
-    raise UserError(
-      f"--workdir={workdir} holds a run of another version of the code, whose config differs in the keys "
-      f"{', '.join(keys)}; continue it with the code that made it (git revision {saved['git_revision']}), or choose a "
-      f"new --workdir"
-    )
   before, now = saved["config"]["steps"], config.steps
-  if now > before and all(change.startswith("steps:") for change in changed):
+  if all(change.startswith("steps:") for change in changed) and isinstance(before, int) and now > before:
     log.warning("extending the run from %d to %d steps: the schedules now span the new number of steps", before, now)
     return
   raise another_run(f"--workdir={workdir}", changed)
+
+
+def changed_keys(where, saved: dict, config) -> list[str]:
+  """The changed keys that make `config` another run than the saved one, as from `differences`; empty if none does.
+
+  `data.path` of prepared data is not compared, because the folder may have moved: `check_same_data` compares the data.
+
+  Args:
+    where: how messages name the directory of the saved run.
+    saved: its config.json.
+    config: the resolved config to compare.
+  Raises:
+    UserError: another version of the code made the run, with other keys or with another meaning of `min_lr_ratio`.
+  """
+  then, now = flatten(saved["config"]), flatten(config)
+  ratio, earlier = then.get("min_lr_ratio"), saved.get("schedule", 1) < 2
+  if earlier and then.get("method") in LOWER_BOUND_METHODS and ratio not in (None, 0):
+    raise UserError(
+      f"{where} holds a run of an earlier version, in which min_lr_ratio (={ratio}) was a lower bound of the learning "
+      f"rate and not the end of its cosine; continue it with the code that made it (git revision "
+      f"{saved['git_revision']}), or choose a new --workdir"
+    )
+  changed = differences(saved["config"], config.to_dict())
+  if then.get("data.source") == now["data.source"] == "prepared":
+    changed = [change for change in changed if not change.startswith("data.path:")]
+  if changed and (keys := sorted((then.keys() ^ now.keys()) - set(FREE))):
+    raise UserError(
+      f"{where} holds a run of another version of the code, whose config differs in the keys {', '.join(keys)}; "
+      f"continue it with the code that made it (git revision {saved['git_revision']}), or choose a new --workdir"
+    )
+  return changed
 
 
 def another_run(where, changed: list[str]) -> UserError:
@@ -140,8 +158,12 @@ def read(workdir: Path) -> dict | None:
     return None
   try:
     saved = json.loads(path.read_text())
-    if missing := KEYS - (saved.keys() if isinstance(saved, dict) else set()):
+    if missing := KEYS.keys() - (saved.keys() if isinstance(saved, dict) else set()):
       raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    if wrong := [key for key, kind in KEYS.items() if not isinstance(saved[key], kind)]:
+      raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r:.40}")
+    if not re.match(r"\d+ ", saved["devices"]):
+      raise ValueError(f"devices is {saved['devices']!r:.40}, without their number")
     return saved
   except ValueError as error:
     raise UserError(
@@ -224,10 +246,17 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-  """The git commit of this code, or None outside a repository."""
+  """The git commit of this code, or None if it is not tracked by git, as in an installed package.
+
+  An installed package may lie in the repository of another project, in whose .venv it is.
+  """
+  source = Path(__file__)
+  git = lambda *words: subprocess.check_output(
+    ["git", "-C", str(source.parent), *words], stderr=subprocess.DEVNULL, text=True
+  )
   try:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    git("ls-files", "--error-unmatch", source.name)
+    return git("describe", "--always", "--dirty", "--abbrev=40").strip()
   except (OSError, subprocess.CalledProcessError):
     return None
 

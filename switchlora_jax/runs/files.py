@@ -22,6 +22,7 @@ from switchlora_jax.errors import UserError
 
 CHECKSUM_KEY = "sha256"  # of a checksummed JSON file: the digest of all other keys
 LOCK_NAME = ".lock"  # of the lock file, in the directory that it protects
+UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # by a file system
 
 
 # --- atomic writes ------------------------------------------------------------------------------------------------
@@ -40,13 +41,29 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator:
-  """A binary file to write to, which replaces `path` atomically when the context ends without an exception."""
+  """A binary file to write to, which replaces `path` atomically when the context ends without an exception.
+
+  The new file is on the disk when the context has ended, also after a power failure.
+  """
   partial = path.with_name(f"{path.name}.partial")
   with partial.open("wb") as file:
     yield file
     file.flush()
     os.fsync(file.fileno())
   os.replace(partial, path)
+  sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+  """Syncs the entries of a directory to the disk, if its file system can do so: some network drives cannot."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if error.errno not in UNSUPPORTED:
+      raise
+  finally:
+    os.close(descriptor)
 
 
 # --- JSON and checksums -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import xxhash
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import read_checksummed_json, write_checksummed_json
+from switchlora_jax.runs.files import read_checksummed_json, sync_directory, write_checksummed_json
 
 NAME = "manifest.json"
 COVERED = "state"
@@ -62,8 +62,7 @@ def write(folder: Path, step: int, arrays: dict[str, list[int]]) -> None:
     entries = pool.map(_sync_and_hash, paths)
     files = {str(path.relative_to(folder)): entry for path, entry in zip(paths, entries, strict=True) if entry}
   saved = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  write_checksummed_json(folder / NAME, Manifest(step, saved, files, arrays)._asdict())
-  sync(folder)
+  write_checksummed_json(folder / NAME, Manifest(step, saved, files, arrays)._asdict())  # syncs `folder` as well
 
 
 def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
@@ -112,19 +111,10 @@ def finished(checkpoints: Path) -> list[int]:
   return [step for step, folder in directories(checkpoints).items() if (folder / NAME).exists()]
 
 
-def sync(directory: Path) -> None:
-  """Syncs the entries of a directory to the disk."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
 def _sync_and_hash(path: Path) -> tuple[int, str] | None:
   """(bytes, XXH3) of a file; None for a directory."""
   if path.is_dir():
-    return sync(path)
+    return sync_directory(path)
   with path.open("rb") as file:
     os.fsync(file.fileno())  # tensorstore syncs its own files; orbax does not sync those that it adds
   return path.stat().st_size, _file_xxh3(path)

@@ -128,7 +128,7 @@ def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch)
   fill()
   config.data.tokenizer = __file__
   fill()
-  monkeypatch.setattr(dataset, "FORMAT_VERSION", dataset.FORMAT_VERSION + 1)
+  monkeypatch.setattr(preparation, "FORMAT_VERSION", preparation.FORMAT_VERSION + 1)
   fill()
   assert len(set(folders)) == len(folders) == 7
   config.update(steps=5, batch_size=3, seed=7)

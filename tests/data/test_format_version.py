@@ -1,4 +1,4 @@
-"""The pinned digest of packed sequences, which guards `dataset.FORMAT_VERSION`."""
+"""The pinned digests of packed sequences and of what they are made from, which guard `preparation.FORMAT_VERSION`."""
 
 import hashlib
 import json
@@ -9,14 +9,62 @@ import pyarrow.parquet
 from paths import GOLDEN
 from tiny import sentences, write_lines
 
-from switchlora_jax.data import corpus, dataset, packing, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, documentation, packing, preparation, shards, tokenizer
 
-# After an intended change of the sequences, raise FORMAT_VERSION and pin the new digest.
-PINNED = (1, "f5774901f86dd448")
+# After an intended change of the sequences, raise FORMAT_VERSION and pin the new digests.
+PINNED = (1, "f5774901f86dd448", "aed2204c490b472c")
+
+MODULES = {
+  "sea/tide.py": '''"""The tide rises and falls twice a day because of the moon and of the sun.
+
+Heading
+=======
+
+  The first line of this indented block is wide enough to be taken for a wrapped
+    one, and so it goes on here.
+- An item of a list that has eight words or more.
+* Short item.
+
+  >>> print("The tide rises and falls twice a day, says this doctest.")
+"""
+HEIGHT = 3
+"""Attributes have docstrings as well, and this one has eight words or more: yes!"""
+''',
+  "sea/rock.py": '''class Rock:
+  """A rock is a natural mass of minerals and is known by what it is made of.
+
+  The tide rises and falls twice a day because of the moon and of the sun.
+  """
+
+  def wash(self):
+    """When the tide rises, does it wash the rock until it falls again?"""
+''',
+  **{
+    f"sea/shore_{n}.py": f'"""Shore number {n} has one sentence of eight words at least, and no more."""'
+    for n in range(40)
+  },
+}
+
+
+def digest_of_text(folder, monkeypatch) -> str:
+  """Hash of what `digest` leaves out: the cuts of long documents, the documentation, and SentencePiece's options."""
+  long = ["no newline " * 200_000, "a line\n" * 200_000, "one newline\n" + "then none " * 150_000]
+  cuts = [(len(chunk.text), chunk.ends, chunk.after) for chunk in packing.read_chunks([long])]
+  for name, source in MODULES.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(source)
+  monkeypatch.setattr(documentation, "_source_files", lambda: sorted((name, folder / name) for name in MODULES))
+  options = []
+  monkeypatch.setattr(tokenizer.sentencepiece.SentencePieceTrainer, "train", lambda **given: options.append(given))
+  tokenizer.train_tokenizer(["text"], 300, folder / "no.model")
+  chosen = sorted((key, value) for key, value in options[0].items() if not key.endswith(("_iterator", "_writer")))
+  constants = [documentation.SHINGLE, documentation.VALID_SHARE, documentation.FULL_LINE]
+  contents = [cuts, documentation.read_documentation(), constants, chosen]
+  return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
 def digest(folder) -> str:
-  """Hash of everything that the version stands for, made of fixed text with a committed tokenizer."""
+  """Hash of sequences, made of fixed text with a committed tokenizer."""
   write_lines(folder / "text" / "a.jsonl", ["", *sentences(0, 40), "é漢😀\n\n  tabs\tand spaces"])
   (folder / "text" / "b.txt").write_bytes(b"A plain text\r\nwith two lines.\n")
   pyarrow.parquet.write_table(pyarrow.table({"text": ["One row.", "", "Another."]}), folder / "text" / "c.parquet")
@@ -31,5 +79,6 @@ def digest(folder) -> str:
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
-def test_a_change_of_the_sequences_needs_a_new_format_version(tmp_path):
-  assert (dataset.FORMAT_VERSION, digest(tmp_path)) == PINNED
+def test_a_change_of_the_sequences_needs_a_new_format_version(tmp_path, monkeypatch):
+  found = digest(tmp_path), digest_of_text(tmp_path, monkeypatch)
+  assert (preparation.FORMAT_VERSION, *found) == PINNED

@@ -1,6 +1,8 @@
 import errno
+import fcntl
 import gzip
 import json
+import os
 import random
 import shutil
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ from tiny import packing_in, rows_of, sentences, write_lines
 from switchlora_jax.data import corpus, preparation, shards, tokenizer
 from switchlora_jax.data.preparation import Request
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import file_sha256
+from switchlora_jax.runs import files
+from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_checksummed_json
 
 LENGTH, GROUP, SHARD = 8, 120, 256
 LONG = "".join(sentences(500, 520)).replace("\n", " ")  # longer than a group, without a line's end
@@ -240,7 +244,8 @@ def test_killed_before_any_file_is_written_named_or_removed_it_ends_with_the_sam
   shutil.rmtree(text.folder / "whole")
   expected = contents(text.prepare("whole")[0])
   said = text.process("killed", EACH).communicate()[0].splitlines()
-  assert len(said) > 20 and said[-2:] == ["True True", "False True"] and set(said[:-2]) == {"True False"}
+  # With the manifest, its directory is synced, and then the progress is removed.
+  assert len(said) > 20 and said[-3:] == ["True True", "True True", "False True"] and set(said[:-3]) == {"True False"}
   for moment in range(len(said)):
     assert contents(text.folder / f"killed-{moment}") == expected, moment
 
@@ -329,6 +334,67 @@ def test_a_folder_for_other_rows_is_a_sentence(text, stage, changes, message):
   with pytest.raises(UserError, match=rf"{name} was started for other rows {message}; choose a new directory, or"):
     text.prepare(name, **changes)
   assert contents(text.folder / name) == before
+
+
+OTHER_VERSIONS = [
+  ((preparation, "FORMAT_VERSION", 7), r"format 1 and SentencePiece [\d.]+ and would be continued with format 7 and"),
+  ((preparation.sentencepiece, "__version__", "9.9"), r"and would be continued with format 1 and SentencePiece 9\.9"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_VERSIONS)
+def test_a_folder_is_not_continued_with_versions_that_may_give_other_rows(text, monkeypatch, change, message):
+  folder = text.folder / begun(text)
+  before = contents(folder)
+  with monkeypatch.context() as patch:
+    patch.setattr(*change)
+    with pytest.raises(
+      UserError, match=rf"was started with .*{message}.*; install the versions .*, or delete {folder}"
+    ):
+      text.prepare("begun")
+    assert contents(folder) == before
+    assert text.prepare("whole")[1] == shards.read_manifest(text.folder / "whole"), "a finished one is whole"
+  text.prepare("begun")
+  assert contents(folder) == contents(text.folder / "whole")
+
+
+def test_a_folder_without_recorded_versions_is_continued(text, monkeypatch):
+  """As earlier versions left it; it may hold days of work."""
+  path = text.folder / begun(text) / "progress.json"
+  saved = read_checksummed_json(path)
+  del saved["format"], saved["sentencepiece"]
+  write_checksummed_json(path, saved)
+  monkeypatch.setattr(preparation.sentencepiece, "__version__", "9.9")
+  text.prepare("begun")
+  assert contents(path.parent) == contents(text.folder / "whole")
+
+
+@pytest.fixture
+def lock_fails(monkeypatch):
+  """Sets the error number with which locking a folder fails. `datasets` has locks of its own, elsewhere."""
+
+  def set_code(code):
+    def flock(*_):
+      raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+
+  return set_code
+
+
+@pytest.mark.parametrize(("code", "wait"), [(errno.ENOLCK, False), (errno.ENOTSUP, True), (errno.ENOSYS, True)])
+def test_without_file_locks_a_folder_is_filled_with_a_warning(made, tmp_path, lock_fails, caplog, code, wait):
+  lock_fails(code)
+  folder, _ = made.prepare(tmp_path, wait=wait)
+  warning = f"{folder} cannot be locked ({os.strerror(code)}); make sure that no other process fills it"
+  assert [record.message for record in caplog.records] == [warning]
+  assert contents(folder) == contents(made.folder / "whole")
+
+
+def test_a_lock_that_fails_for_another_reason_is_an_error(made, tmp_path, lock_fails):
+  lock_fails(errno.EIO)
+  with pytest.raises(UserError, match=r"must be a writable directory .*Input/output error"):
+    made.prepare(tmp_path)
 
 
 def test_another_tokenizer_of_the_same_name_is_a_sentence(text):

@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from paths import ROOT
 
+from switchlora_jax.data import documentation
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TEXT_ONLY = {"chex", "pandas"}  # pinned because data.source=docs reads their documentation; no module imports them
 
 
 def run(*command, cwd, **environment):
@@ -94,8 +95,13 @@ def pins(file: str) -> dict[str, str]:
   return {name: next(iter(found.specifier)).version for name, found in requirements(lines).items()}
 
 
-def test_the_pins_are_the_dependencies_and_the_text():
-  assert pins("requirements.txt").keys() == requirements(PROJECT["dependencies"]).keys() | TEXT_ONLY
+def test_the_pins_are_the_dependencies():
+  assert pins("requirements.txt").keys() == requirements(PROJECT["dependencies"]).keys()
+
+
+def test_the_default_text_is_installed_with_the_package():
+  """data.source=docs, the default, refuses to run without any of them."""
+  assert set(map(canonicalize_name, documentation.PACKAGES)) <= requirements(PROJECT["dependencies"]).keys()
 
 
 @pytest.mark.parametrize("extra", ["gpu", "torch", "dev", "docs"])
@@ -125,8 +131,7 @@ def test_the_licence_the_version_and_the_paper_are_stated_once():
 # A Python of a given version, which makes environments that hold itself, and whose pip writes down what it installs.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
-  *base_prefix*) echo {folder}/{name} ;;
-  *version_info*) echo {version} ;;
+  "-c "*) exec {real} -c "import sys; sys.base_prefix, sys.version_info = '{prefix}', ({numbers}); $2" ;;
   "-m venv "*) mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "{folder}/{name}" "$3/bin/python" ;;
   "-m pip install"*) echo "{version} $*" >>{folder}/installed; exit $(cat {folder}/pip_status) ;;
   *) echo "{name} ran $*" ;;
@@ -152,10 +157,12 @@ class Checkout:
       (self.bin / tool).symlink_to(shutil.which(tool))
     for name, version in {"python3": "3.11.7", "python3.10": "3.10.13", "python3.12": "3.12.1"}.items():
       self.python(name, version)
+    self.python("python3.11", "3.11.7")
 
   def python(self, name: str, version: str):
     script = self.bin / name
-    script.write_text(FAKE_PYTHON.format(folder=self.bin, name=name, version=version))
+    facts = dict(version=version, numbers=version.replace(".", ", "), prefix=self.bin.parent, real=sys.executable)
+    script.write_text(FAKE_PYTHON.format(folder=self.bin, name=name, **facts))
     script.chmod(0o755)
 
   def pin(self, line: str):
@@ -218,6 +225,77 @@ def test_changed_pins_are_installed_and_the_chosen_python_stays(checkout):
   assert checkout.installations() == ["3.12.1 requirements.txt"] * 2
 
 
+@pytest.mark.parametrize("other", ["3.10.13", "3.12.1"])
+def test_the_chosen_python_stays_where_python3_is_another_version_of_the_same_prefix(checkout, other):
+  assert checkout.make("pretrain", "PYTHON=python3.11")[0] == 0
+  checkout.python("python3", other)
+  checkout.pin("jax==2.0")
+  status, output = checkout.make("pretrain")
+  assert status == 0 and "python3.11 ran" in output and "made again" not in output
+  assert checkout.installations() == ["3.11.7 requirements.txt"] * 2
+
+
+def test_pins_that_another_command_has_replaced_are_installed_again(checkout):
+  """As on two branches with different pins: `make test` on one, `make pretrain` on the other."""
+  assert checkout.make("test")[0] == 0
+  checkout.pin("jax==2.0")
+  assert checkout.make("pretrain")[0] == 0
+  checkout.pin("jax==1.0")
+  assert checkout.make("test")[0] == 0
+  assert [line.split()[1] for line in checkout.installations()] == [
+    "requirements-dev.txt",
+    "requirements.txt",
+    "requirements-dev.txt",
+  ]
+
+
+def test_pins_that_are_still_installed_are_not_installed_again(checkout):
+  (checkout.root / "requirements-docs.txt").write_text("-r requirements.txt\nmkdocs==1.0\n")
+  checkout.make("docs")  # fails after the installation: there is no mkdocs to run
+  assert checkout.make("test")[0] == 0
+  checkout.make("docs")
+  assert checkout.installations() == ["3.11.7 requirements-docs.txt", "3.11.7 requirements-dev.txt"]
+
+
+def test_the_packages_of_a_failed_installation_are_uncertain(checkout):
+  """A full disk: pip may have replaced some packages."""
+  assert checkout.make("pretrain")[0] == 0
+  checkout.pip_status(1)
+  assert checkout.make("test")[0] != 0
+  checkout.pip_status(0)
+  status, output = checkout.make("pretrain")
+  assert status == 0 and "made again" not in output
+  assert checkout.installations() == [f"3.11.7 requirements{which}.txt" for which in ("", "-dev", "")]
+
+
+def test_an_environment_that_was_moved_or_copied_is_made_again(checkout):
+  """Its commands begin with the path of the Python that they were installed for."""
+  assert checkout.make("pretrain")[0] == 0
+  copied = checkout.root.with_name("copy")
+  shutil.copytree(checkout.root, copied)
+  made, checkout.root = checkout.root, copied
+  status, output = checkout.make("pretrain")
+  assert status == 0 and f".venv was made as {made}/.venv, and has been moved or copied. It is made again." in output
+  assert checkout.make("pretrain")[0] == 0
+  checkout.root = made
+  assert checkout.make("pretrain")[0] == 0
+  assert checkout.installations() == ["3.11.7 requirements.txt"] * 2
+
+
+def test_an_environment_that_several_checkouts_share_by_a_link_stays(checkout):
+  """So does one that an earlier version made, which has not recorded its place."""
+  assert checkout.make("pretrain")[0] == 0
+  (checkout.root / ".venv" / "place").unlink()
+  other = checkout.root.with_name("other")
+  shutil.copytree(checkout.root, other, ignore=shutil.ignore_patterns(".venv"))
+  (other / ".venv").symlink_to(checkout.root / ".venv")
+  made, checkout.root = checkout.root, other
+  assert checkout.make("pretrain")[0] == 0
+  checkout.root = made
+  assert checkout.make("pretrain")[0] == 0
+  assert checkout.installations() == ["3.11.7 requirements.txt"] and (other / ".venv").is_symlink()
+
+
 def test_what_tests_need_includes_what_a_run_needs(checkout):
   assert checkout.make("test")[0] == 0 and checkout.make("pretrain")[0] == 0
   assert checkout.installations() == ["3.11.7 requirements-dev.txt"]
@@ -248,11 +326,17 @@ def test_a_failed_update_leaves_the_environment_and_is_tried_again(checkout):
   assert len(checkout.installations()) == 3
 
 
-def test_make_removes_nothing_that_is_no_environment(checkout):
-  (checkout.root / ".venv").mkdir()
+@pytest.mark.parametrize("python", [None, "python3", "python3.12"])
+def test_make_changes_nothing_that_is_no_environment(checkout, python):
+  """With a Python of any version, it is a prefix of conda."""
+  (checkout.root / ".venv" / "bin").mkdir(parents=True)
   (checkout.root / ".venv" / "thesis.tex").touch()
-  status, output = checkout.make("pretrain")
-  assert status != 0 and "pyvenv.cfg" in output and (checkout.root / ".venv" / "thesis.tex").exists()
+  if python:
+    shutil.copy(checkout.bin / python, checkout.root / ".venv" / "bin" / "python")
+  for words in ((), ("PYTHON=python3.11",)):
+    status, output = checkout.make("pretrain", *words)
+    assert status != 0 and "it has no pyvenv.cfg; move it away" in output
+  assert (checkout.root / ".venv" / "thesis.tex").exists() and checkout.installations() == []
 
 
 def test_the_newest_jax_is_skipped_with_a_sentence_where_there_is_no_python_for_it(checkout):

@@ -147,6 +147,26 @@ def test_every_import_is_pinned_and_every_pin_is_imported():
   assert pins - used == NOT_IMPORTED
 
 
+NOT_INSTALLED = {"griffe": ["griffelib"], "mkdocs": ["mkdocs"], "torch": ["torch"], "transformers": ["transformers"]}
+
+
+@pytest.mark.parametrize(("folder", "files"), [("tests", ("dev", "torch")), ("docs", ("docs",))])
+def test_every_import_of_tests_and_docs_is_pinned(folder, files):
+  """That another package depends on it at present does not count. Some environments do not have all of them."""
+  sources = sorted((ROOT / folder).rglob("*.py"))
+  ours = {path.stem for path in sources} | {"switchlora_jax", "experiments", "configs"} | set(sys.stdlib_module_names)
+  packages = NOT_INSTALLED | metadata.packages_distributions()
+  used = {
+    canonicalize_name(name)
+    for path in sources
+    for top in imported(path.read_text()) - ours
+    for name in packages.get(top, [top])
+  }
+  text = "".join((ROOT / f"requirements{which}.txt").read_text() for which in ("", *(f"-{file}" for file in files)))
+  pins = {canonicalize_name(name) for name in re.findall(r"^([\w-]+)(?:\[\w+\])?==", text, re.MULTILINE)}
+  assert len(used) > 1 and used <= pins, used - pins
+
+
 @pytest.mark.parametrize("file", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
 def test_every_requirement_has_one_version(file):
   lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]

@@ -3,6 +3,8 @@
 `grids.Runs` replaces the processes here; those of test_compare.py are real.
 """
 
+import contextlib
+import json
 import os
 import re
 import sys
@@ -37,8 +39,16 @@ def test_a_trial_is_resolved_for_the_platform_of_its_run(tmp_path, monkeypatch):
   """Otherwise a finished run, whose saved config has bfloat16, would not be recognised."""
   base, variant = tiny_base(tmp_path), sweep.Variant("lora", {"method": "lora"})
   for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
-    monkeypatch.setattr(sweep, "platform", lambda platform=platform: platform)
+    monkeypatch.setattr(sweep, "probe_devices", lambda platform=platform: (platform, 1))
     assert sweep.make_trial(base, variant, None, 0).config.dtype == dtype
+
+
+def test_a_trial_is_resolved_for_the_number_of_devices_of_its_run(tmp_path, monkeypatch):
+  base = tiny_base(tmp_path, sharding__fsdp=4, sharding__frozen="sharded")
+  for devices, sentence in ((4, None), (2, r"sharding\.fsdp \(=4\) must divide the number of devices \(=2\)")):
+    monkeypatch.setattr(sweep, "probe_devices", lambda devices=devices: ("gpu", devices))
+    with pytest.raises(UserError, match=sentence) if sentence else contextlib.nullcontext():
+      assert sweep.make_trial(base, LORA, None, 0).config.sharding.fsdp == 4
 
 
 def test_trials_of_a_sweep_and_their_names(tmp_path):
@@ -117,6 +127,35 @@ def test_finished_trials_on_other_data_are_refused(tmp_path, runs):
   with pytest.raises(UserError, match=message):
     run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
   assert runs.started == []
+
+
+def test_a_run_of_a_version_with_another_meaning_of_a_key_is_neither_finished_nor_used(tmp_path, runs):
+  """Its losses are of another learning rate; see `changed_keys`."""
+  base = tiny_base(tmp_path, min_lr_ratio=0.1)
+  ran = run(base, (FULL,), tmp_path)[0]
+  runs.started.clear()
+  path = ran.workdir / "config.json"
+  saved = json.loads(path.read_text())
+  del saved["schedule"]
+  path.write_text(json.dumps(saved))
+  message = rf"^{ran.workdir} holds a run of an earlier version, in which min_lr_ratio \(=0\.1\) was a lower bound"
+  with pytest.raises(UserError, match=message):
+    sweep.is_finished(ran.workdir, ran.trial.config)
+  with pytest.raises(UserError, match=message):
+    run(base, (FULL,), tmp_path)
+  assert runs.started == []
+
+
+def test_a_prepared_folder_may_have_moved(tmp_path, runs):
+  """Its contents are compared by their fingerprint."""
+  moved = lambda path: tiny_base(tmp_path, data__source="prepared", data__path=path)
+  run(moved("here"), (FULL,), tmp_path)
+  runs.started.clear()
+  run(moved("there"), (FULL,), tmp_path)
+  assert runs.started == []
+  runs.text = "def"
+  with pytest.raises(UserError, match="was started on other data"):
+    run(moved("there"), (FULL,), tmp_path)
 
 
 def test_keys_that_change_no_result_may_change(tmp_path, runs):
@@ -333,13 +372,37 @@ def test_the_package_is_found_from_any_directory(tmp_path, monkeypatch):
   assert children.environment()["PYTHONPATH"] == str(ROOT) and children.environment()["SOME_SETTING"] == "kept"
 
 
-def test_one_process_per_core_or_one_with_accelerators(monkeypatch):
-  answer, asked = SimpleNamespace(stdout="cpu\n"), []
-  monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=lambda command, **_: asked.append(command) or answer))
-  sweep.platform.cache_clear()
-  assert sweep.default_processes() == len(os.sched_getaffinity(0)) and sweep.platform() == "cpu"
-  sweep.platform.cache_clear()
-  answer.stdout = "gpu\n"
-  assert sweep.default_processes() == 1 and sweep.platform() == "gpu"
-  sweep.platform.cache_clear()
-  assert len(asked) == 2, "once per process"
+@pytest.fixture
+def probe(monkeypatch):
+  """What the child process that finds the devices does, and its command each time it is started."""
+  answer = SimpleNamespace(stdout="", stderr="", returncode=0, asked=[])
+  run = lambda command, **_: answer.asked.append(command) or answer
+  monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
+  sweep.probe_devices.cache_clear()
+  yield answer
+  sweep.probe_devices.cache_clear()
+
+
+@pytest.mark.parametrize(("platform", "count"), [("cpu", 1), ("cpu", 8), ("gpu", 4)])
+def test_one_process_per_core_or_one_with_accelerators(probe, platform, count):
+  probe.stdout = f"{platform} {count}\n"
+  assert sweep.default_processes() == (len(os.sched_getaffinity(0)) if platform == "cpu" else 1)
+  assert sweep.probe_devices() == (platform, count) and len(probe.asked) == 1, "once per process"
+
+
+def test_the_probe_is_a_command_that_finds_the_devices_of_a_run():
+  environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in environment.items():
+      patch.setenv(name, value)
+    sweep.probe_devices.cache_clear()
+    assert sweep.probe_devices() == ("cpu", 4)
+  sweep.probe_devices.cache_clear()
+
+
+def test_devices_that_jax_does_not_find_are_an_error(probe):
+  probe.returncode, probe.stderr = 1, "Traceback …\nRuntimeError: no device\n"
+  with pytest.raises(
+    UserError, match=r"^JAX does not find its devices: RuntimeError: no device; a run would not start"
+  ):
+    sweep.probe_devices()

@@ -13,7 +13,7 @@ import pytest
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh, replicated
-from switchlora_jax.runs import manifest
+from switchlora_jax.runs import checkpoint, manifest
 from switchlora_jax.runs.checkpoint import REMOVED, Checkpoints
 
 pytestmark = pytest.mark.user_flags
@@ -237,8 +237,8 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(directory, caplog
 
 
 def test_an_old_checkpoint_is_removed_after_the_directory_is_synced(directory, monkeypatch):
-  done, sync, rmtree = [], manifest.sync, shutil.rmtree
-  monkeypatch.setattr(manifest, "sync", lambda path: (done.append(path), sync(path)))
+  done, sync, rmtree = [], checkpoint.sync_directory, shutil.rmtree
+  monkeypatch.setattr(checkpoint, "sync_directory", lambda path: (done.append(path), sync(path)))
   monkeypatch.setattr(shutil, "rmtree", lambda path: (done.append(path), rmtree(path)))
   with Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.save(5, some_state(5))

@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import subprocess
 from types import SimpleNamespace
 
 import jax
@@ -24,6 +25,14 @@ def dataset(tmp_path):
 def start(workdir, config, dataset):
   run_directory.prepare(workdir, config)
   run_directory.record(workdir, config, dataset)
+
+
+def edit_config_json(workdir, edit):
+  """Applies `edit` to the contents of config.json, in place."""
+  path = workdir / "config.json"
+  saved = json.loads(path.read_text())
+  edit(saved)
+  path.write_text(json.dumps(saved))
 
 
 def test_config_and_tokenizer_are_recorded(tmp_path, dataset):
@@ -66,6 +75,22 @@ def test_a_run_whose_learning_rate_had_a_lower_bound_is_refused(tmp_path, datase
       start(workdir, config, dataset)
   else:
     start(workdir, config, dataset)
+
+
+def test_min_lr_ratio_without_a_value_is_a_changed_key(tmp_path, dataset):
+  workdir, config = tmp_path / "run", resolved(tmp_path, method="lora", min_lr_ratio=0.1)
+  start(workdir, config, dataset)
+  edit_config_json(workdir, lambda saved: (saved.pop("schedule"), saved["config"].update(min_lr_ratio=None)))
+  with pytest.raises(UserError, match=r"another config \(min_lr_ratio: None → 0\.1\)"):
+    start(workdir, config, dataset)
+
+
+@pytest.mark.parametrize("section", ["data", "switch", "model"])
+def test_a_config_without_a_section_is_refused_with_the_version_that_can_continue_it(tmp_path, dataset, section):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  edit_config_json(tmp_path / "run", lambda saved: saved["config"].pop(section))
+  with pytest.raises(UserError, match=rf"differs in the keys {section}\..*git revision"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "checkpoints"])
@@ -155,6 +180,44 @@ def test_a_damaged_config_json_is_an_error(tmp_path, contents):
   (tmp_path / "run" / "config.json").write_text(contents)
   with pytest.raises(UserError, match=r"not the JSON that a run writes \(.*\); restore it, or name another directory"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+WRONG_VALUES = {"config": None, "devices": None, "versions": [], "data_fingerprint": 7}
+
+
+@pytest.mark.parametrize(("key", "value"), [*WRONG_VALUES.items(), ("devices", "cpu"), ("git_revision", 1)])
+def test_a_value_of_the_wrong_type_in_config_json_is_an_error(saved, key, value):
+  edit_config_json(saved, lambda contents: contents.update({key: value}))
+  for opens in (run_directory.open_run, lambda folder: run_directory.prepare(folder, None)):
+    with pytest.raises(UserError, match=rf"not the JSON that a run writes \({key} is .*\); restore it, or name"):
+      opens(saved)
+
+
+def test_steps_without_a_value_do_not_extend_a_run(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  edit_config_json(tmp_path / "run", lambda saved: saved["config"].update(steps=None))
+  with pytest.raises(UserError, match=r"another config \(steps: None → 12\)"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path))
+
+
+def git(folder, *words):
+  identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+  done = subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True)
+  return done.stdout.strip()
+
+
+def test_the_git_revision_is_that_of_the_code_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
+  """Installed into the .venv of another project, the package lies in that project's repository, untracked."""
+  code = tmp_path / "site-packages" / "directory.py"
+  code.parent.mkdir()
+  code.touch()
+  monkeypatch.setattr(run_directory, "__file__", str(code))
+  git(tmp_path, "init", "--quiet")
+  git(tmp_path, "commit", "--quiet", "--allow-empty", "--message=another project")
+  assert run_directory.git_revision() is None
+  git(tmp_path, "add", ".")
+  git(tmp_path, "commit", "--quiet", "--message=this code")
+  assert run_directory.git_revision() == git(tmp_path, "rev-parse", "HEAD")
 
 
 def test_a_config_that_is_removed_while_the_run_trains_is_an_error(tmp_path):

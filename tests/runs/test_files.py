@@ -1,5 +1,7 @@
 """Atomic writes, and the lock of a directory, which a killed process releases."""
 
+import contextlib
+import errno
 import json
 import os
 import resource
@@ -10,7 +12,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from switchlora_jax.runs.files import LockTaken, atomic_writer, exclusive_lock, replace_text
+from switchlora_jax.runs.files import LockTaken, atomic_writer, exclusive_lock, replace_text, sync_directory
 
 HOLDER = """
 import sys
@@ -92,3 +94,23 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     file.write(b"half of the new")
     raise ZeroDivisionError
   assert path.read_bytes() == b"old"
+
+
+def test_a_new_file_and_its_name_are_on_the_disk_when_it_is_written(tmp_path, monkeypatch):
+  """In this order: file, name, directory. Otherwise a power failure may leave the old file, or an empty one."""
+  done = []
+  synced = lambda number: done.append(os.readlink(f"/proc/self/fd/{number}"))
+  monkeypatch.setattr(os, "fsync", synced)
+  monkeypatch.setattr(os, "replace", lambda old, new: done.append("replaced"))
+  replace_text(tmp_path / "file", "new")
+  assert done == [f"{tmp_path}/file.partial", "replaced", f"{tmp_path}"]
+
+
+@pytest.mark.parametrize(("code", "raised"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_directories_is_not_an_error(tmp_path, monkeypatch, code, raised):
+  def fail(_):
+    raise OSError(code, "failed")
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(OSError, match="failed") if raised else contextlib.nullcontext():
+    sync_directory(tmp_path)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -137,10 +138,16 @@ def test_a_manifest_whose_write_was_interrupted_does_not_exist(folder, monkeypat
 
 def test_every_directory_is_synced(folder, monkeypatch):
   """After a power failure, the manifest must not exist without the files that it covers."""
-  synced = set()
-  monkeypatch.setattr(manifest, "sync", synced.add)
+  synced = []
+  monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(os.readlink(f"/proc/self/fd/{number}"))))
   manifest.write(folder, 5, ARRAYS)
-  assert synced == {folder, folder / "state", folder / "state" / "d", folder / "state" / "e"}
+  assert synced[-1] == folder  # it has the name of the manifest
+  assert {path for path in synced if path.is_dir()} == {
+    folder,
+    folder / "state",
+    folder / "state" / "d",
+    folder / "state" / "e",
+  }
 
 
 def test_a_manifest_is_plain_json(folder):
