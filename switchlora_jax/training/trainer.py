@@ -83,17 +83,20 @@ def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
       stop = False
       while run.done < config.steps and not stop:
         run.step()
-        stop, last = supervisor.should_stop(), run.done == config.steps
+        last = run.done == config.steps
         evaluate = due(run.done, config.eval_every) or last
-        save = due(run.done, config.checkpoint_every) or last or stop
-        if evaluate or save or due(run.done, config.log_every):
+        save = due(run.done, config.checkpoint_every) or last
+        report_due = evaluate or save or due(run.done, config.log_every)
+        spike_step = run.report() if report_due else None
+        stop = supervisor.should_stop()  # after the wait in `report`, during which most signals arrive
+        if stop and not report_due:
           spike_step = run.report()
-          if spike_step is not None:  # a requested stop then ends at the restored step, which is saved
-            run.roll_back(spike_step)
-            continue
+        if spike_step is not None:  # a requested stop then ends at the restored step, which is saved
+          run.roll_back(spike_step)
+          continue
         if evaluate:
           run.evaluate()
-        if save:
+        if save or stop:
           run.save()
   if run.done < config.steps:
     saved = f"after step {run.done}, which is saved; the same command continues"

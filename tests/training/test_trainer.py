@@ -16,6 +16,7 @@ from tiny import resolved
 from switchlora_jax.data import loader
 from switchlora_jax.errors import RunFailed, Stopped, UserError
 from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.parallel.supervision import Supervisor
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training import step as train_step
@@ -176,6 +177,43 @@ def test_writers_are_closed_once_after_an_exception(tmp_path, monkeypatch, count
   assert "the metrics could not be closed: [Errno 5] Input/output error" in caplog.text
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_signal_during_a_flush_stops_after_that_step(tmp_path, monkeypatch, step):
+  """Steps 3 and 4 are logged; step 4 is also saved and evaluated. The next one does not begin."""
+  flush, report = metrics.Metrics.flush, []
+
+  def interrupted(self):
+    rows = flush(self)
+    report.append(rows)
+    if rows[-1]["step"] == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)  # until it is received
+    return rows
+
+  monkeypatch.setattr(metrics.Metrics, "flush", interrupted)
+  with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, which is saved"):
+    trainer.train(resolved(tmp_path), tmp_path / "run")
+  assert max(row["step"] for row in lines(tmp_path / "run")) == step
+  assert report[-1][-1]["step"] == step
+
+
+def test_a_signal_between_flushes_stops_after_that_step_with_its_metrics(tmp_path, monkeypatch):
+  """A step after which nothing else is due is flushed before it is saved; `should_stop` is called once per step."""
+  step, should_stop, calls = trainer.Run.step, Supervisor.should_stop, []
+
+  def interrupted(self):
+    step(self)
+    if self.done == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)
+
+  monkeypatch.setattr(trainer.Run, "step", interrupted)
+  monkeypatch.setattr(Supervisor, "should_stop", lambda self: calls.append(should_stop(self)) or calls[-1])
+  with pytest.raises(Stopped, match="stopped by SIGTERM after step 2, which is saved"):
+    trainer.train(resolved(tmp_path), tmp_path / "run")
+  assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2] and calls == [False, True]
+
+
 def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
   """… and not only when the next save, four steps later, asks what became of it."""
   save = trainer.Run.save
@@ -277,6 +315,23 @@ def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, ask
   again = trainer.train(config, tmp_path / "stopped")
   assert len(asked) == number + lost and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
   assert_same(again.state, whole.state)
+
+
+def test_a_signal_during_the_flush_of_a_spike_rolls_back_and_stops(tmp_path, asked, monkeypatch):
+  """Step 6 has the spike, and the last checkpoint is that of step 4: no step of the repetition begins."""
+  flush = metrics.Metrics.flush
+
+  def interrupted(self):
+    rows = flush(self)
+    if rows[-1]["step"] == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)
+    return rows
+
+  monkeypatch.setattr(metrics.Metrics, "flush", interrupted)
+  with pytest.raises(Stopped, match="stopped by SIGTERM after step 4, which is saved"):
+    trainer.train(resolved(tmp_path, **BACK | dict(checkpoint_every=4)), tmp_path / "run")
+  assert asked == list(range(6))
 
 
 def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked, counting):
