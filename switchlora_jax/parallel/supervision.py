@@ -48,8 +48,9 @@ class Supervisor:
       not count.
     peer_seconds: time without a new status of another process after which that process counts as lost.
     on_failure: `on_failure(message, exit_code)` is called in a thread if the run cannot continue. By default the
-      is printed, and raised in the main thread as soon as that thread executes Python code: as `RunFailed` (code HUNG),
-      `Stopped` (STOPPED) or KeyboardInterrupt (130).
+      message is printed, and raised in the main thread as soon as that thread executes Python code: as `RunFailed`
+      (code HUNG), `Stopped` (STOPPED) or KeyboardInterrupt (130). Code that catches this exception, such as a prompt
+      of a notebook, does not end the run: `mark` and `should_stop` raise it again.
 
   Attributes:
     cause: why the run stops, such as "SIGTERM", or "SIGTERM to process 1" on another process; None while it does not.
@@ -62,7 +63,8 @@ class Supervisor:
     self._status, self._statuses = {"beat": 0, "marks": 0, "doing": "set-up"}, {}  # own; of all processes by number
     self._unchanged = {}  # {what: (value, seconds for which it has not changed)}
     self._asked, self._proposed, self._last = 0, None, None  # counts of `should_stop`: now, proposed, agreed
-    self._steps_begun, self._ending_since, self._failed, self._raising = False, None, False, None
+    self._steps_begun, self._ending_since, self._failed, self._exiting = False, None, False, False
+    self._error, self._raising = None, None  # raised in the main thread by `mark` and `should_stop`; by the handler
     self._parent = int(os.environ.get(PARENT, 0))
     self._ended = threading.Event()
     self._threads = [threading.Thread(target=main, daemon=True) for main in (self._supervise, self._communicate)]
@@ -78,19 +80,27 @@ class Supervisor:
     return self
 
   def __exit__(self, kind, error, trace):
-    self._report(error)
-    with self._lock:  # from now on, nothing is raised in this thread
-      self._status["ended"] = True
-      self._ended.set()
-    for number, handler in self._handlers.items():
-      signal.signal(number, handler)
-    signal.set_wakeup_fd(self._wakeup_fd)
-    os.close(self._write)
-    for thread in self._threads[: self._store.count]:
-      thread.join(2 * BEAT)  # no longer, since process 0 may not answer
+    try:
+      self._report(error)
+    finally:  # also if supervision raises an exception in this thread while `_report` waits
+      self._exiting = True  # from now on, nothing is raised in this thread
+      with self._lock:
+        self._status["ended"] = True
+        self._ended.set()
+      for number, handler in self._handlers.items():
+        signal.signal(number, handler)
+      signal.set_wakeup_fd(self._wakeup_fd)
+      os.close(self._write)
+      for thread in self._threads[: self._store.count]:
+        thread.join(2 * BEAT)  # no longer, since process 0 may not answer
 
   def mark(self, doing: str):
-    """Record progress. All processes make the same marks in the same order; the first one follows set-up."""
+    """Record progress. All processes make the same marks in the same order; the first one follows set-up.
+
+    Raises:
+      RunFailed, Stopped, KeyboardInterrupt: the run cannot continue, and the first such exception was caught.
+    """
+    self._raise_again()
     self._send(marks=self._status["marks"] + 1, doing=doing)
 
   def begin_steps(self):
@@ -103,8 +113,9 @@ class Supervisor:
     """Return whether the run stops after this step, which is the same one on all processes.
 
     All processes call this once per step. After a stop is requested, one call waits a second or two until they agree.
-    Calls are counted rather than steps, since a rollback repeats step numbers.
+    Calls are counted rather than steps, since a rollback repeats step numbers. Raises as `mark` does.
     """
+    self._raise_again()
     with self._lock:
       self._lock.wait_for(lambda: self._proposed is None or self._last is not None)
       self._asked += 1
@@ -263,7 +274,7 @@ class Supervisor:
 
   def _report(self, error: BaseException | None):
     """Report an exception, so that the others end; if another process may be the cause, first wait for its status."""
-    if error is None or isinstance(error, Stopped) or "failed" in self._status:
+    if error is None or self._error or isinstance(error, Stopped) or "failed" in self._status:
       return
     reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if self._store.count > 1 and _is_communication_error(error):
@@ -278,15 +289,21 @@ class Supervisor:
   def _raise_in_main_thread(self, message: str, code: int):
     to_stderr(message)
     with self._lock:
-      if not self._ended.is_set():
-        self._raising = {HUNG: RunFailed, STOPPED: Stopped}.get(code, KeyboardInterrupt)(message)
+      if not self._exiting:
+        self._error = self._raising = {HUNG: RunFailed, STOPPED: Stopped}.get(code, KeyboardInterrupt)(message)
+        if code != STOPPED:  # then the others end as well
+          self._status.setdefault("failed", message)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
   def _handle(self, *_):
     """Handler of both signals in the main thread. Python has already written the number of the signal to the pipe."""
     error, self._raising = self._raising, None
-    if error:
+    if error and not self._exiting:
       raise error
+
+  def _raise_again(self):
+    if self._error:
+      raise self._error
 
 
 def _is_communication_error(error: BaseException | None) -> bool:

@@ -31,7 +31,7 @@ class Writer:
     """Called before a checkpoint is saved: make durable what a continued run will not write again."""
 
   def close(self) -> None:
-    """Called once, after the last row."""
+    """Called once, after the last row, also if the run ends by an exception; not if its process is killed."""
 
 
 class Metrics:
@@ -48,8 +48,11 @@ class Metrics:
 
   def __init__(self, config, start: int, writers: Sequence[Writer] = ()):
     self._tokens_per_step = config.batch_size * config.seq_len
-    self._writers = tuple(writers)
+    self._writers, self._open = tuple(writers), contextlib.ExitStack()
+    for writer in self._writers:
+      self._open.callback(writer.close)
     self._bar = progress_bar(config.steps, start, shown=processes.is_first())
+    self._open.callback(self._bar.close)
     self._pending, self._since = [], time.monotonic()
 
   def add(self, step: int, values: dict[str, jax.Array]) -> None:
@@ -88,10 +91,8 @@ class Metrics:
       writer.sync()
 
   def close(self) -> None:
-    """Close the progress bar and the writers; pending metrics are dropped."""
-    self._bar.close()
-    for writer in self._writers:
-      writer.close()
+    """Close the progress bar and all writers, even if one raises; pending metrics are dropped. Once closed, no-op."""
+    self._open.close()
 
   def _write(self, rows: list[dict]):
     for writer in self._writers:

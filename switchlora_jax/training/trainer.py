@@ -1,6 +1,7 @@
 """A training run: build, restore, then step, report, evaluate and save until the last step."""
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from switchlora_jax.training.evaluation import first, validate
 from switchlora_jax.training.metrics import Metrics, due
 from switchlora_jax.training.phases import Phase, build_phases, phase_at
 from switchlora_jax.training.writers import default_writers
+
+log = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
@@ -72,25 +75,29 @@ def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
   processes.on_all_processes(lambda: run_directory.check_shared(workdir))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
     run = Run(config, workdir, phases, data, checkpoints, supervisor)
-    with supervisor.report_errors():  # inside Checkpoints: its exit waits for a save that may need the others
+    # Inside Checkpoints, whose exit waits for a save that may need the others. The metrics are closed first, because
+    # the process may be ended while `report_errors` waits.
+    with supervisor.report_errors(), run:
       first_step = run.begin(source)
       supervisor.begin_steps()
       stop = False
       while run.done < config.steps and not stop:
         run.step()
-        stop, last = supervisor.should_stop(), run.done == config.steps
+        last = run.done == config.steps
         evaluate = due(run.done, config.eval_every) or last
-        save = due(run.done, config.checkpoint_every) or last or stop
-        if evaluate or save or due(run.done, config.log_every):
+        save = due(run.done, config.checkpoint_every) or last
+        report_due = evaluate or save or due(run.done, config.log_every)
+        spike_step = run.report() if report_due else None
+        stop = supervisor.should_stop()  # after the wait in `report`, during which most signals arrive
+        if stop and not report_due:
           spike_step = run.report()
-          if spike_step is not None:  # a requested stop then ends at the restored step, which is saved
-            run.roll_back(spike_step)
-            continue
+        if spike_step is not None:  # a requested stop then ends at the restored step, which is saved
+          run.roll_back(spike_step)
+          continue
         if evaluate:
           run.evaluate()
-        if save:
+        if save or stop:
           run.save()
-      run.metrics.close()
   if run.done < config.steps:
     saved = f"after step {run.done}, which is saved; the same command continues"
     unsaved = "before anything was saved; the same command starts again"  # also after a rollback to the start
@@ -99,7 +106,7 @@ def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
 
 
 class Run:
-  """A run in progress.
+  """A run in progress; a context manager that closes its metrics when it exits.
 
   Attributes:
     done: number of steps done so far.
@@ -121,6 +128,19 @@ class Run:
     self._supervisor = supervisor
     self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
     self._validate = make_evaluate(config, phases[0], data)
+    self.metrics = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, *_):
+    try:
+      if self.metrics:
+        self.metrics.close()
+    except Exception as error:
+      if kind is None:
+        raise
+      log.warning("the metrics could not be closed: %s", error)  # the exception in flight is what ended the run
 
   def begin(self, source: warm_start.Source | None) -> int:
     """Restore the newest valid checkpoint; without one, create the first state, from the weights of `source` if given.

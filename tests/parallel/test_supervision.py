@@ -3,6 +3,7 @@
 Most tests replace the store by a dictionary, and time by a number of seconds; the last ones use real processes.
 """
 
+import json
 import os
 import re
 import signal
@@ -379,6 +380,38 @@ def test_a_hang_raises_in_the_main_thread(capfd):
   assert "has hung since" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("goes_on", [lambda one: one.mark("step 2"), Supervisor.should_stop])
+def test_a_failure_that_code_catches_is_raised_again(goes_on):
+  """A prompt of a notebook, at a breakpoint for example, catches every Exception while it waits."""
+  ways = []
+  with pytest.raises(RunFailed, match=r"has hung since .* at: step 1"), Supervisor(0.1, LOST) as one:
+    one.mark("step 1")
+    one.begin_steps()
+    try:
+      time.sleep(60)
+    except Exception as error:
+      ways.append(error)
+    time.sleep(1)  # two checks, which do not find it again
+    goes_on(one)
+    ways.append("went on")
+  assert [type(way) for way in ways] == [RunFailed]
+
+
+def test_ctrl_c_ends_a_prompt_that_caught_a_failure():
+  caught = []
+  with pytest.raises(KeyboardInterrupt), Supervisor(0.1, LOST) as one:
+    one.mark("step 1")
+    one.begin_steps()
+    for _ in range(2):
+      try:
+        time.sleep(60 if not caught else REPEAT + 1)
+      except Exception as error:
+        caught.append(error)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+  assert [type(error) for error in caught] == [RunFailed]
+
+
 def test_sigterm_during_set_up_raises_in_the_main_thread():
   with pytest.raises(Stopped, match="stopped by SIGTERM during set-up"), Supervisor(HANG, LOST):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -392,6 +425,52 @@ def test_ctrl_c_once_more_raises_in_the_main_thread():
     time.sleep(REPEAT + 1)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
+
+
+def wait_in_exit(one):
+  """Raise an error that leaves the context of the supervisor, whose exit waits for the cause."""
+  raise GLOO
+
+
+def wait_in_run(one):
+  """The same, and the error first leaves the context of the run."""
+  with one.report_errors():
+    raise GLOO
+
+
+def wait_elsewhere(one):
+  """The cause is found while this process handles the error in another way."""
+  try:
+    raise GLOO
+  except JaxRuntimeError:
+    time.sleep(60)
+
+
+def wrap(one):
+  """… and another exception replaces the cause."""
+  try:
+    wait_elsewhere(one)
+  except RunFailed as error:
+    raise UserError("wrapped") from error
+
+
+@pytest.mark.parametrize(("fail", "waits"), [(wait_in_exit, 1), (wait_in_run, 1), (wait_elsewhere, 0), (wrap, 0)])
+def test_the_cause_of_a_communication_error_ends_the_wait_and_the_supervision(fail, waits, monkeypatch, capfd):
+  monkeypatch.setattr(supervision, "BEAT", 0.05)
+  monkeypatch.setattr(supervision, "GRACE", 1)
+  before = [signal.getsignal(number) for number in supervision.SIGNALS]
+  (_, one), began = supervisors(2), time.monotonic()
+  one._store.values["status/0"] = json.dumps({"beat": 0, "marks": 0, "doing": "set-up", "failed": "KeyError: 5"})
+  with pytest.raises(UserError if fail is wrap else RunFailed) as raised, one:
+    fail(one)
+  cause = raised.value.__cause__ or raised.value
+  assert str(cause).startswith("process 0 has failed (KeyError: 5)") and cause.__context__ is GLOO
+  assert time.monotonic() - began < LOST / 2
+  assert capfd.readouterr().err.count("waiting for its status") == waits
+  assert [signal.getsignal(number) for number in supervision.SIGNALS] == before and signal.set_wakeup_fd(-1) == -1
+  assert not any(thread.is_alive() for thread in one._threads)
+  last = json.loads(one._store.values["status/1"])
+  assert last["ended"] and last["failed"]
 
 
 def test_nothing_is_raised_after_the_end(capfd):

@@ -173,6 +173,21 @@ class ListWriter(metrics.Writer):
     self.calls.append("close")
 
 
+def test_all_are_closed_once_if_one_cannot_be(monkeypatch):
+  toys = [ListWriter(), ListWriter(), ListWriter()]
+
+  def refuse():
+    toys[1].calls.append("close")
+    raise OSError("refused")
+
+  monkeypatch.setattr(toys[1], "close", refuse)
+  log = metrics.Metrics(ConfigDict(dict(steps=4, batch_size=2, seq_len=8)), 0, toys)
+  with pytest.raises(OSError, match="refused"):
+    log.close()
+  log.close()
+  assert [toy.calls for toy in toys] == [["close"]] * 3 and log._bar.disable
+
+
 def test_every_writer_gets_all_rows():
   toys = [ListWriter(), ListWriter()]
   log = metrics.Metrics(ConfigDict(dict(steps=4, batch_size=2, seq_len=8)), 0, toys)

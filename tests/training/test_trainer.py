@@ -14,8 +14,9 @@ import pytest
 from tiny import resolved
 
 from switchlora_jax.data import loader
-from switchlora_jax.errors import Stopped, UserError
+from switchlora_jax.errors import RunFailed, Stopped, UserError
 from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.parallel.supervision import Supervisor
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training import step as train_step
@@ -30,6 +31,33 @@ def lines(workdir):
 
 def assert_same(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+class CountingWriter(metrics.Writer):
+  """Counts the calls of `close`, and the rows that were written before the first one."""
+
+  def __init__(self):
+    self.rows, self.closed = 0, 0
+
+  def write(self, rows):
+    assert not self.closed
+    self.rows += len(rows)
+
+  def close(self):
+    self.closed += 1
+
+
+@pytest.fixture
+def counting(monkeypatch):
+  """The writers that runs use in addition to the default ones, one per start and per rollback."""
+  default, used = trainer.default_writers, []
+
+  def counted(workdir, start):
+    used.append(CountingWriter())
+    return [*default(workdir, start), used[-1]]
+
+  monkeypatch.setattr(trainer, "default_writers", counted)
+  return used
 
 
 @pytest.fixture(scope="module", params=["switchlora", "full"])
@@ -104,7 +132,7 @@ def test_another_config_in_the_workdir_is_refused(finished):
     trainer.train(resolved(folder, method=method, seed=1), whole)
 
 
-def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
+def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch, counting):
   build = phases.build_phase
 
   def broken(config, mesh):
@@ -121,6 +149,69 @@ def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"stopped after step 6: 6 updates in a row .* lower --config.learning_rate"):
     trainer.train(resolved(tmp_path, max_skipped=5), tmp_path / "run")
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
+  (writer,) = counting
+  assert writer.closed == 1 and writer.rows == 7  # with an evaluation
+
+
+def test_writers_are_closed_once_when_a_run_ends(tmp_path, counting):
+  trainer.train(resolved(tmp_path), tmp_path / "run")
+  assert [writer.closed for writer in counting] == [1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("pressed"), RunFailed("lost"), OSError("full")])
+def test_writers_are_closed_once_after_an_exception(tmp_path, monkeypatch, counting, caplog, error):
+  """… which stays the one that ends the run if a writer cannot be closed either."""
+
+  def fail(self, rows):
+    raise error
+
+  def refuse(self):
+    self.closed += 1
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(CountingWriter, "write", fail)
+  monkeypatch.setattr(CountingWriter, "close", refuse)
+  with pytest.raises(type(error), match=str(error)):
+    trainer.train(resolved(tmp_path), tmp_path / "run")
+  assert [writer.closed for writer in counting] == [1]
+  assert "the metrics could not be closed: [Errno 5] Input/output error" in caplog.text
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_signal_during_a_flush_stops_after_that_step(tmp_path, monkeypatch, step):
+  """Steps 3 and 4 are logged; step 4 is also saved and evaluated. The next one does not begin."""
+  flush, report = metrics.Metrics.flush, []
+
+  def interrupted(self):
+    rows = flush(self)
+    report.append(rows)
+    if rows[-1]["step"] == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)  # until it is received
+    return rows
+
+  monkeypatch.setattr(metrics.Metrics, "flush", interrupted)
+  with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, which is saved"):
+    trainer.train(resolved(tmp_path), tmp_path / "run")
+  assert max(row["step"] for row in lines(tmp_path / "run")) == step
+  assert report[-1][-1]["step"] == step
+
+
+def test_a_signal_between_flushes_stops_after_that_step_with_its_metrics(tmp_path, monkeypatch):
+  """A step after which nothing else is due is flushed before it is saved; `should_stop` is called once per step."""
+  step, should_stop, calls = trainer.Run.step, Supervisor.should_stop, []
+
+  def interrupted(self):
+    step(self)
+    if self.done == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)
+
+  monkeypatch.setattr(trainer.Run, "step", interrupted)
+  monkeypatch.setattr(Supervisor, "should_stop", lambda self: calls.append(should_stop(self)) or calls[-1])
+  with pytest.raises(Stopped, match="stopped by SIGTERM after step 2, which is saved"):
+    trainer.train(resolved(tmp_path), tmp_path / "run")
+  assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2] and calls == [False, True]
 
 
 def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
@@ -226,12 +317,30 @@ def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, ask
   assert_same(again.state, whole.state)
 
 
-def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked):
+def test_a_signal_during_the_flush_of_a_spike_rolls_back_and_stops(tmp_path, asked, monkeypatch):
+  """Step 6 has the spike, and the last checkpoint is that of step 4: no step of the repetition begins."""
+  flush = metrics.Metrics.flush
+
+  def interrupted(self):
+    rows = flush(self)
+    if rows[-1]["step"] == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)
+    return rows
+
+  monkeypatch.setattr(metrics.Metrics, "flush", interrupted)
+  with pytest.raises(Stopped, match="stopped by SIGTERM after step 4, which is saved"):
+    trainer.train(resolved(tmp_path, **BACK | dict(checkpoint_every=4)), tmp_path / "run")
+  assert asked == list(range(6))
+
+
+def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked, counting):
   with pytest.raises(UserError, match=r"stopped at step 6, a loss spike, after 1 rollbacks"):
     trainer.train(resolved(tmp_path, **BACK, spike__max_rollbacks=1), tmp_path / "run")
   assert asked == list(range(12)) and [row["spike"] for row in lines(tmp_path / "run") if "loss" in row] == [0] * 5 + [
     1
   ]
+  assert [writer.closed for writer in counting] == [1, 1]
   again = trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
   assert int(again.state.spikes.offset) == 12
 
