@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import RunFailed, Stopped, UserError
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.array_checksums import array_checksums, saved_shape
@@ -172,6 +172,8 @@ class Checkpoints:
       try:
         state = self._restore(candidate, abstract_at(candidate), partial)
       except (jax.errors.JaxRuntimeError, MemoryError):  # out of memory here: the files may be good
+        raise
+      except (Stopped, RunFailed):  # raised by a signal handler or by supervision, whatever the main thread does
         raise
       except Exception as error:  # whatever orbax, tensorstore or json raises on a damaged file
         damaged[candidate] = _reason(error)

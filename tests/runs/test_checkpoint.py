@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import RunFailed, Stopped, UserError
 from switchlora_jax.parallel.sharding import make_mesh, replicated
 from switchlora_jax.runs import checkpoint, manifest
 from switchlora_jax.runs.checkpoint import REMOVED, Checkpoints
@@ -147,6 +147,19 @@ def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(directory):
     Checkpoints(directory, keep=3) as checkpoints,
     pytest.raises(UserError, match=r"step 4: .*step 2: .*new --workdir"),
   ):
+    checkpoints.restore(lambda _: abstract(some_state(0)))
+  assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize("end", [Stopped, RunFailed])
+def test_the_end_of_a_run_during_a_restore_is_not_damage(directory, monkeypatch, end):
+  """A signal or a hang is reported while the main thread reads: the checkpoint stays where it is."""
+
+  def interrupted(*_):
+    raise end("why")
+
+  with Checkpoints(directory, keep=3) as checkpoints, pytest.raises(end, match="why"):
+    monkeypatch.setattr(checkpoints, "_restore", interrupted)
     checkpoints.restore(lambda _: abstract(some_state(0)))
   assert sorted(path.name for path in directory.iterdir()) == ["2", "3", "4"]
 
