@@ -1,11 +1,13 @@
 """Linear layers with adapters: initialisation, the merged forward, its hand-written backward."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import equations
+from small_model import equations, host
 
 from switchlora_jax.lowrank.kernel_storage import load_kernel
 from switchlora_jax.lowrank.layers import (
@@ -32,17 +34,36 @@ def naive_dense(x, kernel, lora_a, lora_b, scale):
   return x @ kernel + scale * (x @ lora_a.T) @ lora_b
 
 
-def draw(dtype=jnp.float64, lead=(5, 7), n=12, m=20, r=4):
+def draw(dtype=np.float64, lead=(5, 7), n=12, m=20, r=4):
   """x, kernel, lora_a, lora_b and a cotangent, standard normal."""
-  shapes = ((*lead, n), (n, m), (r, n), (r, m), (*lead, m))
-  keys = jax.random.split(jax.random.key(0), len(shapes))
-  return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+  rng, shapes = np.random.default_rng(0), ((*lead, n), (n, m), (r, n), (r, m), (*lead, m))
+  return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def vjp(dense, cotangent, *primals):
   """The output at scale 0.25, and the cotangents of x, kernel, lora_a, lora_b."""
   y, pull = jax.vjp(lambda *primals: dense(*primals, 0.25), *primals)
   return y, pull(cotangent)
+
+
+@functools.cache
+def start(layer, features=16, seed=0):
+  """The variables of a layer of so many inputs, on the host."""
+  x = np.ones((2, features), layer.param_dtype)
+  return host(jax.jit(layer.init)(jax.random.key(seed), x))
+
+
+def shapes(layer, features=16):
+  """As `start`, of shapes and dtypes alone."""
+  return jax.eval_shape(layer.init, jax.random.key(0), np.ones((2, features), np.float32))
+
+
+def apply(layer, variables, x):
+  return np.asarray(jax.jit(layer.apply)(variables, x))
+
+
+merged, dense = jax.jit(merge), jax.jit(merged_dense, static_argnums=4)
 
 
 def test_deviations_are_the_recorded_ones(golden):
@@ -68,15 +89,14 @@ def test_deviations_balance_the_product():
 @pytest.mark.parametrize("name", RECORDED_LAYERS)
 def test_the_initial_kernel_is_the_recorded_one(name, golden, x64):
   arrays = golden("init")[0]
-  plain, kernel, lora_a, lora_b = (jnp.asarray(arrays[f"{name}_{key}"].T) for key in ("W0", "W", "A", "B"))
-  ours = merge(plain, lora_a.T, lora_b, -1.0 / lora_b.shape[0])
+  plain, kernel, lora_a, lora_b = (arrays[f"{name}_{key}"].T for key in ("W0", "W", "A", "B"))
+  ours = merged(plain, lora_a.T, lora_b, -1.0 / lora_b.shape[0])
   np.testing.assert_allclose(ours, kernel, rtol=0, atol=1e-12)
   assert name.startswith("origin") or np.abs(kernel - plain).max() > 1e-2
 
 
 def test_vectors_and_spares_are_uniform_within_the_bound():
-  layer = SwitchLoRADense(features=192, rank=64)
-  variables = layer.init(jax.random.key(3), jnp.zeros((1, 128)))
+  variables = start(SwitchLoRADense(features=192, rank=64), 128, seed=3)
   params, candidates = variables["params"], variables["candidates"]
   std_a, std_b = adapter_std(128, 192, 64)
   arrays = [(params["lora_a"], std_a), (candidates["spare_a"], std_a)]
@@ -90,28 +110,28 @@ def test_vectors_and_spares_are_uniform_within_the_bound():
 
 
 def test_lora_init_has_zero_b_and_zero_spares_of_b():
-  layer = SwitchLoRADense(features=24, rank=4, adapter_init="lora")
-  variables = layer.init(jax.random.key(0), jnp.zeros((1, 16)))
+  variables = start(SwitchLoRADense(features=24, rank=4, adapter_init="lora"))
   assert not np.any(variables["params"]["lora_b"]) and not np.any(variables["candidates"]["spare_b"])
   for values in (variables["params"]["lora_a"], variables["candidates"]["spare_a"]):
     assert 0.9 / 16**0.5 < np.abs(values).max() <= 1 / 16**0.5
-  plain = nn.Dense(24, use_bias=False, kernel_init=KERNEL_INIT).init(jax.random.key(0), jnp.zeros((1, 16)))
+  plain = start(nn.Dense(24, use_bias=False, kernel_init=KERNEL_INIT))
   np.testing.assert_array_equal(variables["frozen"]["kernel"], plain["params"]["kernel"])
 
 
 def test_forward_and_gradients_are_those_of_the_usual_two_products(x64):
   *primals, cotangent = draw()
-  ours, (d_x, _, d_a, d_b) = vjp(merged_dense, cotangent, *primals)
-  usual, (e_x, _, e_a, e_b) = vjp(naive_dense, cotangent, *primals)
+  ours, (d_x, _, d_a, d_b) = host(vjp(merged_dense, cotangent, *primals))
+  usual, (e_x, _, e_a, e_b) = host(vjp(naive_dense, cotangent, *primals))
   for left, right in ((ours, usual), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-12 * np.abs(right).max())
 
 
 def test_the_adapter_changes_the_output(x64):
   x, kernel, lora_a, lora_b, _ = draw()
-  with_adapter = merged_dense(x, kernel, lora_a, lora_b, 0.25)
-  assert np.abs(with_adapter - merged_dense(x, kernel, lora_a, 0 * lora_b, 0.25)).max() > 0.1
-  assert np.abs(with_adapter - merged_dense(x, kernel, lora_a, lora_b, 0.5)).max() > 0.1
+  of = lambda lora_b, scale: np.asarray(dense(x, kernel, lora_a, lora_b, scale))
+  with_adapter = of(lora_b, 0.25)
+  assert np.abs(with_adapter - of(0 * lora_b, 0.25)).max() > 0.1
+  assert np.abs(with_adapter - of(lora_b, 0.5)).max() > 0.1
 
 
 def test_the_kernel_gets_no_gradient(x64):
@@ -123,10 +143,10 @@ def test_the_kernel_gets_no_gradient(x64):
 
 
 def test_gradients_are_of_the_lora_vectors_alone():
-  layer, x = SwitchLoRADense(features=24, rank=4), jnp.ones((3, 16))
-  variables = layer.init(jax.random.key(0), x)
+  layer, x = SwitchLoRADense(features=24, rank=4), np.ones((3, 16), np.float32)
+  variables = start(layer)
   loss = lambda params: layer.apply({"params": params, "frozen": variables["frozen"]}, x).sum()
-  grads = jax.grad(loss)(variables["params"])
+  grads = jax.jit(jax.grad(loss))(variables["params"])
   assert set(grads) == {"lora_a", "lora_b"}
   assert all(np.any(g) for g in grads.values())
 
@@ -137,59 +157,64 @@ def test_lora_vectors_are_the_adapters_leaves():
 
 
 def test_at_one_seed_all_layers_start_from_one_function(x64):
-  x, key, kinds = draw()[0], jax.random.key(5), dict(dtype=jnp.float64, param_dtype=jnp.float64)
+  x, kinds = draw()[0], dict(dtype=jnp.float64, param_dtype=jnp.float64)
   plain = nn.Dense(20, use_bias=False, kernel_init=KERNEL_INIT, **kinds)
-  y = plain.apply(plain.init(key, x), x)
+  y = apply(plain, start(plain, 12, seed=5), x)
   for layer in (LoRADense(20, 4, **kinds), SwitchLoRADense(20, 4, **kinds), LoRADense(20, 4, 2.0, "lora", **kinds)):
-    variables = layer.init(key, x)
-    np.testing.assert_allclose(layer.apply(variables, x), y, rtol=0, atol=1e-12 * np.abs(y).max())
-    without_base = variables | {"frozen": jax.tree.map(jnp.zeros_like, variables["frozen"])}
-    assert layer.adapter_init == "lora" or np.abs(layer.apply(without_base, x)).max() > 0.1, "no adapter to cancel"
+    variables = start(layer, 12, seed=5)
+    np.testing.assert_allclose(apply(layer, variables, x), y, rtol=0, atol=1e-12 * np.abs(y).max())
+    without_base = variables | {"frozen": jax.tree.map(np.zeros_like, variables["frozen"])}
+    assert layer.adapter_init == "lora" or np.abs(apply(layer, without_base, x)).max() > 0.1, "no adapter to cancel"
 
 
 def test_lora_and_switchlora_start_from_the_same_bits():
-  lora, switchlora = (kind(24, 4).init(jax.random.key(1), jnp.ones((2, 16))) for kind in (LoRADense, SwitchLoRADense))
+  lora, switchlora = (start(kind(24, 4), seed=1) for kind in (LoRADense, SwitchLoRADense))
   for collection in ("params", "frozen"):
     assert jax.tree.all(jax.tree.map(np.array_equal, lora[collection], switchlora[collection]))
   assert set(switchlora) - set(lora) == {"candidates"}
 
 
 def test_candidates_are_not_needed_to_apply():
-  layer, x = SwitchLoRADense(features=24, rank=4), jnp.ones((2, 16))
-  variables = layer.init(jax.random.key(0), x)
+  layer, x = SwitchLoRADense(features=24, rank=4), np.ones((2, 16), np.float32)
+  variables = start(layer)
   without = {name: variables[name] for name in ("params", "frozen")}
-  np.testing.assert_array_equal(layer.apply(without, x), layer.apply(variables, x))
+  np.testing.assert_array_equal(apply(layer, without, x), apply(layer, variables, x))
 
 
 @pytest.mark.parametrize("rank", [16, 17])
 def test_without_spares_there_is_no_candidates_collection(rank):
-  variables = SwitchLoRADense(features=24, rank=rank).init(jax.random.key(0), jnp.ones((2, 16)))
+  variables = shapes(SwitchLoRADense(features=24, rank=rank))
   assert set(variables) == {"params", "frozen"}
   assert variables["params"]["lora_a"].shape == (rank, 16)
 
 
 def test_spares_timers_and_cursor_have_their_shapes():
-  variables = SwitchLoRADense(features=24, rank=4).init(jax.random.key(0), jnp.ones((2, 16)))
-  shapes = jax.tree.map(jnp.shape, variables["candidates"])
-  assert shapes == {"spare_a": (12, 16), "spare_b": (12, 24), "timer_a": (4,), "timer_b": (4,), "cursor": ()}
+  candidates = shapes(SwitchLoRADense(features=24, rank=4))["candidates"]
+  assert jax.tree.map(jnp.shape, candidates) == {
+    "spare_a": (12, 16),
+    "spare_b": (12, 24),
+    "timer_a": (4,),
+    "timer_b": (4,),
+    "cursor": (),
+  }
 
 
 def test_bfloat16_computes_narrow_and_keeps_float32_gradients():
-  x, kernel, lora_a, lora_b, cotangent = draw(jnp.float32, lead=(32,))
+  x, kernel, lora_a, lora_b, cotangent = draw(np.float32, lead=(32,))
   narrow = jnp.bfloat16
-  ours, (d_x, _, d_a, d_b) = vjp(merged_dense, cotangent.astype(narrow), x.astype(narrow), kernel, lora_a, lora_b)
-  exact, (e_x, _, e_a, e_b) = vjp(merged_dense, cotangent, x, kernel, lora_a, lora_b)
+  ours, (d_x, _, d_a, d_b) = host(vjp(merged_dense, cotangent.astype(narrow), x.astype(narrow), kernel, lora_a, lora_b))
+  exact, (e_x, _, e_a, e_b) = host(vjp(merged_dense, cotangent, x, kernel, lora_a, lora_b))
   assert (ours.dtype, d_x.dtype, d_a.dtype, d_b.dtype) == (narrow, narrow, jnp.float32, jnp.float32)
   for left, right in ((ours, exact), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
     # Three or four roundings to 8 bits on the way, each of relative size 2⁻⁹ at most.
-    error = np.linalg.norm(left.astype(jnp.float32) - right) / np.linalg.norm(right)
+    error = np.linalg.norm(left.astype(np.float32) - right) / np.linalg.norm(right)
     assert 2**-12 < error < 2**-6
 
 
 def test_a_layer_in_bfloat16_stores_float32():
-  layer, x = SwitchLoRADense(features=24, rank=4, dtype=jnp.bfloat16), jnp.ones((2, 16))
-  variables = layer.init(jax.random.key(0), x)
-  assert layer.apply(variables, x).dtype == jnp.bfloat16
+  layer = SwitchLoRADense(features=24, rank=4, dtype=jnp.bfloat16)
+  variables = start(layer)
+  assert apply(layer, variables, np.ones((2, 16), np.float32)).dtype == jnp.bfloat16
   stored = jax.tree.leaves({name: variables[name] for name in ("params", "frozen")})
   assert {leaf.dtype for leaf in stored} == {jnp.dtype("float32")}
 
@@ -211,30 +236,30 @@ NARROW_LAYER = SwitchLoRADense(**NARROW)
   ],
 )
 def test_a_bfloat16_kernel_has_a_residual_if_the_method_changes_it(layer, tail):
-  frozen = layer.init(jax.random.key(1), jnp.ones((2, 16)))["frozen"]
+  frozen = shapes(layer)["frozen"]
   kinds = {name: str(values.dtype) for name, values in frozen.items()}
   assert kinds == {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
 
 
 def test_kernel_and_residual_add_up_to_the_wide_kernel():
-  wide, narrow = (kind.init(jax.random.key(1), jnp.ones((2, 16))) for kind in (SwitchLoRADense(24, 4), NARROW_LAYER))
-  (kernel,) = wide.pop("frozen").values()
-  base = narrow.pop("frozen")
-  assert jax.tree.all(jax.tree.map(np.array_equal, wide, narrow))
-  np.testing.assert_allclose(load_kernel(base), kernel, rtol=2**-16)
+  wide, narrow = (start(kind, seed=1) for kind in (SwitchLoRADense(24, 4), NARROW_LAYER))
+  (kernel,) = wide["frozen"].values()
+  base = narrow["frozen"]
+  assert jax.tree.all(jax.tree.map(np.array_equal, wide | {"frozen": {}}, narrow | {"frozen": {}}))
+  np.testing.assert_allclose(jax.jit(load_kernel)(base), kernel, rtol=2**-16)
   assert 2**-10 < np.abs(base["kernel"].astype(np.float32) / kernel - 1).max() < 2**-7
 
 
 def test_the_residual_does_not_affect_the_function():
-  x = draw(jnp.float32, n=16)[0]
-  variables = NARROW_LAYER.init(jax.random.key(1), x)
-  y = NARROW_LAYER.apply(variables, x)
+  x = draw(np.float32, n=16)[0]
+  variables = start(NARROW_LAYER, seed=1)
+  y = apply(NARROW_LAYER, variables, x)
   lora_a, lora_b = (variables["params"][name] for name in ("lora_a", "lora_b"))
-  head, whole = variables["frozen"]["kernel"].astype(jnp.float32), load_kernel(variables["frozen"])
-  np.testing.assert_array_equal(y, merged_dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
-  assert np.abs(y - merged_dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale)).max() > 1e-5
+  head, whole = variables["frozen"]["kernel"].astype(np.float32), jax.jit(load_kernel)(variables["frozen"])
+  np.testing.assert_array_equal(y, dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
+  assert np.abs(y - np.asarray(dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale))).max() > 1e-5
   other = variables["frozen"] | {"kernel_tail": ~variables["frozen"]["kernel_tail"]}
-  np.testing.assert_array_equal(NARROW_LAYER.apply(variables | {"frozen": other}, x), y)
+  np.testing.assert_array_equal(apply(NARROW_LAYER, variables | {"frozen": other}, x), y)
 
 
 def shapes_in(jaxpr) -> set:
@@ -245,8 +270,8 @@ def shapes_in(jaxpr) -> set:
 @pytest.mark.parametrize(("frozen_dtype", "widens"), [(jnp.bfloat16, False), (jnp.float32, True)])
 def test_a_computation_in_bfloat16_makes_no_float32_weight_of_a_bfloat16_kernel(frozen_dtype, widens):
   layer = SwitchLoRADense(24, 4, dtype=jnp.bfloat16, frozen_dtype=frozen_dtype)
-  x = jnp.ones((2, 16), jnp.bfloat16)
-  variables = layer.init(jax.random.key(0), x)
+  x = np.ones((2, 16), jnp.bfloat16)
+  variables = start(layer)
   loss = lambda params, x: layer.apply({"params": params, "frozen": variables["frozen"]}, x).astype(jnp.float32).sum()
   jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables["params"], x).jaxpr
   assert ("bfloat16", (16, 24)) in shapes_in(jaxpr)
@@ -254,10 +279,11 @@ def test_a_computation_in_bfloat16_makes_no_float32_weight_of_a_bfloat16_kernel(
 
 
 def test_plain_weights_of_a_narrow_kernel_are_summed_in_the_adapters_dtype():
-  _, kernel, lora_a, lora_b, _ = draw(jnp.float32)
-  narrow = merge(kernel.astype(jnp.bfloat16), lora_a, lora_b, 0.25)
+  _, kernel, lora_a, lora_b, _ = draw(np.float32)
+  rounded = kernel.astype(jnp.bfloat16)
+  narrow = merged(rounded, lora_a, lora_b, 0.25)
   assert narrow.dtype == jnp.float32
-  np.testing.assert_array_equal(narrow, merge(kernel.astype(jnp.bfloat16).astype(jnp.float32), lora_a, lora_b, 0.25))
+  np.testing.assert_array_equal(narrow, merged(rounded.astype(np.float32), lora_a, lora_b, 0.25))
 
 
 def scan_outputs(jaxpr) -> set[tuple[int, ...]]:
@@ -279,8 +305,9 @@ def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked)
     body = lambda x, layer: (jnp.tanh(dense(x, *layer, 0.25)), None)
     return jax.lax.scan(body, x, (frozen, *params))[0].sum()
 
-  params = (jnp.ones((layers, rank, size)), jnp.ones((layers, rank, size)))
-  jaxpr = jax.make_jaxpr(jax.grad(loss))(params, jnp.ones((layers, size, size)), jnp.ones((5, size))).jaxpr
+  ones = lambda *shape: np.ones(shape, np.float32)
+  params = (ones(layers, rank, size), ones(layers, rank, size))
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ones(layers, size, size), ones(5, size)).jaxpr
   shapes = scan_outputs(jaxpr)
   assert (layers, rank, size) in shapes, "the gradients of the vectors are there"
   assert ((layers, size, size) in shapes) == stacked
@@ -289,4 +316,4 @@ def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked)
 @pytest.mark.parametrize("wrong", [dict(rank=0), dict(rank=4, adapter_init="kaiming")])
 def test_an_invalid_rank_or_initialisation_raises(wrong):
   with pytest.raises(ValueError, match="must be at least 1 and init"):
-    SwitchLoRADense(6, **wrong).init(jax.random.key(0), jnp.ones((1, 8)))
+    start(SwitchLoRADense(6, **wrong))
