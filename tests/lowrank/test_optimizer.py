@@ -1,13 +1,13 @@
 """Adam with step counts per vector, its masks, and gradient clipping; the contract of every optimizer we own."""
 
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_model import same_bits
+from small_model import host, same_bits
 
 from switchlora_jax.lowrank import switching
 from switchlora_jax.lowrank.layers import lora_vectors
@@ -16,6 +16,8 @@ from switchlora_jax.methods.galore import scale_by_galore
 from switchlora_jax.methods.schedules import cosine_schedule
 
 pytestmark = pytest.mark.user_flags
+
+apply_updates = jax.jit(optax.apply_updates)  # on its own: fused with an update, it would be rounded otherwise
 
 OURS = {
   "scale_by_vector_adam of no vectors": scale_by_vector_adam(),
@@ -30,31 +32,31 @@ OURS = {
 }
 
 
-def draw(seed, dtype=jnp.float32):
+def draw(seed, dtype=np.float32):
   """A tree like the parameters of two stacked layers of rank 3 and a norm."""
-  keys = jax.random.split(jax.random.key(seed), 3)
-  normal = lambda key, *shape: jax.random.normal(key, shape, dtype)
-  adapter = {"lora_a": normal(keys[0], 2, 3, 5), "lora_b": normal(keys[1], 2, 3, 7)}
-  return {"blocks": {"q": adapter}, "norm": {"scale": normal(keys[2], 5)}}
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.standard_normal(shape).astype(dtype)
+  adapter = {"lora_a": normal(2, 3, 5), "lora_b": normal(2, 3, 7)}
+  return {"blocks": {"q": adapter}, "norm": {"scale": normal(5)}}
 
 
 def masks(seed, rate=0.5):
   """Random masks like the parameters: [2, 3, 1] for the vectors, False elsewhere."""
   rng = np.random.default_rng(seed)
-  some = lambda: jnp.asarray(rng.random((2, 3, 1)) < rate)
+  some = lambda: rng.random((2, 3, 1)) < rate
   return {"blocks": {"q": {"lora_a": some(), "lora_b": some()}}, "norm": {"scale": False}}
 
 
-def run(tx, steps, dtype=jnp.float32, mask=None):
-  """Parameters and state after a number of updates with random gradients, from a jitted update."""
+def run(tx, steps, mask=None):
+  """Parameters and state after a number of updates with random gradients, from a jitted update; on the host."""
   update = jax.jit(tx.update)
-  params = draw(0, dtype)
-  state = tx.init(params)
+  params = draw(0)
+  state = jax.jit(tx.init)(params)
   for t in range(steps):
     extra = {"reset": mask(t), "freeze": mask(t + 1000)} if mask else {}
-    updates, state = update(draw(t + 1, dtype), state, params, **extra)
-    params = optax.apply_updates(params, updates)
-  return params, state
+    updates, state = update(draw(t + 1), state, params, **extra)
+    params = apply_updates(params, updates)
+  return host((params, state))
 
 
 # --- against the authors' code ------------------------------------------------------------------------------------
@@ -66,27 +68,30 @@ def test_adam_with_resets_is_the_recorded_one(weight_decay, golden, x64):
   ref = {k.split("step64_")[1]: v for k, v in arrays.items() if k.startswith(f"wd{weight_decay}_")}
   rows = {"lora_a": "A", "lora_b": "B", "plain": "P"}  # ours: theirs, with B's vectors in its columns
   turned = lambda x, theirs: x.T if theirs == "B" else x
-  params = {ours: jnp.asarray(turned(arrays[f"{theirs}0"], theirs)) for ours, theirs in rows.items()}
+  params = {ours: turned(arrays[f"{theirs}0"], theirs) for ours, theirs in rows.items()}
   learning_rate = lambda t: jnp.asarray(arrays["lr"])[t]
   tx = optax.chain(
     scale_by_vector_adam(*meta["betas"], meta["eps"], vectors=lora_vectors),
     optax.add_decayed_weights(weight_decay),
     optax.scale_by_learning_rate(learning_rate),
   )
-  state, update = tx.init(params), jax.jit(tx.update)
+  state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   for t in range(20):
     hit = {"A": np.zeros((3, 1), bool), "B": np.zeros((3, 1), bool)}
     for step, side, vectors in meta["resets"]:
       hit[side][vectors] |= step == t
     reset = {"lora_a": hit["A"], "lora_b": hit["B"], "plain": False}
-    grads = {ours: jnp.asarray(turned(arrays[f"g{theirs}"][t], theirs)) for ours, theirs in rows.items()}
+    grads = {ours: turned(arrays[f"g{theirs}"][t], theirs) for ours, theirs in rows.items()}
     updates, state = update(grads, state, params, reset=reset)
-    params = optax.apply_updates(params, updates)
+    params = apply_updates(params, updates)
     for ours, theirs in rows.items():
       expected = {"": params, "m": state[0].mu, "v": state[0].nu}
       for prefix, tree in expected.items():
         np.testing.assert_allclose(tree[ours], turned(ref[prefix + theirs][t], theirs), rtol=1e-12, atol=1e-14)
-      np.testing.assert_array_equal(state[0].count[ours].reshape(-1), ref[f"step{theirs}"][t])
+      np.testing.assert_array_equal(np.ravel(state[0].count[ours]), ref[f"step{theirs}"][t])
+
+
+ADAM = vector_adam(0.02, vectors=lora_vectors)
 
 
 @pytest.mark.parametrize("freeze_steps", [5, 2, 1, -1])
@@ -95,19 +100,18 @@ def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
   arrays, meta = golden("freeze")
   prefix = f"N{freeze_steps}_step64_"
   ref = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
-  grads = {"lora_a": jnp.asarray(ref["gA"]), "lora_b": jnp.asarray(ref["gB"].T)}
-  tx = vector_adam(0.02, vectors=lora_vectors)
-  state, update = tx.init(grads), jax.jit(tx.update)
-  timers = {"lora_a": jnp.zeros(4, jnp.int32), "lora_b": jnp.zeros(4, jnp.int32)}
+  grads = {"lora_a": ref["gA"], "lora_b": ref["gB"].T}
+  state, update, run_timers = jax.jit(ADAM.init)(grads), jax.jit(ADAM.update), jax.jit(switching.freeze)
+  timers = {"lora_a": np.zeros(4, np.int32), "lora_b": np.zeros(4, np.int32)}
   counterpart, rows, after = {"lora_a": 2, "lora_b": 0}, meta["rows"], {}
   for t in range(40):
     reset, freeze = {}, {}
     for name, slot in counterpart.items():
       hit = (np.arange(4) == slot) & (t == 10)
-      frozen, timers[name] = switching.freeze(timers[name], hit, max(freeze_steps, 0), False)
+      frozen, timers[name] = host(run_timers(timers[name], hit, max(freeze_steps, 0), False))
       reset[name], freeze[name] = hit[:, None], frozen[:, None]
     updates, state = update(grads, state, reset=reset, freeze=freeze)
-    adam = state[0]
+    updates, adam = host((updates, state[0]))
     for name, side in (("lora_a", "A"), ("lora_b", "B")):
       after = {"d": updates[name], "m": adam.mu[name], "v": adam.nu[name]}
       if t in rows:
@@ -121,13 +125,12 @@ def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
 
 def test_the_first_live_update_is_a_warm_up(x64):
   """0.522, 0.680, 0.776, 0.841 of the learning rate after N = 5 frozen steps, for a constant gradient."""
-  grads = {"lora_a": jnp.full((1, 3), 7.0)}
-  tx = vector_adam(0.02, vectors=lora_vectors)
-  state, update, sizes = tx.init(grads), jax.jit(tx.update), []
+  grads = {"lora_a": np.full((1, 3), 7.0)}
+  state, update, sizes = jax.jit(ADAM.init)(grads), jax.jit(ADAM.update), []
   for t in range(30):
     on = lambda true: {"lora_a": np.full((1, 1), true)}
     updates, state = update(grads, state, reset=on(t == 20), freeze=on(20 <= t < 25))
-    sizes.append(float(-updates["lora_a"][0, 0] / 0.02))
+    sizes.append(float(-np.asarray(updates["lora_a"])[0, 0] / 0.02))
   assert sizes[20:25] == [0.0] * 5
   np.testing.assert_allclose(sizes[25:29], [0.522, 0.680, 0.776, 0.841], atol=5e-4)
   np.testing.assert_allclose(sizes[25], (0.1 / (1 - 0.9**6)) / (0.001 / (1 - 0.999**6)) ** 0.5, rtol=1e-8)
@@ -137,6 +140,7 @@ def test_the_first_live_update_is_a_warm_up(x64):
 # --- Adam itself --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def adam_of_each_vector(steps):
   """What `run` would return of optax.adam, had every leaf, and every LoRA vector, an optimizer of its own."""
   params, grads = draw(0), [draw(t + 1) for t in range(steps)]
@@ -145,11 +149,11 @@ def adam_of_each_vector(steps):
     init, update = optax.adam(1e-2)
     for _ in range(param.ndim - 1):  # [layers, r] vectors
       init, update = jax.vmap(init), jax.vmap(update)
-    state, update = init(param), jax.jit(update)
+    state, update = jax.jit(init)(param), jax.jit(update)
     for grad in grads:
       step, state = update(grad, state, param)
-      param = optax.apply_updates(param, step)
-    return param, state[0].mu, state[0].nu
+      param = apply_updates(param, step)
+    return host((param, state[0].mu, state[0].nu))
 
   both = jax.tree.map(train, params, *grads)
   return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), both)
@@ -168,7 +172,7 @@ def test_with_masks_it_is_not_optax_adam():
 
 
 def test_a_count_per_element_gives_the_same_bits():
-  tx = partial(vector_adam, 1e-2, vectors=lora_vectors)
+  tx = functools.partial(vector_adam, 1e-2, vectors=lora_vectors)
   few, state = run(tx(), 20, mask=masks)
   many, full_state = run(tx(count_per_element=True), 20, mask=masks)
   assert same_bits(few, many)
@@ -185,9 +189,9 @@ def test_a_count_per_element_gives_the_same_bits():
 def test_reset_and_freeze_touch_the_masked_vectors_alone():
   tx, params = scale_by_vector_adam(vectors=lora_vectors), draw(0)
   _, state = run(tx, 3)
-  hit = masks(0)
-  _, usual = tx.update(draw(9), state, params)
-  updates, masked = tx.update(draw(9), state, params, reset=hit, freeze=hit)
+  hit, update = masks(0), jax.jit(tx.update)
+  _, usual = host(update(draw(9), state, params))
+  updates, masked = host(update(draw(9), state, params, reset=hit, freeze=hit))
   for side in ("lora_a", "lora_b"):
     chosen = hit["blocks"]["q"][side][..., 0]
     assert np.any(chosen) and not np.all(chosen)
@@ -203,6 +207,9 @@ def test_reset_and_freeze_touch_the_masked_vectors_alone():
 # --- the contract of every optimizer we own -----------------------------------------------------------------------
 
 
+JITTED = {name: (jax.jit(tx.init), jax.jit(tx.update)) for name, tx in OURS.items()}
+
+
 def some_masks(name, seed):
   """`reset` and `freeze` for an optimizer of `OURS`; only vectors have any."""
   return {} if "no vectors" in name else {"reset": masks(seed), "freeze": masks(seed + 100)}
@@ -211,9 +218,9 @@ def some_masks(name, seed):
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtype_and_structure_are_kept(name, dtype):
-  tx, params = OURS[name], draw(0, dtype)
-  state = tx.init(params)
-  updates, new_state = tx.update(draw(1, dtype), state, params, **some_masks(name, 1))
+  (init, update), params = JITTED[name], draw(0, dtype)
+  state = init(params)
+  updates, new_state = update(draw(1, dtype), state, params, **some_masks(name, 1))
   kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
   assert kind(updates) == kind(params)
   assert kind(new_state) == kind(state)
@@ -221,9 +228,9 @@ def test_dtype_and_structure_are_kept(name, dtype):
 
 @pytest.mark.parametrize("name", OURS)
 def test_it_compiles_once(name):
-  tx, params = OURS[name], draw(0)
-  update = jax.jit(tx.update)
-  state = jax.jit(tx.init)(params)
+  (init, _), params = JITTED[name], draw(0)
+  update = jax.jit(lambda *args, **masks: OURS[name].update(*args, **masks))  # no other test has compiled it
+  state = init(params)
   for t in range(3):
     _, state = update(draw(t), state, params, **some_masks(name, t))
   assert update._cache_size() == 1
@@ -231,61 +238,64 @@ def test_it_compiles_once(name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_unknown_extra_arguments_are_ignored(name):
-  tx, params = OURS[name], draw(0)
-  state = tx.init(params)
-  assert same_bits(tx.update(draw(1), state, params), tx.update(draw(1), state, params, value=1.0, no_such=None))
+  (init, update), params = JITTED[name], draw(0)
+  state = init(params)
+  assert same_bits(update(draw(1), state, params), update(draw(1), state, params, value=1.0, no_such=None))
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_updates_descend(name):
-  tx, params = OURS[name], {"lora_a": jnp.full((2, 3), 0.5)}
+  tx, params = OURS[name], {"lora_a": np.full((2, 3), 0.5, np.float32)}
   if name.startswith("scale_by"):  # these leave size and sign to what follows
     tx = optax.chain(tx, optax.scale_by_learning_rate(1e-2))
-  state, update = tx.init(params), jax.jit(tx.update)
+  state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   for _ in range(20):
     updates, state = update(params, state, params)  # the gradient of ½‖params‖²
-    params = optax.apply_updates(params, updates)
+    params = apply_updates(params, updates)
   assert np.all(np.abs(params["lora_a"]) < 0.45)
 
 
 # --- clipping -----------------------------------------------------------------------------------------------------
 
 
+clip = jax.jit(clip_by_global_norm)
+
+
 def test_clipping_is_that_of_the_authors(x64):
   """PyTorch's clip_grad_norm_: g·min(1, c / (‖g‖ + 1e-6))."""
-  grads = draw(0, jnp.float64)
+  grads = draw(0, np.float64)
   flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
   norm = np.sqrt(np.sum(flat**2))
-  clipped, ours = clip_by_global_norm(grads, 0.3)
+  clipped, ours = host(clip(grads, 0.3))
   np.testing.assert_allclose(ours, norm, rtol=1e-14)
   np.testing.assert_allclose(clipped["norm"]["scale"], grads["norm"]["scale"] * 0.3 / (norm + 1e-6), rtol=1e-14)
-  optax_clipped, _ = optax.clip_by_global_norm(0.3).update(grads, optax.EmptyState())
+  optax_clipped, _ = host(jax.jit(optax.clip_by_global_norm(0.3).update)(grads, optax.EmptyState()))
   apart = np.abs(clipped["norm"]["scale"] / optax_clipped["norm"]["scale"] - 1).max()
   assert 1e-8 < apart < 1e-6, "which optax's clipping lacks"
 
 
 def test_small_gradients_are_not_clipped():
   grads = draw(0)
-  clipped, norm = clip_by_global_norm(grads, 1e3)
+  clipped, norm = clip(grads, 1e3)
   assert same_bits(clipped, grads) and norm < 1e3
 
 
 def test_clipping_keeps_dtypes():
-  grads = {"narrow": jnp.ones(4, jnp.bfloat16), "wide": jnp.ones(4)}
-  clipped, norm = clip_by_global_norm(grads, 0.3)
+  grads = {"narrow": np.ones(4, jnp.bfloat16), "wide": np.ones(4, np.float32)}
+  clipped, norm = clip(grads, 0.3)
   assert {name: g.dtype for name, g in clipped.items()} == {name: g.dtype for name, g in grads.items()}
   np.testing.assert_allclose(norm, 8**0.5, rtol=1e-6)
 
 
 def test_the_argument_skip_of_earlier_versions_raises():
   """Ignored, it would make an update of a step that was to be skipped."""
-  tx, params = vector_adam(1e-2), {"lora_a": jnp.ones((4, 3))}
+  tx, params = vector_adam(1e-2), {"lora_a": np.ones((4, 3), np.float32)}
   with pytest.raises(TypeError, match=r"no longer has an argument skip; to skip a step, keep the old parameters"):
     tx.update(params, tx.init(params), params, skip=False)
 
 
 def test_masks_without_vectors_raise():
-  params = {"lora_a": jnp.ones((4, 3))}
+  params = {"lora_a": np.ones((4, 3), np.float32)}
   tx = scale_by_vector_adam()
   with pytest.raises(ValueError, match=r"pass vectors="):
-    tx.update(params, tx.init(params), params, reset={"lora_a": jnp.ones((4, 1), bool)})
+    jax.jit(tx.update)(params, tx.init(params), params, reset={"lora_a": np.ones((4, 1), bool)})
