@@ -1,6 +1,7 @@
 """What switching keeps, whatever the shapes, ranks, intervals, freeze times and draws."""
 
-from functools import lru_cache
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from small_model import same_bits
 
 from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
-from switchlora_jax.lowrank.spares import coverage, draw_spare_indices
+from switchlora_jax.lowrank.spares import coverage, draw_spare_indices, rank_and_spares
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 SCALE = 0.5
@@ -46,17 +47,36 @@ def indices_at(step, candidates, schedule):
   return draw_spare_indices(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
 
 
-@lru_cache
+class Traced(NamedTuple):
+  """A `SwitchSchedule` of traced times: schedules of one window share a program."""
+
+  schedule: SwitchSchedule
+  size: int
+
+  def window(self, rank, spares):
+    return self.size
+
+  def __getattr__(self, name):
+    return getattr(self.schedule, name)
+
+
+@partial(jax.jit, static_argnames=("window", "random"))
+def switched(layers, uniforms, step, skip, times, *, window, random):
+  """(layers, uniforms [L], step, skip, (interval, freeze_steps)) -> Switched; the rate hardly falls in these steps."""
+  schedule = Traced(SwitchSchedule(*times, total_steps=10_000), window)
+  indices = indices_at(step, layers["candidates"], schedule) if random else None
+  plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, spare_indices=indices, skip=skip)
+  return switch(**layers, **plan)
+
+
 def switcher(interval, freeze_steps, random=False):
-  """Jitted: (layers, uniforms [L], step, skip) -> Switched; the rate hardly falls in the first steps."""
-  schedule = SwitchSchedule(interval, freeze_steps, total_steps=10_000)
+  """`switched` with a schedule."""
 
   def run(layers, uniforms, step, skip):
-    indices = indices_at(step, layers["candidates"], schedule) if random else None
-    plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, spare_indices=indices, skip=skip)
-    return switch(**layers, **plan)
+    window = SwitchSchedule(interval, freeze_steps).window(*rank_and_spares(layers["candidates"], ()))
+    return switched(layers, uniforms, step, skip, (interval, freeze_steps), window=window, random=random)
 
-  return jax.jit(run)
+  return run
 
 
 def take(layers, index):
@@ -64,8 +84,11 @@ def take(layers, index):
   return jax.tree.map(lambda x: x[index], layers)
 
 
-def collections(switched):
-  return {"params": switched.params, "frozen": switched.frozen, "candidates": switched.candidates}
+def collections(out):
+  return {"params": out.params, "frozen": out.frozen, "candidates": out.candidates}
+
+
+split, join = jax.jit(split_float32), jax.jit(load_kernel)
 
 
 def history(shape, times, seed, dtype=np.float32, random=False, tails=False, narrow=False):
@@ -75,7 +98,7 @@ def history(shape, times, seed, dtype=np.float32, random=False, tails=False, nar
   """
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
   if tails:
-    head, tail = split_float32(layers["frozen"]["kernel"])
+    head, tail = split(layers["frozen"]["kernel"])
     layers["frozen"] = {"kernel": np.asarray(head), "kernel_tail": np.asarray(tail)}
   if narrow:
     layers["candidates"] |= {name: layers["candidates"][name].astype(jnp.bfloat16) for name in ("spare_a", "spare_b")}
@@ -99,7 +122,8 @@ def counts(before, after):
 
 def in_force(frozen, params):
   """The merged weight W + s·BA in float64."""
-  kernel, a, b = (np.asarray(x, np.float64) for x in (load_kernel(frozen), params["lora_a"], params["lora_b"]))
+  kernel = join(frozen) if "kernel_tail" in frozen else frozen["kernel"]
+  kernel, a, b = (np.asarray(x, np.float64) for x in (kernel, params["lora_a"], params["lora_b"]))
   return kernel + SCALE * np.einsum("lrn,lrm->lnm", a, b)
 
 
@@ -378,7 +402,7 @@ def test_a_step_without_a_switch_runs_no_loop_iteration(monkeypatch):
 @given(*anything)
 def test_stacked_layers_are_switched_like_single_layers(shape, times, seed):
   layers, uniforms = draw_layers(shape, np.float32, seed), np.random.default_rng(seed).random(shape[0], np.float32)
-  together = switcher(*times)(layers, uniforms, 0, False)
+  together = jax.tree.map(np.asarray, switcher(*times)(layers, uniforms, 0, False))
   for index in range(shape[0]):
     alone = switcher(*times)(take(layers, index), uniforms[index], 0, False)
     assert same_bits(collections(alone), take(collections(together), index))
@@ -394,7 +418,7 @@ def test_kinds_of_layers_are_switched_independently():
   run = jax.jit(lambda layers, draws: switch(**layers, schedule=schedule, scale=SCALE, step=0, uniforms=draws))
   out = run(tree, draws)
   for kind, layers in (("tall", tall), ("wide", wide)):
-    alone = run(layers, {(): draws["blocks", kind]})
+    alone = switcher(2, 1)(layers, draws["blocks", kind], 0, False)
     for name in collections(alone):
       assert same_bits(collections(out)[name]["blocks"][kind], collections(alone)[name])
   assert same_bits(out.params["head"], tree["params"]["head"])
@@ -403,7 +427,7 @@ def test_kinds_of_layers_are_switched_independently():
 
 @pytest.mark.parametrize("rank", [6, 7])
 def test_a_layer_without_spares_is_never_switched(rank):
-  variables = SwitchLoRADense(features=6, rank=rank).init(jax.random.key(0), jnp.ones((1, 9)))
+  variables = jax.jit(SwitchLoRADense(features=6, rank=rank).init)(jax.random.key(0), np.ones((1, 9), np.float32))
   variables["candidates"] = variables.get("candidates", {})
   out = switch(**variables, schedule=SwitchSchedule(1, 0), scale=SCALE, step=0, uniforms=0.0)
   assert out.count == 0 and same_bits(collections(out), variables)
