@@ -24,8 +24,8 @@ from switchlora_jax.parallel.sharding import BOTH
 
 def candidates_of(layers, value=0.0, spares=2):
   """The candidates of stacked layers of rank 4."""
-  vectors, timer = jnp.full((layers, spares, 4 + spares), value), jnp.zeros((layers, 4), jnp.int32)
-  cursor = jnp.full(layers, value, jnp.int32)
+  vectors, timer = np.full((layers, spares, 4 + spares), value, np.float32), np.zeros((layers, 4), np.int32)
+  cursor = np.full(layers, value, np.int32)
   return {"spare_a": vectors, "spare_b": vectors, "timer_a": timer, "timer_b": timer, "cursor": cursor}
 
 
@@ -84,8 +84,8 @@ def test_indices_of_every_spare_are_a_permutation():
 
 def test_coverage_is_the_share_of_the_candidates_of_all_layers():
   """Rank 4: of 4 + 2 candidates 4, 5, 6 and 6 have been in a slot; of 4 + 6 there are 7 after three loads."""
-  walked = candidates_of(4) | {"cursor": jnp.array([0, 1, 2, 9], jnp.int32)}
-  other = candidates_of(1, spares=6) | {"cursor": jnp.array([3], jnp.int32)}
+  walked = candidates_of(4) | {"cursor": np.array([0, 1, 2, 9], np.int32)}
+  other = candidates_of(1, spares=6) | {"cursor": np.array([3], np.int32)}
   np.testing.assert_allclose(coverage({"blocks": {"q": walked}}), (4 + 5 + 6 + 6) / 6 / 4, rtol=1e-6)
   np.testing.assert_allclose(coverage({"q": walked, "v": other}), (4 + 5 + 6 + 6 + 7) / (4 * 6 + 10), rtol=1e-6)
   single = jax.tree.map(lambda x: x[1], walked)
@@ -94,7 +94,7 @@ def test_coverage_is_the_share_of_the_candidates_of_all_layers():
 
 def test_padding_is_neither_drawn_nor_counted():
   """Rank 4, 4 + 2 candidates, six rows more that only fill up: drawn never, counted never."""
-  padded = candidates_of(20) | {name: jnp.zeros((20, 8, 6)) for name in ("spare_a", "spare_b")}
+  padded = candidates_of(20) | {name: np.zeros((20, 8, 6), np.float32) for name in ("spare_a", "spare_b")}
   assert same_bits(
     draw_spare_indices(jax.random.key(3), {"q": padded}, DRAWING),
     draw_spare_indices(jax.random.key(3), {"q": candidates_of(20)}, DRAWING),
@@ -125,7 +125,7 @@ def test_rows_are_gathered_and_scattered_with_any_sharding(place):
   """Two of three rows are active in one layer, none in the other; the third one's place is left as it was."""
   rng, mesh = np.random.default_rng(0), small_model.mesh(8)
   spares = rng.standard_normal((2, 16, 5)).astype(np.float32)
-  indices, active = jnp.array([[14, 15, 0], [3, 4, 5]]), jnp.array([[True, True, False], [False] * 3])
+  indices, active = jnp.asarray([[14, 15, 0], [3, 4, 5]]), jnp.asarray([[True, True, False], [False] * 3])
 
   @jax.jit
   def negate(spares):
@@ -139,5 +139,5 @@ def test_rows_are_gathered_and_scattered_with_any_sharding(place):
   expected = spares.copy()
   expected[0, 14:] *= -1
   np.testing.assert_array_equal(after, expected)
-  np.testing.assert_array_equal(rows[0, :2], spares[0, 14:])
+  np.testing.assert_array_equal(np.asarray(rows)[0, :2], spares[0, 14:])
   assert after.sharding == sharding

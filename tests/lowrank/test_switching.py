@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import same_bits
+from small_model import host, same_bits
 
 from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
@@ -37,14 +37,14 @@ def recorded_case(arrays, meta, name):
 def replay(case, schedule, uniforms, first_a, first_b):
   """Switch vectors that hold the ids of their candidates; a history of every step, of each vector its first number."""
   rank, spares = case["r"], case["c"] - case["r"]
-  vectors = lambda ids: jnp.tile(jnp.asarray(ids, jnp.float64)[:, None], case["c"])
-  zero = jnp.zeros(rank, jnp.int32)
+  vectors = lambda ids: np.tile(np.asarray(ids, np.float64)[:, None], case["c"])
+  zero = np.zeros(rank, np.int32)
   layer = {
     "params": {"lora_a": vectors(first_a), "lora_b": vectors(first_b)},
-    "frozen": {"kernel": jnp.zeros((case["c"], case["c"]))},
+    "frozen": {"kernel": np.zeros((case["c"], case["c"]))},
     "candidates": {
       "spare_a": vectors(range(spares)), "spare_b": vectors(range(spares)),
-      "timer_a": zero, "timer_b": zero, "cursor": jnp.zeros((), jnp.int32),
+      "timer_a": zero, "timer_b": zero, "cursor": np.zeros((), np.int32),
     },
   }  # fmt: skip
 
@@ -57,7 +57,7 @@ def replay(case, schedule, uniforms, first_a, first_b):
     seen = {"params": out.params, "candidates": {n: x for n, x in out.candidates.items() if "spare" not in n}}
     return layer, (jax.tree.map(lambda x: x[..., :1] if x.ndim == 2 else x, seen), wide, out.count)
 
-  run = jax.jit(lambda layer: jax.lax.scan(one, layer, (jnp.arange(len(uniforms), dtype=jnp.int32), uniforms))[1])
+  run = jax.jit(lambda layer: jax.lax.scan(one, layer, (np.arange(len(uniforms), dtype=np.int32), uniforms))[1])
   return jax.tree.map(np.asarray, run(layer))
 
 
@@ -96,14 +96,15 @@ def test_schedule_is_the_recorded_one(name, golden, x64):
 def test_counts_before_the_cap_are_the_recorded_ones(name, golden, x64):
   arrays, meta = golden("schedule")
   ref, case, schedule = recorded_case(arrays, meta, name)
-  expected = case["r"] * schedule.rate(jnp.arange(len(ref["u"]), dtype=jnp.int32)) / schedule.interval
-  np.testing.assert_array_equal(switch_count(ref["u"], expected), ref["raw_num"])
+  steps = np.arange(len(ref["u"]), dtype=np.int32)
+  count = lambda uniforms: switch_count(uniforms, case["r"] * schedule.rate(steps) / schedule.interval)
+  np.testing.assert_array_equal(jax.jit(count)(ref["u"]), ref["raw_num"])
 
 
 def test_rate_is_the_recorded_one(golden, x64):
   arrays, meta = golden("schedule")
   schedule = recorded_case(arrays, meta, "r4")[2]
-  np.testing.assert_allclose(schedule.rate(jnp.arange(1000, dtype=jnp.int32)), arrays["r4_rate"], rtol=1e-12)
+  np.testing.assert_allclose(schedule.rate(np.arange(1000, dtype=np.int32)), arrays["r4_rate"], rtol=1e-12)
 
 
 def test_rate_falls_to_its_share_at_the_decay_point_and_stays_positive(x64):
@@ -122,10 +123,11 @@ def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
 
 
 def test_switch_count_rounds_up_as_often_as_the_fraction_says():
-  uniforms = jnp.linspace(0, 1, 1000, endpoint=False)
-  np.testing.assert_allclose(switch_count(uniforms, 2.3).mean(), 2.3, rtol=1e-3)
-  assert set(np.unique(switch_count(uniforms, 2.3))) == {2, 3}
-  assert set(np.unique(switch_count(uniforms, 2.0))) == {2}
+  uniforms = np.linspace(0, 1, 1000, endpoint=False, dtype=np.float32)
+  count = lambda expected: np.asarray(jax.jit(switch_count)(uniforms, expected))
+  np.testing.assert_allclose(count(2.3).mean(), 2.3, rtol=1e-3)
+  assert set(np.unique(count(2.3))) == {2, 3}
+  assert set(np.unique(count(2.0))) == {2}
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
@@ -135,8 +137,9 @@ def test_norm_squared_is_that_of_the_products(x64):
   rng = np.random.default_rng(0)
   left, right = rng.standard_normal((3, 5, 8)), rng.standard_normal((3, 5, 6))
   expected = np.sum(np.einsum("lkn,lkm->lnm", left, right) ** 2)
-  np.testing.assert_allclose(norm_squared(jnp.asarray(left), jnp.asarray(right)), expected, rtol=1e-12)
-  assert norm_squared(jnp.asarray(left), jnp.zeros((3, 5, 6))) == 0
+  of = jax.jit(norm_squared)
+  np.testing.assert_allclose(of(left, right), expected, rtol=1e-12)
+  assert of(left, np.zeros((3, 5, 6))) == 0
 
 
 # --- what is and is not switched ----------------------------------------------------------------------------------
@@ -148,15 +151,15 @@ def test_a_bfloat16_kernel_is_rounded_once_per_switch(tail, unit):
 
   The only other error is that of 16 float32 outer products, which sum to less than 8.
   """
-  keys = jax.random.split(jax.random.key(0), 5)
+  rng = np.random.default_rng(0)
   shapes = ((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
-  kernel, *vectors = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-  head, rest = split_float32(kernel)
+  kernel, *vectors = (rng.standard_normal(shape, np.float32) for shape in shapes)
+  head, rest = host(jax.jit(split_float32)(kernel))
   before = Layer(head, *vectors, rest if tail else None)
-  after, _ = jax.jit(switch_layers, static_argnums=3)(before, jnp.zeros(1, int), jnp.array([8]), 8, 1 / 16)
+  after, _ = host(jax.jit(switch_layers, static_argnums=3)(before, np.zeros(1, int), np.array([8]), 8, 1 / 16))
   assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not tail)
   product = lambda layers: np.einsum("krn,krm->nm", np.float64(layers.lora_a), np.float64(layers.lora_b)) / 16
-  old, new = (np.asarray(load_kernel(layers.frozen)[0], np.float64) for layers in (before, after))
+  old, new = (np.float64(jax.jit(load_kernel)(layers.frozen))[0] for layers in (before, after))
   moved = product(before) - product(after)
   assert np.all(np.abs(new - old - moved) <= unit * np.abs(new) + 1e-5) and np.abs(moved).max() > 1
   assert np.abs(new - old - moved).max() > unit / 4, "which a kernel of float32 would keep"
@@ -167,9 +170,9 @@ def test_a_bfloat16_kernel_is_rounded_once_per_switch(tail, unit):
 
 def test_an_interval_of_0_and_layers_without_spares_are_never_switched():
   layer = SwitchLoRADense(6, rank=4)
-  variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
+  variables = jax.jit(layer.init)(jax.random.key(0), np.ones((1, 8), np.float32))
   never = switch(**variables, schedule=SwitchSchedule(interval=0), scale=1, step=0, uniforms=0.0)
   assert never.count == 0 and same_bits(never.params, variables["params"])
-  full = SwitchLoRADense(6, rank=6).init(jax.random.key(0), jnp.ones((1, 8)))
+  full = jax.jit(SwitchLoRADense(6, rank=6).init)(jax.random.key(0), np.ones((1, 8), np.float32))
   assert "candidates" not in full
   assert switch(**full, schedule=SwitchSchedule(interval=2), scale=1, step=0, uniforms=0.0).count == 0
