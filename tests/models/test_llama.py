@@ -1,10 +1,13 @@
 """The model: what it may look at, what it costs to compile, how many parameters it has."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
+from ml_collections import FrozenConfigDict
 from small_model import equations
 
 from switchlora_jax.lowrank.layers import lora_vectors
@@ -16,16 +19,31 @@ from switchlora_jax.planning import cost
 METHODS = ["full", "lora", "switchlora"]
 
 
+def tokens_of(config):
+  return np.asarray(small_model.rows(config, 0), np.int32)
+
+
+@functools.cache
+def variables(config):
+  """The variables at the start, on the host."""
+  return small_model.host(jax.jit(small_model.model(config).init)(jax.random.key(0), tokens_of(config)))
+
+
 def start(config):
   """The model, its params and frozen collections, and a batch of tokens."""
-  model, tokens = small_model.model(config), jnp.asarray(small_model.rows(config, 0), jnp.int32)
-  variables = jax.jit(model.init)(jax.random.key(0), tokens)
-  return model, variables["params"], variables.get("frozen", {}), tokens
+  of = variables(FrozenConfigDict(config))
+  return small_model.model(config), of["params"], of.get("frozen", {}), tokens_of(config)
+
+
+@functools.cache
+def logits_of(model):
+  """(variables, tokens) -> logits, jitted."""
+  return jax.jit(lambda variables, tokens: model.apply(variables, tokens))
 
 
 def shapes(config):
   """As `start`, of shapes alone."""
-  model, tokens = small_model.model(config), jnp.asarray(small_model.rows(config, 0), jnp.int32)
+  model, tokens = small_model.model(config), tokens_of(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
   return model, variables["params"], variables.get("frozen", {}), tokens
 
@@ -54,9 +72,9 @@ def test_the_program_does_not_grow_with_depth(method):
 
 def test_later_tokens_do_not_change_earlier_logits():
   model, params, _, tokens = start(small_model.config("full"))
-  logits = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
-  changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % 64)
-  before, after = logits(tokens), logits(changed)
+  changed = tokens.copy()
+  changed[:, 5] = (tokens[:, 5] + 1) % 64
+  before, after = (np.asarray(logits_of(model)({"params": params}, rows)) for rows in (tokens, changed))
   np.testing.assert_array_equal(before[:, :5], after[:, :5])
   assert np.all(np.any(before[:, 5:] != after[:, 5:], -1)), "and every later one sees the change"
 
@@ -64,23 +82,23 @@ def test_later_tokens_do_not_change_earlier_logits():
 def test_the_order_of_earlier_tokens_matters():
   """Rotary positions: the last logits know not only which tokens came before, but where."""
   model, params, _, tokens = start(small_model.config("full"))
-  swapped = tokens.at[:, 0].set(tokens[:, 1]).at[:, 1].set(tokens[:, 0])
-  last = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[:, -1])
+  swapped = tokens[:, [1, 0, *range(2, tokens.shape[1])]]
+  last = lambda tokens: np.asarray(logits_of(model)({"params": params}, tokens))[:, -1]
   assert np.abs(last(tokens) - last(swapped)).max() > 1e-7
 
 
 def test_rotation_depends_on_the_distance_alone(x64):
-  angles = rotary_angles(12, 8, jnp.float64)
-  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8), jnp.float64)
-  at = lambda x, position: rotate(x, angles[position : position + 1]).ravel()
+  angles, rotated = np.asarray(rotary_angles(12, 8, jnp.float64)), jax.jit(rotate)
+  q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 8))
+  at = lambda x, position: np.ravel(rotated(x, angles[position : position + 1]))
   score = lambda query, key: at(q, query) @ at(k, key)
   np.testing.assert_allclose(score(3, 1), score(9, 7), rtol=1e-12)
   assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 
 def test_attention_of_the_first_token_is_its_own_value():
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 4))
-  np.testing.assert_allclose(causal_attention(q, k, v)[:, 0], v[:, 0], rtol=1e-6)
+  q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 2, 4), np.float32)
+  np.testing.assert_allclose(np.asarray(jax.jit(causal_attention)(q, k, v))[:, 0], v[:, 0], rtol=1e-6)
 
 
 def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
@@ -92,12 +110,13 @@ def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
     return theirs(*qkv, implementation="xla", **options)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 3, 16), jnp.bfloat16)
+  attention = jax.jit(lambda *qkv, fused=False: causal_attention(*qkv, fused), static_argnames="fused")
+  q, k, v = np.random.default_rng(0).standard_normal((3, 2, 12, 3, 16)).astype(jnp.bfloat16)
   wide = lambda x: np.asarray(x, np.float32)
-  np.testing.assert_allclose(wide(causal_attention(q, k, v, True)), wide(causal_attention(q, k, v)), atol=2**-6)
+  np.testing.assert_allclose(wide(attention(q, k, v, fused=True)), wide(attention(q, k, v)), atol=2**-6)
   assert asked == ["cudnn"]
-  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-  np.testing.assert_array_equal(causal_attention(q, k, v, True), causal_attention(q, k, v))
+  q, k, v = (x.astype(np.float32) for x in (q, k, v))
+  np.testing.assert_array_equal(attention(q, k, v, fused=True), attention(q, k, v))
   assert asked == ["cudnn"], "which does not take float32"
 
 
@@ -120,7 +139,7 @@ def test_what_cudnn_takes(dtype, length, head_size, taken):
 
 def test_without_a_head_it_ends_in_what_the_head_takes():
   model, params, frozen, tokens = start(small_model.config("switchlora"))
-  of = lambda model: jax.jit(model.apply)({"params": params, "frozen": frozen}, tokens)
+  of = lambda model: np.asarray(logits_of(model)({"params": params, "frozen": frozen}, tokens))
   hidden = of(model.clone(head=False))
   assert hidden.shape == (*tokens.shape, 16)
   np.testing.assert_allclose(hidden @ params["head"]["kernel"][None], of(model), rtol=0, atol=1e-6)
@@ -129,12 +148,16 @@ def test_without_a_head_it_ends_in_what_the_head_takes():
 # --- what is kept for the backward pass ---------------------------------------------------------------------------
 
 
+@functools.cache
+def first_gradients(remat):
+  """The loss of SwitchLoRA at the start and its gradients, on the host."""
+  model, *state, tokens = start(small_model.config("switchlora", remat=remat))
+  return small_model.host(gradients(model, tokens)(*state))
+
+
 @pytest.mark.parametrize("remat", ["linear", "full"])
 def test_remat_gives_the_same_numbers(remat):
-  results = []
-  for policy in ("none", remat):
-    model, *state, tokens = start(small_model.config("switchlora", remat=policy))
-    results.append(gradients(model, tokens)(*state))
+  results = first_gradients("none"), first_gradients(remat)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), *results)
 
 
@@ -194,17 +217,18 @@ def test_at_one_seed_all_methods_start_from_one_function():
   losses = {}
   for method in METHODS:
     model, params, frozen, tokens = start(small_model.config(method))
-    losses[method] = loss_of(model, tokens)(params, frozen)
+    loss = loss_of(model, tokens)
+    losses[method] = loss(params, frozen)
   np.testing.assert_allclose(losses["lora"], losses["full"], rtol=1e-5)
   np.testing.assert_array_equal(losses["switchlora"], losses["lora"])
-  no_adapter = jax.tree.map(lambda p, is_vector: jnp.where(is_vector, 0, p), params, lora_vectors(params))
-  assert abs(loss_of(model, tokens)(no_adapter, frozen) - losses["full"]) > 1e-3
+  no_adapter = jax.tree.map(lambda p, is_vector: np.zeros_like(p) if is_vector else p, params, lora_vectors(params))
+  assert abs(loss(no_adapter, frozen) - losses["full"]) > 1e-3
 
 
 def test_the_default_layers_start_as_those_of_full_rank_training():
   """With a standard deviation of 0.02; that of Flax's own initialisation would be 1/√64."""
   layer = make_model(small_model.config("full").model).dense(64)
-  params = layer.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+  params = small_model.host(jax.jit(layer.init)(jax.random.key(0), np.zeros((1, 64), np.float32))["params"])
   assert params.keys() == {"kernel"}
   np.testing.assert_allclose(np.std(params["kernel"]), 0.02, rtol=0.05)
 
@@ -217,14 +241,14 @@ def test_all_linear_layers_of_a_block_have_adapters_and_nothing_else():
 
 
 def test_bfloat16_computes_narrow_and_stores_wide():
-  model, params, frozen, tokens = start(small_model.config("switchlora", dtype="bfloat16"))
-  assert {leaf.dtype for leaf in jax.tree.leaves((params, frozen))} == {jnp.dtype("float32")}
+  model, *state, tokens = shapes(small_model.config("switchlora", dtype="bfloat16"))
+  assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+  _, params, frozen, _ = start(small_model.config("switchlora"))
   assert jax.eval_shape(model.apply, {"params": params, "frozen": frozen}, tokens).dtype == jnp.bfloat16
   loss, grads = gradients(model, tokens)(params, frozen)
   assert loss.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-  wide = small_model.model(small_model.config("switchlora"))
-  np.testing.assert_allclose(loss, loss_of(wide, tokens)(params, frozen), rtol=1e-2)
+  np.testing.assert_allclose(loss, first_gradients("none")[0], rtol=1e-2)
 
 
 def test_the_embeddings_gradient_is_summed_in_its_own_dtype():
