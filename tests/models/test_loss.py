@@ -13,6 +13,8 @@ import small_model
 from switchlora_jax.models.loss import CHUNK, mean_loss, mean_token_loss, row_losses, token_losses
 from switchlora_jax.planning import cost
 
+pytestmark = pytest.mark.two_linear_layers
+
 TOKENS, HIDDEN, VOCABULARY = 2500, 8, 41  # three chunks, the last of them filled up
 
 
@@ -29,14 +31,10 @@ def plain_mean(x, kernel, targets):
 
 def drawn(tokens=TOKENS, dtype=jnp.float32):
   """Hidden states in `dtype`, a kernel that gives logits of size 3, and targets."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  wide = jnp.promote_types(dtype, jnp.float32)
-  kernel = jax.random.normal(keys[1], (HIDDEN, VOCABULARY), wide)
-  return (
-    jax.random.normal(keys[0], (tokens, HIDDEN), wide).astype(dtype),
-    kernel,
-    jax.random.randint(keys[2], (tokens,), 0, VOCABULARY),
-  )
+  rng, wide = np.random.default_rng(0), jnp.promote_types(dtype, jnp.float32)
+  kernel = rng.standard_normal((HIDDEN, VOCABULARY)).astype(wide)
+  x = rng.standard_normal((tokens, HIDDEN)).astype(wide).astype(dtype)
+  return x, kernel, rng.integers(0, VOCABULARY, tokens, np.int32)
 
 
 def value_and_gradients(function):
@@ -49,20 +47,20 @@ def value_and_gradients(function):
 @pytest.mark.parametrize("tokens", [1, 7, 8, CHUNK - 1, CHUNK, CHUNK + 1, TOKENS])
 def test_losses_and_gradients_are_the_plain_ones(tokens, x64):
   args = drawn(tokens, jnp.float64)
-  np.testing.assert_allclose(jax.jit(token_losses)(*args), plain(*args), rtol=0, atol=1e-12)
+  np.testing.assert_allclose(jax.jit(token_losses)(*args), jax.jit(plain)(*args), rtol=0, atol=1e-12)
   found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, plain_mean))
   assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float64")}
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), found, expected)
-  np.testing.assert_allclose(jax.jit(mean_token_loss)(*args), found[0], rtol=1e-14)
-  elsewhere = (*args[:2], args[2].at[-1].set((args[2][-1] + 1) % VOCABULARY))
-  assert abs(mean_token_loss(*elsewhere) - found[0]) > 1e-6, "the last token counts"
+  loss, last = jax.jit(mean_token_loss), np.arange(tokens) == tokens - 1
+  np.testing.assert_allclose(loss(*args), found[0], rtol=1e-14)
+  assert abs(loss(*args[:2], (args[2] + last) % VOCABULARY) - found[0]) > 1e-6, "the last token counts"
 
 
 def test_in_float32_too():
   """The sums are of 2,500 terms in another order: some 2⁻²⁴ of the largest entry."""
   args = drawn()
   found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, plain_mean))
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+  for x, y in zip(*map(jax.tree.leaves, small_model.host((found, expected))), strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=2**-20 * np.abs(y).max())
 
 
@@ -78,8 +76,8 @@ def test_the_gradient_is_that_of_what_follows(x64):
 def test_bfloat16_is_nearer_to_the_truth_than_the_plain_loss():
   """The kernel's gradient is summed in float32."""
   x, kernel, targets = drawn(dtype=jnp.bfloat16)
-  narrow = kernel.astype(jnp.bfloat16).astype(jnp.float32)
-  truth = value_and_gradients(plain_mean)(x.astype(jnp.float32), narrow, targets)
+  narrow = kernel.astype(jnp.bfloat16).astype(np.float32)
+  truth = small_model.host(value_and_gradients(plain_mean)(x.astype(np.float32), narrow, targets))
   errors = []
   for function in (mean_token_loss, plain_mean):
     found = value_and_gradients(function)(x, kernel, targets)
@@ -140,15 +138,17 @@ def test_no_product_is_done_twice_and_none_for_nothing():
 @pytest.mark.parametrize("method", ["full", "switchlora"])
 def test_a_models_loss_is_that_of_its_logits(method, x64):
   config = small_model.config(method, dtype="float64", param_dtype="float64")
-  model, rows = small_model.model(config), jnp.asarray(small_model.rows(config, 0), jnp.int32)
+  model, rows = small_model.model(config), np.asarray(small_model.rows(config, 0), np.int32)
   state = small_model.first_state(config, 1)
 
   def of_logits(params):
     logits = model.apply({"params": params, "frozen": state.frozen}, rows)[:, :-1]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean(-1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean(-1)
+    return losses.mean(), losses
 
   near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
-  near(row_losses(model, state.params, state.frozen, rows), of_logits(state.params))
+  (mean, losses), grads = jax.jit(jax.value_and_grad(of_logits, has_aux=True))(state.params)
+  near(jax.jit(lambda params: row_losses(model, params, state.frozen, rows))(state.params), losses)
   found = jax.jit(jax.value_and_grad(lambda params: mean_loss(model, params, state.frozen, rows)))(state.params)
-  jax.tree.map(near, found, jax.jit(jax.value_and_grad(lambda params: of_logits(params).mean()))(state.params))
-  assert float(jnp.abs(found[1]["head"]["kernel"]).max()) > 1e-3
+  jax.tree.map(near, found, (mean, grads))
+  assert np.abs(np.asarray(found[1]["head"]["kernel"])).max() > 1e-3
