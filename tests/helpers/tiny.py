@@ -103,7 +103,8 @@ def saved_run(workdir: Path, steps: int = 0, **changes) -> Path:
   phase = build_phase(config, mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", 1) as checkpoints:
     state = phase.create()
-    state = state._replace(params=jax.tree.map(lambda x: 3 * x, state.params))
+    larger = jax.jit(lambda params: jax.tree.map(lambda x: 3 * x, params))
+    state = state._replace(params=larger(state.params))
     for step in range(steps):
       rows = np.random.default_rng(step).integers(0, 320, (config.batch_size, config.seq_len))
       state, _ = phase.step(state, phase.shard_batch(rows))

@@ -139,16 +139,18 @@ def test_no_product_is_done_twice_and_none_for_nothing():
 def test_a_models_loss_is_that_of_its_logits(method, x64):
   config = small_model.config(method, dtype="float64", param_dtype="float64")
   model, rows = small_model.model(config), np.asarray(small_model.rows(config, 0), np.int32)
-  state = small_model.first_state(config, 1)
+  abstract, rng = small_model.phase(config, 1).abstract, np.random.default_rng(0)
+  draw = lambda shapes: jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape), shapes)
+  params, frozen = draw(abstract.params), draw(abstract.frozen)
 
   def of_logits(params):
-    logits = model.apply({"params": params, "frozen": state.frozen}, rows)[:, :-1]
+    logits = model.apply({"params": params, "frozen": frozen}, rows)[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean(-1)
     return losses.mean(), losses
 
   near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
-  (mean, losses), grads = jax.jit(jax.value_and_grad(of_logits, has_aux=True))(state.params)
-  near(jax.jit(lambda params: row_losses(model, params, state.frozen, rows))(state.params), losses)
-  found = jax.jit(jax.value_and_grad(lambda params: mean_loss(model, params, state.frozen, rows)))(state.params)
+  (mean, losses), grads = jax.jit(jax.value_and_grad(of_logits, has_aux=True))(params)
+  near(jax.jit(lambda params: row_losses(model, params, frozen, rows))(params), losses)
+  found = jax.jit(jax.value_and_grad(lambda params: mean_loss(model, params, frozen, rows)))(params)
   jax.tree.map(near, found, (mean, grads))
   assert np.abs(np.asarray(found[1]["head"]["kernel"])).max() > 1e-3
