@@ -9,7 +9,7 @@ from configs.base import get_config
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models import llama
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
-from switchlora_jax.training.phases import Phase, build_phase
+from switchlora_jax.training import phases
 
 
 class TwoLinearBlock(llama.Block):
@@ -44,9 +44,9 @@ def mesh(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
   return make_mesh(jax.devices()[:devices], fsdp)
 
 
-def phase(config, devices: int) -> Phase:
+def phase(config, devices: int) -> phases.Phase:
   """What the config compiles to on so many devices."""
-  return build_phase(config, mesh(devices, config.sharding.fsdp))
+  return phases.build_phase(config, mesh(devices, config.sharding.fsdp))
 
 
 def model(config):
