@@ -28,7 +28,9 @@ NOT_COMPILED = ("eval_tokens", "warm_start_from", *(key for key in FREE if not k
 @functools.cache
 def _build(config, mesh, *_):
   phase = _new(config, mesh)
-  return phase._replace(create=functools.partial(_create, config, phase.abstract))
+  create = functools.partial(_create, config, phase.abstract)
+  create.program = phase.create
+  return phase._replace(create=create)
 
 
 def _create(config, abstract):
@@ -38,12 +40,15 @@ def _create(config, abstract):
   """
   plain = ConfigDict(config.to_dict())
   plain.sharding.update(fsdp=1, candidates="replicated")
-  lowered = _new(FrozenConfigDict(plain), make_mesh(jax.devices()[:1])).create.lower()
+  mesh = make_mesh(jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    lowered = _new(FrozenConfigDict(plain), mesh).create.lower()
   text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
   file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
   if not file.exists():
     partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
+    with jax.set_mesh(mesh):
+      partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
     partial.replace(file)
 
   def placed(array, like):
@@ -73,8 +78,9 @@ _new_rank, _ranks = ranks.make_learnt_rank, {}
 
 @functools.wraps(_new_rank)
 def make_learnt_rank(first):
-  """`analysis.make_learnt_rank`, once for each program."""
-  return _ranks.setdefault(first.create, _new_rank(first))
+  """`analysis.make_learnt_rank`, once for each program, which contains that of `create`."""
+  create = getattr(first.create, "program", first.create)
+  return _ranks.setdefault(create, _new_rank(first._replace(create=create)))
 
 
 def forget():
