@@ -28,31 +28,41 @@ NOT_COMPILED = ("eval_tokens", "warm_start_from", *(key for key in FREE if not k
 @functools.cache
 def _build(config, mesh, *_):
   phase = _new(config, mesh)
-  return phase._replace(create=functools.partial(_create, config, phase.abstract))
+  return phase._replace(create=functools.partial(_create, functools.cache(functools.partial(_leaves, config)), phase))
 
 
-def _create(config, abstract):
+def _create(leaves, phase):
   """`Phase.create`: its program takes long to compile and has no arguments, so a session runs it once.
 
   The state is created on one device, then padded and placed. test_sharding.py compares it with what `create` returns.
   """
-  plain = ConfigDict(config.to_dict())
-  plain.sharding.update(fsdp=1, candidates="replicated")
-  lowered = _new(FrozenConfigDict(plain), make_mesh(jax.devices()[:1])).create.lower()
-  text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
-  file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
-  if not file.exists():
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
-    partial.replace(file)
+  try:
+    arrays = leaves()
+  except ValueError:  # within a trace no mesh can be set
+    return phase.create()
 
   def placed(array, like):
     whole = np.zeros(like.shape, like.dtype)
     whole[tuple(map(slice, array.shape))] = array
     return jax.device_put(whole, like.sharding)
 
-  leaves, structure = jax.tree.flatten(abstract)
-  return structure.unflatten(map(placed, pickle.loads(file.read_bytes()), leaves))
+  likes, structure = jax.tree.flatten(phase.abstract)
+  return structure.unflatten(map(placed, arrays, likes))
+
+
+def _leaves(config) -> list[np.ndarray]:
+  """The arrays of the state before step 0, in whole."""
+  plain, one = ConfigDict(config.to_dict()), make_mesh(jax.devices()[:1])
+  plain.sharding.update(fsdp=1, candidates="replicated")
+  with jax.set_mesh(one):
+    lowered = _new(FrozenConfigDict(plain), one).create.lower()
+    text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
+    file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
+    if not file.exists():
+      partial = file.with_suffix(f".{os.getpid()}")
+      partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
+      partial.replace(file)
+  return pickle.loads(file.read_bytes())
 
 
 _new = phases.build_phase
