@@ -21,7 +21,7 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def own(path):
+def trained(path):
   return tokenizer.load_tokenizer(path)
 
 
@@ -44,8 +44,8 @@ def write_foreign_model(path, **options):
 # Training.
 
 
-def test_special_pieces_have_the_ids_of_t5(own):
-  assert (own.pad_id(), own.eos_id(), own.unk_id(), own.bos_id()) == (0, 1, 2, -1)
+def test_special_pieces_have_the_ids_of_t5(trained):
+  assert (trained.pad_id(), trained.eos_id(), trained.unk_id(), trained.bos_id()) == (0, 1, 2, -1)
 
 
 def test_special_pieces_of_t5(t5):
@@ -54,19 +54,19 @@ def test_special_pieces_of_t5(t5):
 
 
 @given(st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
-def test_decoding_inverts_encoding(own, text):
-  assert own.decode(own.encode(text)) == text
+def test_decoding_inverts_encoding(trained, text):
+  assert trained.decode(trained.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", [" a  b ", "\n\n\ta\r\n", "é漢😀", "</s><unk><0x41>", ""])
-def test_unusual_text_is_encoded_without_loss_or_special_pieces(own, text):
-  assert own.decode(own.encode(text)) == text
-  assert own.unk_id() not in own.encode(text) and own.eos_id() not in own.encode(text)
+def test_unusual_text_is_encoded_without_loss_or_special_pieces(trained, text):
+  assert trained.decode(trained.encode(text)) == text
+  assert trained.unk_id() not in trained.encode(text) and trained.eos_id() not in trained.encode(text)
 
 
-def test_frequent_text_has_fewer_pieces(own):
-  assert len(own.encode("the tide")) < len(own.encode("eht edit"))
-  assert 300 < own.get_piece_size() <= 320
+def test_frequent_text_has_fewer_pieces(trained):
+  assert len(trained.encode("the tide")) < len(trained.encode("eht edit"))
+  assert 300 < trained.get_piece_size() <= 320
 
 
 def test_training_is_deterministic(path, tmp_path):
@@ -117,8 +117,8 @@ def test_a_model_without_eos_is_a_user_error(tmp_path):
   assert tokenizer.load_tokenizer(write_foreign_model(tmp_path / "model")).eos_id() == 2
 
 
-def test_a_model_larger_than_the_vocabulary_is_a_user_error(path, own):
-  pieces = own.get_piece_size()
+def test_a_model_larger_than_the_vocabulary_is_a_user_error(path, trained):
+  pieces = trained.get_piece_size()
   tokenizer.check_vocabulary(path, pieces)
   with pytest.raises(UserError, match=rf"vocabulary \(={pieces - 1}\); it has {pieces} pieces; pass --config\.model"):
     tokenizer.check_vocabulary(path, pieces - 1)

@@ -90,11 +90,11 @@ def test_a_hanging_process_ends_both(uninterrupted_run, tmp_path):
   faults = ("test_lost_peers:shorten_hang_seconds", "test_lost_peers:block_reader_at=12")
   pair = start_pair(small_config(uninterrupted_run[0]), tmp_path / "hangs", faults=faults)
   pair[0].wait_for_step(11)
-  for run, own in zip(pair, ("step 13, on the devices", "step 13, reading its batch"), strict=True):
-    said = end_by_supervision(run, HANG + 2 * GRACE + 20)
-    assert f"at: {own}; no progress for {HANG} s (--config.hang_seconds)" in said
-    assert "furthest behind is process 1, at: step 13, reading its batch; the stacks" in said
-  assert "in <lambda>" in said, "no stack of the main thread"
+  for run, position in zip(pair, ("step 13, on the devices", "step 13, reading its batch"), strict=True):
+    output = end_by_supervision(run, HANG + 2 * GRACE + 20)
+    assert f"at: {position}; no progress for {HANG} s (--config.hang_seconds)" in output
+    assert "furthest behind is process 1, at: step 13, reading its batch; the stacks" in output
+  assert "in <lambda>" in output, "no stack of the main thread"
 
 
 def never_restore():
@@ -108,8 +108,8 @@ def test_a_hanging_restore_ends_the_run(tmp_path):
     small_config(tmp_path), tmp_path / "hangs", f"--config.hang_seconds={HANG}", fault="test_lost_peers:never_restore"
   )
   run.wait_for(lambda: (tmp_path / "hangs" / "config.json").exists(), "training")
-  said = end_by_supervision(run, HANG + 30)
-  assert f"at: restoring the newest checkpoint; no progress for {HANG} s (--config.hang_seconds)" in said
+  output = end_by_supervision(run, HANG + 30)
+  assert f"at: restoring the newest checkpoint; no progress for {HANG} s (--config.hang_seconds)" in output
 
 
 def test_a_run_continues_on_other_devices_and_processes(uninterrupted_run, tmp_path):

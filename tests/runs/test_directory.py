@@ -121,8 +121,8 @@ def test_a_run_whose_config_has_other_keys_is_refused_with_the_version_that_can_
   saved = json.loads(path.read_text()) | {"git_revision": "0123abc"}
   saved["config"]["an_old_key"] = saved["config"].pop("rank")
   path.write_text(json.dumps(saved))
-  sentence = r"differs in the keys an_old_key, rank; continue it with .* \(git revision 0123abc\), or choose a new"
-  with pytest.raises(UserError, match=sentence):
+  message = r"differs in the keys an_old_key, rank; continue it with .* \(git revision 0123abc\), or choose a new"
+  with pytest.raises(UserError, match=message):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
@@ -226,8 +226,8 @@ def test_a_config_that_is_removed_while_the_run_trains_is_an_error(tmp_path):
 
 
 def test_a_second_run_in_the_same_directory_is_refused_while_the_first_is_running(tmp_path):
-  sentence = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
-  with run_directory.locked(tmp_path), pytest.raises(UserError, match=sentence), run_directory.locked(tmp_path):
+  message = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
+  with run_directory.locked(tmp_path), pytest.raises(UserError, match=message), run_directory.locked(tmp_path):
     pass
   with run_directory.locked(tmp_path):
     pass
@@ -309,6 +309,6 @@ def test_a_directory_without_a_run_or_checkpoint_cannot_be_opened(saved, tmp_pat
 
 def test_a_key_that_the_saved_config_lacks_is_named_with_the_revision(saved):
   run = run_directory.open_run(saved)._replace(revision="0123abc")
-  sentence = r"made by another version of the code: a key of its config is missing \(.*missing_key.*revision 0123abc\)"
-  with pytest.raises(UserError, match=sentence), run.missing_key_as_error():
+  message = r"made by another version of the code: a key of its config is missing \(.*missing_key.*revision 0123abc\)"
+  with pytest.raises(UserError, match=message), run.missing_key_as_error():
     _ = run.config.missing_key
