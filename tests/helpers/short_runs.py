@@ -97,11 +97,12 @@ def refused(folder, source, sentence, **changes):
   shutil.rmtree(folder / "refused")
 
 
-def check_sizes(folder, source, first: str):
-  """Check that models of other sizes than those of `source` are refused; `first` describes its first other array."""
+def check_sizes_are_refused(folder, source):
+  """Check that a model of other sizes than that of `source` is refused, with an array and the flags to set."""
   sentence = f"the model of --config.warm_start_from={source} has other sizes than this one"
+  layers = ": blocks/attention_norm/scale is [2, 16] there and [3, 16] here"
   wanted = "; set --config.model.intermediate_size=24 --config.model.num_layers=2"
-  refused(folder, source, f"{sentence}: {first}{wanted}", model__intermediate_size=32, model__num_layers=3)
+  refused(folder, source, sentence + layers + wanted, model__intermediate_size=32, model__num_layers=3)
   width = ": blocks/down/kernel is [2, 24, 16] there and [2, 32, 16] here; set --config.model.intermediate_size=24"
   refused(folder, source, sentence + width, model__intermediate_size=32, method="switchlora")
   refused(folder, source, sentence + "; set --config.model.num_heads=2", model__num_heads=4, method="lora")

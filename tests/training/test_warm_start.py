@@ -372,7 +372,7 @@ def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
 @pytest.mark.parametrize("source", ["full", "lora"])
 def test_other_sizes_are_refused_with_an_array_and_the_flags_that_set_them(folder, runs, source):
   """So is another number of heads, which changes the function but no shape."""
-  short_runs.check_sizes(folder, runs(source).workdir, "blocks/down/kernel is [2, 24, 16] there and [3, 32, 16] here")
+  short_runs.check_sizes_are_refused(folder, runs(source).workdir)
 
 
 def test_another_tokenizer_is_refused(folder, runs, tmp_path):
