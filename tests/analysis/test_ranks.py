@@ -15,6 +15,8 @@ from switchlora_jax.config import resolve
 from switchlora_jax.models import weights
 from switchlora_jax.training import phases
 
+pytestmark = pytest.mark.two_linear_layers
+
 # --- matrices -----------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +139,7 @@ def test_it_is_the_mean_over_the_kernels_of_all_layers_and_of_nothing_else(lora)
   kernels = lambda params: [kernel for path, kernel in sorted(plain(params).items()) if weights.in_block(path)]
   stacks = [np.asarray(a) - b for a, b in zip(kernels(params), kernels(state.params), strict=True)]
   expected = np.concatenate([by_decomposition(stack) for stack in stacks])
-  assert expected.shape == (14,) and np.ptp(expected) > 0.5
+  assert expected.shape == (4,) and np.ptp(expected) > 0.5
   np.testing.assert_allclose(learnt_rank(params), expected.mean(), rtol=1e-4)
   rest = jax.tree.map(lambda x: x + 1, {name: params[name] for name in ("embed", "norm", "head")})
   assert learnt_rank(params | rest) == learnt_rank(params)

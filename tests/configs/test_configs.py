@@ -1,4 +1,4 @@
-"""The paper's models: every size of Table 4 comes out exactly."""
+"""The configs of the paper's models: parameter counts of Table 4, batches of Table 1, and documentation."""
 
 import importlib
 import re
@@ -40,7 +40,7 @@ def test_trainable_parameters_are_those_of_table_4(name, method, rank, expected)
 
 
 def test_batches_are_those_of_table_1():
-  """Rows of each GPU's micro-batch: 150 on 4 GPUs for 130M, 72, 72 and 16 on 8 for the others."""
+  """Sequences per GPU and micro-batch: 150 on 4 GPUs for 130M; 72, 72 and 16 on 8 GPUs for the others."""
   sizes = {name: load(name) for name in ("llama_130m", "llama_250m", "llama_350m", "llama_1b")}
   per_gpu = [c.batch_size // (c.accumulation * gpus) for c, gpus in zip(sizes.values(), (4, 8, 8, 8), strict=True)]
   assert per_gpu == [150, 72, 72, 16]
@@ -61,7 +61,7 @@ def test_every_key_of_the_base_config_has_a_comment():
   assert [line for line in keys if "  # " not in line] == []
 
 
-def test_building_abstractly_allocates_nothing():
+def test_building_a_phase_allocates_no_arrays():
   before = len(jax.live_arrays())
   build_phase(resolve(load("llama_1b"), devices=1), make_mesh())
   assert len(jax.live_arrays()) <= before

@@ -14,17 +14,17 @@ TRAIN, VALID = sentences(0, 100), sentences(100, 120)
 
 @pytest.fixture
 def config(tmp_path):
-  """100 training and 20 validation documents; 4 steps of 4 rows."""
+  """100 training and 20 validation documents; 4 steps of 4 sequences."""
   path, valid = write_lines(tmp_path / "train" / "a.jsonl", TRAIN), write_lines(tmp_path / "valid" / "a.jsonl", VALID)
   return tiny_config(tmp_path, steps=4, batch_size=4, data__path=str(path), data__eval_path=str(valid))
 
 
 @pytest.fixture
-def unbuildable(monkeypatch):
-  """Makes any expensive work fail."""
+def forbid_expensive_work(monkeypatch):
+  """Makes preparation, reading the documentation and verifying checksums raise."""
 
   def refuse(*args, **kwargs):
-    raise AssertionError("expensive work began")
+    raise AssertionError("expensive work started")
 
   for module, name in (
     (preparation._Preparation, "run"),
@@ -34,13 +34,13 @@ def unbuildable(monkeypatch):
     monkeypatch.setattr(module, name, refuse)
 
 
-def prepare(config):
+def open_dataset(config):
   return dataset.open_dataset(config, progress=False)
 
 
-def prepared(config, folder):
-  """Moves the rows of `config` to a folder, as experiments.prepare_data leaves it, and changes `config` to read it."""
-  made = prepare(config)
+def use_prepared_folder(config, folder):
+  """Moves the sequences of `config` to a folder, as experiments.prepare_data does, and sets `config` to read it."""
+  made = open_dataset(config)
   Path(made.tokenizer_path).parent.rename(folder)
   config.data.update(source="prepared", path=str(folder), eval_path="", tokenizer="")
   return made
@@ -49,8 +49,8 @@ def prepared(config, folder):
 # Packed sequences.
 
 
-def test_rows_are_the_documents_one_after_another(config):
-  made = prepare(config)
+def test_sequences_are_the_concatenated_documents(config):
+  made = open_dataset(config)
   model = tokenizer.load_tokenizer(made.tokenizer_path)
   for found, documents, name in ((made.train, TRAIN, "train"), (made.valid, VALID, "valid")):
     np.testing.assert_array_equal(found, rows_of(model, documents, 16))
@@ -61,39 +61,39 @@ def test_rows_are_the_documents_one_after_another(config):
   assert made.summary["fingerprint"] == made.fingerprint and made.summary["source"] == "text"
 
 
-def test_the_documentation_of_packages(config, monkeypatch):
+def test_the_docs_source_holds_the_documentation_of_packages(config, monkeypatch):
   monkeypatch.setattr(documentation, "PACKAGES", ("flax",))
   config.data.update(source="docs", path="", eval_path="")
   config.model.vocab_size = 1024
-  made, text = prepare(config), documentation.read_documentation()
+  made, text = open_dataset(config), documentation.read_documentation()
   assert made.summary["train"]["documents"] == len(text.train) > 50
-  assert prepare(config).fingerprint == made.fingerprint, "found again"
+  assert open_dataset(config).fingerprint == made.fingerprint, "differs on the second read"
   assert made.summary["overlap"] == documentation.ngram_overlap(*text) < 0.05
   model = tokenizer.load_tokenizer(made.tokenizer_path)
   assert text.valid[0].startswith(model.decode(made.valid[0].tolist())[:30])
 
 
-def test_without_validation_files_the_last_rows_are_held_out(config, tmp_path):
+def test_without_validation_files_the_last_sequences_are_held_out(config, tmp_path):
   config.data.path = str(write_lines(tmp_path / "more" / "a.jsonl", sentences(0, 200)))
-  both = prepare(config)
+  both = open_dataset(config)
   config.data.eval_path = ""
-  made = prepare(config)
+  made = open_dataset(config)
   held = len(both.train) // 100
   assert held >= 2 and len(made.valid) == made.summary["valid"]["rows"] == held
   np.testing.assert_array_equal(np.concatenate([made.train, made.valid]), both.train)
   assert made.bytes_per_token == both.summary["train"]["bytes"] / both.summary["train"]["tokens"]
   config.seq_len, config.batch_size = 256, 2
-  few = prepare(config)
+  few = open_dataset(config)
   assert len(few.valid) == 1 and len(few.train) < 99 and few.summary["train"]["rows"] == len(few.train)
 
 
-def test_a_tokenizer_that_is_given_is_used_and_kept(config, tmp_path, monkeypatch):
+def test_a_given_tokenizer_is_used_and_copied(config, tmp_path, monkeypatch):
   given = tmp_path / "given.model"
   tokenizer.train_tokenizer(sentences(500, 600), 300, given)
-  own = prepare(config)
+  own = open_dataset(config)
   monkeypatch.setenv("HOME", str(tmp_path))
   config.data.tokenizer = "~/given.model"
-  made = prepare(config)
+  made = open_dataset(config)
   kept = given.read_bytes()
   given.unlink()
   assert Path(made.tokenizer_path).read_bytes() == kept != Path(own.tokenizer_path).read_bytes()
@@ -104,16 +104,16 @@ def test_a_tokenizer_that_is_given_is_used_and_kept(config, tmp_path, monkeypatc
 # The cache.
 
 
-def test_a_second_run_takes_the_first_ones_rows(config, monkeypatch):
-  first = prepare(config)
-  monkeypatch.setattr(preparation._Preparation, "run", lambda *_: pytest.fail("made again"))
-  second = prepare(config)
+def test_a_second_run_reuses_the_cache(config, monkeypatch):
+  first = open_dataset(config)
+  monkeypatch.setattr(preparation._Preparation, "run", lambda *_: pytest.fail("prepared again"))
+  second = open_dataset(config)
   np.testing.assert_array_equal(first.train, second.train)
   np.testing.assert_array_equal(first.valid, second.valid)
   assert first[2:] == second[2:]
 
 
-def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch):
+def test_the_cache_folder_depends_only_on_what_affects_the_sequences(config, tmp_path, monkeypatch):
   folders = []
   monkeypatch.setattr(preparation, "fill_folder", lambda folder, *_, **__: folders.append(folder.name))
   fill = lambda: dataset._fill_cache(config, False)
@@ -137,48 +137,48 @@ def test_what_decides_the_rows_decides_the_folder(config, tmp_path, monkeypatch)
   assert folders[-1] == folders[-2]
 
 
-def test_the_fingerprint_is_of_the_text_and_not_of_the_place(config, tmp_path):
-  here = prepare(config)
+def test_the_fingerprint_depends_on_the_text_and_not_on_its_path(config, tmp_path):
+  here = open_dataset(config)
   config.data.path = str(write_lines(tmp_path / "moved" / "b.jsonl", TRAIN))
-  there = prepare(config)
+  there = open_dataset(config)
   assert here.fingerprint == there.fingerprint and here.tokenizer_path != there.tokenizer_path
   config.data.path = str(
     write_lines(tmp_path / "changed" / "a.jsonl", [*TRAIN[:-1], TRAIN[-1].replace("rock", "sand")])
   )
-  assert prepare(config).fingerprint != here.fingerprint
+  assert open_dataset(config).fingerprint != here.fingerprint
   config.data.path, config.seq_len = str(tmp_path / "train" / "a.jsonl"), 8
-  assert prepare(config).fingerprint != here.fingerprint
+  assert open_dataset(config).fingerprint != here.fingerprint
 
 
-def test_a_run_that_was_interrupted_is_continued(config, monkeypatch):
+def test_an_interrupted_preparation_is_continued(config, monkeypatch):
   def interrupt(*_):
     raise KeyboardInterrupt
 
   with packing_in(200, 512):
     with monkeypatch.context() as patch:
-      patch.setattr(preparation, "_sizes", interrupt)  # all shards are there
+      patch.setattr(preparation, "_sizes", interrupt)  # after all shards are written
       with pytest.raises(KeyboardInterrupt):
-        prepare(config)
+        open_dataset(config)
     (left,) = Path(config.data.cache_dir).iterdir()
     assert not (left / shards.MANIFEST).exists() and len(list(left.glob("train-*.npy"))) > 2
     monkeypatch.setattr(shards, "write_shard", lambda *_: pytest.fail("written again"))
-    made = prepare(config)
+    made = open_dataset(config)
   np.testing.assert_array_equal(made.train, rows_of(tokenizer.load_tokenizer(made.tokenizer_path), TRAIN, 16))
 
 
-# Prepared rows.
+# Prepared sequences.
 
 
-def test_prepared_rows_are_read_where_they_are(config, tmp_path):
-  made = prepared(config, tmp_path / "rows")
+def test_prepared_sequences_are_read_in_place(config, tmp_path):
+  made = use_prepared_folder(config, tmp_path / "rows")
   config.data.cache_dir = str(tmp_path / "none")
-  found = prepare(config)
+  found = open_dataset(config)
   np.testing.assert_array_equal(found.train, made.train)
   np.testing.assert_array_equal(found.valid, made.valid)
   assert found.fingerprint == made.fingerprint and found.bytes_per_token == made.bytes_per_token
   assert found.tokenizer_path == str(tmp_path / "rows" / "tokenizer.model") and not (tmp_path / "none").exists()
   config.data.tokenizer = found.tokenizer_path
-  assert prepare(config).fingerprint == made.fingerprint
+  assert open_dataset(config).fingerprint == made.fingerprint
 
 
 def other_tokenizer(config, folder):
@@ -214,25 +214,25 @@ def unfinished(config, folder):
     (lambda config, folder: (folder / "rows" / "tokenizer.model").unlink(), "there is no such file"),
   ],
 )
-def test_prepared_rows_that_do_not_fit_are_sentences(config, tmp_path, request, change, message):
-  prepared(config, tmp_path / "rows")
+def test_a_prepared_folder_that_does_not_match_the_config_is_a_user_error(config, tmp_path, request, change, message):
+  use_prepared_folder(config, tmp_path / "rows")
   change(config, tmp_path)
-  request.getfixturevalue("unbuildable")
+  request.getfixturevalue("forbid_expensive_work")
   with pytest.raises(UserError, match=message):
     dataset.check_data_config(config)
   with pytest.raises(UserError, match=message):
-    prepare(config)
+    open_dataset(config)
 
 
 @pytest.mark.parametrize("name", ["train-00000.npy", "valid-00000.npy", "tokenizer.model"])
-def test_a_file_that_was_changed_since_is_named(config, tmp_path, name):
-  prepared(config, tmp_path / "rows")
+def test_a_prepared_file_that_has_changed_is_named(config, tmp_path, name):
+  use_prepared_folder(config, tmp_path / "rows")
   path = tmp_path / "rows" / name
   contents = bytearray(path.read_bytes())
   contents[-1 if name.endswith("npy") else contents.index(b"tide")] ^= 1
   path.write_bytes(contents)
   with pytest.raises(UserError, match=rf"{re.escape(str(path))} must have the SHA-256"):
-    prepare(config)
+    open_dataset(config)
 
 
 # A stream.
@@ -240,17 +240,17 @@ def test_a_file_that_was_changed_since_is_named(config, tmp_path, name):
 
 @pytest.fixture
 def streamed(config, tmp_path):
-  """The same text as a stream; and its rows, prepared."""
+  """A config that streams the text, and the dataset of the same text when prepared."""
   tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
   config.data.tokenizer = str(tmp_path / "own.model")
-  made = prepare(config)
+  made = open_dataset(config)
   config.data.source = "stream"
   return config, made
 
 
-def test_a_stream_gives_the_rows_in_their_order(streamed):
+def test_a_stream_yields_the_sequences_in_order(streamed):
   config, made = streamed
-  data = prepare(config)
+  data = open_dataset(config)
   batch_of = loader.make_batch_fn(data.train, config)
   for step in (0, 1, 5, 2):
     batch = batch_of(step)
@@ -262,17 +262,17 @@ def test_a_stream_gives_the_rows_in_their_order(streamed):
   assert data.summary["train"] == {"read from": config.data.path} and data.summary["valid"] == made.summary["valid"]
 
 
-def test_the_fingerprint_of_a_stream_is_of_its_files(streamed):
+def test_the_fingerprint_of_a_stream_depends_on_its_files(streamed):
   config, made = streamed
-  first, again = prepare(config).fingerprint, prepare(config).fingerprint
+  first, again = open_dataset(config).fingerprint, open_dataset(config).fingerprint
   os.utime(config.data.path, ns=(1, 1))
-  assert first == again != made.fingerprint and prepare(config).fingerprint != first
+  assert first == again != made.fingerprint and open_dataset(config).fingerprint != first
 
 
-def test_only_the_text_that_validates_is_packed_for_a_stream(streamed):
+def test_a_stream_prepares_only_its_validation_text(streamed):
   config, _ = streamed
   config.data.cache_dir += "2"
-  prepare(config)
+  open_dataset(config)
   (folder,) = Path(config.data.cache_dir).iterdir()
   assert (
     shards.read_manifest(folder)["train"]["documents"] == len(VALID) and shards.read_manifest(folder)["valid"] is None
@@ -293,21 +293,21 @@ def test_the_validation_text_of_a_stream_is_packed_as_training_text():
     ("eval_path", r"stream needs validation text; set --config\.data\.eval_path"),
   ],
 )
-def test_what_a_stream_needs_is_a_sentence(streamed, unbuildable, key, message):
+def test_a_stream_without_tokenizer_or_eval_path_is_a_user_error(streamed, forbid_expensive_work, key, message):
   config, _ = streamed
   config.data[key] = ""
   with pytest.raises(UserError, match=message):
     dataset.check_data_config(config)
 
 
-def test_validation_text_of_a_stream_shorter_than_a_row_is_a_sentence(streamed, tmp_path):
+def test_validation_text_of_a_stream_shorter_than_a_sequence_is_a_user_error(streamed, tmp_path):
   config, _ = streamed
   config.data.eval_path = str(write_lines(tmp_path / "short" / "a.jsonl", ["A wave."]))
   with pytest.raises(UserError, match="must hold at least one row of 16 tokens"):
-    prepare(config)
+    open_dataset(config)
 
 
-# Mistakes.
+# User errors.
 
 
 @pytest.mark.parametrize(
@@ -324,15 +324,15 @@ def test_validation_text_of_a_stream_shorter_than_a_row_is_a_sentence(streamed, 
     ({"source": "docs"}, r"is not used when --config\.data\.source is docs; leave it out, or add"),
   ],
 )
-def test_mistakes_are_sentences_before_anything_expensive(config, unbuildable, changes, message):
+def test_config_errors_are_raised_before_expensive_work(config, forbid_expensive_work, changes, message):
   config.data.update(changes)
   with pytest.raises(UserError, match=message):
     dataset.check_data_config(config)
   with pytest.raises(UserError, match=message):
-    prepare(config)
+    open_dataset(config)
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_a_sentence(config, tmp_path):
+def test_a_tokenizer_larger_than_the_vocabulary_is_a_user_error(config, tmp_path):
   tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "model")
   config.data.tokenizer = str(tmp_path / "model")
   dataset.check_data_config(config)
@@ -341,43 +341,43 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_a_sentence(config, tmp_path):
     dataset.check_data_config(config)
 
 
-def test_a_run_that_wants_more_rows_than_there_are_is_a_sentence(config):
-  count = len(prepare(config).train)
+def test_more_steps_than_the_text_provides_are_a_user_error(config):
+  count = len(open_dataset(config).train)
   config.batch_size = 1
   for epochs in (1, 2):
     config.data.epochs, config.steps = epochs, epochs * count
-    prepare(config)
+    open_dataset(config)
     config.steps += 1
     message = (
       rf"needs {config.steps} rows \({config.steps} steps of 1\); the text has {count} rows of 16 tokens, "
       rf"enough for {epochs * count} steps with data\.epochs \(={epochs}\); .*--config\.data\.epochs={epochs + 1}$"
     )
     with pytest.raises(UserError, match=message):
-      prepare(config)
+      open_dataset(config)
 
 
-@pytest.mark.parametrize("side", ["train", "valid"])
-def test_text_shorter_than_a_row_is_a_sentence(config, tmp_path, side):
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_text_shorter_than_a_sequence_is_a_user_error(config, tmp_path, split):
   path = write_lines(tmp_path / "short" / "a.jsonl", ["A wave."])
-  config.data.update({"path" if side == "train" else "eval_path": str(path)})
+  config.data.update({"path" if split == "train" else "eval_path": str(path)})
   config.data.tokenizer, config.seq_len = str(tmp_path / "own.model"), 60
   tokenizer.train_tokenizer(TRAIN, 320, tmp_path / "own.model")
   with pytest.raises(
-    UserError, match=rf"{side} must hold at least one row of 60 tokens; it has \d+ tokens in 1 non-empty"
+    UserError, match=rf"{split} must hold at least one row of 60 tokens; it has \d+ tokens in 1 non-empty"
   ):
-    prepare(config)
+    open_dataset(config)
   assert not list(Path(config.data.cache_dir).glob("*/manifest.json"))
 
 
-def test_text_of_one_row_has_none_to_train_on(config, tmp_path):
+def test_text_of_one_sequence_without_validation_files_is_a_user_error(config, tmp_path):
   config.data.update(path=str(write_lines(tmp_path / "short" / "a.jsonl", TRAIN[:1] * 2)), eval_path="")
   config.seq_len = 40
   with pytest.raises(UserError, match=r"at least one row of 40 tokens besides validation; it has \d+ tokens; add text"):
-    prepare(config)
+    open_dataset(config)
 
 
-def test_a_cache_that_cannot_be_written_is_a_sentence(config, tmp_path):
+def test_an_unwritable_cache_is_a_user_error(config, tmp_path):
   (tmp_path / "file").touch()
   config.data.cache_dir = str(tmp_path / "file" / "cache")
   with pytest.raises(UserError, match=r"file/cache/text-\w+ must be a writable directory"):
-    prepare(config)
+    open_dataset(config)

@@ -27,7 +27,7 @@ def docs():
 
 
 def install(site: Path, modules: dict[str, str]):
-  """A package "sea" in `site`, as pip would leave it."""
+  """Installs a package "sea" in `site`, as pip does."""
   for path, source in modules.items():
     (site / path).parent.mkdir(parents=True, exist_ok=True)
     (site / path).write_text(source)
@@ -38,7 +38,7 @@ def install(site: Path, modules: dict[str, str]):
 
 @pytest.fixture
 def sea(tmp_path, monkeypatch):
-  """Documentation of a made-up package whose modules `valid_…` are for validation."""
+  """Reads the documentation of a made-up package. Modules with "valid" in their path are for validation."""
 
   def read(modules, where="site"):
     install(tmp_path / where, modules)
@@ -60,7 +60,7 @@ def test_every_package_is_pinned():
   assert set(documentation.PACKAGES) <= set(pins)
 
 
-def test_documentation_is_large_and_its_validation_is_new(docs):
+def test_documentation_is_large_and_validation_does_not_overlap_with_training(docs):
   train, valid = ["\n\n".join(documents) for documents in docs]
   assert len(train) > 5e6 and 3e5 < len(valid) < 1e6
   assert len(train.split("\n\n")) == len(set(train.split("\n\n")))
@@ -77,23 +77,23 @@ def test_documentation_does_not_depend_on_the_hash_seed(monkeypatch):
   assert other.stdout.strip() == here
 
 
-def test_documentation_does_not_depend_on_where_it_is_installed(sea):
+def test_documentation_does_not_depend_on_the_installation_path(sea):
   modules = {"sea/b.py": doc(WAVE), "sea/a.py": doc(TIDE), "sea/valid.py": doc(ROCK)}
   assert sea(modules, "here") == sea(modules, "there/deeper") == ([TIDE, WAVE], [ROCK])
 
 
-def test_docstrings_of_everything_but_tests(sea):
+def test_docstrings_are_read_from_all_modules_except_tests(sea):
   nested = f"try:\n  class Wave:\n    '''{WAVE}'''\nexcept ValueError:\n  def tide():\n    '''{TIDE}'''\n"
   untidy = f"x = '{ROCK} But not in a docstring.'\ny = '\\d'\n"
   tests = dict.fromkeys(("sea/tests/a.py", "sea/test_a.py", "sea/a_test.py", "sea/conftest.py"), doc(ROCK))
   assert sea({"sea/a.py": untidy + nested, **tests}).train == [f"{WAVE}\n\n{TIDE}"]
 
 
-def test_a_paragraph_is_taken_once(sea):
+def test_a_repeated_paragraph_is_kept_once(sea):
   assert sea({"sea/a.py": doc(WAVE, WAVE), "sea/b.py": doc(TIDE, WAVE)}).train == [WAVE, TIDE]
 
 
-def test_training_loses_what_shares_eight_words_with_validation(sea):
+def test_training_paragraphs_that_share_eight_words_with_validation_are_removed(sea):
   eight, seven = " ".join(ROCK.split()[:8]) + " and so on.", " ".join(ROCK.split()[:7]) + " and so on."
   text = sea({"sea/a.py": doc(eight, seven), "sea/valid.py": doc(WAVE, ROCK)})
   assert text == ([seven], [f"{WAVE}\n\n{ROCK}"])
@@ -121,7 +121,7 @@ def test_overlap_counts_ngrams():
   assert documentation.ngram_overlap(["a b"], ["c d"], n=2) == 0 == documentation.ngram_overlap(["a"], [], n=2)
 
 
-def test_a_missing_package_is_a_sentence(monkeypatch):
+def test_a_missing_package_is_a_user_error(monkeypatch):
   monkeypatch.setattr(documentation, "PACKAGES", ("numpy", "no-such-sea"))
   with pytest.raises(UserError, match=r"no-such-sea is not installed; install requirements\.txt"):
     documentation.read_documentation()

@@ -1,4 +1,4 @@
-"""The pinned digests of packed sequences and of what they are made from, which guard `preparation.FORMAT_VERSION`."""
+"""Pinned digests of packed sequences and of the steps that produce them. A change needs a new FORMAT_VERSION."""
 
 import hashlib
 import json
@@ -46,8 +46,8 @@ HEIGHT = 3
 }
 
 
-def digest_of_text(folder, monkeypatch) -> str:
-  """Hash of what `digest` leaves out: the cuts of long documents, the documentation, and SentencePiece's options."""
+def digest_of_text_processing(folder, monkeypatch) -> str:
+  """Hash of what `digest_of_sequences` does not cover: cuts of long documents, documentation, SentencePiece options."""
   long = ["no newline " * 200_000, "a line\n" * 200_000, "one newline\n" + "then none " * 150_000]
   cuts = [(len(chunk.text), chunk.ends, chunk.after) for chunk in packing.read_chunks([long])]
   for name, source in MODULES.items():
@@ -63,8 +63,8 @@ def digest_of_text(folder, monkeypatch) -> str:
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
-def digest(folder) -> str:
-  """Hash of sequences, made of fixed text with a committed tokenizer."""
+def digest_of_sequences(folder) -> str:
+  """Hash of the sequences of a fixed text with a committed tokenizer."""
   write_lines(folder / "text" / "a.jsonl", ["", *sentences(0, 40), "é漢😀\n\n  tabs\tand spaces"])
   (folder / "text" / "b.txt").write_bytes(b"A plain text\r\nwith two lines.\n")
   pyarrow.parquet.write_table(pyarrow.table({"text": ["One row.", "", "Another."]}), folder / "text" / "c.parquet")
@@ -80,5 +80,5 @@ def digest(folder) -> str:
 
 
 def test_a_change_of_the_sequences_needs_a_new_format_version(tmp_path, monkeypatch):
-  found = digest(tmp_path), digest_of_text(tmp_path, monkeypatch)
+  found = digest_of_sequences(tmp_path), digest_of_text_processing(tmp_path, monkeypatch)
   assert (preparation.FORMAT_VERSION, *found) == PINNED

@@ -67,7 +67,7 @@ def test_a_permutation_larger_than_memory():
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory):
-  """Training sequences in several shards, with others held out behind them; and the same as an array."""
+  """Training sequences in several shards that also contain held-out sequences; and the same sequences as an array."""
   folder = tmp_path_factory.mktemp("rows")
   path = write_lines(folder / "a.jsonl", sentences(0, 100))
   with packing_in(200, 256):
@@ -115,7 +115,7 @@ def test_only_the_requested_slice_of_a_batch_is_read():
 @settings(deadline=None, max_examples=50)
 @given(steps=st.lists(st.integers(0, 300), min_size=1), size=st.integers(1, 500), seed=st.integers(0, 9))
 def test_a_batch_is_a_function_of_its_seed_and_step(on_disk, steps, size, seed):
-  """And consecutive batches are one sequence of indices, for any batch size."""
+  """Consecutive batches continue one sequence of indices, for any batch size."""
   train, array = on_disk
   for step in steps:
     positions = step * size + np.arange(size)

@@ -20,7 +20,7 @@ GROUPS = st.integers(1, 50)
 
 
 class Bytes:
-  """A tokenizer whose tokens are the bytes of the text, and which therefore may be cut anywhere."""
+  """A tokenizer whose tokens are the bytes of the text, so that cutting the text does not change them."""
 
   def eos_id(self):
     return 1
@@ -45,7 +45,7 @@ def documents_of(parts):
 
 
 @given(parts=PARTS, group=GROUPS)
-def test_chunks_are_the_documents(parts, group):
+def test_chunks_concatenate_to_the_documents(parts, group):
   with packing_in(group):
     chunks = list(packing.read_chunks(parts))
   assert all(0 < len(chunk.text) <= group for chunk in chunks)
@@ -55,7 +55,7 @@ def test_chunks_are_the_documents(parts, group):
 
 
 @given(parts=PARTS, group=GROUPS)
-def test_chunks_go_on_from_behind_every_chunk(parts, group):
+def test_reading_resumes_after_any_chunk(parts, group):
   with packing_in(group):
     chunks = list(packing.read_chunks(parts))
     for count, chunk in enumerate(chunks, 1):
@@ -82,7 +82,7 @@ def test_parts_before_the_position_are_not_read():
 
 
 @given(parts=PARTS, group=GROUPS, take=st.integers(-1, 8))
-def test_the_first_documents(parts, group, take):
+def test_first_documents_stops_after_the_requested_number(parts, group, take):
   with packing_in(group):
     joined = "".join(p.text + "§" * p.ends for p in packing.first_documents(packing.read_chunks(parts), take))
   assert joined == "".join(text + "§" for text in [text for text in documents_of(parts) if text][: max(0, take)])
@@ -91,7 +91,7 @@ def test_the_first_documents(parts, group, take):
 # Tokens.
 
 
-def test_every_document_ends_with_eos_and_empty_ones_are_left_out(model):
+def test_every_document_ends_with_eos_and_empty_ones_are_skipped(model):
   documents = ["", *sentences(0, 5), "", "\n"]
   (group,) = packing.encode_chunks(model, packing.read_chunks([documents]))
   expected = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
@@ -101,7 +101,7 @@ def test_every_document_ends_with_eos_and_empty_ones_are_left_out(model):
 
 
 @pytest.mark.parametrize("limit", [30, 60, 200])
-def test_long_documents_are_encoded_in_chunks_and_nothing_is_lost(model, monkeypatch, limit):
+def test_long_documents_are_encoded_in_chunks_without_loss(model, monkeypatch, limit):
   documents = ["The tide rises.\nThe waves break on the rocks.\n\n" * 5, "x" * 100, "\n" * 50, "é"]
   monkeypatch.setattr(packing, "GROUP", limit)
   groups = list(packing.encode_chunks(model, packing.read_chunks([documents])))
@@ -111,14 +111,14 @@ def test_long_documents_are_encoded_in_chunks_and_nothing_is_lost(model, monkeyp
   assert sum(group.documents for group in groups) == 4 and max(group.characters for group in groups) < 2 * limit
 
 
-def test_documents_are_read_as_they_are_wanted(model, monkeypatch):
+def test_documents_are_read_lazily(model, monkeypatch):
   monkeypatch.setattr(packing, "GROUP", 20)
   documents = iter(["The tide rises."] * 100)
   next(packing.encode_chunks(model, packing.read_chunks([documents])))
   assert len(list(documents)) >= 95
 
 
-def test_a_mistake_in_the_text_comes_through():
+def test_an_error_of_the_text_reader_propagates():
   def text():
     yield "a" * packing.GROUP
     raise UserError("no text")
@@ -137,7 +137,7 @@ class Killed(Exception):
 
 
 def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None):
-  """Pack what is left to do by the last of `saved`, JSON; killed when it would save for the `kill`th time."""
+  """Packs from the last progress in `saved`, a list of JSON strings. Save number `kill`, from 0 on, raises Killed."""
   split = SplitProgress(**json.loads(saved[-1])) if saved else SplitProgress()
   split.position = Position(*split.position)
   count = itertools.count()
@@ -161,7 +161,7 @@ def contents(folder):
   parts=PARTS, group=GROUPS, shard=st.integers(1, 60), seq_len=st.integers(1, 20), kills=st.lists(st.integers(0, 3))
 )
 @example(parts=[["a" * 39, "b\n" * 20]], group=7, shard=8, seq_len=4, kills=[0, 1, 1])
-def test_rows_are_the_documents_one_after_another_whenever_it_was_killed(parts, group, shard, seq_len, kills):
+def test_sequences_are_the_concatenated_documents_after_any_kills(parts, group, shard, seq_len, kills):
   expected = rows_of(Bytes(), documents_of(parts), seq_len)
   with packing_in(group, shard), tempfile.TemporaryDirectory() as once, tempfile.TemporaryDirectory() as again:
     if not len(expected):
@@ -189,12 +189,12 @@ def test_rows_are_the_documents_one_after_another_whenever_it_was_killed(parts, 
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_shards_are_as_small_as_is_asked_for(tmp_path, dtype):
+def test_shards_have_the_requested_dtype(tmp_path, dtype):
   fill(tmp_path, [["é" * 20]], [], 4, dtype)
   assert np.load(tmp_path / "train-00000.npy").dtype == dtype
 
 
-def test_text_without_a_row_is_a_sentence_and_nothing_is_saved(tmp_path):
+def test_text_shorter_than_a_sequence_is_a_user_error_and_saves_nothing(tmp_path):
   for parts in ([], [["", ""]], [["abc"]]):
     saved = []
     with pytest.raises(

@@ -24,11 +24,11 @@ from switchlora_jax.runs import files
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_checksummed_json
 
 LENGTH, GROUP, SHARD = 8, 120, 256
-LONG = "".join(sentences(500, 520)).replace("\n", " ")  # longer than a group, without a line's end
+LONG = "".join(sentences(500, 520)).replace("\n", " ")  # longer than a group, without a newline
 TRAIN = [*sentences(0, 15), "", LONG, *sentences(15, 30), "", ""]
 VALID = sentences(50, 60)
 
-# The preparation of `text` below in a process of its own: `python -c … JSON`, which may be told to do something first.
+# Beginning of the code of a subprocess that prepares a `Text`: `python -c CODE JSON`, with JSON as in `Text.process`.
 PROCESS = f"""
 import itertools, json, os, resource, signal, sys, time
 from pathlib import Path
@@ -59,7 +59,7 @@ prepare()
 
 
 class Text:
-  """Files to prepare, a tokenizer, and folders of rows made from them."""
+  """Text files, a tokenizer, and the folders prepared from them."""
 
   def __init__(self, folder):
     self.folder, self.train, self.valid, self.model = folder, folder / "train", folder / "valid", folder / "own.model"
@@ -68,21 +68,21 @@ class Text:
     return corpus.open_corpus(f"{self.train}/*", f"{self.valid}/*", ("--path", "--eval_path"))
 
   def prepare(self, name, wait=False, read=None, **changes):
-    """The folder of that name, filled in this process, and its manifest."""
+    """Fills the folder `name` in this process; returns it and its manifest."""
     request = Request("text", str(self.model), LENGTH)._replace(**changes)
     with packing_in(GROUP, SHARD):
       manifest = preparation.fill_folder(self.folder / name, request, read or self.read, wait=wait, progress=False)
     return self.folder / name, manifest
 
-  def process(self, name, what):
-    """A process that does `what`, which may call `prepare()` to fill the folder of that name."""
+  def process(self, name, code):
+    """Starts a subprocess that runs `code`, in which `prepare()` fills the folder `name`."""
     paths = json.dumps([str(path) for path in (self.folder / name, self.train, self.valid, self.model)])
     return subprocess.Popen(
-      [sys.executable, "-W", "ignore", "-c", PROCESS + what, paths], cwd=ROOT, stdout=subprocess.PIPE, text=True
+      [sys.executable, "-W", "ignore", "-c", PROCESS + code, paths], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
 
-  def rows(self, name, split):
-    """All rows of a split of a folder, once its files were verified."""
+  def read_split(self, name, split):
+    """Returns all sequences of a split of a folder, after verifying its checksums."""
     manifest = shards.read_manifest(self.folder / name)
     shards.verify_checksums(self.folder / name, manifest, progress=False)
     return np.asarray(shards.open_sequences(self.folder / name, manifest[split]))
@@ -90,7 +90,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """Files of several kinds; their rows in the folder `whole`, made in one go."""
+  """Text files of several formats, prepared without interruption in the folder `whole`."""
   text = Text(tmp_path_factory.mktemp("text"))
   write_lines(text.train / "a.jsonl", TRAIN[:20])
   text.train.joinpath("b.json.gz").write_bytes(
@@ -105,7 +105,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def text(made, tmp_path):
-  """A copy of it that a test may change."""
+  """A copy of `made` that a test may change."""
   shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
   return Text(tmp_path)
 
@@ -114,19 +114,19 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kinds(folder):
+def name_prefixes(folder):
   return {path.name.split("-")[0] for path in folder.iterdir()}
 
 
-# In one go.
+# Without interruption.
 
 
-def test_rows_are_the_documents_one_after_another(made):
-  """… with no piece but whole documents; how long ones are cut is the matter of packing."""
+def test_sequences_are_the_concatenated_documents(made):
+  """The default group size cuts none of these documents."""
   request, model = Request("text", str(made.model), LENGTH), tokenizer.load_tokenizer(made.model)
   manifest = preparation.fill_folder(made.folder / "uncut", request, made.read, wait=False, progress=False)
   for name, documents in (("train", TRAIN), ("valid", VALID)):
-    np.testing.assert_array_equal(made.rows("uncut", name), rows_of(model, documents, LENGTH))
+    np.testing.assert_array_equal(made.read_split("uncut", name), rows_of(model, documents, LENGTH))
     whole, sizes = [text for text in documents if text], manifest[name]
     assert sizes["documents"] == len(whole) and sizes["characters"] == sum(map(len, whole)) == sizes["bytes"]
     assert sizes["tokens"] == sum(len(model.encode(text)) + 1 for text in whole)
@@ -135,7 +135,7 @@ def test_rows_are_the_documents_one_after_another(made):
 
 def test_a_finished_folder_holds_a_manifest_shards_and_the_tokenizer(made):
   folder = made.folder / "whole"
-  assert kinds(folder) == {".lock", "manifest.json", "tokenizer.model", "train", "valid"}
+  assert name_prefixes(folder) == {".lock", "manifest.json", "tokenizer.model", "train", "valid"}
   manifest = shards.read_manifest(folder)
   assert manifest["request"] == {
     "text": "text",
@@ -154,7 +154,7 @@ def test_a_finished_folder_is_not_read_again(made):
   assert made.prepare("whole", read=lambda: pytest.fail("was read"))[1] == manifest and contents(folder) == before
 
 
-def test_a_finished_folder_may_lie_where_nothing_can_be_written(made, monkeypatch):
+def test_a_finished_folder_may_be_read_only(made, monkeypatch):
   def refused(*_):
     raise OSError(errno.EROFS, "Read-only file system")
 
@@ -164,14 +164,14 @@ def test_a_finished_folder_may_lie_where_nothing_can_be_written(made, monkeypatc
 
 
 @pytest.mark.parametrize("take", [1, 17, 1000])
-def test_no_more_documents_than_asked_for_are_taken(made, take):
+def test_take_limits_the_number_of_training_documents(made, take):
   _, manifest = made.prepare(f"take-{take}", take=take)
   whole = [text for text in TRAIN if text]
   assert manifest["train"]["characters"] == sum(map(len, whole[:take]))
   assert manifest["train"]["documents"] == min(take, len(whole)) and manifest["valid"]["documents"] == len(VALID)
 
 
-def test_a_tokenizer_is_trained_where_none_is_given(made, tmp_path):
+def test_a_tokenizer_is_trained_if_none_is_given(made, tmp_path):
   folder, manifest = made.prepare("trained", tokenizer="train:300")
   tokenizer.train_tokenizer(TRAIN, 300, tmp_path / "same.model")
   assert (folder / "tokenizer.model").read_bytes() == (tmp_path / "same.model").read_bytes()
@@ -180,7 +180,7 @@ def test_a_tokenizer_is_trained_where_none_is_given(made, tmp_path):
   )
 
 
-def test_a_tokenizer_is_trained_once(text, monkeypatch):
+def test_a_trained_tokenizer_is_reused_after_an_error(text, monkeypatch):
   (text.valid / "v.jsonl").write_text("no JSON")
   with pytest.raises(UserError, match="line 1"):
     text.prepare("trained once", tokenizer="train:300")
@@ -189,24 +189,26 @@ def test_a_tokenizer_is_trained_once(text, monkeypatch):
   text.prepare("trained once", tokenizer="train:300")
 
 
-def test_without_validation_text_there_is_none(made):
+def test_validation_text_is_optional(made):
   read = lambda: corpus.Corpus(made.read().train, None, {"said": "so"})
   folder, manifest = made.prepare("alone", read=read)
   assert manifest["valid"] is None and manifest["notes"] == {"said": "so"} and not list(folder.glob("valid*"))
 
 
 @pytest.mark.parametrize(("pieces", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.int32)])
-def test_rows_are_as_small_as_the_vocabulary_allows(made, monkeypatch, pieces, dtype):
+def test_the_dtype_is_the_smallest_that_fits_the_vocabulary(made, monkeypatch, pieces, dtype):
   model = tokenizer.load_tokenizer(made.model)
   monkeypatch.setattr(type(model), "get_piece_size", lambda self: pieces)
   made.prepare(f"pieces-{pieces}")
-  assert made.rows(f"pieces-{pieces}", "train").dtype == made.rows(f"pieces-{pieces}", "valid").dtype == dtype
+  assert (
+    made.read_split(f"pieces-{pieces}", "train").dtype == made.read_split(f"pieces-{pieces}", "valid").dtype == dtype
+  )
 
 
 # Killed.
 
 
-def test_killed_three_times_at_random_it_ends_with_the_same_bytes(made):
+def test_preparation_killed_at_random_times_ends_with_the_same_bytes(made):
   for _ in range(3):
     process = made.process("killed", SLOWLY)
     assert process.stdout.readline() == "started\n"
@@ -217,8 +219,8 @@ def test_killed_three_times_at_random_it_ends_with_the_same_bytes(made):
   assert contents(made.folder / "killed") == contents(made.folder / "whole")
 
 
-EACH = """
-def dies(call, left):
+KILL_AT_EACH_FILE_OPERATION = """
+def killing(call, left):
   return lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else call(*args, **options)
 
 for moment in itertools.count():
@@ -226,7 +228,7 @@ for moment in itertools.count():
   if not (child := os.fork()):
     left = itertools.count(moment, -1)
     for name in ("fsync", "replace", "unlink"):
-      setattr(os, name, dies(getattr(os, name), left))
+      setattr(os, name, killing(getattr(os, name), left))
     prepare(where)
     os._exit(0)
   status = os.waitpid(child, 0)[1]
@@ -237,20 +239,22 @@ for moment in itertools.count():
 """
 
 
-def test_killed_before_any_file_is_written_named_or_removed_it_ends_with_the_same_bytes(text):
-  """Of which one is between a shard and the progress, and one between the manifest and the end of the progress."""
+def test_preparation_killed_before_any_fsync_replace_or_unlink_ends_with_the_same_bytes(text):
+  """Includes kills between a shard and its progress file, and between the manifest and the removal of that file."""
   write_lines(text.train / "a.jsonl", TRAIN[:9])
   (text.train / "b.json.gz").unlink()
   shutil.rmtree(text.folder / "whole")
   expected = contents(text.prepare("whole")[0])
-  said = text.process("killed", EACH).communicate()[0].splitlines()
-  # With the manifest, its directory is synced, and then the progress is removed.
-  assert len(said) > 20 and said[-3:] == ["True True", "True True", "False True"] and set(said[:-3]) == {"True False"}
-  for moment in range(len(said)):
+  output = text.process("killed", KILL_AT_EACH_FILE_OPERATION).communicate()[0].splitlines()
+  # After the manifest is renamed, its directory is synced and the progress file is removed.
+  assert (
+    len(output) > 20 and output[-3:] == ["True True", "True True", "False True"] and set(output[:-3]) == {"True False"}
+  )
+  for moment in range(len(output)):
     assert contents(text.folder / f"killed-{moment}") == expected, moment
 
 
-# Mistakes in the text, which are mended.
+# Errors in the text, which are then fixed.
 
 PACKED = gzip.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t in sentences(60, 80)), mtime=0)
 
@@ -263,31 +267,31 @@ PACKED = gzip.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t i
     ("d.jsonl", b'{"text": "A"}\n{"txt": "A"}', b'{"text": "A"}\n{"text": "B"}', r"d\.jsonl, line 2: .*\['txt'\]"),
   ],
 )
-def test_text_that_cannot_be_read_leaves_nothing_that_looks_finished(text, name, bad, good, message):
+def test_unreadable_text_leaves_an_unfinished_folder(text, name, bad, good, message):
   (text.train / name).write_bytes(bad)
   for _ in range(2):
     with pytest.raises(UserError, match=message):
-      text.prepare("mended", take=45)
-    assert kinds(text.folder / "mended") == {".lock", "progress.json", "tokenizer.model", "train"}
+      text.prepare("fixed", take=45)
+    assert name_prefixes(text.folder / "fixed") == {".lock", "progress.json", "tokenizer.model", "train"}
   (text.train / name).write_bytes(good)
-  text.prepare("mended", take=45)
-  assert contents(text.folder / "mended") == contents(text.prepare("at once", take=45)[0])
+  text.prepare("fixed", take=45)
+  assert contents(text.folder / "fixed") == contents(text.prepare("at once", take=45)[0])
 
 
-@pytest.mark.parametrize("side", ["train", "valid"])
-def test_empty_documents_alone_leave_nothing_that_looks_finished(text, side):
-  kept = contents(getattr(text, side))
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_empty_documents_alone_leave_an_unfinished_folder(text, split):
+  kept = contents(getattr(text, split))
   for name in kept:
-    (getattr(text, side) / name).unlink()
-  write_lines(getattr(text, side) / "a.jsonl", ["", ""])
+    (getattr(text, split) / name).unlink()
+  write_lines(getattr(text, split) / "a.jsonl", ["", ""])
   with pytest.raises(
-    UserError, match=rf"{side} must hold at least one row of 8 tokens; it has 0 tokens in 0 non-empty"
+    UserError, match=rf"{split} must hold at least one row of 8 tokens; it has 0 tokens in 0 non-empty"
   ):
-    text.prepare("mended")
-  assert "manifest.json" not in kinds(text.folder / "mended")
+    text.prepare("fixed")
+  assert "manifest.json" not in name_prefixes(text.folder / "fixed")
   for name, content in kept.items():
-    (getattr(text, side) / name).write_bytes(content)
-  assert contents(text.prepare("mended")[0]) == contents(text.folder / "whole")
+    (getattr(text, split) / name).write_bytes(content)
+  assert contents(text.prepare("fixed")[0]) == contents(text.folder / "whole")
 
 
 MEMORY = """
@@ -301,16 +305,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_a_document_of_megabytes_is_not_encoded_at_once(text):
-  """4.9 MB, no newline: 47 MB more than before were measured, and 299 MB where it is encoded at once."""
+  """4.9 MB without a newline. Measured memory growth: 47 MB, and 299 MB if the document is encoded at once."""
   kilobytes = text.process("long", MEMORY).communicate()[0]
   assert int(kilobytes) < 120_000, kilobytes
 
 
-# Mistakes with the folder.
+# Errors of the folder.
 
 
 def begun(text):
-  """A folder with the first shards, not finished."""
+  """Writes the first shards of the folder `begun`, which remains unfinished; returns its name."""
   (text.train / "d.jsonl").write_text("no JSON")
   with pytest.raises(UserError, match="line 1"):
     text.prepare("begun")
@@ -328,7 +332,7 @@ def begun(text):
     ({"tokenizer": "train:320"}, r"\(tokenizer was '[0-9a-f]{64}' and is 'train:320'\)"),
   ],
 )
-def test_a_folder_for_other_rows_is_a_sentence(text, stage, changes, message):
+def test_a_folder_of_another_request_is_a_user_error(text, stage, changes, message):
   name = begun(text) if stage == "begun" else stage
   before = contents(text.folder / name)
   with pytest.raises(UserError, match=rf"{name} was started for other rows {message}; choose a new directory, or"):
@@ -343,7 +347,7 @@ OTHER_VERSIONS = [
 
 
 @pytest.mark.parametrize(("change", "message"), OTHER_VERSIONS)
-def test_a_folder_is_not_continued_with_versions_that_may_give_other_rows(text, monkeypatch, change, message):
+def test_a_folder_is_not_continued_with_another_format_or_sentencepiece_version(text, monkeypatch, change, message):
   folder = text.folder / begun(text)
   before = contents(folder)
   with monkeypatch.context() as patch:
@@ -353,13 +357,15 @@ def test_a_folder_is_not_continued_with_versions_that_may_give_other_rows(text, 
     ):
       text.prepare("begun")
     assert contents(folder) == before
-    assert text.prepare("whole")[1] == shards.read_manifest(text.folder / "whole"), "a finished one is whole"
+    assert text.prepare("whole")[1] == shards.read_manifest(text.folder / "whole"), (
+      "a finished folder depends on the versions"
+    )
   text.prepare("begun")
   assert contents(folder) == contents(text.folder / "whole")
 
 
 def test_a_folder_without_recorded_versions_is_continued(text, monkeypatch):
-  """As earlier versions left it; it may hold days of work."""
+  """Earlier code did not record the versions. Such a folder may hold days of work."""
   path = text.folder / begun(text) / "progress.json"
   saved = read_checksummed_json(path)
   del saved["format"], saved["sentencepiece"]
@@ -371,7 +377,7 @@ def test_a_folder_without_recorded_versions_is_continued(text, monkeypatch):
 
 @pytest.fixture
 def lock_fails(monkeypatch):
-  """Sets the error number with which locking a folder fails. `datasets` has locks of its own, elsewhere."""
+  """Sets the error number with which locking a folder fails. The locks of `datasets` still work."""
 
   def set_code(code):
     def flock(*_):
@@ -397,14 +403,14 @@ def test_a_lock_that_fails_for_another_reason_is_an_error(made, tmp_path, lock_f
     made.prepare(tmp_path)
 
 
-def test_another_tokenizer_of_the_same_name_is_a_sentence(text):
+def test_another_tokenizer_at_the_same_path_is_a_user_error(text):
   tokenizer.train_tokenizer(sentences(0, 100), 300, text.model)
   with pytest.raises(UserError, match=r"started for other rows \(tokenizer was '\w{64}' and is '\w{64}'\)"):
     text.prepare("whole")
 
 
 @pytest.mark.parametrize(("stage", "file"), [("begun", "progress.json"), ("whole", "manifest.json")])
-def test_a_damaged_file_is_a_sentence(text, stage, file):
+def test_damaged_json_is_a_user_error(text, stage, file):
   path = text.folder / (begun(text) if stage == "begun" else stage) / file
   path.write_text(path.read_text().replace('"rows": ', '"rows": 1', 1))
   with pytest.raises(
@@ -426,7 +432,7 @@ def test_one_process_at_a_time_fills_a_folder(made):
   assert other.wait() == 0 and contents(made.folder / "busy") == contents(made.folder / "whole")
 
 
-FULL = """
+FULL_DISK = """
 for limit in LIMITS:
   where = folder.with_name(f"full-{limit}")
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
@@ -437,23 +443,23 @@ for limit in LIMITS:
 """
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_finishes(made):
-  """The limit is on the size of a file: none fits, all but the manifest do, and some of both."""
+def test_a_full_disk_is_a_user_error_and_the_same_command_finishes(made):
+  """Limits of the file size: no file fits, some files fit, all files but the manifest fit."""
   whole = contents(made.folder / "whole")
   last = len(whole["manifest.json"])
   limits = [100, (100 + last) // 2, last - 1]
-  said = made.process("full", FULL.replace("LIMITS", repr(limits))).communicate()[0].splitlines()
-  for limit, (error, finished) in zip(limits, zip(said[::2], said[1::2], strict=True), strict=True):
+  output = made.process("full", FULL_DISK.replace("LIMITS", repr(limits))).communicate()[0].splitlines()
+  for limit, (error, finished) in zip(limits, zip(output[::2], output[1::2], strict=True), strict=True):
     assert finished == "False" and "File too large; make room, and the same command continues where it stopped" in error
     assert error.startswith(f"error: {made.folder / f'full-{limit}'} must be a writable directory")
     assert contents(made.folder / f"full-{limit}") == whole
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(text):
+def test_an_unwritable_folder_is_a_user_error(text):
   (text.folder / "file").touch()
   for name in ("file", "file/folder"):
     with pytest.raises(UserError, match=r"must be a writable directory.*; make room, .* choose another"):
       text.prepare(name)
   drop = "folder.parent.mkdir(mode=0o500)\nos.geteuid() or os.seteuid(65534)\nprepare()"  # root may write anywhere
-  said = text.process("closed/folder", drop).communicate()[0]
-  assert "must be a writable directory" in said and "Permission denied" in said
+  output = text.process("closed/folder", drop).communicate()[0]
+  assert "must be a writable directory" in output and "Permission denied" in output

@@ -13,8 +13,8 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes, write_checksummed_json
 
 
-def folder_of(tmp_path, counts=(3, 3, 2), seq_len=4):
-  """A folder with shards of `counts` rows, all tokens different; returns its manifest and the tokens."""
+def write_folder(tmp_path, counts=(3, 3, 2), seq_len=4):
+  """Writes shards of `counts` sequences with distinct tokens; returns their manifest and the tokens."""
   array = np.arange(sum(counts) * seq_len, dtype=np.uint16).reshape(-1, seq_len)
   pieces = np.split(array, np.cumsum(counts)[:-1])
   (tmp_path / TOKENIZER).write_bytes(b"a model")
@@ -29,7 +29,7 @@ def folder_of(tmp_path, counts=(3, 3, 2), seq_len=4):
 
 @st.composite
 def split_rows(draw):
-  """Sequences in several shards, and the same as an array."""
+  """Sequences in several shards, and the same sequences as an array."""
   each, last, full = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(0, 4))
   counts = [each] * full + [min(last, each)]
   array = np.arange(sum(counts) * 3, dtype=np.uint16).reshape(-1, 3)
@@ -37,7 +37,7 @@ def split_rows(draw):
 
 
 @given(both=split_rows(), data=st.data())
-def test_rows_are_those_of_the_shards_one_after_another(both, data):
+def test_sequences_are_those_of_the_shards_in_order(both, data):
   found, array = both
   for _ in range(data.draw(st.integers(0, 2))):  # slices of slices
     part = slice(*(data.draw(st.none() | st.integers(-30, 30)) for _ in range(2)))
@@ -50,7 +50,7 @@ def test_rows_are_those_of_the_shards_one_after_another(both, data):
     np.testing.assert_array_equal(found[picks[0] if picks else -1], array[picks[0] if picks else -1])
 
 
-def test_rows_that_are_not_there_are_errors():
+def test_invalid_indices_raise_index_error():
   found = PackedSequences([np.zeros((3, 2)), np.zeros((2, 2))], 0, 5)
   for which in (5, -6, np.array([0, 5])):
     with pytest.raises(IndexError):
@@ -61,8 +61,8 @@ def test_rows_that_are_not_there_are_errors():
     found[::2]
 
 
-def test_rows_are_mapped_and_given_as_arrays_of_their_own(tmp_path):
-  manifest, array = folder_of(tmp_path)
+def test_shards_are_memory_mapped_and_indexing_returns_plain_arrays(tmp_path):
+  manifest, array = write_folder(tmp_path)
   found = shards.open_sequences(tmp_path, manifest["train"])
   assert all(isinstance(shard, np.memmap) for shard in found._shards)
   assert type(found[np.array([7, 0])]) is type(found[3]) is np.ndarray
@@ -72,7 +72,7 @@ def test_rows_are_mapped_and_given_as_arrays_of_their_own(tmp_path):
 # Files.
 
 
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+def test_write_bytes_is_atomic(tmp_path, monkeypatch):
   path = tmp_path / "file"
   write_bytes(path, b"old")
 
@@ -89,7 +89,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
   assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
-def test_json_comes_back(tmp_path):
+def test_checksummed_json_round_trips(tmp_path):
   contents = {"a": [1, 2.5, None], "b": {"é": "x"}}
   write_checksummed_json(tmp_path / "file", contents)
   assert read_checksummed_json(tmp_path / "file") == contents
@@ -98,7 +98,7 @@ def test_json_comes_back(tmp_path):
 
 @settings(deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
-def test_no_change_of_a_manifest_goes_unnoticed(tmp_path_factory, place, byte):
+def test_any_change_of_checksummed_json_is_detected(tmp_path_factory, place, byte):
   path = tmp_path_factory.getbasetemp() / "changed.json"
   contents = {"request": {"seq_len": 16}, "train": {"rows": 12345, "shards": [["a", 12345, "f" * 64]]}}
   write_checksummed_json(path, contents)
@@ -106,7 +106,7 @@ def test_no_change_of_a_manifest_goes_unnoticed(tmp_path_factory, place, byte):
   changed[int(place * len(changed))] = byte
   path.write_bytes(changed)
   try:
-    assert read_checksummed_json(path) == contents  # white space
+    assert read_checksummed_json(path) == contents  # the change is in white space
   except UserError as error:
     assert re.search(
       r"changed\.json is not the JSON that was written \(.*\); delete .*, and prepare it again", str(error)
@@ -116,35 +116,35 @@ def test_no_change_of_a_manifest_goes_unnoticed(tmp_path_factory, place, byte):
 @pytest.mark.parametrize(
   "contents", [b"", b"{", b"null", b"[]", b"{}", b"3", b"\xff\xfe", b'"sha256"', b'{"sha256": 1}']
 )
-def test_a_damaged_manifest_is_a_sentence(tmp_path, contents):
+def test_a_damaged_manifest_is_a_user_error(tmp_path, contents):
   (tmp_path / MANIFEST).write_bytes(contents)
   with pytest.raises(UserError, match=r"manifest\.json is not the JSON that was written"):
     shards.read_manifest(tmp_path)
 
 
-def test_a_manifest_that_cannot_be_read_is_a_sentence(tmp_path):
-  for folder in (tmp_path / ("a" * 300), tmp_path):  # no name for a file, and a directory in its place
+def test_an_unreadable_manifest_is_a_user_error(tmp_path):
+  for folder in (tmp_path / ("a" * 300), tmp_path):  # a file name that is too long; a directory in place of the file
     tmp_path.joinpath(MANIFEST).mkdir(exist_ok=True)
     with pytest.raises(UserError, match=r"manifest\.json must be a file that can be read; \[Errno"):
       shards.read_manifest(folder)
 
 
-# What was prepared.
+# Checksums.
 
 
-def test_what_was_prepared_is_verified(tmp_path):
-  manifest, _ = folder_of(tmp_path)
+def test_unchanged_files_pass_verification(tmp_path):
+  manifest, _ = write_folder(tmp_path)
   shards.verify_checksums(tmp_path, manifest, progress=False)
 
 
-def flipped(path):
+def flip_bit(path):
   contents = bytearray(path.read_bytes())
   contents[-1] ^= 1
   path.write_bytes(contents)
 
 
 CHANGES = {
-  "changed": flipped,
+  "changed": flip_bit,
   "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
   "missing": lambda path: path.unlink(),
 }
@@ -152,8 +152,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", ["train-00000.npy", "train-00002.npy", TOKENIZER])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_is_not_what_was_prepared_is_named(tmp_path, name, change):
-  manifest, _ = folder_of(tmp_path)
+def test_a_changed_truncated_or_missing_file_is_named(tmp_path, name, change):
+  manifest, _ = write_folder(tmp_path)
   CHANGES[change](tmp_path / name)
   found = "No such file or directory" if change == "missing" else "[0-9a-f]{64}"
   message = rf"{re.escape(name)} must have the SHA-256 [0-9a-f]{{64}}; found {found}; restore it, or prepare the data"
@@ -162,9 +162,9 @@ def test_a_file_that_is_not_what_was_prepared_is_named(tmp_path, name, change):
 
 
 @pytest.mark.parametrize("name", ["train-00000.npy", "train-00001.npy", "train-00002.npy", TOKENIZER])
-def test_processes_share_the_work_and_leave_no_file_out(tmp_path, name):
-  manifest, _ = folder_of(tmp_path)
-  flipped(tmp_path / name)
+def test_every_file_is_verified_by_exactly_one_process(tmp_path, name):
+  manifest, _ = write_folder(tmp_path)
+  flip_bit(tmp_path / name)
   found = []
   for process in range(3):
     try:
@@ -174,18 +174,18 @@ def test_processes_share_the_work_and_leave_no_file_out(tmp_path, name):
   assert len(found) == 1
 
 
-def test_the_shards_of_validation_are_verified_too(tmp_path):
-  manifest, _ = folder_of(tmp_path)
+def test_validation_shards_are_verified(tmp_path):
+  manifest, _ = write_folder(tmp_path)
   shard = shards.write_shard(tmp_path / "valid-00000.npy", np.zeros((2, 4), np.uint16))
   manifest["valid"] = {"rows": 2, "shards": [shard]}
   shards.verify_checksums(tmp_path, manifest, progress=False)
-  flipped(tmp_path / "valid-00000.npy")
+  flip_bit(tmp_path / "valid-00000.npy")
   with pytest.raises(UserError, match=r"valid-00000\.npy must have"):
     shards.verify_checksums(tmp_path, manifest, progress=False)
 
 
-def test_the_fingerprint_is_of_tokenizer_and_rows_and_of_nothing_else(tmp_path):
-  manifest, _ = folder_of(tmp_path)
+def test_the_fingerprint_depends_only_on_tokenizer_and_sequences(tmp_path):
+  manifest, _ = write_folder(tmp_path)
   other = json.loads(json.dumps(manifest))
   other["train"]["shards"][0][0], other["notes"] = "renamed.npy", "elsewhere"
   assert shards.fingerprint(other) == shards.fingerprint(manifest)
@@ -196,9 +196,9 @@ def test_the_fingerprint_is_of_tokenizer_and_rows_and_of_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("which", [0, 7, [2, 5], [6]])
-def test_a_shard_that_is_cut_under_its_reader_is_a_sentence(tmp_path, which):
-  """Not a bus error, which nothing can catch."""
-  manifest, _ = folder_of(tmp_path)
+def test_a_shard_truncated_while_open_is_a_user_error(tmp_path, which):
+  """Without the check, reading beyond the end of the file is a SIGBUS, which Python cannot handle."""
+  manifest, _ = write_folder(tmp_path)
   found = shards.open_sequences(tmp_path, manifest["train"])
   for name in ("train-00000.npy", "train-00001.npy", "train-00002.npy"):
     os.truncate(tmp_path / name, os.path.getsize(tmp_path / name) - 1)
@@ -206,8 +206,8 @@ def test_a_shard_that_is_cut_under_its_reader_is_a_sentence(tmp_path, which):
     found[np.array(which)]
 
 
-def test_a_shard_that_is_removed_under_its_reader_is_read_to_the_end(tmp_path):
-  manifest, array = folder_of(tmp_path)
+def test_a_shard_removed_while_open_stays_readable(tmp_path):
+  manifest, array = write_folder(tmp_path)
   found = shards.open_sequences(tmp_path, manifest["train"])
   for path in tmp_path.glob("*.npy"):
     path.unlink()

@@ -21,19 +21,19 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def own(path):
+def trained(path):
   return tokenizer.load_tokenizer(path)
 
 
 @pytest.fixture(scope="module")
 def t5():
   if not T5.exists():
-    pytest.skip("T5's SentencePiece model is not there; the sibling tests train their own")
+    pytest.skip("the SentencePiece model of T5 is not available")
   return tokenizer.load_tokenizer(T5)
 
 
-def save(path, **options):
-  """A SentencePiece model made without this package."""
+def write_foreign_model(path, **options):
+  """Trains a SentencePiece model without `tokenizer.train_tokenizer`."""
   model = io.BytesIO()
   settings = {"vocab_size": 40, "hard_vocab_limit": False, "model_type": "bpe", "minloglevel": 2} | options
   sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(DOCUMENTS), model_writer=model, **settings)
@@ -44,8 +44,8 @@ def save(path, **options):
 # Training.
 
 
-def test_special_pieces_are_t5s(own):
-  assert (own.pad_id(), own.eos_id(), own.unk_id(), own.bos_id()) == (0, 1, 2, -1)
+def test_special_pieces_have_the_ids_of_t5(trained):
+  assert (trained.pad_id(), trained.eos_id(), trained.unk_id(), trained.bos_id()) == (0, 1, 2, -1)
 
 
 def test_special_pieces_of_t5(t5):
@@ -54,29 +54,29 @@ def test_special_pieces_of_t5(t5):
 
 
 @given(st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
-def test_nothing_is_lost(own, text):
-  assert own.decode(own.encode(text)) == text
+def test_decoding_inverts_encoding(trained, text):
+  assert trained.decode(trained.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", [" a  b ", "\n\n\ta\r\n", "é漢😀", "</s><unk><0x41>", ""])
-def test_nothing_is_lost_of(own, text):
-  assert own.decode(own.encode(text)) == text
-  assert own.unk_id() not in own.encode(text) and own.eos_id() not in own.encode(text)
+def test_unusual_text_is_encoded_without_loss_or_special_pieces(trained, text):
+  assert trained.decode(trained.encode(text)) == text
+  assert trained.unk_id() not in trained.encode(text) and trained.eos_id() not in trained.encode(text)
 
 
-def test_it_learns_from_the_text(own):
-  assert len(own.encode("the tide")) < len(own.encode("eht edit"))
-  assert 300 < own.get_piece_size() <= 320
+def test_frequent_text_has_fewer_pieces(trained):
+  assert len(trained.encode("the tide")) < len(trained.encode("eht edit"))
+  assert 300 < trained.get_piece_size() <= 320
 
 
-def test_the_same_text_gives_the_same_file(path, tmp_path):
+def test_training_is_deterministic(path, tmp_path):
   tokenizer.train_tokenizer(iter(DOCUMENTS), 320, tmp_path / "again")
   tokenizer.train_tokenizer(DOCUMENTS + ["Rocks, rocks, rocks."] * 9, 320, tmp_path / "other")
   assert path.read_bytes() == (tmp_path / "again").read_bytes() != (tmp_path / "other").read_bytes()
   assert sorted(file.name for file in tmp_path.iterdir()) == ["again", "other"]
 
 
-def test_long_lines_are_learnt_from(tmp_path):
+def test_long_lines_are_used_for_training(tmp_path):
   tokenizer.train_tokenizer(["zebra " * 5000], 300, tmp_path / "model")
   assert len(tokenizer.load_tokenizer(tmp_path / "model").encode(" zebra")) == 1
 
@@ -89,7 +89,7 @@ def test_training_reads_no_more_than_its_sample(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("documents", "vocab_size"), [(DOCUMENTS, 256), ([], 320), (["", "\n"], 320)])
-def test_what_cannot_be_trained_is_a_sentence(tmp_path, documents, vocab_size):
+def test_too_little_text_or_too_small_a_vocabulary_is_a_user_error(tmp_path, documents, vocab_size):
   message = rf"could not train a tokenizer of {vocab_size} pieces .*: use more text, a larger vocabulary"
   with pytest.raises(UserError, match=message):
     tokenizer.train_tokenizer(documents, vocab_size, tmp_path / "model")
@@ -99,11 +99,11 @@ def test_what_cannot_be_trained_is_a_sentence(tmp_path, documents, vocab_size):
 # Loading.
 
 
-def test_a_file_that_is_no_model_is_a_sentence(tmp_path):
+def test_a_missing_or_invalid_model_file_is_a_user_error(tmp_path):
   with pytest.raises(UserError, match=r"the tokenizer '.*none' must be .* there is no such file; pass an"):
     tokenizer.load_tokenizer(tmp_path / "none")
   with pytest.raises(UserError, match="there is no such file"):
-    tokenizer.load_tokenizer("a" * 300)  # the system refuses to look
+    tokenizer.load_tokenizer("a" * 300)  # too long for a file name
   (tmp_path / "text").write_text("The tide rises.")
   (tmp_path / "empty").touch()
   for name in ("text", "empty"):
@@ -111,14 +111,14 @@ def test_a_file_that_is_no_model_is_a_sentence(tmp_path):
       tokenizer.load_tokenizer(tmp_path / name)
 
 
-def test_a_model_without_eos_is_a_sentence(tmp_path):
+def test_a_model_without_eos_is_a_user_error(tmp_path):
   with pytest.raises(UserError, match=r"must have an end-of-sentence piece, to mark the end of a document; train it"):
-    tokenizer.load_tokenizer(save(tmp_path / "model", eos_id=-1))
-  assert tokenizer.load_tokenizer(save(tmp_path / "model")).eos_id() == 2
+    tokenizer.load_tokenizer(write_foreign_model(tmp_path / "model", eos_id=-1))
+  assert tokenizer.load_tokenizer(write_foreign_model(tmp_path / "model")).eos_id() == 2
 
 
-def test_a_model_larger_than_the_vocabulary_is_a_sentence(path, own):
-  pieces = own.get_piece_size()
+def test_a_model_larger_than_the_vocabulary_is_a_user_error(path, trained):
+  pieces = trained.get_piece_size()
   tokenizer.check_vocabulary(path, pieces)
   with pytest.raises(UserError, match=rf"vocabulary \(={pieces - 1}\); it has {pieces} pieces; pass --config\.model"):
     tokenizer.check_vocabulary(path, pieces - 1)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pytest
 import small_model
 from paths import ROOT
-from tiny import flags_of, tiny_config
+from tiny import ONE_DEVICE_QUICK, flags_of, tiny_config
 
 from switchlora_jax.methods import METHODS
 from switchlora_jax.parallel.sharding import Placement
@@ -141,7 +141,7 @@ def run(tmp_path_factory) -> Path:
   config = tiny_config(folder, data__path="", steps=6, eval_every=6, checkpoint_every=6)
   options = "method=lion lion.b1=0.95 model.mlp=squared_relu data.source=countdown data.epochs=100".split()
   flags = [*flags_of(config), *(f"--config.{option}" for option in options), f"--workdir={folder / 'run'}"]
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(copy)}
+  environment = os.environ | ONE_DEVICE_QUICK | {"PYTHONPATH": str(copy)}
   command = [sys.executable, "-m", "experiments.pretrain", "--config=configs/llama_tiny.py", *flags]
   done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr

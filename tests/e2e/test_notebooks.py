@@ -2,24 +2,13 @@
 
 import nbformat
 import pytest
+from grids import tiny_base
 from nbclient import NotebookClient
 from paths import ROOT
-from tiny import ONE_DEVICE, write_text
+from tiny import ONE_DEVICE_QUICK
 
 FOLDER = ROOT / "experiments" / "notebooks"
-SMALL = {
-  "batch_size": 8,
-  "seq_len": 16,
-  "rank": 4,
-  "warmup_steps": 2,
-  "eval_tokens": 256,
-  "model.vocab_size": 320,
-  "model.hidden_size": 32,
-  "model.intermediate_size": 48,
-  "model.num_layers": 2,
-  "model.num_heads": 2,
-  "data.source": "text",
-}
+STEPS = 12
 
 
 def load(name):
@@ -33,12 +22,12 @@ def outputs(notebook):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own packages
 @pytest.mark.parametrize("name", ["quickstart", "ablations"])
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
-  for key, value in ONE_DEVICE.items():
+  for key, value in ONE_DEVICE_QUICK.items():
     monkeypatch.setenv(key, value)
   notebook = load(name)
   (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-  changes = SMALL | {"data.path": write_text(tmp_path), "data.cache_dir": str(tmp_path / "cache")}
-  parameters.source = f"STUDY = 'order'\nSTEPS = 8\nCHANGES = {changes!r}\nWORKDIR = {str(tmp_path / 'run')!r}"
+  changes = tiny_base(tmp_path, steps=STEPS).overrides  # of a program that other tests compile as well
+  parameters.source = f"STUDY = 'order'\nSTEPS = {STEPS}\nCHANGES = {changes!r}\nWORKDIR = {str(tmp_path / 'run')!r}"
   NotebookClient(notebook, timeout=900, resources={"metadata": {"path": FOLDER}}).execute()
   pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
   assert len(pictures) == 2

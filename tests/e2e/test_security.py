@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from paths import ROOT
-from tiny import flags_of, tiny_config
+from tiny import ONE_DEVICE_QUICK, flags_of, tiny_config
 
 MODULES = [path for folder in ("switchlora_jax", "experiments", "configs") for path in (ROOT / folder).rglob("*.py")]
 PINS = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
@@ -95,10 +95,10 @@ def audited(tmp_path_factory):
   folder = tmp_path_factory.mktemp("audited")
   for name in ("elsewhere", "home", "tmp", "given"):
     (folder / name).mkdir()
-  config = tiny_config(folder / "given", data__cache_dir=str(folder / "cache"), steps=4, batch_size=8)
+  config = tiny_config(folder / "given", data__cache_dir=str(folder / "cache"))
   places = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
   kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "HF_", "MPL"))}
-  environment = kept | places | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+  environment = kept | places | ONE_DEVICE_QUICK | {"PYTHONDONTWRITEBYTECODE": "1"}
   command = [sys.executable, "-c", AUDITED, str(folder / "seen.json"), *flags_of(config), f"--workdir={folder / 'run'}"]
   done = subprocess.run(command, cwd=folder / "elsewhere", env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -106,14 +106,18 @@ def audited(tmp_path_factory):
 
 
 def test_a_run_writes_in_its_own_directories(audited):
-  """Its --workdir, the cache of the config, temporary files that it removes, and the cache of matplotlib."""
+  """Its --workdir, the cache of the config, temporary files that it removes, and the cache of matplotlib.
+
+  And the cache of compiled programs, which the environment of the run names.
+  """
   folder, seen = audited
   own = tuple(
     str(folder / name) for name in ("run", "cache", "tmp", "home/.cache/matplotlib", "home/.config/matplotlib")
   )
   parents = {str(folder / "home" / name) for name in (".cache", ".config")}
   assert any(path.startswith(own[0]) for path in seen["wrote"]), "the hook recorded nothing"
-  strange = [path for path in seen["wrote"] if not path.startswith((*own, "/dev/", "/proc/")) and path not in parents]
+  named = (ONE_DEVICE_QUICK["JAX_COMPILATION_CACHE_DIR"], "/dev/", "/proc/")
+  strange = [path for path in seen["wrote"] if not path.startswith((*own, *named)) and path not in parents]
   assert strange == [str(folder / "seen.json")]
 
 

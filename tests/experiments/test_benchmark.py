@@ -18,10 +18,10 @@ SMALL = [
 METHODS = ["full", "lora", "switchlora", "relora", "galore"]
 
 
-def rows_of(folder, *flags):
-  """(what was printed, {program: row} by its name)."""
+def rows_of(folder, *flags, **how):
+  """(what was printed, {program: row} by its name); `how` as for `command`."""
   out = folder / "out.json"
-  done = command("benchmark", *SMALL, *flags, f"--json={out}")
+  done = command("benchmark", *SMALL, *flags, f"--json={out}", **how)
   assert done.returncode == 0, done.stderr
   return done.stdout, {row["program"]: row for row in json.loads(out.read_text())}
 
@@ -29,7 +29,7 @@ def rows_of(folder, *flags):
 @pytest.mark.slow
 def test_times_and_operations_of_each_program(tmp_path):
   names = ["switchlora", "galore", "two products", "galore refreshing"]  # each costs seconds to compile
-  printed, rows = rows_of(tmp_path, "--repeats=1", f"--methods={','.join(names)}")
+  printed, rows = rows_of(tmp_path, "--repeats=1", f"--methods={','.join(names)}", user_flags=True)
   alone = ["switching alone, first steps", "switching alone, last steps"]
   assert list(rows) == ["full", *names, *alone]
   assert rows["full"]["time_ratio"] == rows["full"]["operations_ratio"] == 1

@@ -55,7 +55,7 @@ def story(tmp_path_factory):
     os.killpg(process.pid, signal.SIGKILL)
   time.sleep(0.5)  # the runs go, too
   before = ages(workdir, finished(workdir))
-  again = command("compare", *flags, "--learning_rates=lora:1e-2,2e-2")
+  again = command("compare", *flags, "--learning_rates=lora:1e-2,2e-2", user_flags=True)
   after = ages(workdir, before)
   first_table, all_ages = (workdir / "table.md").read_text(), ages(workdir, finished(workdir))
   first_results = json.loads((workdir / "results.json").read_text())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small_model
 from paths import ROOT
-from tiny import flags_of, tiny_config
+from tiny import QUICK, flags_of, tiny_config
 
 from experiments.common import distributed
 from experiments.common.distributed import FIRST_PORT, Placement, from_flags, from_slurm
@@ -28,13 +28,20 @@ from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, trainer
 from switchlora_jax.training.phases import build_phase
 
+pytestmark = pytest.mark.two_linear_layers
+
 COUNT, DEVICES = 2, 4
 
 # The command, which records the packed rows that it reads and the files that it writes: `python -c … FILE --flags`.
+# Its model, too, has two linear layers per block.
 WATCHED = """
 import atexit, json, runpy, sys
 import numpy as np
+sys.path.append("tests/helpers")
+from small_model import TwoLinearBlock
 from switchlora_jax.data.shards import PackedSequences
+from switchlora_jax.models.llama import LLaMA
+LLaMA.block_class = TwoLinearBlock
 file, seen, wrote, read = sys.argv.pop(1), [], [], PackedSequences.__getitem__
 def watched(self, key):
   if isinstance(key, np.ndarray):
@@ -173,7 +180,7 @@ def free_port():
 def start(folder, flags, *, by_slurm=False, first=(), second=()):
   """Return [(exit code, stdout, stderr)] of two processes of one run, with flags `first` and `second` of their own."""
   port, running = free_port(), []
-  shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
+  shared = os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   for process, own in enumerate((first, second)):
     place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={COUNT}", f"--process_id={process}"]
@@ -199,7 +206,7 @@ def runs(tmp_path_factory):
   The last one finds a damaged checkpoint of step 8, and its arrays are split over all 8 devices.
   """
   folder = tmp_path_factory.mktemp("runs")
-  raw, eight, one = tiny_config(folder), folder / "eight", folder / "one"
+  raw, eight, one = tiny_config(folder, switch__decay_to=0.9), folder / "eight", folder / "one"
   config, flags = resolve(raw, devices=8), flags_of(raw)
   trainer.train(config, eight)
   with pytest.MonkeyPatch.context() as patch:

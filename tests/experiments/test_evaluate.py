@@ -119,7 +119,7 @@ def test_results_are_bitwise_those_of_the_log(trained, tmp_path, name):
 def test_results_are_bitwise_equal_on_another_number_of_devices(trained, tmp_path):
   """The run was trained on 8; a process of its own has one."""
   run, out = trained("switchlora"), tmp_path / "out.json"
-  done = command("evaluate", f"--run={run}", f"--json={out}")
+  done = command("evaluate", f"--run={run}", f"--json={out}", user_flags=True)
   assert done.returncode == 0, done.stderr
   found, log = json.loads(out.read_text()), logged(run)[8]
   assert {key: found[key] for key in NUMBERS} == {key: log[key] for key in NUMBERS}

@@ -89,7 +89,7 @@ def test_what_stands_before_every_text_is_read_by_the_model_and_not_shown(run, c
 
 def test_a_process_writes_the_text_and_the_origin_of_the_model(run, capsys):
   options = ("--prompt=a low é", "--max_new_tokens=9", "--top_k=5", "--top_p=0.9", "--seed=3")
-  done = command("generate", f"--run={run}", *options)
+  done = command("generate", f"--run={run}", *options, user_flags=True)
   assert done.returncode == 0, done.stderr
   assert done.stdout == said(capsys, f"--run={run}", *options) and done.stdout.startswith("a low é")
   assert f"{run}, switchlora, step 0 of 12:" in done.stderr

@@ -36,7 +36,7 @@ def test_prepare_then_train_on_it(text):
   assert done.returncode == 0, done.stderr
   assert f"train on it: --config.data.source=prepared --config.data.path={text}/out --config.seq_len=16" in done.stdout
   assert "train: 300 documents" in done.stdout and "valid: 40 documents" in done.stdout
-  config = tiny_config(text, data__source="prepared", data__path=f"{text}/out", steps=2, warmup_steps=1)
+  config = tiny_config(text, data__source="prepared", data__path=f"{text}/out")
   (text / "train" / "a.jsonl").unlink()  # what was prepared does not need the text
   trained = command("pretrain", *flags_of(config), f"--workdir={text}/run")
   assert trained.returncode == 0, trained.stderr

@@ -1,31 +1,31 @@
 """The command itself, as a user meets it: real processes."""
 
-import os
+import functools
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
-from grids import imported
+from forks import forks
+from grids import command, imported
+from hurt_runs import small
 from paths import ROOT
-from tiny import ONE_DEVICE, write_text
+from tiny import flags_of
 
 from configs import llama_tiny
 from switchlora_jax.config import resolve
 
-TINY = [f"--config.model.{key}" for key in ("hidden_size=16", "num_heads=2", "num_layers=2", "intermediate_size=24")]
+
+@pytest.fixture(scope="module")
+def pretrain():
+  """flag, … -> what the command left; JAX is imported once for all processes."""
+  with forks(ROOT) as run:
+    yield functools.partial(run, "pretrain")
 
 
-def pretrain(*flags, config="configs/llama_tiny.py"):
-  command = [sys.executable, "-m", "experiments.pretrain", f"--config={config}", *flags]
-  return subprocess.run(command, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
-
-
-def test_dry_run_prints_what_scripts_read_and_writes_nothing(tmp_path):
+def test_dry_run_prints_what_scripts_read_and_writes_nothing(pretrain, tmp_path):
   workdir = tmp_path / "run"
-  done = pretrain("--config.rank=512", "--dry_run", f"--workdir={workdir}", config="configs/llama_1b.py")
-  assert done.returncode == 0, done.stderr
+  done = pretrain("--config=configs/llama_1b.py", "--config.rank=512", "--dry_run", f"--workdir={workdir}")
+  assert done.code == 0, done.stderr
   assert "\ntrainable parameters: 609.7M (609,720,320)\n" in done.stdout
   assert "\nfrozen parameters: 1207.9M (1,207,910,400)\n" in done.stdout
   assert "\nlearning_rate: 0.02\n" in done.stdout
@@ -40,11 +40,9 @@ def test_dry_run_prints_what_scripts_read_and_writes_nothing(tmp_path):
 
 
 def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
-  flags = [*TINY, "--config.rank=4", "--config.seq_len=16", "--config.batch_size=8", "--config.model.vocab_size=320"]
-  flags += ["--config.steps=4", "--config.warmup_steps=1", "--config.data.source=text"]
-  flags += [f"--config.data.path={write_text(tmp_path)}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
+  """With the flags of users; its program is that of tests/faults."""
   workdir = tmp_path / "run"
-  done = pretrain(*flags, f"--workdir={workdir}")
+  done = command("pretrain", *flags_of(small(tmp_path)), f"--workdir={workdir}", user_flags=True)
   assert done.returncode == 0, done.stderr
   for pattern in (
     r"data: text, fingerprint [0-9a-f]{16}",
@@ -53,10 +51,10 @@ def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
     r"sample: '.*' → '",
     rf"loss curve: {workdir}/loss.png",
     rf"saved in: {workdir}",
-    r"continue for twice as long: \S*python\S* -m experiments.pretrain .*--config.steps=8",
+    r"continue for twice as long: \S*python\S* -m experiments.pretrain .*--config.steps=80",
   ):
     assert re.search(pattern, done.stdout), pattern
-  assert "step 4: validation perplexity" in done.stdout
+  assert "step 40: validation perplexity" in done.stdout
   assert {"loss.png", "checkpoints", "config.json", "metrics.jsonl"} <= {path.name for path in workdir.iterdir()}
 
 
@@ -77,25 +75,25 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence(tmp_path, name):
+def test_a_mistake_is_one_sentence(pretrain, tmp_path, name):
   flags, pattern = MISTAKES[name]
   done = pretrain(*(flag.format(tmp=tmp_path) for flag in flags))
-  assert done.returncode == 2
+  assert done.code == 2
   assert re.search(pattern, done.stderr), done.stderr
   assert "Traceback" not in done.stderr
   assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_config_file_that_is_not_there_is_one_sentence():
-  done = pretrain("--dry_run", config="configs/llama_3m.py")
+  done = command("pretrain", "--config=configs/llama_3m.py", "--dry_run")
   assert done.returncode == 2 and "llama_3m" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_default_is_compared_with_other_methods_at_its_budget():
   config = llama_tiny.get_config()
-  with imported("pretrain") as command:
-    line = command.comparison(resolve(config, jax.device_count()))
+  with imported("pretrain") as module:
+    line = module.comparison(resolve(config, jax.device_count()))
     config.steps = 2000
-    assert command.comparison(resolve(config, jax.device_count())) is None
+    assert module.comparison(resolve(config, jax.device_count())) is None
   for method, (perplexity, bits) in llama_tiny.REFERENCE.items():
     assert f"{method} {perplexity:.2f} ({bits:.3f} bits per byte)" in line

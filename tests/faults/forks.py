@@ -1,7 +1,7 @@
-"""Commands by the hundred: JAX is imported once, and each command runs in a fork of that process.
+"""Runs hundreds of commands: JAX is imported once, and each command runs in a fork of that process.
 
-`python tests/faults/forks.py` reads a JSON list a line, [command, argument, …], and answers each with a line,
-[exit code, stdout, stderr]. No device is touched before the fork.
+`python tests/faults/forks.py` reads one JSON list per line, [command, argument, …], and answers each with one line,
+[exit code, stdout, stderr]. No device is used before the fork.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180  # seconds that one command may take
 
 
-class Ended(NamedTuple):
-  """What a command left."""
+class CommandResult(NamedTuple):
+  """Exit code and output of a command."""
 
   code: int
   stdout: str
@@ -32,22 +32,22 @@ class Ended(NamedTuple):
 
 
 @contextlib.contextmanager
-def forks(folder: Path) -> Iterator[Callable[..., Ended]]:
-  """(name in experiments/, argument, …) -> what that command left, run in `folder`."""
+def forks(folder: Path) -> Iterator[Callable[..., CommandResult]]:
+  """Yields a function (name in experiments/, argument, …) -> result of that command, run in `folder`."""
   shared = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
   with subprocess.Popen([sys.executable, __file__], env=shared, cwd=folder, **pipes) as server:
 
-    def run(*command: str) -> Ended:
+    def run(*command: str) -> CommandResult:
       print(json.dumps(command), file=server.stdin, flush=True)
-      return Ended(*json.loads(server.stdout.readline()))
+      return CommandResult(*json.loads(server.stdout.readline()))
 
     yield run
     server.stdin.close()
 
 
 def serve():
-  """Import what all commands share, then fork for each line of stdin."""
+  """Imports the modules of all commands, then forks for each line of stdin."""
   for package in ("switchlora_jax", "experiments.common", "experiments.paper"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
       importlib.import_module(module.name)
@@ -55,19 +55,19 @@ def serve():
     print(json.dumps(fork(json.loads(line))), flush=True)
 
 
-def fork(command: list[str]) -> Ended:
-  """Run one command in a child."""
+def fork(command: list[str]) -> CommandResult:
+  """Runs one command in a child process."""
   kind = dict(mode="w+", errors="backslashreplace")
   with tempfile.TemporaryFile(**kind) as stdout, tempfile.TemporaryFile(**kind) as stderr:
     if not (child := os.fork()):
-      become(command, stdout, stderr)
+      run_in_child(command, stdout, stderr)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     texts = [(file.seek(0), file.read())[1] for file in (stdout, stderr)]
-  return Ended(code, *texts)
+  return CommandResult(code, *texts)
 
 
-def become(command: list[str], stdout, stderr):
-  """The child: the command, as `python -m` would run it; does not return."""
+def run_in_child(command: list[str], stdout, stderr):
+  """Runs the command as `python -m` does, then ends the process. Does not return."""
   for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
     os.dup2(file, number)
   signal.alarm(PATIENCE)

@@ -1,9 +1,9 @@
-"""Breaks each guard of `guards.toml`, one at a time in a copy of the code, and sees the test of its fault fail.
+"""Breaks each guard of `guards.toml`, one at a time in a copy of the code, and verifies that its test fails.
 
-python tests/faults/guards.py            # all: half an hour on 2 cores
-python tests/faults/guards.py 7 12       # those of some cases of docs/faults.md
+python tests/faults/guards.py            # all guards: half an hour on 2 cores
+python tests/faults/guards.py 7 12       # the guards of some cases of docs/faults.md
 
-A test that passes where its guard is broken finds nothing: it is named, and the exit code is 1.
+A test that passes although its guard is broken is printed as NOT DETECTED, and the exit code is 1.
 """
 
 import os
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = "120"  # seconds after which a run that a broken guard lets hang has failed
+PATIENCE = "120"  # seconds after which a run that hangs without its guard has failed
 
 
 class Guard(NamedTuple):
-  """A line of code that keeps a promise, what takes its place to break it, and the test that must see it."""
+  """A line of code behind a guarantee, its broken replacement, and the test that must fail with the replacement."""
 
   case: int
   file: str
@@ -32,19 +32,19 @@ class Guard(NamedTuple):
 
 
 def guards() -> list[Guard]:
-  """Those of `guards.toml`."""
+  """Reads `guards.toml`."""
   return [Guard(**guard) for guard in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["guard"]]
 
 
 def broken(guard: Guard, code: str) -> str:
-  """The code of its file without the guard."""
+  """Returns the code of a file with the guard replaced."""
   if (count := code.count(guard.line)) != 1:
     raise ValueError(f"{guard.file} must have this once, and has it {count} times: {guard.line}")
   return code.replace(guard.line, guard.broken)
 
 
-def copy(folder: Path):
-  """The files of the repository as they are now, those that git ignores left out."""
+def copy_repository(folder: Path):
+  """Copies the current files of the repository, except those that git ignores."""
   listed = subprocess.run(
     ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
   )
@@ -54,33 +54,36 @@ def copy(folder: Path):
       shutil.copy2(ROOT / name, folder / name)
 
 
-def seen(guard: Guard, folder: Path) -> str | None:
-  """How the test fails in a copy in which the guard is broken, in a line; None where it does not."""
+def failure_without(guard: Guard, folder: Path) -> str | None:
+  """Returns one line on how the test fails in a copy with a broken guard, or None if it passes."""
   path = folder / guard.file
   whole = path.read_text()
   path.write_text(broken(guard, whole))
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--faults", guard.test]
   environment = os.environ | {"FAULTS_PATIENCE": PATIENCE, "COLUMNS": "200"}
   try:
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment).stdout
+    output = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment).stdout
   finally:
     path.write_text(whole)
-  failed = re.search(r"^FAILED \S+ - (.*)$", said, re.M)  # not ERROR: a fixture that fails has seen nothing
+  failed = re.search(r"^FAILED \S+ - (.*)$", output, re.M)  # not ERROR: a failed fixture detects nothing
   return failed and failed[1]
 
 
 def main(cases: set[int]) -> int:
-  """Break the guards of these cases, or all; returns how many nobody missed."""
+  """Breaks the guards of `cases`, or all guards if it is empty; returns the number of undetected ones."""
   missed = 0
   with tempfile.TemporaryDirectory() as folder:
-    copy(Path(folder))
+    copy_repository(Path(folder))
     for guard in guards():
       if not cases or guard.case in cases:
         began = time.monotonic()
-        how = seen(guard, Path(folder))
-        missed += how is None
+        failure = failure_without(guard, Path(folder))
+        missed += failure is None
         print(f"case {guard.case}: {guard.file}: {' '.join(guard.line.split())}")
-        print(f"  {f'seen: {how}' if how else 'NOT SEEN'}; {guard.test}, {time.monotonic() - began:.0f} s", flush=True)
+        print(
+          f"  {f'detected: {failure}' if failure else 'NOT DETECTED'}; {guard.test}, {time.monotonic() - began:.0f} s",
+          flush=True,
+        )
   return missed
 
 

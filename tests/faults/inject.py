@@ -1,7 +1,7 @@
 """Runs the training command with a fault in it: `python tests/faults/inject.py MODULE:FUNCTION[=ARGUMENT] --flags`.
 
-The function is defined in the test module that needs it. It is called first, with the argument as a string if there is
-one, and patches the code that is to fail. Then the command runs as usual.
+The function is defined in a test module. It is called first, with the argument as a string if there is one, and patches
+the code that should fail. Then the command runs as usual.
 """
 
 import importlib
@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(fault: str):
-  """Prepare the fault, then become the command."""
+  """Calls the function of the fault, then runs the command."""
   sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "helpers"), str(HERE)]
   name, _, argument = fault.partition("=")
   module, _, function = name.partition(":")

@@ -1,44 +1,44 @@
-"""Clocks that jump: they affect file names, logs and speeds, but no result of a run."""
+"""Clocks that jump affect file names, logs and speeds, but no result of a run."""
 
 import itertools
 import time
 
-from hurt_runs import assert_same_end, finish, small, start
+from fault_runs import assert_same_end, finish, small_config, start
 
 DAY = 86_400
 
 
-def jump():
-  """The wall clock jumps back by a day at every 50th reading, and once, at the 120th, ahead by a quarter of an hour.
+def jumping_clocks():
+  """The wall clock jumps back by a day at every 50th reading, and ahead by 15 minutes at the 120th.
 
-  (More than 20 minutes ahead within one save would end that save: orbax measures its timeout by this clock.)
-  The monotonic clock stands still between most readings, as a coarse one does; it never goes back.
+  A jump of more than 20 minutes ahead during a save would end it, since orbax measures its timeout by this clock.
+  The monotonic clock advances only at every 8th reading, like a coarse clock.
   """
-  walls, monos = itertools.count(), itertools.count()
+  wall_reads, monotonic_reads = itertools.count(), itertools.count()
   real, nanoseconds, monotonic = time.time, time.time_ns, time.monotonic
-  away, stands = [0], [monotonic()]
+  offset, coarse_time = [0], [monotonic()]
 
   def wall():
-    look = next(walls)
-    away[0] += 900 * (look == 120) - DAY * (look % 50 == 49)
-    return away[0]
+    read = next(wall_reads)
+    offset[0] += 900 * (read == 120) - DAY * (read % 50 == 49)
+    return offset[0]
 
   def coarse():
-    if next(monos) % 8 == 0:
-      stands[0] = monotonic()
-    return stands[0]
+    if next(monotonic_reads) % 8 == 0:
+      coarse_time[0] = monotonic()
+    return coarse_time[0]
 
   time.time = lambda: real() + wall()
   time.time_ns = lambda: nanoseconds() + wall() * 10**9
   time.monotonic = coarse
 
 
-def test_clocks_that_jump(whole, tmp_path):
-  """Case 16. The run ends as the uninterrupted one, in two parts, with a jump between them too."""
-  folder, uninterrupted = whole
-  run = start(small(folder), tmp_path / "run", fault="test_clocks:jump")
-  run.until(23)
+def test_jumping_clocks_change_no_result(uninterrupted_run, tmp_path):
+  """Case 16. The run is killed and relaunched; its result is that of the uninterrupted run."""
+  folder, uninterrupted = uninterrupted_run
+  run = start(small_config(folder), tmp_path / "run", fault="test_clocks:jumping_clocks")
+  run.wait_for_step(23)
   run.kill()
-  run = finish(small(folder), tmp_path / "run", fault="test_clocks:jump")
-  assert "Traceback" not in run.said()
+  run = finish(small_config(folder), tmp_path / "run", fault="test_clocks:jumping_clocks")
+  assert "Traceback" not in run.output()
   assert_same_end(tmp_path / "run", uninterrupted)

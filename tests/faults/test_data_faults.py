@@ -1,4 +1,4 @@
-"""Training data that become unreadable, or are changed."""
+"""Training data that become unreadable or change."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import time
 
 import datasets
 import pytest
-from hurt_runs import assert_same_end, finish, finish_pair, saved_steps, small, start, start_pair
+from fault_runs import assert_same_end, finish, finish_pair, saved_steps, small_config, start, start_pair
 from tiny import sentences, write_lines
 
 from experiments.common.distributed import FAREWELL
@@ -21,34 +21,34 @@ from switchlora_jax.runs.checkpoint import Checkpoints
 
 
 @pytest.mark.parametrize("left", [0.5, 0], ids=["cut", "emptied"])
-def test_a_shard_that_is_cut_under_the_run(whole, tmp_path, left):
-  """Case 15. One sentence names the file; with the rows as they were, the relaunch ends as the uninterrupted run.
+def test_a_shard_truncated_during_the_run_ends_it(uninterrupted_run, tmp_path, left):
+  """Case 15. The error names the file. A run does not start from a changed shard; from the original one it continues.
 
-  With others it does not begin. (A removed file stays open, and its run goes on: tests/data/test_shards.py.)
+  A removed file stays open, and the run continues: see tests/data/test_shards.py.
   """
-  folder, uninterrupted = whole
-  config, workdir = small(folder, data__cache_dir=str(tmp_path / "cache")), tmp_path / "run"
+  folder, uninterrupted = uninterrupted_run
+  config, workdir = small_config(folder, data__cache_dir=str(tmp_path / "cache")), tmp_path / "run"
   run = start(config, workdir)
-  run.until(12)
+  run.wait_for_step(12)
   (shard,) = (tmp_path / "cache").glob("text-*/train-*.npy")
   rows = shard.read_bytes()
   os.truncate(shard, int(left * len(rows)))
-  assert run.end() == 2
-  assert_sentence(run, f"{shard} must have {len(rows):,} bytes; it was cut to")
+  assert run.exit_code() == 2
+  assert_one_error(run, f"{shard} must have {len(rows):,} bytes; it was cut to")
 
   for others in (b"", rows[:-1] + bytes([rows[-1] ^ 1])):
     shard.write_bytes(others)
     run = start(config, workdir)
-    assert run.end() == 2
-    assert_sentence(run, f"{shard} must have the SHA-256")
+    assert run.exit_code() == 2
+    assert_one_error(run, f"{shard} must have the SHA-256")
 
   shard.write_bytes(rows)
   finish(config, workdir)
   assert_same_end(workdir, uninterrupted)
 
 
-def block(step: str):
-  """The reader never comes back with the batch of a step."""
+def block_reader(step: str):
+  """The reader never returns the batch of a step."""
   read, batches = PackedSequences.__getitem__, []
 
   def reading(self, which):
@@ -60,12 +60,12 @@ def block(step: str):
   PackedSequences.__getitem__ = reading
 
 
-def fail(step: str):
-  """The reader raises what a network drive does, once it is to read the batch of a step."""
+def fail_reader(step: str):
+  """The reader raises the error of a network drive at the batch of a step."""
   read, batches = PackedSequences.__getitem__, []
 
   def reading(self, which):
-    batches.extend([which] if getattr(which, "shape", None) == (4,) else [])  # a process reads its half
+    batches.extend([which] if getattr(which, "shape", None) == (4,) else [])  # each process reads half a batch
     if len(batches) > int(step):
       raise OSError(errno.EIO, os.strerror(errno.EIO), "train-00000.npy")
     return read(self, which)
@@ -74,43 +74,45 @@ def fail(step: str):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_reader_that_raises(whole_pair, tmp_path, victim):
-  """Case 15. To one of two: both end within seconds, by a sentence; the relaunch ends as the uninterrupted run."""
-  folder, uninterrupted = whole_pair
-  faults = ["test_data_faults:fail=12" if process == victim else None for process in (0, 1)]
-  pair = start_pair(small(folder), tmp_path / "run", faults=faults)
-  pair[0].until(11)
+def test_a_reader_error_ends_both_processes(uninterrupted_pair, tmp_path, victim):
+  """Case 15. On one of two processes: both end within seconds with an error; the relaunch has the same result."""
+  folder, uninterrupted = uninterrupted_pair
+  faults = ["test_data_faults:fail_reader=12" if process == victim else None for process in (0, 1)]
+  pair = start_pair(small_config(folder), tmp_path / "run", faults=faults)
+  pair[0].wait_for_step(11)
   began = time.monotonic()
-  assert [run.end() for run in pair] == [2 if process == victim else HUNG for process in (0, 1)]
-  assert time.monotonic() - began < FAREWELL + 2 * GRACE, "as long as that takes without JAX's farewell"
-  assert_sentence(pair[1 - victim], f"process {victim} has failed (OSError: [Errno 5] Input/output error: 'train-0")
-  assert_sentence(pair[victim], "'train-00000.npy' could not be used: Input/output error")
-  finish_pair(small(folder), tmp_path / "run")
+  assert [run.exit_code() for run in pair] == [2 if process == victim else HUNG for process in (0, 1)]
+  assert time.monotonic() - began < FAREWELL + 2 * GRACE, "the processes ended too late"
+  assert_one_error(pair[1 - victim], f"process {victim} has failed (OSError: [Errno 5] Input/output error: 'train-0")
+  assert_one_error(pair[victim], "'train-00000.npy' could not be used: Input/output error")
+  finish_pair(small_config(folder), tmp_path / "run")
   assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def fail_while_saving(step: str):
-  """The same, and the save in flight takes longer than the others wait."""
-  fail(step)
+def fail_reader_during_save(step: str):
+  """`fail_reader`, and the save in progress takes longer than the other processes wait."""
+  fail_reader(step)
   end = Checkpoints.__exit__
   Checkpoints.__exit__ = lambda self, *error: (time.sleep(8 * GRACE), end(self, *error))
 
 
-def test_a_reader_that_raises_while_a_save_is_in_flight(whole, tmp_path):
-  """Case 15. The others do not wait for it, and what failed is said all the same."""
-  pair = start_pair(small(whole[0]), tmp_path / "run", faults=(None, "test_data_faults:fail_while_saving=12"))
-  assert [run.end() for run in pair] == [HUNG, -signal.SIGABRT], [run.said() for run in pair]
+def test_a_reader_error_during_a_save_ends_both_processes(uninterrupted_run, tmp_path):
+  """Case 15. The other process does not wait for the save; both print the error."""
+  pair = start_pair(
+    small_config(uninterrupted_run[0]), tmp_path / "run", faults=(None, "test_data_faults:fail_reader_during_save=12")
+  )
+  assert [run.exit_code() for run in pair] == [HUNG, -signal.SIGABRT], [run.output() for run in pair]
   why = "OSError: [Errno 5] Input/output error: 'train-00000.npy'"
-  assert f"{why}\nthis process ends after a save in progress, the others in {GRACE:g} s" in pair[1].said()
-  assert_sentence(pair[0], f"process 1 has failed ({why}), see its output")
+  assert f"{why}\nthis process ends after a save in progress, the others in {GRACE:g} s" in pair[1].output()
+  assert_one_error(pair[0], f"process 1 has failed ({why}), see its output")
 
 
 TEXTS = {"train.jsonl": (0, 600), "valid.jsonl": (600, 700)}
 
 
-def unreadable(step: str):
-  """The user's text cannot be read further from the batch of a step on."""
-  packing.GROUP, asked = 2000, [0]  # characters that are read ahead
+def fail_text(step: str):
+  """Reading the user's text fails from the batch of a step on."""
+  packing.GROUP, asked = 2000, [0]  # characters read ahead
   batch, read = SequenceStream.batch, datasets.IterableDataset.iter
 
   def batch_of(self, now, size):
@@ -126,31 +128,33 @@ def unreadable(step: str):
   SequenceStream.batch, datasets.IterableDataset.iter = batch_of, reading
 
 
-def test_text_that_cannot_be_read_further(whole, tmp_path):
-  """Case 15. Of a run that reads its text as it goes: a sentence names the file; the relaunch ends as without it."""
+def test_unreadable_streamed_text_ends_the_run(uninterrupted_run, tmp_path):
+  """Case 15. Of a run that streams its text: the error names the file; the relaunch has the same result."""
   train, valid = (write_lines(tmp_path / name, sentences(*lines)) for name, lines in TEXTS.items())
-  config = small(tmp_path, data__source="stream", data__path=str(train), data__eval_path=str(valid))
-  config.data.tokenizer = str(whole[1] / "tokenizer.model")
+  config = small_config(tmp_path, data__source="stream", data__path=str(train), data__eval_path=str(valid))
+  config.data.tokenizer = str(uninterrupted_run[1] / "tokenizer.model")
   finish(config, tmp_path / "whole")
-  run = start(config, tmp_path / "run", fault="test_data_faults:unreadable=8")
-  assert run.end() == 2
-  assert_sentence(run, f"{train} could not be read (Input/output error); check the disk or the network drive")
-  assert saved_steps(tmp_path / "run"), "it ended before anything was saved"
+  run = start(config, tmp_path / "run", fault="test_data_faults:fail_text=8")
+  assert run.exit_code() == 2
+  assert_one_error(run, f"{train} could not be read (Input/output error); check the disk or the network drive")
+  assert saved_steps(tmp_path / "run"), "the run ended before its first save"
   finish(config, tmp_path / "run")
   assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_reader_that_blocks(whole, tmp_path):
-  """Case 15. The run ends by itself; the relaunch ends as the uninterrupted run."""
-  folder, uninterrupted = whole
-  run = start(small(folder), tmp_path / "run", "--config.hang_seconds=45", fault="test_data_faults:block=12")
-  assert run.end() == HUNG
-  assert "Traceback" not in run.said() and "at: step 13, reading its batch; no progress for 45 s" in run.said()
-  finish(small(folder), tmp_path / "run")
+def test_a_blocked_reader_ends_the_run(uninterrupted_run, tmp_path):
+  """Case 15. `hang_seconds` ends the run; the relaunch has the same result."""
+  folder, uninterrupted = uninterrupted_run
+  run = start(
+    small_config(folder), tmp_path / "run", "--config.hang_seconds=45", fault="test_data_faults:block_reader=12"
+  )
+  assert run.exit_code() == HUNG
+  assert "Traceback" not in run.output() and "at: step 13, reading its batch; no progress for 45 s" in run.output()
+  finish(small_config(folder), tmp_path / "run")
   assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def assert_sentence(run, sentence: str):
-  """It ended with one error, which says so."""
+def assert_one_error(run, message: str):
+  """The run printed one error, which contains `message`, and no traceback."""
   (error,) = run.errors()
-  assert sentence in error and "Traceback" not in run.said(), run.said()
+  assert message in error and "Traceback" not in run.output(), run.output()

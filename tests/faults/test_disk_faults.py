@@ -1,70 +1,70 @@
-"""A run directory that takes no more lines, or is not there any more."""
+"""A run directory that cannot be written or is removed."""
 
 import errno
 import io
 import os
 import shutil
 
-from hurt_runs import assert_same_end, finish, lines, saved_steps, small, start
+from fault_runs import assert_same_end, finish, metrics_rows, saved_steps, small_config, start
 from tensorboardX import record_writer
 
 from switchlora_jax.training import writers
 
 
-class Full(io.FileIO):
-  """A file on a disk that is full from its `first` to its `last` write on; the first of these still takes ten bytes."""
+class FullDiskFile(io.FileIO):
+  """A file whose writes number `first` to `last` fail as on a full disk; the first of them still writes ten bytes."""
 
   first, last, writes = 0, 0, 0
 
   def write(self, contents):
-    Full.writes += 1
-    if Full.writes == Full.first:
+    FullDiskFile.writes += 1
+    if FullDiskFile.writes == FullDiskFile.first:
       return super().write(contents[:10])
-    if Full.first < Full.writes <= Full.last:
+    if FullDiskFile.first < FullDiskFile.writes <= FullDiskFile.last:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return super().write(contents)
 
 
-def full(writes: str):
-  """metrics.jsonl cannot be written from one write to another, `FIRST-LAST`; TensorBoard's events never can."""
-  Full.first, Full.last = map(int, writes.split("-"))
+def fail_writes(writes: str):
+  """Writes to metrics.jsonl fail from number FIRST to LAST (`FIRST-LAST`); all writes of TensorBoard events fail."""
+  FullDiskFile.first, FullDiskFile.last = map(int, writes.split("-"))
   opened = writers.Path.open
   writers.Path.open = lambda path, mode="r", *rest, **named: (
-    Full(path, mode) if (path.name, mode) == ("metrics.jsonl", "ab") else opened(path, mode, *rest, **named)
+    FullDiskFile(path, mode) if (path.name, mode) == ("metrics.jsonl", "ab") else opened(path, mode, *rest, **named)
   )
   record_writer.open = lambda path, mode: io.FileIO("/dev/full", mode)
 
 
-def test_a_disk_that_has_room_again(whole, tmp_path):
-  """Case 17. Nothing is lost, and it is said once; TensorBoard, which has its own file, is given up."""
-  folder, uninterrupted = whole
-  run = start(small(folder), tmp_path / "run", fault="test_disk_faults:full=12-14")
-  assert run.end() == 0, run.said()
-  assert run.said().count("metrics.jsonl cannot be written (No space left on device)") == 1, run.said()
-  assert run.said().count("TensorBoard events cannot be written") == 1, run.said()
+def test_a_temporarily_full_disk_loses_nothing(uninterrupted_run, tmp_path):
+  """Case 17. No row of metrics is lost, and one warning is printed. TensorBoard events are given up."""
+  folder, uninterrupted = uninterrupted_run
+  run = start(small_config(folder), tmp_path / "run", fault="test_disk_faults:fail_writes=12-14")
+  assert run.exit_code() == 0, run.output()
+  assert run.output().count("metrics.jsonl cannot be written (No space left on device)") == 1, run.output()
+  assert run.output().count("TensorBoard events cannot be written") == 1, run.output()
   assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def test_a_disk_that_stays_full(whole, tmp_path):
-  """Case 17. The run ends when a checkpoint is due, which is not saved; the relaunch ends as the uninterrupted run."""
-  folder, uninterrupted = whole
-  run = start(small(folder), tmp_path / "run", fault="test_disk_faults:full=12-999")
-  assert run.end() == 2
-  assert "metrics.jsonl could not be written until this checkpoint was due (No space left" in run.said()
-  assert "Traceback" not in run.said() and saved_steps(tmp_path / "run")[-1] == 10
-  assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 12))
-  assert (tmp_path / "run" / "metrics.jsonl").read_text().endswith("}\n"), "half of a line is left"
-  finish(small(folder), tmp_path / "run")
+def test_a_permanently_full_disk_ends_the_run(uninterrupted_run, tmp_path):
+  """Case 17. The run ends before its next checkpoint is saved; the relaunch has the same result."""
+  folder, uninterrupted = uninterrupted_run
+  run = start(small_config(folder), tmp_path / "run", fault="test_disk_faults:fail_writes=12-999")
+  assert run.exit_code() == 2
+  assert "metrics.jsonl could not be written until this checkpoint was due (No space left" in run.output()
+  assert "Traceback" not in run.output() and saved_steps(tmp_path / "run")[-1] == 10
+  assert [row["step"] for row in metrics_rows(tmp_path / "run")] == list(range(1, 12))
+  assert (tmp_path / "run" / "metrics.jsonl").read_text().endswith("}\n"), "an incomplete line is left"
+  finish(small_config(folder), tmp_path / "run")
   assert_same_end(tmp_path / "run", uninterrupted)
 
 
-def test_a_run_directory_that_is_removed(whole, tmp_path):
-  """Case 17. The next line that is written ends the run; nothing is left of it, and nothing is made again."""
-  folder, _ = whole
-  run = start(small(folder, steps=4000, checkpoint_every=2000), tmp_path / "run", "--config.data.epochs=1000")
-  run.until(12)
+def test_a_removed_run_directory_ends_the_run(uninterrupted_run, tmp_path):
+  """Case 17. The next write ends the run. The directory is not created again."""
+  folder, _ = uninterrupted_run
+  run = start(small_config(folder, steps=4000, checkpoint_every=2000), tmp_path / "run", "--config.data.epochs=1000")
+  run.wait_for_step(12)
   shutil.rmtree(tmp_path / "run")
-  assert run.end() == 2
+  assert run.exit_code() == 2
   (error,) = run.errors()
   assert error.startswith(f"error: {tmp_path / 'run'}/metrics.jsonl was removed, moved or replaced")
-  assert "Traceback" not in run.said() and not (tmp_path / "run" / "metrics.jsonl").exists()
+  assert "Traceback" not in run.output() and not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,4 +1,4 @@
-"""Case 18. Hundreds of malformed configs and flags: each ends with exit code 2 and one sentence, never a traceback."""
+"""Case 18. Hundreds of malformed configs and flags: each ends with exit code 2 and one line, never a traceback."""
 
 import re
 
@@ -13,14 +13,14 @@ from switchlora_jax.runs.directory import flatten
 
 KEYS = flatten(base.get_config())
 NUMBERS = [key for key, value in KEYS.items() if not isinstance(value, str) and "dtype" not in key]
-NEVER = ("", "four", "1e", "0y10", "[1]", "{}", "ü", "1\n2", "1,5", "inf inf", "--3")
-HOST = "eval_every eval_tokens checkpoint_every keep_checkpoints log_every max_skipped data.epochs".split()
-HOST.append("spike.max_rollbacks")
+NOT_NUMBERS = ("", "four", "1e", "0y10", "[1]", "{}", "ü", "1\n2", "1,5", "inf inf", "--3")
+HOST_KEYS = "eval_every eval_tokens checkpoint_every keep_checkpoints log_every max_skipped data.epochs".split()
+HOST_KEYS.append("spike.max_rollbacks")
 COMMANDS = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if "cli.run(main" in path.read_text())
 HUGE = str(10**30)
 
-# What may follow `from ml_collections import ConfigDict; from configs import base`, and a part of the sentence.
-FILES = {
+# name: (the code of a config file after its imports, part of the error message)
+CONFIG_FILES = {
   "empty": ("", "must define get_config()"),
   "syntax": ("def get_config(:", "invalid syntax"),
   "zeros": ("x = 1\0", "null bytes"),
@@ -38,8 +38,8 @@ FILES = {
   "recursion": ("def get_config():\n  return get_config()", "line 4: RecursionError"),
   "assertion": ("def get_config():\n  assert False, 'why'", "line 4: AssertionError: why"),
 }
-# What may happen to base.get_config() in such a file, and a part of the sentence.
-CHANGES = {
+# name: (change of base.get_config() in a config file, part of the error message)
+CONFIG_CHANGES = {
   "unknown key": ("c.rnk = 3", 'line 5: AttributeError: \'Key "rnk" does not exist'),
   "wrong type": ("c.rank = 'four'", "line 5: TypeError: Could not override field 'rank'"),
   "no number": ("c.rank = None", "rank (=None) must be of type int"),
@@ -69,65 +69,65 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """As from `forks`."""
+  """The function that `forks` yields."""
   with forks(tmp_path_factory.mktemp("fuzz")) as run:
     yield run
 
 
-def assert_a_sentence(ended, *command: str, saying: str = ""):
-  """It ended at once, with one line that begins with `error: `."""
-  *others, last = ended.stderr.splitlines() or [""]
-  assert ended.code == 2, (command, ended)
-  assert last.startswith("error: ") and saying in last and not ended.stdout, (command, ended)
-  assert "Traceback" not in ended.stderr and not [line for line in others if "error:" in line], (command, ended)
+def assert_user_error(result, *command: str, message: str = ""):
+  """The command exited with code 2 after one error, `error: …` in its last line, and no traceback."""
+  *others, last = result.stderr.splitlines() or [""]
+  assert result.code == 2, (command, result)
+  assert last.startswith("error: ") and message in last and not result.stdout, (command, result)
+  assert "Traceback" not in result.stderr and not [line for line in others if "error:" in line], (command, result)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_no_key_takes_what_is_no_such_number(run, key):
-  for value in NEVER:
+def test_a_value_that_is_not_a_number_is_a_user_error(run, key):
+  for value in NOT_NUMBERS:
     flag = f"--config.{key}={value}"
-    assert_a_sentence(run("pretrain", "--dry_run", flag), flag)
+    assert_user_error(run("pretrain", "--dry_run", flag), flag)
 
 
-def test_no_key_takes_a_number_beyond_reason(run):
-  """As to how it is used: what is not used by the method, or only counted on the host, may be any number."""
+def test_an_unreasonable_number_is_a_user_error(run):
+  """`HOST_KEYS` are only counted on the host; huge integers are valid for them."""
   for key in NUMBERS:
     integer = isinstance(KEYS[key], int) and not isinstance(KEYS[key], bool)
     for value in (
       "nan",
       "-inf",
-      *([HUGE, f"-{HUGE}"] if integer and key not in HOST else []),
+      *([HUGE, f"-{HUGE}"] if integer and key not in HOST_KEYS else []),
       *(["9" * 5000] if integer else []),
     ):
       flag = f"--config.{key}={value}"
-      assert_a_sentence(run("pretrain", "--dry_run", flag), flag)
+      assert_user_error(run("pretrain", "--dry_run", flag), flag)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_config_file_may_hold_anything(run, tmp_path, name):
-  text, sentence = FILES[name]
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_an_invalid_config_file_is_a_user_error(run, tmp_path, name):
+  text, message = CONFIG_FILES[name]
   path = tmp_path / "mine.py"
   path.write_text(f"from ml_collections import ConfigDict\nfrom configs import base\n{text}\n")
-  assert_a_sentence(run("pretrain", f"--config={path}", "--dry_run"), text, saying=sentence)
+  assert_user_error(run("pretrain", f"--config={path}", "--dry_run"), text, message=message)
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_config_may_be_anything(run, tmp_path, name):
-  change, sentence = CHANGES[name]
+@pytest.mark.parametrize("name", CONFIG_CHANGES)
+def test_an_invalid_config_is_a_user_error(run, tmp_path, name):
+  change, message = CONFIG_CHANGES[name]
   path = tmp_path / "mine.py"
   path.write_text(f"from configs import base\n\ndef get_config():\n  c = base.get_config()\n  {change}\n  return c\n")
   for command in ("pretrain", "plan"):
-    assert_a_sentence(run(command, f"--config={path}"), change, saying=sentence)
+    assert_user_error(run(command, f"--config={path}"), change, message=message)
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_a_flag_may_be_anything(run, flag):
-  assert_a_sentence(run("pretrain", "--dry_run", flag), flag, saying=FLAGS[flag])
+def test_an_invalid_flag_is_a_user_error(run, flag):
+  assert_user_error(run("pretrain", "--dry_run", flag), flag, message=FLAGS[flag])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_takes_no_nonsense(run, command):
-  """Unknown flags, words without a flag, and text where its own flags want a number."""
+def test_every_command_rejects_invalid_arguments(run, command):
+  """Unknown flags, words without a flag, and text for numeric flags."""
   source = (ROOT / "experiments" / f"{command}.py").read_text()
   numbers = re.findall(r'DEFINE_(?:multi_)?(?:integer|float|bool)\(\s*"(\w+)"', source)
   for argument in (
@@ -136,7 +136,7 @@ def test_every_command_takes_no_nonsense(run, command):
     "--",
     *(f"--{name}={value}" for name in numbers for value in ("x", "1e")),
   ):
-    assert_a_sentence(run(command, argument, "junk"), command, argument)
+    assert_user_error(run(command, argument, "junk"), command, argument)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -145,15 +145,14 @@ def test_every_command_takes_no_nonsense(run, command):
   value=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
   | st.integers().map(str),
 )
-def test_any_key_may_be_set_to_any_text(run, key, value):
-  """Which is refused, or else is something that can be described."""
+def test_any_text_for_any_key_is_valid_or_a_user_error(run, key, value):
   flag = f"--config.{key}={value}"
-  ended = run("pretrain", "--dry_run", flag)
-  assert ended.code == 0 or assert_a_sentence(ended, flag) is None
-  assert "Traceback" not in ended.stderr, (flag, ended)
+  result = run("pretrain", "--dry_run", flag)
+  assert result.code == 0 or assert_user_error(result, flag) is None
+  assert "Traceback" not in result.stderr, (flag, result)
 
 
-HOSTS = (
+COORDINATORS = (
   "",
   ":",
   "localhost",
@@ -169,12 +168,13 @@ HOSTS = (
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-  coordinator=st.sampled_from(HOSTS) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+  coordinator=st.sampled_from(COORDINATORS)
+  | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
   processes=st.integers(-1, 3) | st.sampled_from(["", "x", HUGE]),
   process=st.integers(-1, 3) | st.sampled_from(["", "x", HUGE]),
 )
-def test_processes_may_be_placed_anywhere(run, coordinator, processes, process):
-  """Nobody else comes: it is a sentence, or there is only one process."""
+def test_any_process_placement_is_valid_or_a_user_error(run, coordinator, processes, process):
+  """No other process connects, so that only a run of one process is valid."""
   flags = f"--coordinator={coordinator}", f"--num_processes={processes}", f"--process_id={process}"
-  ended = run("pretrain", "--dry_run", "--coordinator_timeout=1", *flags)
-  assert (ended.code == 0 and (processes, process) == (1, 0)) or assert_a_sentence(ended, *flags) is None
+  result = run("pretrain", "--dry_run", "--coordinator_timeout=1", *flags)
+  assert (result.code == 0 and (processes, process) == (1, 0)) or assert_user_error(result, *flags) is None

@@ -23,7 +23,7 @@ from switchlora_jax.training.metrics import progress_bar
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 MODEL = make_model(SIZES, partial(nn.Dense, use_bias=False))  # its kernels start larger than in training
-MARK = 5  # the token that a row of class 1 has
+MARK = 5  # the token that only examples of class 1 contain
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def weights():
   return host(MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
 
 
-def toy(count: int, seed: int, longest: int = 12) -> Examples:
-  """Rows of random tokens, of class 1 where `MARK` is among them."""
+def toy_examples(count: int, seed: int, longest: int = 12) -> Examples:
+  """Examples of random tokens, of class 1 if they contain `MARK`."""
   random = np.random.default_rng(seed)
   labels = random.integers(0, 2, count).astype(np.int32)
   tokens = [random.integers(MARK + 1, 32, random.integers(2, longest)).astype(np.int32) for _ in labels]
@@ -46,28 +46,28 @@ def accuracy(dev):
   return lambda outputs: float(np.mean(outputs.argmax(-1) == dev.labels))
 
 
-def fitted(weights, train, dev, judge=None, outputs=2, **plan):
+def fit_classifier(weights, train, dev, score_fn=None, outputs=2, **plan):
   plan = FineTuningPlan(**(dict(learning_rate=1e-2, epochs=3, seed=0) | plan))
   bar = progress_bar(0, shown=False)
   params = with_head(weights, outputs, plan.seed)
-  return fit(build_classifier(outputs, **SIZES), params, train, dev, judge or accuracy(dev), plan, bar)
+  return fit(build_classifier(outputs, **SIZES), params, train, dev, score_fn or accuracy(dev), plan, bar)
 
 
 # Outputs.
 
 
 def test_the_trunk_is_the_pre_trained_model(weights):
-  """With the head of pre-training, the outputs are the logits of the next token."""
-  rows = padded_batch(toy(6, 0), np.arange(6), 6)
+  """With the head of pre-training, the outputs are next-token logits."""
+  rows = padded_batch(toy_examples(6, 0), np.arange(6), 6)
   logits = MODEL.apply({"params": weights}, rows.tokens)[np.arange(6), rows.last]
   np.testing.assert_allclose(
     build_classifier(2, **SIZES).outputs(weights, rows.tokens, rows.last), logits, rtol=1e-5, atol=1e-6
   )
 
 
-def test_padding_changes_no_output(weights):
+def test_outputs_do_not_depend_on_padding(weights):
   params, outputs = with_head(weights, 3, 0), build_classifier(3, **SIZES).outputs
-  row = toy(1, 1).tokens[0]
+  row = toy_examples(1, 1).tokens[0]
   places = np.array([len(row) - 1], np.int32)
   filled = np.full((1, 64), 7, np.int32)
   filled[0, : len(row)] = row
@@ -79,8 +79,8 @@ def test_padding_changes_no_output(weights):
   assert not np.allclose(outputs(params, zeros, places), outputs(params, filled, places + 1), atol=1e-3)
 
 
-def test_other_rows_change_no_output(weights):
-  params, examples = with_head(weights, 2, 0), toy(70, 2, longest=40)
+def test_outputs_do_not_depend_on_other_examples(weights):
+  params, examples = with_head(weights, 2, 0), toy_examples(70, 2, longest=40)
   together = compute_outputs(build_classifier(2, **SIZES), params, examples)
   assert together.shape == (70, 2)
   for number in (0, 33, 69):
@@ -90,7 +90,7 @@ def test_other_rows_change_no_output(weights):
     np.testing.assert_allclose(together[number], alone[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_is_drawn_by_its_seed(weights):
+def test_the_seed_determines_the_head(weights):
   heads = [with_head(weights, 400, seed)["head"]["kernel"] for seed in (0, 0, 1)]
   assert heads[0].shape == (16, 400) and same_bits(heads[0], heads[1]) and not same_bits(heads[0], heads[2])
   assert float(jnp.std(heads[0])) == pytest.approx(0.02, rel=0.05)
@@ -100,7 +100,7 @@ def test_a_head_is_drawn_by_its_seed(weights):
 # Loss and step.
 
 
-def test_losses_by_hand():
+def test_weighted_loss_matches_hand_computed_values():
   logits, labels = np.array([[0.0, np.log(3)], [0.0, 0.0], [5.0, 5.0]]), np.array([1, 0, 0])
   mean = weighted_loss(jnp.array(logits), jnp.array(labels), jnp.array([1.0, 1, 0]))
   assert float(mean) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
@@ -108,8 +108,8 @@ def test_losses_by_hand():
   assert float(numbers) == pytest.approx((1 + 4) / 2)
 
 
-def test_a_step_is_that_of_adamw_without_decay_on_rows_that_are_there(weights):
-  params, rows = with_head(weights, 2, 0), padded_batch(toy(5, 3), np.arange(5), 5)
+def test_a_step_is_adamw_without_decay_on_the_examples_without_padding(weights):
+  params, rows = with_head(weights, 2, 0), padded_batch(toy_examples(5, 3), np.arange(5), 5)
   tx = optax.adamw(1e-2, weight_decay=0.0)
   trunk = MODEL.clone(head=False)
 
@@ -124,62 +124,62 @@ def test_a_step_is_that_of_adamw_without_decay_on_rows_that_are_there(weights):
     expected = optax.apply_updates(expected, updates)
   expected = host(expected)
   found, moments = with_head(weights, 2, 0), classifier.ADAM.init(params)
-  filled = padded_batch(toy(5, 3), np.arange(5), 16)
+  filled = padded_batch(toy_examples(5, 3), np.arange(5), 16)
   for _ in range(2):
     found, moments, _ = build_classifier(2, **SIZES).step(found, moments, filled, 1e-2)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), host(found), expected)
   moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, host(with_head(weights, 2, 0)))
-  assert min(jax.tree.leaves(moved)) > 1e-3  # all of the model is trained
+  assert min(jax.tree.leaves(moved)) > 1e-3  # every array is trained
 
 
-def test_seeds_learning_rates_and_models_share_a_program(weights):
-  machine = build_classifier(2, **SIZES)
-  assert build_classifier(2, **SIZES) is machine and build_classifier(1, **SIZES) is not machine
-  fitted(weights, toy(20, 4), toy(5, 5), epochs=1)
-  count = machine.step._cache_size()
-  fitted(weights, toy(20, 4), toy(5, 5), epochs=2, seed=3, learning_rate=1e-3)
-  assert machine.step._cache_size() == count
+def test_seeds_and_learning_rates_share_a_compiled_step(weights):
+  built = build_classifier(2, **SIZES)
+  assert build_classifier(2, **SIZES) is built and build_classifier(1, **SIZES) is not built
+  fit_classifier(weights, toy_examples(20, 4), toy_examples(5, 5), epochs=1)
+  count = built.step._cache_size()
+  fit_classifier(weights, toy_examples(20, 4), toy_examples(5, 5), epochs=2, seed=3, learning_rate=1e-3)
+  assert built.step._cache_size() == count
 
 
 # Training.
 
 
 def test_a_toy_task_is_learnt_and_shuffled_labels_are_not(weights):
-  train, dev = toy(400, 6), toy(200, 7)
-  good = fitted(weights, train, dev, epochs=8)
+  train, dev = toy_examples(400, 6), toy_examples(200, 7)
+  good = fit_classifier(weights, train, dev, epochs=8)
   assert good.losses[-1] < 0.5 * good.losses[0] and max(good.scores) > 0.9
   mixed = train._replace(labels=np.random.default_rng(0).permutation(train.labels))
-  assert max(fitted(weights, mixed, dev, epochs=8).scores) < 0.7
+  assert max(fit_classifier(weights, mixed, dev, epochs=8).scores) < 0.7
 
 
-def test_numbers_are_learnt(weights):
+def test_a_regression_task_is_learnt(weights):
   numbers = lambda examples: examples._replace(labels=(1 + 3 * examples.labels).astype(np.float32))
-  train, dev = numbers(toy(400, 6)), numbers(toy(200, 7))
-  judge = lambda outputs: float(np.corrcoef(outputs[:, 0], dev.labels)[0, 1])
-  assert max(fitted(weights, train, dev, judge, outputs=1, epochs=8).scores) > 0.8
+  train, dev = numbers(toy_examples(400, 6)), numbers(toy_examples(200, 7))
+  score_fn = lambda outputs: float(np.corrcoef(outputs[:, 0], dev.labels)[0, 1])
+  assert max(fit_classifier(weights, train, dev, score_fn, outputs=1, epochs=8).scores) > 0.8
 
 
-def test_a_seed_is_a_run(weights):
-  runs = [fitted(weights, toy(40, 8), toy(10, 9), seed=seed) for seed in (0, 0, 1)]
+def test_the_seed_determines_the_run(weights):
+  runs = [fit_classifier(weights, toy_examples(40, 8), toy_examples(10, 9), seed=seed) for seed in (0, 0, 1)]
   assert same_bits(runs[0].params, runs[1].params) and runs[0].losses == runs[1].losses
   assert runs[0].losses != runs[2].losses and not same_bits(runs[0].params["blocks"], runs[2].params["blocks"])
 
 
 @pytest.mark.parametrize(("scores", "best"), [([0.1, 0.7, 0.3], 1), ([0.7, 0.7, 0.1], 0), ([-0.3, -0.2, -0.1], 2)])
 def test_the_best_epoch_is_kept(weights, scores, best):
-  dev, seen = toy(10, 9), []
+  dev, seen = toy_examples(10, 9), []
 
-  def judge(outputs):
+  def score_fn(outputs):
     seen.append(outputs)
     return scores[len(seen) - 1]
 
-  found = fitted(weights, toy(40, 8), dev, judge)
+  found = fit_classifier(weights, toy_examples(40, 8), dev, score_fn)
   assert found.scores == scores and same_bits(found.outputs, seen[best])
   assert not same_bits(found.outputs, seen[best - 1])
   assert same_bits(compute_outputs(build_classifier(2, **SIZES), found.params, dev), found.outputs)
 
 
-def test_the_learning_rate_falls_to_0_in_a_line(weights):
+def test_the_learning_rate_decays_linearly_to_0(weights):
   rates, losses = [], iter([1.0, 2.0, 3.0, 4.0])
 
   def step(params, moments, rows: LabelledBatch, learning_rate):
@@ -187,25 +187,27 @@ def test_the_learning_rate_falls_to_0_in_a_line(weights):
     return params, moments, next(losses)
 
   stub = build_classifier(2, **SIZES)._replace(step=step)
-  plan, dev = FineTuningPlan(learning_rate=0.8, epochs=2, seed=0), toy(4, 1)
-  found = fit(stub, with_head(weights, 2, 0), toy(20, 0), dev, accuracy(dev), plan, progress_bar(0, shown=False))
+  plan, dev = FineTuningPlan(learning_rate=0.8, epochs=2, seed=0), toy_examples(4, 1)
+  found = fit(
+    stub, with_head(weights, 2, 0), toy_examples(20, 0), dev, accuracy(dev), plan, progress_bar(0, shown=False)
+  )
   assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
   assert classifier.total_steps(plan, 20) == 4
   assert found.losses == pytest.approx([(16 * 1 + 4 * 2) / 20, (16 * 3 + 4 * 4) / 20])  # the mean over rows
 
 
-def test_a_run_that_diverges_stops(weights):
+def test_a_diverging_run_raises(weights):
   with pytest.raises(classifier.Diverged, match="not finite after epoch 1"):
-    fitted(weights, toy(40, 8), toy(10, 9), learning_rate=1e38)
+    fit_classifier(weights, toy_examples(40, 8), toy_examples(10, 9), learning_rate=1e38)
 
 
-def test_what_is_saved_is_read_back(weights, tmp_path):
+def test_saved_params_are_read_back(weights, tmp_path):
   params = host(with_head(weights, 2, 0))
   classifier.save_params(tmp_path / "best.npz", params)
   assert same_bits(classifier.load_params(tmp_path / "best.npz"), params)
 
 
-def test_what_was_saved_is_there_until_better_weights_are(weights, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_previous_params(weights, tmp_path, monkeypatch):
   params = host(with_head(weights, 2, 0))
   classifier.save_params(tmp_path / "best.npz", params)
 

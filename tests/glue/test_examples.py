@@ -17,12 +17,12 @@ def processor(tmp_path_factory):
   return load_tokenizer(path)
 
 
-def some(lengths) -> Examples:
-  """Rows of these lengths, each of its own number from 1 on, which is its label too."""
+def examples_of(lengths) -> Examples:
+  """Examples of these lengths. All tokens of an example, and its label, are its number from 1 on."""
   return Examples([np.full(n, i, np.int32) for i, n in enumerate(lengths, 1)], np.arange(1, len(lengths) + 1))
 
 
-def test_every_sentence_ends_with_its_end(processor):
+def test_every_sentence_ends_with_eos(processor):
   found = encode_examples(
     LabelledTexts([("The tide", "rises é"), ("falls",), ("",)], np.array([1, 0, 1])), processor, 100
   )
@@ -34,7 +34,7 @@ def test_every_sentence_ends_with_its_end(processor):
   assert found.labels.tolist() == [1, 0, 1] and {row.dtype for row in found.tokens} == {np.dtype(np.int32)}
 
 
-def test_a_prefix_stands_before_all_and_takes_its_room(processor):
+def test_a_prefix_precedes_the_sentences_and_counts_towards_the_length(processor):
   rows = LabelledTexts([("The tide", "rises"), ("falls " * 9,)], np.array([1, 0]))
   (pair, long), (plain, cut) = (
     encode_examples(rows, processor, size, prefix).tokens for size, prefix in ((12, (7,)), (11, ()))
@@ -43,7 +43,7 @@ def test_a_prefix_stands_before_all_and_takes_its_room(processor):
 
 
 @given(first=st.integers(0, 12), second=st.integers(0, 12), seq_len=st.integers(4, 20))
-def test_the_longer_sentence_is_cut(processor, first, second, seq_len):
+def test_the_longer_sentence_is_truncated(processor, first, second, seq_len):
   texts = "a" * first, "b" * second
   a, b = (processor.encode(letter)[0] for letter in "ab")
   (row,) = encode_examples(LabelledTexts([texts], np.array([0])), processor, seq_len).tokens
@@ -52,23 +52,23 @@ def test_the_longer_sentence_is_cut(processor, first, second, seq_len):
   assert row[-1] == EOS and (row == EOS).sum() == 2 and sum(kept) == len(row) - 2
   cut = [full - left for full, left in zip((first, second), kept, strict=True)]
   assert min(cut) >= 0
-  # What was cut is, after that, as long as the other, give or take one token.
+  # A truncated sentence is at most one token shorter than the other one.
   assert all(kept[side] >= kept[1 - side] - 1 for side in (0, 1) if cut[side])
 
 
 @given(st.integers(1, 5000))
-def test_buckets_are_few_and_near(length):
+def test_a_padded_length_is_close_to_the_length(length):
   assert length <= padded_length(length) < max(17, 1.5 * length) and padded_length(
     padded_length(length)
   ) == padded_length(length)
 
 
-def test_there_are_ten_buckets_up_to_512():
+def test_padded_lengths_up_to_512():
   assert sorted({padded_length(n) for n in range(1, 513)}) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 
 
-def test_a_batch_is_cut_to_its_longest_row():
-  found = padded_batch(some([3, 17, 40]), np.array([1, 0]), 4)
+def test_a_batch_is_padded_to_its_longest_example():
+  found = padded_batch(examples_of([3, 17, 40]), np.array([1, 0]), 4)
   assert found.tokens.shape == (4, 24) and found.tokens.dtype == np.int32
   assert found.tokens[0].tolist() == [2] * 17 + [0] * 7 and found.tokens[1].tolist() == [1] * 3 + [0] * 21
   assert not found.tokens[2:].any()
@@ -77,15 +77,17 @@ def test_a_batch_is_cut_to_its_longest_row():
 
 
 @given(count=st.integers(1, 50), size=st.integers(1, 20), seed=st.integers(0, 9), epoch=st.integers(0, 9))
-def test_an_epoch_has_every_example_once(count, size, seed, epoch):
-  found = list(epoch_batches(some([2] * count), size, seed=seed, epoch=epoch))
+def test_an_epoch_contains_every_example_once(count, size, seed, epoch):
+  found = list(epoch_batches(examples_of([2] * count), size, seed=seed, epoch=epoch))
   assert {rows.tokens.shape for rows in found} == {(size, 16)} and len(found) == -(-count // size)
   labels = np.concatenate([rows.labels[rows.weights > 0] for rows in found])
   assert sorted(labels) == list(range(1, count + 1))
   assert all((rows.tokens[:, 0] == rows.labels).all() for rows in found)
 
 
-def test_seeds_and_epochs_have_orders_of_their_own():
-  order = lambda seed, epoch: tuple(rows.labels[0] for rows in epoch_batches(some([2] * 30), 1, seed=seed, epoch=epoch))
+def test_every_seed_and_epoch_has_its_own_order():
+  order = lambda seed, epoch: tuple(
+    rows.labels[0] for rows in epoch_batches(examples_of([2] * 30), 1, seed=seed, epoch=epoch)
+  )
   orders = {order(seed, epoch) for seed in range(3) for epoch in range(3)}
   assert len(orders) == 9 and tuple(range(1, 31)) not in orders and order(1, 2) == order(1, 2)

@@ -1,4 +1,4 @@
-"""GLUE files of made-up rows, with the columns of the real ones; the label of a row can be learnt from its words."""
+"""GLUE files with made-up rows and the columns of the real files. One word of a row determines its label."""
 
 import gzip
 from pathlib import Path
@@ -21,8 +21,8 @@ def columns(name: str) -> list[str]:
   return COLUMNS[name].split("|" if "|" in COLUMNS[name] else " ")
 
 
-def made_up(name: str, count: int, seed: int) -> list[dict[str, str]]:
-  """Rows whose class, or score, is that of the word `good`, `fair` … in their last sentence."""
+def made_up_rows(name: str, count: int, seed: int) -> list[dict[str, str]]:
+  """Rows whose label is determined by the word `good` or `poor` in their last sentence."""
   task, random = TASKS[name], np.random.default_rng(seed)
   marks = dict(zip(("good", "poor"), task.classes, strict=True)) if task.classes else {"good": "5.000", "poor": "0.250"}
   rows = []
@@ -36,8 +36,8 @@ def made_up(name: str, count: int, seed: int) -> list[dict[str, str]]:
   return rows
 
 
-def write(path: Path, name: str, rows: list[dict[str, str]]):
-  """Rows as a TSV file, gzipped if its name says so."""
+def write_rows(path: Path, name: str, rows: list[dict[str, str]]):
+  """Writes rows as a TSV file, gzipped if its suffix is .gz."""
   lines = ["\t".join(row[column] for column in columns(name)) for row in rows]
   head = [] if TASKS[name].header else ["\t".join(columns(name))]
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write(path: Path, name: str, rows: list[dict[str, str]]):
 
 
 def write_task(folder: Path, name: str, task: Task | None = None):
-  """Both files of a task, with the rows that it wants (those of the real one)."""
+  """Writes both files of a task, with as many rows as `task` requires (default: as many as the real files)."""
   task = task or TASKS[name]
-  write(folder / task.folder / "train.tsv.gz", name, made_up(name, task.rows["train"], 0))
-  write(folder / task.folder / "dev.tsv", name, made_up(name, task.rows["dev"], 1))
+  write_rows(folder / task.folder / "train.tsv.gz", name, made_up_rows(name, task.rows["train"], 0))
+  write_rows(folder / task.folder / "dev.tsv", name, made_up_rows(name, task.rows["dev"], 1))

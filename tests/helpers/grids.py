@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 from absl import flags
 from paths import ROOT
-from tiny import ONE_DEVICE, tiny_config
+from tiny import ONE_DEVICE, ONE_DEVICE_QUICK, tiny_config
 
 from experiments.common import children, sweep
 from switchlora_jax.runs import directory as run_directory
@@ -89,10 +89,11 @@ def fake_runs(monkeypatch) -> Runs:
   return made
 
 
-def command(name: str, *arguments) -> subprocess.CompletedProcess:
-  """Run `python -m experiments.NAME` to its end."""
+def command(name: str, *arguments, user_flags: bool = False) -> subprocess.CompletedProcess:
+  """Run `python -m experiments.NAME` to its end; it compiles quickly, or with the flags that users have."""
   words = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-  return subprocess.run(words, cwd=ROOT, env=os.environ | ONE_DEVICE, capture_output=True, text=True)
+  environment = os.environ | (ONE_DEVICE if user_flags else ONE_DEVICE_QUICK)
+  return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @contextlib.contextmanager

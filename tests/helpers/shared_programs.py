@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -28,31 +29,50 @@ NOT_COMPILED = ("eval_tokens", "warm_start_from", *(key for key in FREE if not k
 @functools.cache
 def _build(config, mesh, *_):
   phase = _new(config, mesh)
-  return phase._replace(create=functools.partial(_create, config, phase.abstract))
+  return phase._replace(create=Create(config, phase))
 
 
-def _create(config, abstract):
-  """`Phase.create`: its program takes long to compile and has no arguments, so a session runs it once.
+class Create:
+  """`Phase.create`, whose program takes long to compile and has no arguments: a session runs it once.
 
-  The state is created on one device, then padded and placed. test_sharding.py compares it with what `create` returns.
+  The state is created on one device, then padded and placed. test_sharding.py compares it with that of the program.
+
+  Attributes:
+    program: the `create` of the phase itself.
   """
-  plain = ConfigDict(config.to_dict())
-  plain.sharding.update(fsdp=1, candidates="replicated")
-  lowered = _new(FrozenConfigDict(plain), make_mesh(jax.devices()[:1])).create.lower()
-  text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
-  file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
-  if not file.exists():
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
-    partial.replace(file)
 
-  def placed(array, like):
-    whole = np.zeros(like.shape, like.dtype)
-    whole[tuple(map(slice, array.shape))] = array
-    return jax.device_put(whole, like.sharding)
+  def __init__(self, config, phase):
+    self.program, self._config, self._abstract = phase.create, config, phase.abstract
 
-  leaves, structure = jax.tree.flatten(abstract)
-  return structure.unflatten(map(placed, pickle.loads(file.read_bytes()), leaves))
+  def __call__(self):
+    if not self._outside_of_traces():
+      return self.program()
+
+    def placed(array, like):
+      whole = np.zeros(like.shape, like.dtype)
+      whole[tuple(map(slice, array.shape))] = array
+      return jax.device_put(whole, like.sharding)
+
+    likes, structure = jax.tree.flatten(self._abstract)
+    return structure.unflatten(map(placed, self._arrays, likes))
+
+  def _outside_of_traces(self) -> bool:
+    return not isinstance(jnp.zeros(()), jax.core.Tracer)
+
+  @functools.cached_property
+  def _arrays(self) -> list[np.ndarray]:
+    """The arrays of the state, without padding."""
+    plain, one = ConfigDict(self._config.to_dict()), make_mesh(jax.devices()[:1])
+    plain.sharding.update(fsdp=1, candidates="replicated")
+    with jax.set_mesh(one):
+      lowered = _new(FrozenConfigDict(plain), one).create.lower()
+      text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
+      file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
+      if not file.exists():
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))
+        partial.replace(file)
+    return pickle.loads(file.read_bytes())
 
 
 _new = phases.build_phase
@@ -73,7 +93,9 @@ _new_rank, _ranks = ranks.make_learnt_rank, {}
 
 @functools.wraps(_new_rank)
 def make_learnt_rank(first):
-  """`analysis.make_learnt_rank`, once for each program."""
+  """`analysis.make_learnt_rank`, once for each program, which contains that of `create`."""
+  if isinstance(first.create, Create):
+    first = first._replace(create=first.create.program)
   return _ranks.setdefault(first.create, _new_rank(first))
 
 

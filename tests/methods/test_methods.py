@@ -25,6 +25,8 @@ from switchlora_jax.training import report as run_report
 from switchlora_jax.training.anomalies import initial_spike_state
 from switchlora_jax.training.phases import create_state
 
+pytestmark = pytest.mark.two_linear_layers
+
 each = pytest.mark.parametrize("method", METHODS)
 PARTS = ("params", "frozen", "candidates")
 
@@ -109,7 +111,7 @@ def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(me
   assert all(kinds(state) == kinds(states[0]) for state in states)
   layers = states[-1].frozen["blocks"].values()
   dtypes = {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
-  assert len(layers) == 7
+  assert len(layers) == 2
   assert all({name: str(values.dtype) for name, values in layer.items()} == dtypes for layer in layers)
   assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype("float32")}
   assert all(np.isfinite(report["loss"]) for report in metrics)
@@ -297,20 +299,20 @@ def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
     return drawn.value.args[0]
 
   monkeypatch.setattr(switchlora, "switch", seen)
-  assert len(indices()) == 7 and same_bits(indices(), indices())
+  assert len(indices()) == 2 and same_bits(indices(), indices())
   assert not same_bits(indices(), indices(step=1)) and not same_bits(indices(), indices(seed=1))
   assert indices(switch__order="sequential") is None
 
 
 def test_metrics_of_the_switch():
-  """Rank 4 in 14 layers; the counterparts of switched vectors are frozen in this step and the next (N = 2)."""
+  """Rank 4 in 4 layers; the counterparts of switched vectors are frozen in this step and the next (N = 2)."""
   states, metrics = train(6, "switchlora")
   loads = [sum(layer["cursor"].sum() for layer in state.candidates["blocks"].values()) for state in states]
   before = 0
   for t, report in enumerate(metrics):
     switched = loads[t + 1] - loads[t]
     assert report["switched"] == switched
-    np.testing.assert_allclose(report["frozen_share"], (switched + before) / (4 * 14), rtol=1e-6)
+    np.testing.assert_allclose(report["frozen_share"], (switched + before) / (4 * 4), rtol=1e-6)
     squares = jax.tree.map(lambda x, y: np.sum((x - y) ** 2), states[t].frozen, states[t + 1].frozen)
     np.testing.assert_allclose(report["moved_norm"], sum(jax.tree.leaves(squares)) ** 0.5, rtol=1e-5)
     cursors = np.concatenate([layer["cursor"] for layer in states[t + 1].candidates["blocks"].values()])

@@ -16,6 +16,7 @@ from stages import slowly
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import FSDP, Placement, by_rows, replicated
 from switchlora_jax.runs.checkpoint import Checkpoints
+from switchlora_jax.training.phases import build_phase
 
 pytestmark = pytest.mark.two_linear_layers
 
@@ -75,6 +76,19 @@ def test_every_layout_trains_the_same_run(name):
   np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", [None, "all over 4 of 8 devices"])
+def test_the_first_state_is_the_same_in_every_layout(name):
+  """Merged weights are rounded once more where the rank is split. All other tests place a state made on one device."""
+  settings = config(**LAYOUTS.get(name, REPLICATED))
+  mesh = small_model.mesh(8, settings.sharding.fsdp)
+  created, expected = (build(settings, mesh).create() for build in (build_phase.__wrapped__, build_phase))
+  place = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+  assert place(created) == place(expected)
+  assert same_bits(created._replace(frozen={}), expected._replace(frozen={}))
+  near = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=0 if name is None else 2**-23)
+  jax.tree.map(near, host(created.frozen), host(expected.frozen))
+
+
 OTHERS = {"full": {}, "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0), "galore": {}}
 
 
@@ -120,8 +134,8 @@ def size_per_device(tree) -> int:
 
 
 def test_a_device_has_its_share():
-  whole = trained(**REPLICATED)[0].abstract
-  layouts = {name: trained(**layout)[0].abstract for name, layout in LAYOUTS.items()}
+  abstract = lambda layout: small_model.phase(config(**layout), 8).abstract
+  whole, layouts = abstract(REPLICATED), {name: abstract(layout) for name, layout in LAYOUTS.items()}
   spares = lambda state: [{n: x for n, x in c.items() if "spare" in n} for c in state.candidates["blocks"].values()]
   assert size_per_device(spares(layouts["candidates over 8 devices"])) * 8 == size_per_device(spares(whole)) * 16 / 11
   for part in ("params", "frozen", "opt_state"):
@@ -141,7 +155,7 @@ def test_a_device_has_its_share():
 def test_candidates_on_the_host_are_in_its_pinned_memory():
   kinds = lambda layout: {
     (path[-1].key, x.sharding.memory_kind)
-    for path, x in jax.tree.leaves_with_path(trained(**layout)[0].abstract.candidates)
+    for path, x in jax.tree.leaves_with_path(small_model.phase(config(**layout), 8).abstract.candidates)
   }
   there = {("spare_a", "pinned_host"), ("spare_b", "pinned_host")}
   assert kinds(LAYOUTS["candidates on the host"]) & there == there
@@ -170,7 +184,7 @@ def test_operations_per_device_do_not_grow_with_devices():
   """The same number of sequences per device, on one device and on eight, needs the same number of operations."""
 
   def operations(devices, **layout):
-    settings = config(batch_size=2 * devices, model__hidden_size=64, **layout)
+    settings = config(batch_size=2 * devices, **layout)
     phase = small_model.phase(settings, devices)
     tokens = jax.ShapeDtypeStruct((2 * devices, 8), np.int32, sharding=by_rows(small_model.mesh(devices)))
     return phase.step.lower(phase.abstract, tokens).compile().cost_analysis()["flops"]
@@ -225,7 +239,7 @@ def test_one_device_continues_from_a_checkpoint_of_eight(tmp_path):
   phase, _, state, _ = trained(**SPARES)
   with Checkpoints(tmp_path, 1) as checkpoints:
     checkpoints.save(5, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, phase.abstract))
-  one = trained(devices=1, **SPARES)[0]
+  one = small_model.phase(config(**SPARES), 1)
   with Checkpoints(tmp_path, 1) as checkpoints:
     restored = checkpoints.restore(lambda _: one.abstract)
   assert same_bits(without_padding(restored), without_padding(state))

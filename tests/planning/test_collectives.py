@@ -1,4 +1,4 @@
-"""Collectives read from the text of a compiled program: of programs compiled here, and as XLA prints them for GPUs."""
+"""Collectives in the text of compiled programs: compiled here for the CPU, and as XLA prints them for GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from jax.sharding import PartitionSpec as P
 from switchlora_jax.planning.collectives import Collective, collectives
 
 EIGHT = (tuple(range(8)),)
-ROWS, REPLICATED = P("data"), P()
+SHARDED, REPLICATED = P("data"), P()
 
 
-def compiled(local, x, in_specs=ROWS, out_specs=REPLICATED, shape=(8,), names=("data",)):
+def compiled(local, x, in_specs=SHARDED, out_specs=REPLICATED, shape=(8,), names=("data",)):
   """The collectives of `local`, compiled for eight devices."""
   mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
   mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -31,7 +31,7 @@ def reduced(x):
 
 
 def test_one_reduction():
-  """Each device has 3 numbers of 24 and gets 3."""
+  """Each device holds 3 of 24 numbers and receives 3."""
   assert compiled(reduced, jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 1, True)]
 
 
@@ -39,23 +39,23 @@ def test_a_reduction_in_a_loop_counts_once_per_iteration():
   assert compiled(loop(7, reduced), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 7, True)]
 
 
-def test_loops_multiply():
+def test_trip_counts_of_nested_loops_multiply():
   assert compiled(loop(3, loop(7, reduced)), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 21, True)]
 
 
-def test_what_is_gathered_and_scattered_counts_as_a_whole():
-  """[16, 4] in float32: 2 rows a device, gathered; 16 rows on every device, summed and scattered."""
+def test_gather_and_scatter_count_the_whole_array():
+  """[16, 4] in float32: gathered from 2 rows per device; reduced and scattered from 16 rows on every device."""
   x = jnp.ones((16, 4))
   (gather,) = compiled(lambda x: jax.lax.all_gather(x, "data"), x)
-  (scatter,) = compiled(lambda x: jax.lax.psum_scatter(x, "data", tiled=True), x, REPLICATED, ROWS)
+  (scatter,) = compiled(lambda x: jax.lax.psum_scatter(x, "data", tiled=True), x, REPLICATED, SHARDED)
   assert gather == Collective("all-gather", 256, EIGHT, 1, True)
   assert scatter == Collective("reduce-scatter", 256, EIGHT, 1, True)
 
 
 def test_an_exchange_and_a_permutation():
   x = jnp.ones((64, 4))
-  (exchange,) = compiled(lambda x: jax.lax.all_to_all(x, "data", 0, 0, tiled=True), x, ROWS, ROWS)
-  (permutation,) = compiled(lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 2)]), x, ROWS, ROWS)
+  (exchange,) = compiled(lambda x: jax.lax.all_to_all(x, "data", 0, 0, tiled=True), x, SHARDED, SHARDED)
+  (permutation,) = compiled(lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 2)]), x, SHARDED, SHARDED)
   assert exchange == Collective("all-to-all", 128, EIGHT, 1, True)
   assert permutation == Collective("collective-permute", 128, ((0, 1), (1, 2)), 1, True)
 
@@ -77,15 +77,15 @@ def test_a_loop_with_unknown_trip_count_is_one_uncertain_iteration():
   assert [(one.times, one.certain) for one in found if one.size == 12] == [(1, False)]
 
 
-def test_both_branches_count():
+def test_both_branches_of_a_conditional_count():
   def local(x):
     return jax.lax.cond(jnp.sum(x) > 1, reduced, lambda x: jax.lax.psum(jnp.concatenate([x, x]), "data")[:3], x)
 
   assert sorted(one.size for one in compiled(local, jnp.ones(24))) == [12, 24]
 
 
-def test_a_program_that_sends_nothing():
-  assert compiled(jnp.tanh, jnp.ones(24), out_specs=ROWS) == []
+def test_a_program_without_communication_has_no_collectives():
+  assert compiled(jnp.tanh, jnp.ones(24), out_specs=SHARDED) == []
 
 
 # --- as printed for GPUs ------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ LISTED = "replica_groups={{0,1,2,3,4,5,6,7}}"
     ("all-reduce-done", "f32[300]{0}", None),
   ],
 )
-def test_bytes_of_what_starts(kind, printed, size):
+def test_sizes_as_printed(kind, printed, size):
   text = ENTRY.replace("TYPE", printed).replace("KIND", kind).replace("GROUPS", LISTED)
   assert [one.size for one in collectives(text, 8)] == ([] if size is None else [size])
 
@@ -128,19 +128,19 @@ def test_groups_as_printed(printed, groups):
   assert [one.groups for one in collectives(text, 8)] == [groups]
 
 
-# --- around a ring ------------------------------------------------------------------------------------------------
+# --- bytes sent ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ("kind", "sent"),
   [("all-reduce", 150.0), ("all-gather", 75.0), ("reduce-scatter", 75.0), ("all-to-all", 75.0)],
 )
-def test_what_a_device_sends(kind, sent):
-  """Of 100 bytes among 4."""
+def test_bytes_sent_per_device(kind, sent):
+  """Collectives of 100 bytes among 4 devices."""
   assert Collective(kind, 100, ((0, 1, 2, 3),), 1, True).sent == sent
   assert Collective(kind, 100, ((0, 1, 2, 3),), 3, True).sent == 3 * sent
   assert Collective(kind, 100, ((0,),), 1, True).sent == 0
 
 
-def test_a_permutation_sends_all_of_it():
+def test_a_permutation_sends_the_whole_array():
   assert Collective("collective-permute", 100, ((0, 1), (1, 0)), 2, True).sent == 200

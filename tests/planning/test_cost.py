@@ -1,4 +1,4 @@
-"""Costs are counted, not guessed: operations against arithmetic, memory against the compiler's own figures."""
+"""Costs of a step: operations against arithmetic, memory against the sizes of the arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from switchlora_jax.planning import cost
 from switchlora_jax.training.phases import build_phase
 
 
-def test_a_product_in_loops_and_calls_counts_every_time():
+def test_a_product_counts_once_per_loop_iteration_and_call():
   x, w = jnp.ones((5, 7)), jnp.ones((7, 7))
 
   def body(x, _):
@@ -21,8 +21,8 @@ def test_a_product_in_loops_and_calls_counts_every_time():
   assert cost.operations(lambda x: x + 1, x) == 0
 
 
-def test_methods_cost_what_the_layer_promises(tmp_path):
-  """Per token: full rank 6P, merged 4P + 4p, in the adapted layers; merging itself 2 × 2·r·in·out a step."""
+def test_operations_of_full_rank_and_lora_match_arithmetic(tmp_path):
+  """Per token: full rank 6P, merged 4P + 4p, in the adapted layers; merging itself 2 × 2·r·in·out per step."""
   shape = dict(model__hidden_size=64, model__intermediate_size=96, rank=8, model__vocab_size=320, seq_len=32)
   mesh = make_mesh()
   count = {}
@@ -37,12 +37,12 @@ def test_methods_cost_what_the_layer_promises(tmp_path):
       return logits.sum()
 
     count[method] = cost.operations(jax.grad(loss), state.params, state.frozen, rows)
-  tokens, weights, sides = 32, 2 * (4 * 64 * 64 + 3 * 64 * 96), 2 * 8 * (4 * 128 + 3 * 160)
-  assert count["full"] - count["lora"] == tokens * (2 * weights - 4 * sides) - 2 * 2 * 8 * weights
+  tokens, kernels, factors = 32, 2 * (4 * 64 * 64 + 3 * 64 * 96), 2 * 8 * (4 * 128 + 3 * 160)
+  assert count["full"] - count["lora"] == tokens * (2 * kernels - 4 * factors) - 2 * 2 * 8 * kernels
 
 
-def test_memory_adds_up():
-  """40,000 bytes come in and 40,004 go out, of which 40,000 take the place of what came in."""
+def test_memory_of_a_program_with_a_donated_argument():
+  """The argument has 40,000 bytes; the outputs have 40,004, of which 40,000 use the buffer of the argument."""
   compiled = jax.jit(lambda x: (x * 2, jnp.float32(1)), donate_argnums=0).lower(jnp.ones((1000, 10))).compile()
   memory = cost.memory(compiled)
   assert memory["arguments"] == memory["shared"] == 40_000

@@ -1,4 +1,4 @@
-"""The plan of a run: its bytes against arithmetic and against a run, its traffic, its roofline, its largest batch."""
+"""The plan of a run: bytes against arithmetic and against a run, traffic, roofline, largest micro-batch."""
 
 import importlib
 import os
@@ -32,30 +32,30 @@ PRESETS = ("llama_130m", "llama_250m", "llama_350m", "llama_1b")
 
 
 def by_hand(method: str, model, rank: int) -> dict[str, int]:
-  """Bytes of each part of the state: 4 a number, and 4 a count; an eighth of the spares."""
+  """Bytes of each part of the state on one of 8 devices: 4 per number or count. Only the spares are sharded."""
   hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_layers
-  sides = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
+  shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
   outside = 2 * model.vocab_size * hidden + (2 * layers + 1) * hidden  # embedding, head, norms
-  kernels = layers * sum(n * m for n, m in sides)
+  kernels = layers * sum(n * m for n, m in shapes)
   if method == "full":
-    counts = len(sides) + 5  # an array's: 7 kernels, 3 kinds of norms, embedding, head
+    counts = len(shapes) + 5  # one per array: 7 kernels, 3 kinds of norms, embedding, head
     trained = outside + kernels
     return {"trainable": 4 * trained, "frozen": 0, "candidates": 0, "optimizer": 4 * (2 * trained + counts)}
-  trained = outside + layers * sum(rank * (n + m) for n, m in sides)
-  counts = layers * 2 * 7 * rank + 5  # one a LoRA vector
-  spares = layers * sum((min(n, m) - rank) * (n + m) for n, m in sides)
-  clocks = layers * 7 * (2 * rank + 1)  # a timer for each LoRA vector and a cursor
+  trained = outside + layers * sum(rank * (n + m) for n, m in shapes)
+  counts = layers * 2 * 7 * rank + 5  # one per LoRA vector
+  spares = layers * sum((min(n, m) - rank) * (n + m) for n, m in shapes)
+  timers = layers * 7 * (2 * rank + 1)  # a timer for each LoRA vector, and a cursor per layer
   return {
     "trainable": 4 * trained,
     "frozen": 4 * kernels,
-    "candidates": 4 * (spares // 8 + clocks) if method == "switchlora" else 0,
+    "candidates": 4 * (spares // 8 + timers) if method == "switchlora" else 0,
     "optimizer": 4 * (2 * trained + counts),
   }
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
-def test_the_state_is_what_arithmetic_says(name, method):
+def test_state_bytes_match_arithmetic(name, method):
   config = ConfigDict(importlib.import_module(f"configs.{name}").get_config())
   config.method = method
   state = build_phase(resolve(config, devices=8), make_mesh()).abstract
@@ -85,12 +85,12 @@ def test_bytes_on_the_host_are_those_pinned_there():
 # --- the compiled step --------------------------------------------------------------------------------------------
 
 
-HOST = 1000  # bytes said to lie on the host
+HOST = 1000  # assumed bytes on the host
 
 
 @lru_cache
 def plan(method: str, accumulation: int, devices: int = 8):
-  """The plan of the small model, 4 rows a device, its state and its config; compiled once for all tests."""
+  """The plan of the small model with 4 sequences per device, its state and its config; compiled once for all tests."""
   config = small_model.config(method, accumulation=accumulation, batch_size=4 * devices)
   config = resolve(config, devices)
   phase = build_phase(config, small_model.mesh(devices))
@@ -99,39 +99,39 @@ def plan(method: str, accumulation: int, devices: int = 8):
 
 @pytest.mark.parametrize("method", ["full", "switchlora"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_what_is_reduced_is_what_is_trained_and_the_loss(method, accumulation):
+def test_the_all_reduce_has_the_gradients_and_the_loss(method, accumulation):
   found, _, _ = plan(method, accumulation)
   assert found.collective_bytes("all-reduce") == found.trainable + 4
   assert {collective.kind for collective in found.traffic} == {"all-reduce"}
   assert all(collective.certain and len(collective.groups[0]) == 8 for collective in found.traffic)
 
 
-def test_switchlora_sends_less_by_what_it_does_not_train():
+def test_switchlora_reduces_only_its_trainable_parameters():
   full, ours = (plan(method, 1)[0] for method in ("full", "switchlora"))
   assert (
     0 < full.trainable - ours.trainable == full.collective_bytes("all-reduce") - ours.collective_bytes("all-reduce")
   )
 
 
-def test_a_plan_adds_up():
-  """What lies on the host is not in the peak; the last 16 bytes an array are metrics and the table of outputs."""
+def test_the_parts_of_a_plan_add_up():
+  """The peak excludes bytes on the host. The rest, below 16 bytes per array, is metrics and the table of outputs."""
   found, state, config = plan("switchlora", 1)
   counters = planner.device_bytes([state.step, state.skipped, state.skipped_in_a_row, state.spikes])
-  held = found.trainable + found.frozen + found.candidates + found.optimizer + counters
+  state_bytes = found.trainable + found.frozen + found.candidates + found.optimizer + counters
   rows = 4 * config.seq_len * 4
-  rest = found.peak - (held + rows + found.temporaries - HOST)
+  rest = found.peak - (state_bytes + rows + found.temporaries - HOST)
   assert 0 < rest < 16 * len(jax.tree.leaves(state))
   assert found.tokens == 4 * config.seq_len
   assert found.seconds > 0 and found.host == HOST
-  assert found.moved == pytest.approx(2 * held + rows + 2 * found.temporaries, abs=rest)
+  assert found.moved == pytest.approx(2 * state_bytes + rows + 2 * found.temporaries, abs=rest)
 
 
-def test_temporaries_move_with_every_micro_batch():
+def test_temporaries_are_moved_once_per_micro_batch():
   memory = {"arguments": 100, "outputs": 10, "temporaries": 3}
   assert [planner.moved_bytes(memory, accumulation) for accumulation in (1, 4)] == [116, 134]
 
 
-def test_operations_a_token_do_not_depend_on_the_number_of_devices():
+def test_operations_per_token_do_not_depend_on_the_number_of_devices():
   (alone, _, _), (found, _, _) = plan("full", 1, devices=1), plan("full", 1)
   assert (alone.operations, alone.tokens) == (found.operations, found.tokens)
   assert sum(collective.sent for collective in alone.traffic) == 0
@@ -143,12 +143,12 @@ RUN = ROOT / "tests" / "helpers" / "measured_step.py"
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the memory of a process")
-def test_a_run_uses_what_was_planned():
-  """The state's live arrays to the byte, and in the step so much more resident memory as there are temporaries.
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports the memory of a process")
+def test_a_run_uses_the_planned_memory():
+  """The live arrays of the state match to the byte; resident memory grows in a step by the temporaries, to 10%.
 
-  To 10%: threads bring workspaces for their products, 18 of 418 MB here, and a page to which nothing is written is not
-  resident.
+  The tolerance covers workspaces of threads for products (18 of 418 MB here), and pages that are never written and
+  therefore not resident.
   """
   done = subprocess.run([sys.executable, RUN], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_a_run_uses_what_was_planned():
   assert numbers["held"] == numbers["live"] > 2e7
   assert numbers["grown"] == pytest.approx(numbers["temporaries"], rel=0.1)
   assert numbers["peak"] == pytest.approx(numbers["held"] + numbers["temporaries"], abs=1024)
-  assert numbers["temporaries"] > 8 * numbers["held"], "else the tolerance would hide them"
+  assert numbers["temporaries"] > 8 * numbers["held"], "the temporaries are too small for the tolerance"
 
 
 # --- roofline -----------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def reduction(*groups, size=1000):
   return Collective("all-reduce", size, groups, 1, True)
 
 
-def test_an_estimate_is_the_slower_of_products_and_memory_and_then_the_links():
+def test_an_estimate_is_the_maximum_of_products_and_memory_plus_links():
   estimate = planner.estimate(BLANK._replace(traffic=[reduction((0, 1))]), GPU, "float32", per_host=2)
   assert estimate == Estimate(products=10.0, memory=3.0, links=20.0)
   assert (estimate.step, estimate.link_share, estimate.peak_share) == (30.0, 20 / 30, 10 / 30)
@@ -181,9 +181,9 @@ def test_an_estimate_is_the_slower_of_products_and_memory_and_then_the_links():
   ("groups", "per_host", "speed"),
   [
     ([(0, 1, 2, 3)], 4, 50.0),
-    ([(0, 1, 2, 3)], 2, 20.0),  # two adapters a host
+    ([(0, 1, 2, 3)], 2, 20.0),  # two adapters per host
     ([(0, 1), (2, 3)], 2, 50.0),
-    ([(0, 2), (1, 3)], 2, 10.0),  # each group has one GPU a host
+    ([(0, 2), (1, 3)], 2, 10.0),  # each group has one GPU per host
     ([tuple(range(16))], 8, 50.0),  # eight adapters are faster than NVLink
   ],
 )
@@ -196,7 +196,7 @@ def test_a_link_is_as_fast_as_its_slowest_part(groups, per_host, speed):
 
 @settings(max_examples=200)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20_000))
-def test_on_a_line_the_largest_is_found_in_three(rows, most, base, slope, limit):
+def test_the_largest_micro_batch_is_found_in_three_probes_if_memory_is_linear(rows, most, base, slope, limit):
   rows = min(rows, most)
   known = planner.search_micro_batch(lambda n: base + slope * n, rows, most, limit)
   assert len(known) <= 3 and max(known) <= max(most, rows)
@@ -206,7 +206,7 @@ def test_on_a_line_the_largest_is_found_in_three(rows, most, base, slope, limit)
 
 
 @given(st.integers(1, 100), st.integers(1, 400), st.integers(0, 10**6))
-def test_on_a_curve_what_is_found_fits(rows, most, limit):
+def test_the_found_micro_batch_fits_if_memory_is_quadratic(rows, most, limit):
   rows, asked = min(rows, most), []
 
   def peak_of(n):

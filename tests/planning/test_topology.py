@@ -1,4 +1,4 @@
-"""Descriptions of GPUs; compiling for them needs the GPU extra, and says so by returning nothing."""
+"""Descriptions of GPUs, and compilation for them. Without the GPU extra, `gpu_mesh` returns None."""
 
 import os
 import re
@@ -12,10 +12,10 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.planning import topology
 
 
-def test_an_unknown_gpu_lists_those_there_are():
-  for ask in (topology.gpu_mesh, topology.read_gpu):
+def test_an_unknown_gpu_lists_the_known_ones():
+  for function in (topology.gpu_mesh, topology.read_gpu):
     with pytest.raises(UserError, match="no description of GPU 'h42'; expected one of a100, a100-40, h100, h200"):
-      ask("h42")
+      function("h42")
 
 
 def test_without_the_gpu_extra_there_is_no_mesh():
@@ -29,38 +29,38 @@ def test_a_topology_is_slices_hosts_and_gpus(shape, parsed):
 
 
 @pytest.mark.parametrize("shape", ["8", "1x8", "1x0x8", "1x1x8x1", "1x1x-8", "axbxc", ""])
-def test_a_malformed_topology_says_what_one_is(shape):
-  for ask in (topology.parse_topology, lambda shape: topology.gpu_mesh("h100", shape)):
+def test_a_malformed_topology_names_the_format(shape):
+  for function in (topology.parse_topology, lambda shape: topology.gpu_mesh("h100", shape)):
     with pytest.raises(UserError, match=f"slices × hosts × GPUs per host, such as 1x2x8 for 16 GPUs; found '{shape}'"):
-      ask(shape)
+      function(shape)
 
 
 @pytest.mark.parametrize("gpu", topology.known_gpus())
-def test_figures_are_those_that_the_compiler_is_told(gpu):
-  """The memory exactly; the bandwidth to the 1% by which data sheets round."""
-  told = dict(re.findall(r"(\w+): (\d+)", (topology.DESCRIPTIONS / f"{gpu}.textproto").read_text()))
+def test_figures_match_the_description_for_the_compiler(gpu):
+  """Memory matches exactly, bandwidth to 1%, since data sheets round it."""
+  described = dict(re.findall(r"(\w+): (\d+)", (topology.DESCRIPTIONS / f"{gpu}.textproto").read_text()))
   figures = topology.read_gpu(gpu)
-  assert figures.memory == int(told["device_memory_size"])
-  assert figures.bandwidth == pytest.approx(int(told["memory_bandwidth"]), rel=0.01)
+  assert figures.memory == int(described["device_memory_size"])
+  assert figures.bandwidth == pytest.approx(int(described["memory_bandwidth"]), rel=0.01)
   assert set(figures.peak) == {"bfloat16", "float32", "float64"}
   assert figures.peak["bfloat16"] > figures.peak["float32"] > figures.peak["float64"]
   assert figures.nvlink > figures.network
 
 
-def test_what_the_environment_says_is_kept(monkeypatch):
+def test_without_gpus_keeps_variables_that_are_set(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-  monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # so that it is taken back
+  monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # so that monkeypatch restores it
   monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
   topology.without_gpus()
   assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"]) == ("3", "1")
 
 
-def clean() -> dict[str, str]:
-  """The environment without what tells JAX of devices."""
+def clean_environment() -> dict[str, str]:
+  """The environment without variables that select devices of JAX."""
   return {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "CUDA"))}
 
 
-COLLECT = """
+COMPILE_ALL_GATHERS = """
 import jax
 from switchlora_jax.planning import topology
 topology.without_gpus()
@@ -73,9 +73,11 @@ for gpu in topology.known_gpus():
 """
 
 
-def test_every_gpu_compiles_without_any_environment():
-  """In a process of its own, whose JAX has not been used."""
-  done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, env=clean(), capture_output=True, text=True)
+def test_every_gpu_compiles_without_environment_variables():
+  """Runs in a subprocess, where JAX has no devices yet."""
+  done = subprocess.run(
+    [sys.executable, "-c", COMPILE_ALL_GATHERS], cwd=ROOT, env=clean_environment(), capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   if "nothing" in done.stdout:
     pytest.skip("the GPU extra (requirements-gpu.txt) is not installed")
@@ -83,7 +85,7 @@ def test_every_gpu_compiles_without_any_environment():
     assert line.startswith(f"{gpu} XLA for NVIDIA {gpu.split('-')[0].upper()}")
 
 
-STEP = """
+COMPILE_STEPS = """
 import sys; sys.path[:0] = [".", "tests/helpers"]
 import jax, jax.numpy as jnp, small_model
 from switchlora_jax.planning import topology
@@ -99,9 +101,11 @@ for remat in ("none", "linear", "full"):
 """
 
 
-def test_a_step_for_gpus_attends_by_cudnn():
-  """Once forward and once backward for all layers; where it is recomputed, once more."""
-  done = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env=clean(), capture_output=True, text=True)
+def test_a_step_for_gpus_uses_cudnn_attention():
+  """One forward and one backward call for all layers, and one more forward call with rematerialization."""
+  done = subprocess.run(
+    [sys.executable, "-c", COMPILE_STEPS], cwd=ROOT, env=clean_environment(), capture_output=True, text=True
+  )
   if "no GPU compiler" in done.stderr:
     pytest.skip("needs the GPU extra")
   assert done.returncode == 0, done.stderr

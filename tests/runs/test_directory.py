@@ -94,7 +94,7 @@ def test_a_config_without_a_section_is_refused_with_the_version_that_can_continu
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.model", "checkpoints"])
-def test_what_is_not_a_run_is_refused(tmp_path, missing):
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path, missing):
   refused = lambda found: pytest.raises(
     UserError, match=f"^--run=x must be .* config.json, tokenizer.model and .*{found}"
   )
@@ -121,8 +121,8 @@ def test_a_run_whose_config_has_other_keys_is_refused_with_the_version_that_can_
   saved = json.loads(path.read_text()) | {"git_revision": "0123abc"}
   saved["config"]["an_old_key"] = saved["config"].pop("rank")
   path.write_text(json.dumps(saved))
-  sentence = r"differs in the keys an_old_key, rank; continue it with .* \(git revision 0123abc\), or choose a new"
-  with pytest.raises(UserError, match=sentence):
+  message = r"differs in the keys an_old_key, rank; continue it with .* \(git revision 0123abc\), or choose a new"
+  with pytest.raises(UserError, match=message):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
@@ -132,7 +132,7 @@ def test_more_steps_extend_a_run_with_a_warning_and_fewer_are_refused(tmp_path, 
   with caplog.at_level(logging.WARNING):
     start(tmp_path / "run", longer, dataset)
   assert "extending the run from 12 to 24 steps" in caplog.text
-  start(tmp_path / "run", resolved(tmp_path), dataset)  # nothing was trained yet: a slip can be taken back
+  start(tmp_path / "run", resolved(tmp_path), dataset)  # before the first step is trained, fewer steps are accepted
   run_directory.update(tmp_path / "run", longer)
   with pytest.raises(UserError, match="steps: 24 → 12"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
@@ -163,7 +163,7 @@ def test_a_read_only_directory_is_an_error(tmp_path, monkeypatch):
   def refuse(*_, **__):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr("pathlib.Path.touch", refuse)  # the tests may run as root, whom no mode stops
+  monkeypatch.setattr("pathlib.Path.touch", refuse)  # the tests may run as root, which ignores file modes
   with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
@@ -206,8 +206,8 @@ def git(folder, *words):
   return done.stdout.strip()
 
 
-def test_the_git_revision_is_that_of_the_code_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
-  """Installed into the .venv of another project, the package lies in that project's repository, untracked."""
+def test_the_git_revision_is_that_of_the_code_and_not_of_an_enclosing_repository(tmp_path, monkeypatch):
+  """Installed into the .venv of another project, the package is in that project's repository, untracked."""
   code = tmp_path / "site-packages" / "directory.py"
   code.parent.mkdir()
   code.touch()
@@ -225,16 +225,16 @@ def test_a_config_that_is_removed_while_the_run_trains_is_an_error(tmp_path):
     run_directory.update(tmp_path, None)
 
 
-def test_a_second_run_in_the_same_directory_is_refused_while_the_first_goes_on(tmp_path):
-  sentence = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
-  with run_directory.locked(tmp_path), pytest.raises(UserError, match=sentence), run_directory.locked(tmp_path):
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_is_running(tmp_path):
+  message = rf"another run trains in --workdir={tmp_path} \(process {os.getpid()} on \S+, since .*\); wait until it"
+  with run_directory.locked(tmp_path), pytest.raises(UserError, match=message), run_directory.locked(tmp_path):
     pass
   with run_directory.locked(tmp_path):
     pass
 
 
 def test_a_surviving_process_of_an_earlier_run_prevents_a_new_one(tmp_path, monkeypatch):
-  """The first one is gone; the relaunch may have fewer processes, or as many."""
+  """Process 2 of an earlier run holds its lock: process 2 and process 0 of a new run are refused."""
   as_process = lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
   as_process(2)
   refused = lambda: pytest.raises(UserError, match=rf"another run trains .* \(process {os.getpid()} on ")
@@ -260,12 +260,12 @@ def test_without_file_locks_a_run_continues_with_a_warning(tmp_path, monkeypatch
     assert "cannot be locked (No locks available); make sure that no other run trains in it" in caplog.text
 
 
-def test_an_exception_of_the_run_is_not_taken_for_one_of_the_lock(tmp_path):
+def test_an_exception_of_the_run_is_not_reported_as_a_lock_error(tmp_path):
   with pytest.raises(OSError, match="the disk"), run_directory.locked(tmp_path):
     raise OSError("the disk")
 
 
-# --- a run that is only read --------------------------------------------------------------------------------------
+# --- opening a run for reading ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def saved(tmp_path, dataset):
   return workdir
 
 
-def test_an_opened_run_has_the_facts_of_its_directory(saved):
+def test_open_run_returns_the_recorded_values(saved):
   run = run_directory.open_run(saved)
   recorded = run_directory.read(saved)
   assert (run.fingerprint, run.devices, run.revision, run.steps) == ("abc", 8, recorded["git_revision"], [4, 7])
@@ -309,6 +309,6 @@ def test_a_directory_without_a_run_or_checkpoint_cannot_be_opened(saved, tmp_pat
 
 def test_a_key_that_the_saved_config_lacks_is_named_with_the_revision(saved):
   run = run_directory.open_run(saved)._replace(revision="0123abc")
-  sentence = r"made by another version of the code: a key of its config is missing \(.*missing_key.*revision 0123abc\)"
-  with pytest.raises(UserError, match=sentence), run.missing_key_as_error():
+  message = r"made by another version of the code: a key of its config is missing \(.*missing_key.*revision 0123abc\)"
+  with pytest.raises(UserError, match=message), run.missing_key_as_error():
     _ = run.config.missing_key

@@ -45,27 +45,27 @@ def test_a_lock_that_is_taken_names_its_holder(tmp_path, holder):
       take(tmp_path)
 
 
-def test_a_lock_ends_with_its_process_however_that_ends(tmp_path, holder):
+def test_a_killed_process_releases_its_lock(tmp_path, holder):
   holder.send_signal(signal.SIGKILL)
   holder.wait()
   assert take(tmp_path).startswith(f"process {os.getpid()} on ")
 
 
-def test_a_lock_can_be_taken_again_but_not_twice_at_a_time(tmp_path):
+def test_a_lock_can_be_taken_repeatedly_but_not_twice_at_a_time(tmp_path):
   take(tmp_path)
   with exclusive_lock(tmp_path, wait=False), pytest.raises(LockTaken):
     take(tmp_path)
   assert take(tmp_path).count("\n") == 1 and (tmp_path / ".lock").read_bytes() == b""
 
 
-def test_on_a_full_disk_a_lock_holds_without_the_name_of_its_holder(tmp_path):
-  room = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (0, room[1]))  # writes fail as on a full disk
+def test_on_a_full_disk_a_lock_works_without_the_description_of_its_holder(tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # writes fail as on a full disk
   try:
     with exclusive_lock(tmp_path, wait=False), pytest.raises(LockTaken, match=r"^an unknown process$"):
       take(tmp_path)
   finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_waiting_for_a_lock(tmp_path, holder):
@@ -74,7 +74,7 @@ def test_waiting_for_a_lock(tmp_path, holder):
     assert holder.wait() == 0
 
 
-def test_a_directory_that_is_missing_is_not_taken_for_a_lock(tmp_path):
+def test_a_missing_directory_is_not_reported_as_a_taken_lock(tmp_path):
   with pytest.raises(FileNotFoundError):
     take(tmp_path / "none")
 
@@ -96,14 +96,14 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
   assert path.read_bytes() == b"old"
 
 
-def test_a_new_file_and_its_name_are_on_the_disk_when_it_is_written(tmp_path, monkeypatch):
-  """In this order: file, name, directory. Otherwise a power failure may leave the old file, or an empty one."""
-  done = []
-  synced = lambda number: done.append(os.readlink(f"/proc/self/fd/{number}"))
+def test_a_new_file_and_its_directory_are_synced(tmp_path, monkeypatch):
+  """The order is file, rename, directory. Otherwise a power failure may leave the old file, or an empty one."""
+  calls = []
+  synced = lambda number: calls.append(os.readlink(f"/proc/self/fd/{number}"))
   monkeypatch.setattr(os, "fsync", synced)
-  monkeypatch.setattr(os, "replace", lambda old, new: done.append("replaced"))
+  monkeypatch.setattr(os, "replace", lambda old, new: calls.append("replaced"))
   replace_text(tmp_path / "file", "new")
-  assert done == [f"{tmp_path}/file.partial", "replaced", f"{tmp_path}"]
+  assert calls == [f"{tmp_path}/file.partial", "replaced", f"{tmp_path}"]
 
 
 @pytest.mark.parametrize(("code", "raised"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])

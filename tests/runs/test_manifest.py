@@ -46,9 +46,9 @@ def test_a_flipped_bit_in_any_file_is_found(folder):
   for path in [*folder.glob("state/**/*"), folder / "manifest.json"]:
     whole = path.read_bytes() if path.is_file() else b""
     for position in places.sample(range(len(whole)), min(len(whole), 20)):
-      hurt = bytearray(whole)
-      hurt[position] ^= 1 << places.randrange(8)
-      path.write_bytes(hurt)
+      damaged = bytearray(whole)
+      damaged[position] ^= 1 << places.randrange(8)
+      path.write_bytes(damaged)
       with pytest.raises(Damaged, match=f"{path.relative_to(folder)} is not what was written"):
         manifest.verify(folder)
       path.write_bytes(whole)
@@ -60,7 +60,7 @@ def truncate(path):
 
 
 @pytest.mark.parametrize(
-  "hurt, said",
+  "damage, message",
   [
     (lambda folder: truncate(folder / "state/d/large"), r"^state/d/large has 262,243 bytes of 262,244$"),
     (lambda folder: truncate(folder / "manifest.json"), r"^manifest.json is not what was written$"),
@@ -74,9 +74,9 @@ def truncate(path):
     ),
   ],
 )
-def test_a_difference_is_described(folder, hurt, said):
-  hurt(folder)
-  with pytest.raises(Damaged, match=said):
+def test_a_difference_is_described(folder, damage, message):
+  damage(folder)
+  with pytest.raises(Damaged, match=message):
     manifest.verify(folder)
 
 
@@ -97,19 +97,19 @@ def test_files_outside_of_the_checkpoint_are_refused(folder, name):
 def test_a_file_that_is_temporarily_unreadable_is_read_again(folder, monkeypatch, times):
   errors, xxh3 = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))] * times, manifest._file_xxh3
 
-  def unsteady(path):
+  def unreliable(path):
     if path.name == "large" and errors:
       raise errors.pop()
     return xxh3(path)
 
-  monkeypatch.setattr(manifest, "_file_xxh3", unsteady)
+  monkeypatch.setattr(manifest, "_file_xxh3", unreliable)
   monkeypatch.setattr(manifest, "PAUSE", 0.01)
   with nullcontext() if times == 2 else pytest.raises(Damaged, match=r"^state/d/large: Stale file handle$"):
     manifest.verify(folder)
 
 
 def test_processes_verify_disjoint_shares(folder):
-  """Each process reads its own files alone."""
+  """Each process reads only its own files."""
   for path in folder.glob("state/**/*"):
     if path.is_file():
       path.write_bytes(path.read_bytes() + b"more")
@@ -141,7 +141,7 @@ def test_every_directory_is_synced(folder, monkeypatch):
   synced = []
   monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(os.readlink(f"/proc/self/fd/{number}"))))
   manifest.write(folder, 5, ARRAYS)
-  assert synced[-1] == folder  # it has the name of the manifest
+  assert synced[-1] == folder  # the manifest is renamed in it
   assert {path for path in synced if path.is_dir()} == {
     folder,
     folder / "state",

@@ -16,6 +16,8 @@ from switchlora_jax.training import trainer
 from switchlora_jax.training.evaluation import first, summary, validate
 from switchlora_jax.training.phases import build_phase
 
+pytestmark = pytest.mark.two_linear_layers
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -9,8 +9,10 @@ from tiny import resolved
 
 from switchlora_jax.methods import METHODS
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
-from switchlora_jax.training import warm_start
+from switchlora_jax.training import phases, warm_start
 from switchlora_jax.training.phases import Phase, build_phase, build_phases, full_rank_config, phase_at, shard_batch
+
+pytestmark = pytest.mark.two_linear_layers
 
 # --- which phase --------------------------------------------------------------------------------------------------
 
@@ -23,10 +25,10 @@ def named(name, start):
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_a_state_belongs_to_the_phase_of_the_step_before(warm_start_steps, steps):
   """Step t makes the state before step t + 1: full rank does so for t < K, the low-rank method from t = K on."""
-  phases = [named("full", 0), named("main", warm_start_steps)]
+  both = [named("full", 0), named("main", warm_start_steps)]
   trained = ["full" if t < warm_start_steps else "main" for t in range(steps)]
-  assert [phase_at(phases, t + 1).model for t in range(steps)] == trained
-  assert phase_at(phases, 0).model == "full", "which creates the state before step 0"
+  assert [phase_at(both, t + 1).model for t in range(steps)] == trained
+  assert phase_at(both, 0).model == "full", "which creates the state before step 0"
 
 
 @given(st.integers(0, 30))
@@ -81,8 +83,9 @@ def test_each_device_gets_its_shard_of_the_batch(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
-def test_the_handed_over_state_has_the_shardings_of_the_next_phase(layout, tmp_path):
+def test_the_handed_over_state_has_the_shardings_of_the_next_phase(layout, tmp_path, monkeypatch):
   """Shapes, dtypes, and place on each of eight devices: no step is compiled for the state handed over alone."""
+  monkeypatch.setattr(phases, "build_phase", build_phase.__wrapped__)  # whose `create` is the program itself
   keys = {f"sharding__{key}": value for key, value in layout.items()}
   first, main = build_phases(resolved(tmp_path, warm_start_steps=2, **keys), make_mesh(fsdp=layout.get("fsdp", 1)))
   kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)

@@ -13,6 +13,8 @@ from switchlora_jax.runs.directory import open_run
 from switchlora_jax.training import phases
 from switchlora_jax.training.phases import restore_phase
 
+pytestmark = pytest.mark.two_linear_layers
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -201,6 +201,9 @@ def test_a_step_that_is_not_finite_changes_nothing(poison):
   assert not same_bits(cured[-1].params, healthy.params) and not same_bits(cured[-1].candidates, healthy.candidates)
 
 
+SPIKY = dict(spike__window=4, switch__interval=1)  # of all tests with `poison.loss`, which share a program
+
+
 def everywhere(state):
   """Every device's copies or parts of all that a skipped step must not touch."""
   arrays = jax.tree.leaves((state.params, state.frozen, state.candidates, state.opt_state))
@@ -212,7 +215,7 @@ def everywhere(state):
 def test_a_gradient_not_finite_on_one_device_is_skipped_on_all(monkeypatch, kind, layout):
   """The batch of one device is damaged; no array changes on any device, replicated or sharded."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
-  config = small_model.config("switchlora", **layout)
+  config = small_model.config("switchlora", **SPIKY, **layout)
   phase = small_model.phase(config, 8)
   state = phase.create()
   for t in range(2):
@@ -333,15 +336,16 @@ def test_a_method_with_an_optimizer_of_optax_trains_and_skips(method):
 
 
 def spiked(monkeypatch, action):
-  """The state before a batch whose loss is 20 times what it was, after it, both on the host, and its numbers."""
+  """The state before a batch whose loss is three times what it was, after it, both on the host, and its numbers."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
-  config = small_model.config("switchlora", spike__window=4, spike__action=action, switch__interval=1)
-  step, state = small_model.step(config, 1), small_model.first_state(config, 1)
+  config = small_model.config("switchlora", **SPIKY, spike__action=action)
+  phase = small_model.phase(config, 8)
+  state = phase.create()
   for t in range(4):
-    state, report = step(state, small_model.shard_batch(small_model.rows(config, t), 1))
+    state, report = phase.step(state, phase.shard_batch(small_model.rows(config, t)))
     assert report["spike"] == 0
   before = host(state)
-  state, report = step(state, small_model.shard_batch(poison.mark(small_model.rows(config, 4), "spike"), 1))
+  state, report = phase.step(state, phase.shard_batch(poison.mark(small_model.rows(config, 4), "spike")))
   assert report["spike"] == 1 and report["loss"] > 2.5 * report["loss_mean"]
   return before, host(state), report
 

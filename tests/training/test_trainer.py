@@ -21,7 +21,7 @@ from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training import step as train_step
 
-pytestmark = pytest.mark.user_flags
+pytestmark = [pytest.mark.user_flags, pytest.mark.two_linear_layers]
 
 
 def lines(workdir):
