@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
@@ -92,11 +91,14 @@ def draw_uniforms(key, candidates) -> dict:
   Returns:
     {path: float array of the shape of the layer's leading axes, [] or [layers]}.
   """
-  shapes = {path: stack_shape(candidates, path) for path in switchable(candidates)}
-  ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ends[-1]))
-  numbers = jnp.split(jax.vmap(jax.random.uniform)(keys), ends[:-1])  # one draw for all layers: it compiles faster
-  return {path: draws.reshape(shape) for (path, shape), draws in zip(shapes.items(), numbers, strict=True)}
+  draws, number = {}, 0
+  for path in switchable(candidates):
+    shape = stack_shape(candidates, path)
+    size = math.prod(shape)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number + jnp.arange(size))
+    draws[path] = jax.vmap(jax.random.uniform)(keys).reshape(shape)
+    number += size
+  return draws
 
 
 def draw_spare_indices(key, candidates, schedule) -> dict:

@@ -189,8 +189,8 @@ def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None
   rank, spares = layers.rank_and_spares()
   loads = cursor[:, None] + jnp.arange(window)[None]  # [L, K], the numbers of the next loads
   active = jnp.arange(window)[None] < count[:, None]
-  slots_a, slots_b = jax.lax.rem(loads, rank), jax.lax.rem(loads + rank // 2, rank)
-  indices_a, indices_b = indices or (jax.lax.rem(loads, spares),) * 2
+  slots_a, slots_b = loads % rank, (loads + rank // 2) % rank
+  indices_a, indices_b = indices or (loads % spares, loads % spares)
 
   def switch_once(_, carry):
     layers, left, right = swap_factors(carry[0], slots_a, slots_b, indices_a, indices_b, active)
@@ -210,8 +210,7 @@ def norm_squared(left, right):
 
 def switched_slots(cursor, count, rank: int, offset: int):
   """[L, r] bool: the slots of a factor that are switched, `count` [L] of them starting at `cursor + offset`."""
-  first = jax.lax.rem(cursor + offset, rank)
-  return jax.lax.rem(jnp.arange(rank, 2 * rank)[None] - first[:, None], rank) < count[:, None]
+  return (jnp.arange(rank)[None] - cursor[:, None] - offset) % rank < count[:, None]
 
 
 def freeze(timer, hit, freeze_steps: int, skip):
