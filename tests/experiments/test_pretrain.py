@@ -5,9 +5,9 @@ import re
 
 import jax
 import pytest
+from fault_runs import small_config
 from forks import forks
 from grids import command, imported
-from hurt_runs import small
 from paths import ROOT
 from tiny import flags_of
 
@@ -42,7 +42,7 @@ def test_dry_run_prints_what_scripts_read_and_writes_nothing(pretrain, tmp_path)
 def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
   """With the flags of users; its program is that of tests/faults."""
   workdir = tmp_path / "run"
-  done = command("pretrain", *flags_of(small(tmp_path)), f"--workdir={workdir}", user_flags=True)
+  done = command("pretrain", *flags_of(small_config(tmp_path)), f"--workdir={workdir}", user_flags=True)
   assert done.returncode == 0, done.stderr
   for pattern in (
     r"data: text, fingerprint [0-9a-f]{16}",
