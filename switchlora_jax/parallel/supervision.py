@@ -242,6 +242,7 @@ class Supervisor:
 
   def _check(self, seconds: float):
     if self._failed:
+      self._interrupt()  # again: a signal right before a blocking call does not interrupt that call
       return
     if self._store.count == 1:
       self._exchange()
@@ -293,6 +294,12 @@ class Supervisor:
         self._error = self._raising = {HUNG: RunFailed, STOPPED: Stopped}.get(code, KeyboardInterrupt)(message)
         if code != STOPPED:  # then the others end as well
           self._status.setdefault("failed", message)
+    self._interrupt()
+
+  def _interrupt(self):
+    """Have the main thread run `_handle`, if it has an exception to raise."""
+    with self._lock:
+      if self._raising and not self._exiting:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
   def _handle(self, *_):

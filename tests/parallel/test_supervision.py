@@ -418,6 +418,17 @@ def test_sigterm_during_set_up_raises_in_the_main_thread():
     time.sleep(60)
 
 
+def test_an_exception_is_raised_although_its_first_signal_interrupts_nothing(monkeypatch):
+  """As when the signal arrives right before the main thread blocks."""
+  kill, sent = signal.pthread_kill, []
+  monkeypatch.setattr(signal, "pthread_kill", lambda *args: sent.append(args) or (len(sent) > 1 and kill(*args)))
+  began = time.monotonic()
+  with pytest.raises(Stopped), Supervisor(HANG, LOST):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+  assert len(sent) == 2 and time.monotonic() - began < 10
+
+
 def test_ctrl_c_once_more_raises_in_the_main_thread():
   with pytest.raises(KeyboardInterrupt), Supervisor(HANG, LOST) as one:
     one.begin_steps()
