@@ -34,8 +34,9 @@ collect_ignore = ["helpers"]
 def programs_of_a_file(request):
   """Compile quickly, except in modules that are marked `user_flags`; drop the compiled programs after each module.
 
-  Compilation takes most of the time of the tests, and XLA's optimizations two fifths of it. Processes that tests start
-  compile as a user's do. A test process that kept all its programs would run out of memory mappings.
+  Compilation takes most of the time of the tests, and XLA's optimizations about half of it. The environment of a child
+  process selects its flags, see `tiny.QUICK`. A test process that kept all its programs would run out of memory
+  mappings.
   """
   quick = request.node.get_closest_marker("user_flags") is None
   jax.config.update("jax_disable_most_optimizations", quick)

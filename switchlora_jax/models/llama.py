@@ -169,7 +169,7 @@ class LLaMA(nn.Module):
   cache_length: int = 0
   head: bool = True
   gather: Callable[[dict], dict] | None = None
-  block_class = Block  # without an annotation, so that it is no field: a subclass names its own blocks here
+  block_class = Block  # not annotated, so not a dataclass field; a subclass may override it
 
   @nn.compact
   def __call__(self, tokens):

@@ -1,13 +1,11 @@
 """Runs of twelve steps on one device, which record what they did, and what tests of warm starts ask of them."""
 
-import contextlib
 import shutil
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-import small_model
 from small_model import host
 from tiny import resolved
 
@@ -21,20 +19,6 @@ SHAPE = dict(
   eval_every=4, checkpoint_every=STEPS, keep_checkpoints=STEPS,
   relora__restart_every=4, relora__restart_warmup_steps=2, galore__refresh_every=3,
 )  # fmt: skip
-
-
-def scales(first):
-  """Stands in for the effective rank, which takes long to compile: returns the two scales that it is given."""
-  return lambda params, frozen, scale: 100 * (first.scale or 0) + (scale or 0)
-
-
-@contextlib.contextmanager
-def on_one_device():
-  """Runs use one device, and compute no effective rank."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
-    patch.setattr(trainer, "make_learnt_rank", scales)
-    yield
 
 
 def train(folder, name, **changes):

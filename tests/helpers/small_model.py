@@ -15,8 +15,8 @@ from switchlora_jax.training import phases
 class TwoLinearBlock(llama.Block):
   """A block of `up` and `down` alone, without attention; for modules marked `two_linear_layers`.
 
-  A step of a model with two linear layers per block, not seven, compiles three times as fast. All parts of a step but
-  the model itself map over layers, and have two kinds of layers to map over, of different shapes.
+  A step of this model compiles in half the time of LLaMA's, whose blocks have seven linear layers. Switching, the
+  optimizer and sharding map over the kinds of linear layers; here they map over two kinds, of different shapes.
   """
 
   @nn.compact

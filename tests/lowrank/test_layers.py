@@ -49,7 +49,7 @@ def vjp(dense, cotangent, *primals):
 
 @functools.cache
 def start(layer, features=16, seed=0):
-  """The variables of a layer of so many inputs, on the host."""
+  """Initialises a layer for inputs of the given width; returns its variables as NumPy arrays."""
   x = np.ones((2, features), layer.param_dtype)
   return host(jax.jit(layer.init)(jax.random.key(seed), x))
 

@@ -25,18 +25,6 @@ LOW_RANK = ("lora", "switchlora", "relora", "galore")
 K = 5  # steps of the full-rank phase
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  with short_runs.on_one_device():
-    yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """A folder with the text of all runs."""
-  return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture(scope="module")
 def runs(folder):
   """From a method to its run, which has a full-rank phase of K steps unless it is full; it saves every step."""

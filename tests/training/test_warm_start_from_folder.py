@@ -19,18 +19,6 @@ from switchlora_jax.training import phases, warm_start
 pytestmark = pytest.mark.user_flags
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-  with short_runs.on_one_device():
-    yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """A folder with the text of all runs."""
-  return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture(scope="module")
 def full(folder):
   """A full-rank run."""
