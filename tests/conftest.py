@@ -1,14 +1,8 @@
 """Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
 
 import gc
-import os
-import tempfile
 
-# One cache of compiled programs per session, for its workers and for the processes that tests start.
-if "TESTS_COMPILATION_CACHE" not in os.environ:
-  _cache = tempfile.TemporaryDirectory(prefix="compiled-")  # removed at exit
-  os.environ["TESTS_COMPILATION_CACHE"] = _cache.name
-
+import compiled_programs
 import jax
 import pytest
 import shared_programs
@@ -20,8 +14,9 @@ from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.training import phases
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_COMPILATION_CACHE"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_compilation_cache_dir", compiled_programs.FOLDER)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their paths would be part of the entries' names
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Replaced before any test module imports them, so that all tests share what is compiled.
 phases.build_phase, ranks.make_learnt_rank = shared_programs.build, shared_programs.make_learnt_rank
@@ -63,3 +58,8 @@ def x64():
 def pytest_addoption(parser):
   """`--faults`: see tests/faults/conftest.py; only this file may add options."""
   parser.addoption("--faults", action="store_true", help="run every injected fault, as `make faults` does")
+
+
+def pytest_unconfigure():
+  """Keep the compiled programs for the next session; the workers have ended."""
+  compiled_programs.keep()

@@ -49,6 +49,7 @@ def test_times_and_operations_of_each_program(tmp_path):
   assert "time_ratio" in printed and "galore refreshing" in printed
 
 
+@pytest.mark.slow
 def test_memory_with_and_without_switching(tmp_path):
   printed, rows = rows_of(tmp_path, "--memory", "--methods=lora,switchlora")
   assert list(rows) == ["full", "lora", "switchlora"]

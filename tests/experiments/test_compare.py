@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from grids import as_flags, command, curve, imported, tiny_base, write_run
 from paths import ROOT
-from tiny import ONE_DEVICE
+from tiny import ONE_DEVICE_QUICK
 
 from experiments.common import sweep
 from experiments.common.sweep import Variant
@@ -47,7 +47,7 @@ def story(tmp_path_factory):
   flags = ["--methods=full,lora", "--ranks=4", "--seeds=1", "--processes=2", "--time=false", f"--workdir={workdir}"]
   flags += as_flags(base)
   words = [sys.executable, "-m", "experiments.compare", *flags, "--learning_rates=lora:1e-2,2e-2"]
-  options = dict(cwd=ROOT, env=os.environ | ONE_DEVICE, start_new_session=True, stderr=subprocess.DEVNULL)
+  options = dict(cwd=ROOT, env=os.environ | ONE_DEVICE_QUICK, start_new_session=True, stderr=subprocess.DEVNULL)
   with subprocess.Popen(words, **options) as process:
     deadline = time.monotonic() + 900
     while process.poll() is None and not finished(workdir) and time.monotonic() < deadline:
@@ -65,7 +65,7 @@ def story(tmp_path_factory):
     imported("compare", *flags, "--learning_rates=lora:1e-2,2e-2,5e-2") as compare,
     pytest.MonkeyPatch.context() as patch,
   ):
-    for key, value in ONE_DEVICE.items():
+    for key, value in ONE_DEVICE_QUICK.items():
       patch.setenv(key, value)
     with contextlib.redirect_stdout(printed), pytest.raises(UserError) as failing:
       compare.main()

@@ -49,7 +49,6 @@ def training_rows(workdir) -> dict[int, dict]:
   return {row["step"]: row for row in metrics_rows(workdir) if "loss" in row}
 
 
-@pytest.mark.in_default_tests
 def test_nan_losses_skip_only_their_updates(tmp_path):
   """Case 10. Two NaN losses, each just after a switch. A run that is killed after the first NaN has the same result."""
   often = dict(switch__decay_point=0.9, checkpoint_every=1, keep_checkpoints=20)

@@ -9,6 +9,7 @@ import os
 import pickle
 from pathlib import Path
 
+import compiled_programs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +68,7 @@ class Create:
     with jax.set_mesh(one):
       lowered = _new(FrozenConfigDict(plain), one).create.lower()
       text = f"{lowered.as_text()}{jax.config.values['jax_disable_most_optimizations']}"
-      file = Path(os.environ["TESTS_COMPILATION_CACHE"], hashlib.sha256(text.encode()).hexdigest() + ".pickle")
+      file = Path(compiled_programs.FOLDER, hashlib.sha256(text.encode()).hexdigest() + ".pickle")
       if not file.exists():
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_bytes(pickle.dumps(jax.device_get(jax.tree.leaves(lowered.compile()()))))

@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import compiled_programs
 import jax
 import numpy as np
 import pytest
@@ -24,8 +24,9 @@ from switchlora_jax.training.phases import build_phase
 ONE_DEVICE = {
   "JAX_PLATFORMS": "cpu",
   "JAX_NUM_CPU_DEVICES": "1",
-  "JAX_COMPILATION_CACHE_DIR": os.environ["TESTS_COMPILATION_CACHE"],
+  "JAX_COMPILATION_CACHE_DIR": compiled_programs.FOLDER,
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
 }
 # For processes whose numbers are not compared with those of a user's flags: they compile in half the time.
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

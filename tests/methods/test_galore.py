@@ -400,6 +400,7 @@ def test_decompositions_of_the_train_step_are_under_a_cond(seven_linear_layers):
   assert [inside for name, inside in primitives(traced.jaxpr) if name == "svd"] == [True] * 7
 
 
+@pytest.mark.slow
 def test_one_device_gives_what_eight_give(x64):
   """In float64, where gradients differ by 1e-16 and so hardly ever in the float32 that is decomposed."""
   kinds = dict(dtype="float64", param_dtype="float64")

@@ -1,6 +1,7 @@
 """The plan of a run: bytes against arithmetic and against a run, traffic, roofline, largest micro-batch."""
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from paths import ROOT
+from stages import slowly
 
 from switchlora_jax.config import resolve
 from switchlora_jax.parallel.sharding import DATA, make_mesh
@@ -97,9 +99,12 @@ def plan(method: str, accumulation: int, devices: int = 8):
   return planner.plan_step(phase, config, small_model.mesh(devices), HOST), phase.abstract, config
 
 
-@pytest.mark.parametrize("method", ["full", "switchlora"])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_all_reduce_has_the_gradients_and_the_loss(method, accumulation):
+CASES = itertools.product(("full", "switchlora"), (1, 4))  # a method, and the batches that it accumulates
+
+
+@pytest.mark.parametrize("case", slowly(CASES, quick=[("full", 1), ("switchlora", 4)]))
+def test_the_all_reduce_has_the_gradients_and_the_loss(case):
+  method, accumulation = case
   found, _, _ = plan(method, accumulation)
   assert found.collective_bytes("all-reduce") == found.trainable + 4
   assert {collective.kind for collective in found.traffic} == {"all-reduce"}

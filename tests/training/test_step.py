@@ -10,6 +10,7 @@ import poison
 import pytest
 import small_model
 from small_model import host, same_bits
+from stages import slowly
 
 from switchlora_jax.lowrank.layers import lora_vectors
 from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
@@ -210,12 +211,15 @@ def everywhere(state):
   return [[np.array(part.data) for part in array.addressable_shards] for array in arrays]
 
 
+LAYOUTS = {"replicated": {}, "sharded": dict(sharding__fsdp=2, sharding__frozen="sharded")}
+
+
 @pytest.mark.parametrize("kind", ["gradient", "nan"])
-@pytest.mark.parametrize("layout", [{}, dict(sharding__fsdp=2, sharding__frozen="sharded")])
+@pytest.mark.parametrize("layout", slowly(LAYOUTS, quick=["replicated"]))
 def test_a_gradient_not_finite_on_one_device_is_skipped_on_all(monkeypatch, kind, layout):
   """The batch of one device is damaged; no array changes on any device, replicated or sharded."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
-  config = small_model.config("switchlora", **SPIKY, **layout)
+  config = small_model.config("switchlora", **SPIKY, **LAYOUTS[layout])
   phase = small_model.phase(config, 8)
   state = phase.create()
   for t in range(3):
@@ -312,7 +316,7 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("method", PLAIN)
+@pytest.mark.parametrize("method", slowly(PLAIN, quick=["full"]))
 def test_a_method_with_an_optimizer_of_optax_trains_and_skips(method):
   config = small_model.config(method)
   built = METHODS[method].build(config)._replace(optimizer=PLAIN[method])
@@ -358,7 +362,7 @@ def test_a_spike_is_skipped_if_configured(monkeypatch):
   np.testing.assert_array_equal(after.spikes.losses, [*before.spikes.losses[1:], report["loss"]])
 
 
-@pytest.mark.parametrize("action", ["report", "rollback"])
+@pytest.mark.parametrize("action", slowly(["report", "rollback"], quick=["report"]))
 def test_a_spike_is_not_skipped_otherwise(monkeypatch, action):
   """A rollback discards the update anyway."""
   before, after, report = spiked(monkeypatch, action)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import poison
 import pytest
+from stages import slowly
 from tiny import resolved
 
 from switchlora_jax.data import loader
@@ -60,7 +61,7 @@ def counting(monkeypatch):
   return used
 
 
-@pytest.fixture(scope="module", params=["switchlora", "full"])
+@pytest.fixture(scope="module", params=slowly(["switchlora", "full"], quick=["switchlora"]))
 def finished(request, tmp_path_factory):
   """(folder with the text, method, workdir, outcome) of an uninterrupted run of 12 steps."""
   folder = tmp_path_factory.mktemp(request.param)

@@ -33,7 +33,7 @@ def runs(folder):
 
 
 PHASE = dict(warm_start_steps=K)
-each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=("switchlora", "relora")))
+each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=["switchlora"]))
 
 
 # --- within a run: what is handed over ----------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_a_run_from_another_begins_at_step_0(folder, runs):
   assert lines(again) == lines(run)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", slowly(["bfloat16", "float32"], quick=["bfloat16"]))
 def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dtype):
   """The weights are cast, and the other run is needed only until the first checkpoint."""
   others = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
