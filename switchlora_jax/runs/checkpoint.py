@@ -178,7 +178,7 @@ class Checkpoints:
       except Exception as error:  # whatever orbax, tensorstore or json raises on a damaged file
         damaged[candidate] = _reason(error)
         continue
-      processes.on_first_process(lambda: [self._pass_over(step, reason) for step, reason in damaged.items()])
+      processes.on_first_process(lambda: [self._skip_damaged(step, reason) for step, reason in damaged.items()])
       return state
     if damaged:
       raise self._none_is_good(damaged)
@@ -212,7 +212,7 @@ class Checkpoints:
       raise ValueError(f"checksum or shape of {min(wrong)} and {len(wrong) - 1} more arrays is not what was saved")
     return state
 
-  def _pass_over(self, step: int, reason: str):
+  def _skip_damaged(self, step: int, reason: str):
     """Warns of a damaged checkpoint, and moves it aside if it belongs to this run."""
     action = f"moved to {self._set_aside(step)}" if self._keep else "an older one is used"
     log.warning("checkpoint of step %d is damaged (%s); %s", step, reason, action)

@@ -96,20 +96,20 @@ RESPONSES = {
 }
 
 
-def report_spikes(rows: list[dict], spike, aloud: bool) -> int | None:
+def report_spikes(rows: list[dict], spike, log_warnings: bool) -> int | None:
   """Warn of loss spikes, and find the first one that calls for a rollback.
 
   Args:
     rows: metrics of training steps, as from `Metrics.flush`.
     spike: `config.spike`.
-    aloud: whether this process logs the warnings.
+    log_warnings: whether this process logs the warnings.
   Returns:
     With action "rollback", the step number of the first spike, as in metrics.jsonl; later ones are not reported, since
     their steps are undone. None if there is no spike, and with any other action.
   """
   for row in rows:
     if row["spike"]:
-      if aloud:
+      if log_warnings:
         log.warning(
           "step %d: the loss %.4f is a spike; the %d losses before it have mean %.4f, standard deviation %.4f (%s)",
           row["step"], row["loss"], spike.window, row["loss_mean"], row["loss_deviation"], RESPONSES[spike.action],

@@ -206,7 +206,7 @@ class Run:
       UserError: too many updates in a row were not finite.
     """
     rows = self.metrics.flush()
-    spike_step = anomalies.report_spikes(rows, self._config.spike, aloud=processes.is_first())
+    spike_step = anomalies.report_spikes(rows, self._config.spike, log_warnings=processes.is_first())
     if spike_step is None:
       anomalies.check_progress(rows, self._config)
     return spike_step

@@ -19,7 +19,7 @@ from tiny import ONE_DEVICE, flags_of, tiny_config
 
 from switchlora_jax.training import metrics
 
-PATIENCE = int(os.environ.get("FAULTS_PATIENCE", 600))  # seconds that a tiny run may take on a busy machine
+RUN_TIMEOUT = int(os.environ.get("FAULTS_RUN_TIMEOUT", 600))  # seconds that a tiny run may take on a busy machine
 
 
 class Run(NamedTuple):
@@ -37,13 +37,13 @@ class Run(NamedTuple):
 
   def wait_for(self, condition, what: str):
     """Waits until `condition()`; fails if the process ends before."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + RUN_TIMEOUT
     while not condition():
       assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}: {self.output()}"
-      assert time.monotonic() < deadline, f"no {what} within {PATIENCE} s: {self.output()}"
+      assert time.monotonic() < deadline, f"no {what} within {RUN_TIMEOUT} s: {self.output()}"
       time.sleep(0.01)
 
-  def exit_code(self, patience: float = PATIENCE) -> int:
+  def exit_code(self, patience: float = RUN_TIMEOUT) -> int:
     """Waits until the process has ended and returns its exit code."""
     try:
       code = self.process.wait(patience)
@@ -115,7 +115,7 @@ def assert_success(runs: list[Run], fault_step: int):
   """Waits for the successful end of all processes of a run; prints the time until it passed the step of the fault."""
   began = time.monotonic()
   further = lambda: last_step(runs[0].workdir) > fault_step
-  while not further() and runs[0].process.poll() is None and time.monotonic() < began + PATIENCE:
+  while not further() and runs[0].process.poll() is None and time.monotonic() < began + RUN_TIMEOUT:
     time.sleep(0.01)
   if fault_step and further():
     print(f"recovered in {time.monotonic() - began:.1f} s: passed step {fault_step}, the step of the fault")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 180  # seconds that one command may take
+RUN_TIMEOUT = 180  # seconds that one command may take
 
 
 class CommandResult(NamedTuple):
@@ -70,7 +70,7 @@ def run_in_child(command: list[str], stdout, stderr):
   """Runs the command as `python -m` does, then ends the process. Does not return."""
   for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno())):
     os.dup2(file, number)
-  signal.alarm(PATIENCE)
+  signal.alarm(RUN_TIMEOUT)
   sys.argv, code = command, 0
   try:
     runpy.run_module(f"experiments.{command[0]}", run_name="__main__", alter_sys=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = "120"  # seconds after which a run that hangs without its guard has failed
+RUN_TIMEOUT = "120"  # seconds after which a run that hangs without its guard has failed
 
 
 class Guard(NamedTuple):
@@ -60,7 +60,7 @@ def failure_without(guard: Guard, folder: Path) -> str | None:
   whole = path.read_text()
   path.write_text(broken(guard, whole))
   command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--faults", guard.test]
-  environment = os.environ | {"FAULTS_PATIENCE": PATIENCE, "COLUMNS": "200"}
+  environment = os.environ | {"FAULTS_RUN_TIMEOUT": RUN_TIMEOUT, "COLUMNS": "200"}
   try:
     output = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment).stdout
   finally:

@@ -20,7 +20,7 @@ from switchlora_jax.errors import HUNG, STOPPED
 from switchlora_jax.parallel.supervision import GRACE, Supervisor
 from switchlora_jax.runs import checkpoint
 
-PATIENCE = 8  # seconds of --peer_timeout
+PEER_TIMEOUT = 8  # seconds of --peer_timeout
 HANG = 10  # seconds of --config.hang_seconds
 
 
@@ -37,15 +37,15 @@ def lose_each_process(number: signal.Signals, uninterrupted_pair, workdir):
   """Sends a signal to process 1, and to process 0 of the relaunch; the next relaunch ends as the uninterrupted run."""
   folder, uninterrupted = uninterrupted_pair
   for victim, reach in ((1, 12), (0, 27)):
-    pair = start_pair(small_config(folder), workdir, f"--peer_timeout={PATIENCE}")
+    pair = start_pair(small_config(folder), workdir, f"--peer_timeout={PEER_TIMEOUT}")
     pair[0].wait_for_step(reach)
     pair[victim].process.send_signal(number)
     if victim == 0 and number == signal.SIGKILL:  # the connection breaks, and JAX aborts at once
-      assert pair[1].exit_code(PATIENCE) == -signal.SIGABRT
+      assert pair[1].exit_code(PEER_TIMEOUT) == -signal.SIGABRT
       assert "This most likely indicates that another task died" in pair[1].output()
     else:
-      output = end_by_supervision(pair[1 - victim], PATIENCE + 2 * GRACE + 20)
-      assert f"process {victim} of 2 is lost: no heartbeat for {PATIENCE} s (--peer_timeout); it was last" in output
+      output = end_by_supervision(pair[1 - victim], PEER_TIMEOUT + 2 * GRACE + 20)
+      assert f"process {victim} of 2 is lost: no heartbeat for {PEER_TIMEOUT} s (--peer_timeout); it was last" in output
     assert saved_steps(workdir)[-1] >= reach - 7  # the save of the last five may have been in progress
     pair[victim].kill()  # a suspended one still holds the lock of the directory
   finish_pair(small_config(folder), workdir)
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_for_one_of_two_processes_ends_both(tmp_path):
   """Case 7. The process that cannot write prints the reason; both end before the next save."""
   faults = (None, "test_checkpoint_faults:fill_the_disk=10,1000")
   halves = small_config(tmp_path, **{"sharding.fsdp": 2})  # many arrays fail, each in a thread of its own
-  pair = start_pair(halves, tmp_path / "pair", f"--peer_timeout={PATIENCE}", faults=faults)
+  pair = start_pair(halves, tmp_path / "pair", f"--peer_timeout={PEER_TIMEOUT}", faults=faults)
   codes = [run.exit_code() for run in pair]
   assert 0 not in codes
   assert re.search(

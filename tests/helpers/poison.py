@@ -1,4 +1,4 @@
-"""Rows that hurt: a loss that breaks on the device that has one, and batches with one among their rows."""
+"""Marked rows, and a loss that is NaN, a spike, or without finite gradients on the device that has such a row."""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,18 @@ from switchlora_jax.models.loss import mean_loss
 
 
 @jax.custom_vjp
-def exploding(loss, hurt):
-  """The loss, whose gradient is not finite where it hurts."""
-  del hurt
+def exploding(loss, marked):
+  """The loss; its gradient is inf where `marked` is true."""
+  del marked
   return loss
 
 
-exploding.defvjp(lambda loss, hurt: (loss, hurt), lambda hurt, g: (jnp.where(hurt, jnp.inf, 1) * g, None))
+exploding.defvjp(lambda loss, marked: (loss, marked), lambda marked, g: (jnp.where(marked, jnp.inf, 1) * g, None))
 
 KINDS = {
-  "nan": lambda loss, hurt: jnp.where(hurt, jnp.nan, 1) * loss,
+  "nan": lambda loss, marked: jnp.where(marked, jnp.nan, 1) * loss,
   "gradient": exploding,
-  "spike": lambda loss, hurt: jnp.where(hurt, 20, 1) * loss,
+  "spike": lambda loss, marked: jnp.where(marked, 20, 1) * loss,
 }
 MARKS = {kind: 7 + number for number, kind in enumerate(KINDS)}  # a row of this token alone
 

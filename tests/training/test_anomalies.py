@@ -105,7 +105,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("action", "what"), [("report", "was made"), ("skip", "was skipped")])
 def test_every_spike_is_reported(caplog, action, what):
-  assert report_spikes(ROWS, settings(action=action), aloud=True) is None
+  assert report_spikes(ROWS, settings(action=action), log_warnings=True) is None
   assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
   assert caplog.messages[0] == (
     f"step 5: the loss 9.0000 is a spike; the 8 losses before it have mean 2.0000, standard deviation 0.2500 "
@@ -115,13 +115,13 @@ def test_every_spike_is_reported(caplog, action, what):
 
 
 def test_every_process_rolls_back_from_the_first_spike(caplog):
-  for aloud in (True, False):
-    assert report_spikes(ROWS, settings(action="rollback"), aloud) == 5
+  for log_warnings in (True, False):
+    assert report_spikes(ROWS, settings(action="rollback"), log_warnings) == 5
   assert len(caplog.messages) == 1 and "the run rolls back" in caplog.messages[0]
 
 
 def test_without_a_spike_there_is_no_warning_and_no_rollback(caplog):
-  assert report_spikes(ROWS[::2], settings(action="rollback"), aloud=True) is None
+  assert report_spikes(ROWS[::2], settings(action="rollback"), log_warnings=True) is None
   assert not caplog.messages
 
 
