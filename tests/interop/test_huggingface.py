@@ -198,7 +198,9 @@ def test_a_prefix_of_some_names_is_refused(folder, outer, inner):
   prefixed(folder, inner, [HEAD, Q1])
   prefixed(folder, outer)
   wrapper = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}[inner]
-  refused(folder, f"must begin with '{outer}{inner}', a prefix of {wrapper}, or none; 2 of 21 do; these do not: {outer}")
+  refused(
+    folder, f"must begin with '{outer}{inner}', a prefix of {wrapper}, or none; 2 of 21 do; these do not: {outer}"
+  )
   refused(folder, f"{outer}{EMBED}, {outer}model.layers.0.")
   refused(folder, f"save the state_dict of the model that {wrapper} wraps")
 
