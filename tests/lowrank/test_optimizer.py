@@ -327,7 +327,7 @@ def test_the_norm_of_other_gradients_has_the_bits_of_optax(size):
     ([2e38, 0.0], np.inf),  # 1 / 2e38 is flushed to 0: the gradients would vanish
   ],
 )
-def test_a_norm_that_cannot_be_clipped_is_not_finite(values, expected):
+def test_the_norm_of_zeros_and_of_gradients_that_cannot_be_clipped(values, expected):
   _, norm = clip({"x": np.array(values, np.float32)}, 1.0)
   np.testing.assert_array_equal(norm, np.float32(expected))
 
