@@ -17,8 +17,8 @@ MAX_SENTENCE = 1000  # characters per training sentence; SentencePiece skips lin
 def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.PathLike) -> None:
   """Trains a byte-pair model and writes it to `path` atomically. Deterministic: the same documents give the same file.
 
-  Special ids are T5's: pad 0, eos 1, unk 2, no bos. Decoding is lossless: newlines and runs of spaces are kept, and
-  characters outside the vocabulary are encoded as bytes.
+  Special ids are T5's: pad 0, eos 1, unk 2, no bos. Decoding restores newlines and runs of spaces. Characters outside
+  the vocabulary are encoded as bytes. U+2581 (▁), SentencePiece's mark of a space, comes back as a space.
 
   Args:
     documents: the training text. At most the first `SAMPLE` characters are used.

@@ -46,6 +46,8 @@ NAMES = {
   "head/kernel": "lm_head.weight",
 }
 HEAD, TIED = NAMES["head/kernel"], "tie_word_embeddings"
+POSITIONS, DEFAULT_POSITIONS = "max_position_embeddings", 2048  # the default of `transformers`
+WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}  # prefix of tensor names: who adds it
 COMPUTED = "rotary_emb.inv_freq"  # a tensor in old folders that is computed rather than read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = ("F32", "F16", "BF16")  # safetensors' names of the dtypes that can be read
@@ -59,7 +61,8 @@ class Folder(NamedTuple):
     path: the folder.
     sizes: vocab_size, hidden_size, intermediate_size, num_layers, num_heads.
     seq_len: max_position_embeddings.
-    files: {name of a tensor: the file that holds it}.
+    files: {name of a tensor without `prefix`: the file that holds it}.
+    prefix: common prefix of the names in the files, such as "_orig_mod."; usually empty.
     tokenizer: its SentencePiece model; None if it has another kind of tokenizer.
   """
 
@@ -67,6 +70,7 @@ class Folder(NamedTuple):
   sizes: dict[str, int]
   seq_len: int
   files: dict[str, Path]
+  prefix: str
   tokenizer: Path | None
 
 
@@ -110,7 +114,7 @@ def config(sizes: dict[str, int], seq_len: int) -> dict:
     **{theirs: int(sizes[ours]) for ours, theirs in SIZES.items()},
     "num_key_value_heads": int(sizes["num_heads"]),
     "head_dim": sizes["hidden_size"] // sizes["num_heads"],
-    "max_position_embeddings": seq_len,
+    POSITIONS: seq_len,
     **FIXED,
     TIED: False,
     "torch_dtype": "float32",
@@ -138,9 +142,12 @@ def inspect_folder(path: Path) -> Folder:
       config.json.
   """
   config = read_json_object(path / "config.json")
+  if config.get(POSITIONS) is None:
+    config[POSITIONS] = DEFAULT_POSITIONS
   sizes = _sizes(path, config)
   _check_kind(path, config)
-  found = {name: tensor for name, tensor in _find_tensors(path).items() if not name.endswith(COMPUTED)}
+  prefix, tensors = _without_wrappers(path, _find_tensors(path))
+  found = {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
   expected = _expected_shapes(sizes)
   if config.get(TIED):  # the head is the embedding, which some folders store twice
     found.pop(HEAD, None)
@@ -148,7 +155,7 @@ def inspect_folder(path: Path) -> Folder:
   _check_tensors(path, {name: tensor.shape for name, tensor in found.items()}, expected)
   files = {name: tensor.file for name, tensor in found.items()}
   tokenizer = path / TOKENIZER
-  return Folder(path, sizes, config["max_position_embeddings"], files, tokenizer if tokenizer.exists() else None)
+  return Folder(path, sizes, config[POSITIONS], files, prefix, tokenizer if tokenizer.exists() else None)
 
 
 def read_weights(folder: Folder) -> dict:
@@ -160,7 +167,7 @@ def read_weights(folder: Folder) -> dict:
     weights[path] = np.empty(shape.shape, shape.dtype)
     for number, layer in enumerate(_layers(path, weights[path])):
       name = names[path].format(number)
-      array = handles[folder.files[name]].get_tensor(name)
+      array = handles[folder.files[name]].get_tensor(folder.prefix + name)
       layer[...] = array.T if path.endswith("kernel") else array
   return unflatten_dict(weights, sep="/")
 
@@ -197,7 +204,7 @@ def _sizes(path: Path, config: dict) -> dict[str, int]:
     raise UserError(
       f"{path} must hold a LLaMA (model_type 'llama'); its config.json has model_type {config.get('model_type')!r}"
     )
-  keys = (*SIZES.values(), "max_position_embeddings")
+  keys = (*SIZES.values(), POSITIONS)
   if missing := [key for key in keys if not (isinstance(config.get(key), int) and config[key] > 0)]:
     raise UserError(f"{path / 'config.json'} must give {', '.join(missing)} as positive integers; it does not")
   return {ours: config[theirs] for ours, theirs in SIZES.items()}
@@ -251,6 +258,27 @@ def _find_tensors(folder: Path) -> dict[str, _Tensor]:
           raise UserError(f"{name} in {path} must be stored as {', '.join(STORED)}; it is {part.get_dtype()}")
         found[name] = _Tensor(path, tuple(part.get_shape()))
   return found
+
+
+def _without_wrappers(folder: Path, tensors: dict[str, _Tensor]) -> tuple[str, dict[str, _Tensor]]:
+  """Removes the prefixes of `WRAPPERS` from tensor names; several wrappers give several prefixes.
+
+  Returns:
+    The joined prefixes, and the tensors under their names without them.
+  Raises:
+    UserError: only some of the names have a prefix.
+  """
+  prefix = ""
+  while wrapper := next((w for w in WRAPPERS if any(name.startswith(w) for name in tensors)), None):
+    if others := [prefix + name for name in tensors if not name.startswith(wrapper)]:
+      wrapped = len(tensors) - len(others)
+      raise UserError(
+        f"either all tensor names in {folder} must begin with {prefix + wrapper!r}, a prefix of {WRAPPERS[wrapper]}, "
+        f"or none; {wrapped} of {len(tensors)} do; these do not: {_some(sorted(others))}; save the state_dict of the "
+        f"model that {WRAPPERS[wrapper]} wraps"
+      )
+    prefix, tensors = prefix + wrapper, {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+  return prefix, tensors
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Base kernels stored as a bfloat16 kernel and an int8 residual.
 
-The model computes with the bfloat16 kernel. Methods that change kernels (the switch, ReLoRA's merge) add to the exact
-sum of kernel and residual, so that thousands of small changes do not drift by the rounding of bfloat16.
+The model computes with the bfloat16 kernel. Methods that change kernels (the switch, ReLoRA's merge) add to the sum of
+kernel and residual and round the result to 16 bits of significand rather than 8. Over thousands of small changes the
+kernel drifts about 260 times less than in plain bfloat16, by 0.034% to 0.087% in docs/results/drift.md.
 
 A bfloat16 number is the upper half of a float32. `split_float32` rounds a float32 to its upper 24 bits (a significand
 of 16 bits) and splits these into the nearest bfloat16 and the int8 that must be added to its bits. Both are integers,

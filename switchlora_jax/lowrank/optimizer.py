@@ -117,8 +117,29 @@ def clip_by_global_norm(grads, max_norm: float):
   """Scale the gradients by min(1, max_norm / (‖g‖ + 1e-6)), as in PyTorch's `clip_grad_norm_`, which the authors use.
 
   Returns:
-    The scaled gradients, and their global norm ‖g‖ before scaling, [] in float32 or wider.
+    The scaled gradients, and their global norm ‖g‖ before scaling, [] in float32 or wider; see `global_norm`. The norm
+    is inf if max_norm / ‖g‖ underflows to 0, since the scaled gradients are then 0.
   """
-  norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
+  norm = global_norm(grads)
   factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-  return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
+  return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), jnp.where(factor == 0, jnp.inf, norm)
+
+
+def global_norm(grads) -> jax.Array:
+  """‖g‖ over all leaves, [] in float32 or wider.
+
+  If the sum of squares overflows or underflows, gradients are scaled by a power of two before they are squared. The
+  norm of finite gradients is therefore finite unless it exceeds the range of the dtype itself. If the sum does neither,
+  the result is bitwise that of `optax.tree.norm`.
+  """
+  wide = lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32))
+  norm = optax.tree.norm(jax.tree.map(wide, grads))
+  dtype = jnp.finfo(norm.dtype)
+  overflow, underflow = jnp.isinf(norm), norm < dtype.tiny**0.5 / dtype.eps
+
+  def scaled_norm():
+    large = 2.0 ** (dtype.maxexp * 25 // 32)  # 2^100 in float32: in the middle of the norms whose squares overflow
+    unit = jnp.where(overflow, 1 / large, large).astype(norm.dtype)
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(norm.dtype) * unit, grads)) / unit
+
+  return jax.lax.cond(overflow | underflow, scaled_norm, lambda: norm)

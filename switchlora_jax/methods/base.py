@@ -75,7 +75,7 @@ class Method(NamedTuple):
       example `optax.scale_by_adam()`, if the hooks neither return masks nor use its state. It must apply the masks that
       `before_update` returns; a transformation in an `optax.chain` silently ignores masks that it does not know.
       SwitchLoRA returns masks and needs a `scale_by_vector_adam`, alone or in a chain. ReLoRA prunes the attributes
-      `mu` and `nu` of the optimizer state.
+      `mu` and `nu` of the optimizer state, so it needs an optimizer whose state has them, not a chain.
     schedule: from the step to the learning rate. The step is that of the train state.
     scale: s = α/r if the layers have adapters, else None.
     before_gradients: TrainState -> TrainState, called before the gradients of a step. It must not change the function
@@ -83,6 +83,8 @@ class Method(NamedTuple):
     before_update: (TrainState, skip) -> Adjusted, called between the gradients and the optimizer. It must change
       nothing if `skip` [] bool is true. The train step does not select between old and new frozen kernels and
       candidates, because that would copy them.
+    check_optimizer: optimizer state (arrays or ShapeDtypeStructs) -> None, called when a phase is built. It raises
+      `ValueError` if the hooks cannot work with that state.
     optimizer_metrics: optimizer state after the update -> {name: [] array}, logged with the step.
     exchanged_bytes: `candidates` (arrays or ShapeDtypeStructs) -> the largest number of bytes of spares that one step
       reads, and that it writes back.
@@ -94,6 +96,7 @@ class Method(NamedTuple):
   scale: float | None = None
   before_gradients: Callable[[TrainState], TrainState] = lambda state: state
   before_update: Callable[..., Adjusted] = unchanged
+  check_optimizer: Callable[[Any], None] = lambda opt_state: None
   optimizer_metrics: Callable[[Any], dict[str, Any]] = lambda opt_state: {}
   exchanged_bytes: Callable[[Any], int] = lambda candidates: 0
 

@@ -194,4 +194,15 @@ def build(config) -> Method:
     params, frozen, opt_state = jax.lax.fori_loop(state.step, state.step + due, restart, carry)
     return state._replace(params=params, frozen=frozen, opt_state=opt_state)
 
-  return Method(dense, scale_by_vector_adam(), schedule, scale, before_gradients)
+  return Method(
+    dense, scale_by_vector_adam(), schedule, scale, before_gradients=before_gradients, check_optimizer=check_optimizer
+  )
+
+
+def check_optimizer(opt_state):
+  """Raise `ValueError` unless the state of the optimizer has the moments that a restart prunes."""
+  if not {"mu", "nu"} <= set(getattr(opt_state, "_fields", ())):
+    raise ValueError(
+      "the state of ReLoRA's optimizer must be a NamedTuple with the moments mu and nu, which a restart prunes; "
+      f"it is a {type(opt_state).__name__}; use for example optax.scale_by_adam(), outside optax.chain, or method=lora"
+    )

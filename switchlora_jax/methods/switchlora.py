@@ -76,7 +76,7 @@ def warnings(config) -> list[str]:
     return []
   return [
     "switching rounds bfloat16 base kernels at every step, so that they drift; set --config.param_dtype=float32, with "
-    "which --config.frozen_dtype=bfloat16 adds a residual that prevents the drift"
+    "which --config.frozen_dtype=bfloat16 adds a residual, and they drift about 260 times less"
   ]
 
 
@@ -90,7 +90,6 @@ def build(config) -> Method:
   plan = schedule(config)
 
   def before_update(state: TrainState, skip) -> Adjusted:
-    _check_optimizer(state.opt_state)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     random = config.switch.order == "random"
     moved = switch(
@@ -104,14 +103,16 @@ def build(config) -> Method:
     return Adjusted(state, masks, switch_metrics(moved) | covered)
 
   return method._replace(
-    before_update=before_update, exchanged_bytes=lambda candidates: exchanged_bytes(candidates, plan)
+    before_update=before_update,
+    check_optimizer=check_optimizer,
+    exchanged_bytes=lambda candidates: exchanged_bytes(candidates, plan),
   )
 
 
-def _check_optimizer(opt_state):
+def check_optimizer(opt_state):
   """Raise `ValueError` unless the optimizer applies the masks of the switch; `optax.chain` would hide that it does not.
 
-  The structure of the state is checked, while the step is traced.
+  The structure of the state is checked.
   """
   applies_masks = lambda node: isinstance(node, VectorAdamState)
   if not any(map(applies_masks, jax.tree.leaves(opt_state, is_leaf=applies_masks))):

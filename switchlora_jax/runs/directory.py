@@ -157,7 +157,7 @@ def read(workdir: Path) -> dict | None:
   if not path.exists():
     return None
   try:
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_bytes())  # decodes by the BOM that an editor may have added
     if missing := KEYS.keys() - (saved.keys() if isinstance(saved, dict) else set()):
       raise ValueError(f"it has no {', '.join(sorted(missing))}")
     if wrong := [key for key, kind in KEYS.items() if not isinstance(saved[key], kind)]:

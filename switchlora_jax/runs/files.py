@@ -95,13 +95,13 @@ def read_checksummed_json(path: Path) -> dict | None:
 
 
 def read_json_object(path: Path) -> dict:
-  """Reads a JSON object that other software may have written.
+  """Reads a JSON object that other software may have written, in UTF-8, UTF-16 or UTF-32, with or without a BOM.
 
   Raises:
     UserError: the file cannot be read, or it holds something else.
   """
   try:
-    contents = json.loads(path.read_text())
+    contents = json.loads(path.read_bytes())  # decodes by the BOM, which it drops
   except (OSError, ValueError) as error:
     raise UserError(f"{path} must be a JSON file; it cannot be read ({error}); write or download it again") from error
   if not isinstance(contents, dict):

@@ -97,12 +97,17 @@ def create_state(model, tx, seed: int, window: int) -> TrainState:
 
 
 def assemble_phase(config, method, mesh) -> Phase:
-  """The phase of a config with a given `Method`."""
+  """The phase of a config with a given `Method`.
+
+  Raises:
+    ValueError: the method cannot work with its optimizer; see `Method.check_optimizer`.
+  """
   device = mesh.devices.flat[0]
   model = make_model(config.model, method.dense, remat=config.remat, device=device, **dtypes(config))
   layout = placement(config, mesh)
   create = lambda: layout.pad(create_state(model, method.optimizer, config.seed, config.spike.window))
   shapes = jax.eval_shape(create)
+  method.check_optimizer(shapes.opt_state)
   shardings = layout.shardings(shapes)
   options = dict(accumulation=config.accumulation, clip_norm=config.clip_norm, spike=config.spike)
   return Phase(

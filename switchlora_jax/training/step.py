@@ -63,10 +63,19 @@ def apply_optimizer(method, state: TrainState, grads, masks, skip) -> tuple[Trai
   return state._replace(params=params, opt_state=opt_state), rate
 
 
+def is_broken(loss, norm, clip_norm: float) -> jax.Array:
+  """Whether a step must be skipped: the loss, the gradient norm or the square of the clipped norm is not finite.
+
+  Adam squares the clipped gradients. An element whose second moment is inf would never be updated again.
+  """
+  clipped = jnp.minimum(norm, clip_norm)
+  return ~(jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(clipped**2))
+
+
 def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float, spike):
   """The compiled step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
 
-  A step is skipped if its loss or gradient norm is not finite, or if the loss is a spike and `spike.action` is "skip".
+  A step is skipped if a number is not finite (see `is_broken`), or if the loss is a spike and `spike.action` is "skip".
   A skipped step changes nothing but `step`, the counters of skipped steps and the spike detector. A skipped spike is
   not counted in `skipped`.
 
@@ -87,7 +96,7 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
     state = method.before_gradients(state)
     loss, grads = gradients(state.params, state.frozen, rows)
     grads, norm = clip_by_global_norm(grads, clip_norm)
-    broken = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    broken = is_broken(loss, norm, clip_norm)
     spiked, spikes, spike_metrics = anomalies.detect_spike(state.spikes, loss, spike)
     skip = broken | spiked if spike.action == "skip" else broken
     state, masks, metrics = method.before_update(state, skip)

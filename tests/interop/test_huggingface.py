@@ -128,7 +128,8 @@ def test_float64_weights_are_written_in_float32():
   assert {str(x.dtype) for x in written.values()} == {"float32"}
 
 
-def test_weights_in_several_files(folder):
+def shard(folder):
+  """Splits the tensors of a folder into three files and an index, whose path is returned."""
   whole = load_file(folder / "model.safetensors")
   (folder / "model.safetensors").unlink()
   parts = {f"model-{i}.safetensors": sorted(whole)[i::3] for i in range(3)}
@@ -136,6 +137,11 @@ def test_weights_in_several_files(folder):
     save_file({name: whole[name] for name in names}, folder / file)
   index = folder / "model.safetensors.index.json"
   index.write_text(json.dumps({"weight_map": {name: file for file, names in parts.items() for name in names}}))
+  return index
+
+
+def test_weights_in_several_files(folder):
+  index = shard(folder)
   assert same_bits(read(folder), read(THEIRS))
 
   (folder / "model-1.safetensors").unlink()
@@ -169,6 +175,54 @@ def test_keys_and_tensors_of_old_folders_are_accepted(folder):
   assert same_bits(read(folder), read(THEIRS))
 
 
+def prefixed(folder, prefix, names=None):
+  """Puts a prefix before the given tensor names of a folder, or before all."""
+  whole = load_file(folder / "model.safetensors")
+  names = whole if names is None else names
+  save_file({prefix + name if name in names else name: x for name, x in whole.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("files", ["one file", "several files"])
+def test_the_prefix_of_a_wrapped_model_is_removed(folder, prefix, files):
+  """`torch.compile` and `DataParallel` put one before every name."""
+  prefixed(folder, prefix)
+  if files == "several files":
+    shard(folder)
+  assert same_bits(read(folder), read(THEIRS))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("", "_orig_mod."), ("", "module."), ("module.", "_orig_mod.")])
+def test_a_prefix_of_some_names_is_refused(folder, outer, inner):
+  """It is not known which weights are those of the model."""
+  prefixed(folder, inner, [HEAD, Q1])
+  prefixed(folder, outer)
+  wrapper = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}[inner]
+  refused(
+    folder, f"must begin with '{outer}{inner}', a prefix of {wrapper}, or none; 2 of 21 do; these do not: {outer}"
+  )
+  refused(folder, f"{outer}{EMBED}, {outer}model.layers.0.")
+  refused(folder, f"save the state_dict of the model that {wrapper} wraps")
+
+
+def test_a_folder_without_a_maximum_length_gets_that_of_transformers(folder):
+  assert huggingface.inspect_folder(folder).seq_len == 32
+  say(folder, max_position_embeddings=None)  # no such key
+  assert huggingface.inspect_folder(folder).seq_len == 2048
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": None}))
+  assert huggingface.inspect_folder(folder).seq_len == 2048
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_with_a_byte_order_mark_is_read(folder, encoding):
+  """Windows editors and PowerShell write one; `json` refuses it in text, and `read_text` in other encodings."""
+  for path in (shard(folder), folder / "config.json"):
+    path.write_text(path.read_text(), encoding=encoding)
+    assert path.read_bytes()[:1] != b"{"
+  assert huggingface.is_folder(folder) and same_bits(read(folder), read(THEIRS))
+
+
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +250,7 @@ def refused(folder, sentence):
     ),
     ("model_type", "mistral", "must hold a LLaMA (model_type 'llama'); its config.json has model_type 'mistral'"),
     ("hidden_size", None, "must give hidden_size as positive integers"),
+    ("max_position_embeddings", 0, "must give max_position_embeddings as positive integers"),
   ],
 )
 def test_another_kind_of_model_is_refused(folder, key, value, sentence):

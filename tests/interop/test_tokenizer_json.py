@@ -116,9 +116,11 @@ def test_special_pieces(tmp_path):
 )
 def test_prefix_of_a_text(tmp_path, said, prefix):
   made(tmp_path / "tokenizer.model")  # its BOS is 1
-  if said is not None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-  assert tokenizer_json.prefix(tmp_path) == prefix
+  path = tmp_path / "tokenizer_config.json"
+  for encoding in ("utf-8", "utf-8-sig"):  # without and with a byte order mark
+    if said is not None:
+      path.write_text(json.dumps(said), encoding=encoding)
+    assert tokenizer_json.prefix(tmp_path) == prefix
 
 
 def test_there_is_no_prefix_without_bos_or_in_our_own_folders(tmp_path):

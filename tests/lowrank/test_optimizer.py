@@ -287,6 +287,51 @@ def test_clipping_keeps_dtypes():
   np.testing.assert_allclose(norm, 8**0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "size", "rtol"),
+  [
+    *((np.float32, size, 1e-6) for size in (1e-34, 1e-30, 1e-15, 1e15, 1e19, 1e25, 1e30, 1e36)),
+    *((jnp.bfloat16, size, 1e-2) for size in (1e-30, 1e30)),
+    *((np.float64, size, 1e-14) for size in (1e-300, 1e-200, 1e200, 1e300)),
+  ],
+)
+def test_the_norm_is_true_where_squares_overflow_or_underflow(dtype, size, rtol, x64):
+  grads = jax.tree.map(lambda g: (g * size).astype(dtype), draw(0, np.float64))
+  flat = np.concatenate([np.ravel(g).astype(np.float64) for g in jax.tree.leaves(grads)])
+  expected = np.linalg.norm(flat / size) * size
+  clipped, norm = host(clip(grads, 0.3))
+  np.testing.assert_allclose(norm, expected, rtol=1e-6 if dtype != np.float64 else rtol)
+  factor = min(1.0, 0.3 / (expected + 1e-6))
+  jax.tree.map(
+    lambda ours, g: np.testing.assert_allclose(ours.astype(np.float64), g.astype(np.float64) * factor, rtol=rtol),
+    clipped, grads,
+  )  # fmt: skip
+  unclipped, _ = host(clip(grads, np.inf))
+  assert same_bits(unclipped, grads)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e15])
+def test_the_norm_of_other_gradients_has_the_bits_of_optax(size):
+  grads = jax.tree.map(lambda g: g * np.float32(size), draw(0))
+  assert same_bits(clip(grads, 0.3)[1], jax.jit(optax.tree.norm)(grads))
+
+
+@pytest.mark.parametrize(
+  ("values", "expected"),
+  [
+    ([0.0, 0.0], 0.0),
+    ([np.inf, 1.0], np.inf),
+    ([-np.inf, np.nan], np.nan),
+    ([np.nan, 1e30], np.nan),
+    ([3e38, 3e38], np.inf),  # beyond float32
+    ([2e38, 0.0], np.inf),  # 1 / 2e38 is flushed to 0: the gradients would vanish
+  ],
+)
+def test_the_norm_of_zeros_and_of_gradients_that_cannot_be_clipped(values, expected):
+  _, norm = clip({"x": np.array(values, np.float32)}, 1.0)
+  np.testing.assert_array_equal(norm, np.float32(expected))
+
+
 def test_the_argument_skip_of_earlier_versions_raises():
   """Ignored, it would make an update of a step that was to be skipped."""
   tx, params = vector_adam(1e-2), {"lora_a": np.ones((4, 3), np.float32)}

@@ -23,7 +23,7 @@ from switchlora_jax.methods.schedules import config_schedule
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.training import report as run_report
 from switchlora_jax.training.anomalies import initial_spike_state
-from switchlora_jax.training.phases import create_state
+from switchlora_jax.training.phases import assemble_phase, create_state
 
 pytestmark = pytest.mark.two_linear_layers
 
@@ -249,15 +249,23 @@ def clocks(state):
   return [state.candidates["q"][name] for name in ("cursor", "timer_a", "timer_b")]
 
 
-def test_an_optimizer_that_would_ignore_the_masks_is_refused():
-  config = small_model.config("switchlora")
-  method, state = METHODS["switchlora"].build(config), small_model.phase(config, 1).abstract
-  before_update = lambda tx: jax.eval_shape(
-    lambda state: method.before_update(state._replace(opt_state=tx.init(state.params)), False).state, state
-  )
-  before_update(optax.chain(method.optimizer, optax.add_decayed_weights(0.1)))
-  with pytest.raises(ValueError, match=r"must be or contain scale_by_vector_adam"):
-    before_update(optax.chain(optax.scale_by_adam()))
+REFUSED = {
+  "switchlora": (optax.chain(optax.scale_by_adam()), r"must be or contain scale_by_vector_adam"),
+  "relora": (optax.trace(0.9), r"must be a NamedTuple with the moments mu and nu, .*; it is a TraceState; use "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_optimizer_that_the_hooks_cannot_use_is_refused_when_the_phase_is_built(name):
+  """One that ignores the masks of a switch, or has no moments that a restart can prune."""
+  config, (tx, sentence) = small_model.config(name), REFUSED[name]
+  method = METHODS[name].build(config)
+  with pytest.raises(ValueError, match=sentence):
+    assemble_phase(config, method._replace(optimizer=tx), small_model.mesh(1))
+  params = {"norm": np.ones(3, np.float32)}
+  more = optax.chain(method.optimizer, optax.add_decayed_weights(0.1))
+  for accepted in (method.optimizer, more if name == "switchlora" else optax.scale_by_adam()):
+    method.check_optimizer(accepted.init(params))
 
 
 def test_without_reset_the_optimizer_gets_no_reset_mask():

@@ -29,7 +29,12 @@ pytestmark = pytest.mark.two_linear_layers
 def schedule_of(**changes):
   """The learning rate at every step."""
   config = small_model.config("relora", **{"learning_rate": 1.0, "min_lr_ratio": 0.1, **changes})
-  return np.array(jax.vmap(relora.jagged_cosine(config))(jnp.arange(config.steps + 1, dtype=jnp.int32)))
+  return rates(relora.jagged_cosine(config), config.steps + 1)
+
+
+def rates(schedule, steps):
+  """The learning rate at the first `steps` steps."""
+  return np.array(jax.jit(jax.vmap(schedule))(np.arange(steps, dtype=np.int32)))
 
 
 @pytest.mark.parametrize(("name", "restarts"), [("relora_cosine_restarts", True), ("relora_cosine_single", False)])
@@ -52,7 +57,7 @@ def test_the_schedule_is_the_recorded_one(name, restarts, golden, x64):
 )
 def test_the_method_begins_with_a_warm_up_of_its_own_and_restarts_at_later_multiples(start, restarts, x64):
   shape = dict(steps=40, warmup_steps=3, relora__restart_every=10, relora__restart_warmup_steps=5)
-  expected = np.array(jax.vmap(cosine_schedule(1.0, 3, 40, final_ratio=0.1))(jnp.arange(41)))
+  expected = rates(cosine_schedule(1.0, 3, 40, final_ratio=0.1), 41)
   expected[start : start + 3] = expected[start + 3] * np.arange(3) / 3
   for t in restarts:
     expected[t : t + 5] = expected[t + 5] * np.arange(5) / 5
@@ -67,12 +72,12 @@ LAYERS = ("0", "1")
 
 def ours(ref, row):
   """(params, frozen, (mu, nu) of the adapters) of a recorded state, each layer a stack of one."""
-  stack = lambda key, turn=np.asarray: jnp.asarray(turn(ref[key][row]))[None]
+  stack = lambda key, turn=np.asarray: turn(ref[key][row])[None]
   adapters = lambda kind: {
     n: {"lora_a": stack(f"{kind}A{n}"), "lora_b": stack(f"{kind}B{n}", np.transpose)} for n in LAYERS
   }
   params = adapters("")
-  params["1"]["bias"] = jnp.asarray(ref["bias1"][row])
+  params["1"]["bias"] = ref["bias1"][row]
   return params, {n: {"kernel": stack(f"W{n}", np.transpose)} for n in LAYERS}, (adapters("m"), adapters("v"))
 
 
@@ -100,20 +105,21 @@ def recorded_config(ref):
 def train_recorded(ref, merges, method):
   """The 30 recorded updates and the A's recorded at merges: the state after each of them, and their losses."""
   params, frozen, _ = ours(ref, 0)
-  opt_state, states, losses = method.optimizer.init(params), [], []
+  opt_state, states, losses = jax.jit(method.optimizer.init)(params), [], []
+  update, learning_rates = jax.jit(method.optimizer.update), rates(method.schedule, 30)
   loss_and_grads = jax.jit(jax.value_and_grad(partial(loss_of, scale=method.scale)))
   for t in range(31):
     if t in merges:
       new_a = {16: ref["newA0"][merges.index(t)], 24: ref["newA1"][merges.index(t)]}
       drawn = lambda number, shape, new_a=new_a: jnp.asarray(new_a[shape[1]])
       params, frozen = relora.merge_adapters(params, frozen, drawn, method.scale)
-      opt_state = prune_moments(opt_state, lora_vectors(params), lambda number, mu: jnp.zeros_like(mu, bool))
+      opt_state = prune_moments(opt_state, lora_vectors(params), lambda number, mu: np.zeros(mu.shape, bool))
     states.append((params, frozen, opt_state))
     if t < 30:
       loss, grads = loss_and_grads(params, frozen, ref["X"][t], ref["Y"][t])
-      directions, opt_state = method.optimizer.update(grads, opt_state, params)
-      rate = method.schedule(t)
-      params = jax.tree.map(lambda p, direction, rate=rate: p - rate * direction, params, directions)
+      directions, opt_state = update(grads, opt_state, params)
+      step = lambda p, direction, rate=learning_rates[t]: np.asarray(p) - rate * np.asarray(direction)
+      params = jax.tree.map(step, params, directions)
       losses.append(loss)
   return states, losses
 
@@ -123,7 +129,7 @@ def test_a_run_with_restarts_passes_through_the_recorded_states(golden, x64):
   arrays, meta = golden("relora")
   ref, near = part(arrays, "reset"), dict(rtol=0, atol=1e-12)
   method = METHODS["relora"].build(recorded_config(meta["restarts"]))
-  np.testing.assert_allclose(jax.vmap(method.schedule)(jnp.arange(30)), ref["lr"], **near)
+  np.testing.assert_allclose(rates(method.schedule, 30), ref["lr"], **near)
   states, losses = train_recorded(ref, meta["restarts"]["merges_after_update"], method)
   np.testing.assert_allclose(losses, ref["loss"], **near)
   for row, t in enumerate(meta["rows"]["reset"]):
@@ -156,14 +162,18 @@ def test_pruning_by_magnitude_is_the_recorded_one_tensor_by_tensor(group, golden
   arrays, meta = golden("relora")
   ref, inputs, ratio = part(arrays, group), part(arrays, "reset"), float(group.removeprefix("magnitude"))
   scale = meta["restarts"]["alpha"] / meta["restarts"]["rank"]
-  lone_moments = 0
+  gradients, update, lone_moments = (
+    jax.jit(jax.grad(partial(loss_of, scale=scale))),
+    jax.jit(scale_by_vector_adam().update),
+    0,
+  )
   for row, t in enumerate(meta["rows"]["magnitude"]):
     params, frozen, (mu, nu) = ours(ref, row)
-    grads = jax.grad(loss_of)(params, frozen, inputs["X"][t], inputs["Y"][t], scale)
+    grads = gradients(params, frozen, inputs["X"][t], inputs["Y"][t])
     for tree in (params, grads):
       del tree["1"]["bias"]  # its moments were not recorded
-    adam = VectorAdamState(jax.tree.map(lambda _, t=t: jnp.asarray(t), params), mu, nu)
-    _, adam = scale_by_vector_adam().update(grads, adam)
+    adam = VectorAdamState(jax.tree.map(lambda _, t=t: np.int32(t), params), mu, nu)
+    _, adam = update(grads, adam)
     pruned = {"m": adam.mu, "v": adam.nu}
     for name in LAYERS:
       for side, turn in (("lora_a", np.asarray), ("lora_b", np.transpose)):
@@ -180,15 +190,30 @@ def test_pruning_by_magnitude_is_the_recorded_one_tensor_by_tensor(group, golden
 # --- pruning ------------------------------------------------------------------------------------------------------
 
 
-def pruned_state(prune, ratio, shape=(3, 40, 50)):
+def draw(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def updated_once(params):
+  """The state of Adam after an update whose gradients are `params`."""
+  tx = scale_by_vector_adam()
+  return host(jax.jit(lambda params: tx.update(params, tx.init(params))[1])(params))
+
+
+@lru_cache
+def unpruned():
+  """The parameters of two stacked adapters and a norm, and the state of Adam."""
+  shape = (3, 40, 50)
+  params = {"q": {"lora_a": draw(0, *shape), "lora_b": draw(1, *shape)}, "norm": {"scale": draw(2, 50)}}
+  return params, updated_once(params)
+
+
+def pruned_state(prune, ratio):
   """Adam states of two stacked adapters and a norm, before and after."""
   config = small_model.config("relora", relora__prune=prune, relora__prune_ratio=ratio)
-  draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
-  params = {"q": {"lora_a": draw(0, *shape), "lora_b": draw(1, *shape)}, "norm": {"scale": draw(2, 50)}}
-  tx = scale_by_vector_adam()
-  _, before = tx.update(params, tx.init(params), params)
+  params, before = unpruned()
   keep = partial(relora.survivors, jax.random.key(3), config.relora)
-  return before, jax.jit(lambda state: prune_moments(state, lora_vectors(params), keep))(before)
+  return before, host(jax.jit(lambda state: prune_moments(state, lora_vectors(params), keep))(before))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.999, 1.0])
@@ -264,17 +289,16 @@ def adapters(tree, side):
 
 
 def logits(config, state):
-  rows = jnp.asarray(small_model.rows(config, 0))
-  return small_model.model(config).apply({"params": state.params, "frozen": state.frozen}, rows)
+  rows = small_model.rows(config, 0).astype(np.int32)
+  apply = jax.jit(small_model.model(config).apply)
+  return np.asarray(apply({"params": state.params, "frozen": state.frozen}, rows))
 
 
 def check_that_the_function_is_kept(tolerance, **changes):
   config = small_model.config("relora", **SMALL | changes)
   state = small_model.first_state(config, 1)
-  draw = lambda path, x: (
-    0.02 * jax.random.normal(jax.random.key(0), x.shape, x.dtype) if path[-1].key == "lora_b" else x
-  )
-  before = host(state._replace(params=jax.tree.map_with_path(draw, state.params), step=jnp.asarray(5)))
+  random_b = lambda path, x: (0.02 * draw(0, *x.shape)).astype(x.dtype) if path[-1].key == "lora_b" else x
+  before = host(state._replace(params=jax.tree.map_with_path(random_b, state.params), step=np.int32(5)))
   after = host(jax.jit(METHODS["relora"].build(config).before_gradients)(before))
   kept = logits(config, before)
   np.testing.assert_allclose(logits(config, after), kept, rtol=0, atol=tolerance)
@@ -348,11 +372,9 @@ def test_a_restart_prunes_the_moments_of_the_adapters_alone():
 def small_layers(config):
   """A state of three stacked layers of one kind, without a model, and the `prepare` of a config."""
   method = METHODS["relora"].build(config)
-  draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
   params, frozen = {"q": {"lora_a": draw(0, 3, 4, 6), "lora_b": draw(1, 3, 4, 5)}}, {"q": {"kernel": draw(2, 3, 6, 5)}}
-  _, opt_state = method.optimizer.update(params, method.optimizer.init(params))
-  zero = jnp.zeros((), jnp.int32)
-  return TrainState(zero, params, frozen, {}, opt_state, zero, zero, initial_spike_state(2)), jax.jit(
+  zero = np.zeros((), np.int32)
+  return TrainState(zero, params, frozen, {}, updated_once(params), zero, zero, initial_spike_state(2)), jax.jit(
     method.before_gradients
   )
 
@@ -360,7 +382,7 @@ def small_layers(config):
 def restarts_at(config, steps):
   """The steps before which the method of a config restarts."""
   state, prepare = small_layers(config)
-  before = [state._replace(step=jnp.asarray(t)) for t in range(steps)]
+  before = [state._replace(step=np.int32(t)) for t in range(steps)]
   return [t for t in range(steps) if not same_bits(prepare(before[t]), before[t])]
 
 
@@ -427,7 +449,7 @@ def test_draws_follow_from_seed_and_step_on_any_number_of_devices(prune):
   config = small_model.config("relora", **SMALL, relora__prune=prune)
   state, prepare = small_layers(config)
   restart = lambda step, prepare=prepare, devices=1: host(
-    prepare(jax.device_put(state._replace(step=jnp.asarray(step)), replicated(small_model.mesh(devices))))
+    prepare(jax.device_put(state._replace(step=np.int32(step)), replicated(small_model.mesh(devices))))
   )
   first = restart(5)
   assert same_bits(first, restart(5)) and same_bits(first, restart(5, devices=8))

@@ -174,6 +174,12 @@ def test_checkpoints_without_config_are_refused(tmp_path):
     run_directory.prepare(tmp_path / "run", resolved(tmp_path))
 
 
+def test_a_config_json_with_a_byte_order_mark_is_read(saved):
+  path, before = saved / "config.json", run_directory.read(saved)
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert run_directory.read(saved) == before
+
+
 @pytest.mark.parametrize("contents", ["{", "[]", "null", '{"architectures": ["LlamaForCausalLM"]}'])
 def test_a_damaged_config_json_is_an_error(tmp_path, contents):
   (tmp_path / "run").mkdir()
