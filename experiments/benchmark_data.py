@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from experiments.common import cli
 from switchlora_jax.data import corpus, loader, packing, preparation, shards, tokenizer
+from switchlora_jax.data.readers import RowOptions, pieces_of
 from switchlora_jax.errors import UserError
 
 PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
@@ -88,9 +89,9 @@ def time_batches(sequences: shards.PackedSequences, batch_size: int):
 
 def main():
   """Times the tokenizer, then the preparation and the batches for each batch shape."""
-  files = corpus.open_corpus(PATH.value, "", ("--path", "")).train
+  files = corpus.open_corpus(PATH.value, "", RowOptions(flags="--")).train
   model = tokenizer.load_tokenizer(TOKENIZER.value)
-  texts = [text for part in tqdm(files, desc="read", unit="file") for text in part]
+  texts = ["".join(pieces_of(text)) for part in tqdm(files, desc="read", unit="file") for text in part]
   if not (length := sum(map(len, texts))):
     raise UserError(
       f"--path (={PATH.value!r}) must match text; the {len(files)} matching files are empty; pass other files"

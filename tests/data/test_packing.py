@@ -78,7 +78,7 @@ def test_parts_before_the_position_are_not_read():
       return unread()
 
   (chunk,) = packing.read_chunks([Unread(), ["one", "two"]], Position(1, 1))
-  assert chunk == ("two", True, Position(1, 2))
+  assert chunk == ("two", True, Position(1, 2), 0)
 
 
 @given(parts=PARTS, group=GROUPS, take=st.integers(-1, 8))
@@ -96,7 +96,7 @@ def test_every_document_ends_with_eos_and_empty_ones_are_skipped(model):
   (group,) = packing.encode_chunks(model, packing.read_chunks([documents]))
   expected = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
   assert group.tokens.tolist() == expected and group.tokens.dtype == np.int32
-  assert group[1:] == (6, sum(map(len, documents)), len("".join(documents).encode()), Position(0, 8))
+  assert group[1:] == (6, sum(map(len, documents)), len("".join(documents).encode()), Position(0, 8), 0)
   assert not list(packing.encode_chunks(model, packing.read_chunks([["", ""], []])))
 
 
