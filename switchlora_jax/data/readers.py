@@ -4,6 +4,7 @@ A row is a line of JSON, or a row of a Parquet file. A file is read to its end, 
 that is cut or damaged never yields fewer documents without an error.
 """
 
+import bz2
 import codecs
 import contextlib
 import errno
@@ -25,7 +26,6 @@ import zstandard
 from switchlora_jax.errors import UserError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # second suffixes of files that are decompressed
-ARROW = {".bz2": "bz2", ".lz4": "lz4"}  # those that Arrow decompresses, and its names for them
 ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".rar")  # hold several files
 FIELD = "text"  # default of `data.field`
 BAD_ROWS = ("stop", "skip")  # values of `data.bad_rows`
@@ -259,18 +259,19 @@ def open_decompressed(path: str) -> BinaryIO:
 def decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
   """The content of a compressed file, of all its frames. Reading raises an exception if the last frame is cut.
 
-  lzma.LZMAFile ignores a second frame if it is damaged; the stream reader of zstandard ignores a second frame, and does
-  not report that a frame is cut.
+  bz2.BZ2File and lzma.LZMAFile ignore a second frame if it is damaged. The stream reader of zstandard ignores a second
+  frame, and does not report that a frame is cut.
 
   Args:
     file: the compressed file.
     suffix: one of `COMPRESSED`.
   """
-  if suffix in ARROW:
-    return io.BufferedReader(_Blocks(file, _arrow_blocks(file, ARROW[suffix])))
+  if suffix == ".lz4":
+    return io.BufferedReader(_Blocks(file, _lz4_blocks(file)))
   zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # files of `zstd --long=31`
   new_frame = {
     ".gz": partial(zlib.decompressobj, zlib.MAX_WBITS | 16),
+    ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
     ".zst": zstd.decompressobj,
   }[suffix]
@@ -292,11 +293,11 @@ def _frame_blocks(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[byte
     raise EOFError("the file ends before its compressed data do")
 
 
-def _arrow_blocks(file: BinaryIO, codec: str) -> Iterator[bytes]:
-  """The content of all frames, decompressed by Arrow."""
+def _lz4_blocks(file: BinaryIO) -> Iterator[bytes]:
+  """The content of all frames, decompressed by Arrow, which Parquet needs as well."""
   import pyarrow
 
-  with pyarrow.CompressedInputStream(file, codec) as stream:
+  with pyarrow.CompressedInputStream(file, "lz4") as stream:
     while data := stream.read(1 << 16):
       yield data
     if not file.tell():

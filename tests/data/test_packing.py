@@ -12,6 +12,7 @@ from tiny import packing_in, rows_of, sentences
 
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.packing import START, Position, SplitProgress
+from switchlora_jax.data.readers import BadRow, RowOptions
 from switchlora_jax.errors import UserError
 
 TEXTS = st.text(st.sampled_from("ab\né😀"), max_size=40)
@@ -60,6 +61,30 @@ def test_reading_resumes_after_any_chunk(parts, group):
     chunks = list(packing.read_chunks(parts))
     for count, chunk in enumerate(chunks, 1):
       assert list(packing.read_chunks(parts, chunk.after)) == chunks[count:]
+
+
+@given(parts=PARTS, group=GROUPS, piece=st.integers(1, 9))
+def test_documents_in_pieces_give_the_same_chunks(parts, group, piece):
+  """From the start, and from the position after any chunk."""
+  pieces = [[[text[at : at + piece] for at in range(0, len(text), piece)] for text in part] for part in parts]
+  with packing_in(group):
+    chunks = list(packing.read_chunks(parts))
+    for start in (START, *(chunk.after for chunk in chunks)):
+      assert list(packing.read_chunks(pieces, start)) == list(packing.read_chunks(parts, start))
+
+
+@given(parts=PARTS, group=GROUPS, bad=st.sets(st.integers(0, 12)))
+def test_rows_without_text_are_counted_wherever_reading_resumes(parts, group, bad):
+  row = BadRow("a.jsonl, line 1", "text", "null", "mend it", RowOptions())
+  numbers = itertools.count()
+  mixed = [[item for text in part for item in ([row, text] if next(numbers) in bad else [text])] for part in parts]
+  total = sum(item is row for part in mixed for item in part)
+  with packing_in(group):
+    chunks = list(packing.read_chunks(mixed))
+    assert [chunk[:2] for chunk in chunks if chunk.text] == [chunk[:2] for chunk in packing.read_chunks(parts)]
+    assert sum(chunk.bad_rows for chunk in chunks) == total
+    for count, chunk in enumerate(chunks, 1):
+      assert list(packing.read_chunks(mixed, chunk.after)) == chunks[count:]
 
 
 def test_long_documents_are_cut_after_a_newline(monkeypatch):

@@ -140,7 +140,7 @@ def test_a_damaged_second_frame_is_an_error(read, suffix):
 
 
 def test_frames_may_be_padded_and_of_the_zstandard_kind_that_is_skipped(read):
-  for suffix in (".gz", ".xz", ".zst"):
+  for suffix in (".gz", ".bz2", ".xz", ".zst"):
     frame = COMPRESSORS[suffix](b"one\n")
     assert read(f"a.txt{suffix}", frame + b"\0" * 5000 + frame + b"\0") == ["one\none\n"]
   skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
