@@ -244,7 +244,7 @@ def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
   text = _local_corpus(data)
   origin = json.dumps([part.origin() for part in text.train] + ([data.field] if data.field != FIELD else []))
   fingerprint = hashlib.sha256(f"{shards.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
-  sizes = {"train": {"read from": data.path}, "valid": _printed_sizes(valid)}
+  sizes = {"train": {"read from": data.path.encode(errors="backslashreplace").decode()}, "valid": _printed_sizes(valid)}
   return Dataset(
     train=SequenceStream(text.train, folder / shards.TOKENIZER, config.seq_len),
     valid=shards.open_sequences(folder, valid),

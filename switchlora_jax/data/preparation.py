@@ -146,8 +146,8 @@ def _check_bad_rows(folder: Path, splits: list[dict], request: Request):
   skipped = sum(split.get("bad_rows", 0) for split in splits)
   if skipped and request.bad_rows == "stop":
     raise UserError(
-      f"{folder} was filled with bad_rows=skip and lacks {skipped:,} rows of the text that hold no text; set bad_rows "
-      "to skip (--config.data.bad_rows, in prepare_data --bad_rows) to use it, or mend the text"
+      f"{folder} was filled with bad_rows=skip, which left out rows without text (found {skipped:,}); set bad_rows to "
+      "skip (--config.data.bad_rows, in prepare_data --bad_rows) to use it, or mend the text"
     )
 
 

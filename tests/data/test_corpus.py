@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from tiny import write_lines
 
 from switchlora_jax.data import corpus, readers
@@ -248,6 +249,28 @@ def test_a_hub_dataset_without_a_text_field_is_a_user_error(hub):
     UserError,
     match=r"^hub:\S+, train must have a field `text` of strings; found \['txt'\]; pass --field=txt, or choose",
   ):
+    train_documents(f"hub:{hub}")
+
+
+def test_hub_text_is_cleaned_and_rows_without_text_are_named_or_skipped(hub):
+  (hub / "train-00.jsonl").write_bytes(json_lines("\ufeffone") + b'{"text": null}\n')
+  message = r"^hub:\S+, train, shard 0, row 2: expected a string in the field `text`; found None; .* --bad_rows=skip"
+  with pytest.raises(UserError, match=message):
+    train_documents(f"hub:{hub}")
+  one, bad = corpus.open_corpus(f"hub:{hub}", "", ROWS._replace(bad_rows="skip")).train[0]
+  assert one == "one" and isinstance(bad, readers.BadRow)
+
+
+def test_a_zstandard_file_of_the_hub_is_read_whole_or_refused(hub):
+  """The reader of fsspec returns the first frame, and the start of one that is cut."""
+  (hub / "train-00.jsonl").unlink()
+  (hub / "train-01.jsonl").unlink()
+  frames = [zstandard.compress(json_lines(f"{n}")) for n in range(3)]
+  path = hub / "train.jsonl.zst"
+  path.write_bytes(b"".join(frames))
+  assert train_documents(f"hub:{hub}") == ["0", "1", "2"]
+  path.write_bytes(b"".join(frames)[:-5])
+  with pytest.raises(UserError, match="reading failed with EOFError: the file ends before its compressed data do"):
     train_documents(f"hub:{hub}")
 
 

@@ -162,7 +162,7 @@ def test_the_field_and_bad_rows_in_the_cache(config, tmp_path):
   assert made.summary["valid"] == whole.summary["valid"] | {"bad rows skipped": 1}
   assert made.summary["train"] == whole.summary["train"]
   config.data.bad_rows = "stop"
-  with pytest.raises(UserError, match="lacks 1 rows of the text that hold no text"):
+  with pytest.raises(UserError, match=r"left out rows without text \(found 1\)"):
     open_dataset(config)
 
 

@@ -247,7 +247,7 @@ def test_a_stopped_preparation_continues_when_bad_rows_are_skipped(text):
   read = lambda: corpus.open_corpus(f"{text.train}/*", f"{text.valid}/*", skip)
   _, manifest = text.prepare("stopped", read=read, bad_rows="skip")
   assert manifest["train"]["bad_rows"] == 3
-  with pytest.raises(UserError, match=r"was filled with bad_rows=skip and lacks 3 rows .*; set bad_rows to skip"):
+  with pytest.raises(UserError, match=r"was filled with bad_rows=skip, which .* \(found 3\); set bad_rows to skip"):
     text.prepare("stopped")
   assert text.prepare("whole", bad_rows="skip")[1] == shards.read_manifest(text.folder / "whole")
 
