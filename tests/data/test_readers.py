@@ -1,4 +1,5 @@
 import bz2
+import gc
 import gzip
 import json
 import lzma
@@ -286,6 +287,7 @@ def test_a_parquet_file_without_rows_needs_no_column(read):
 
 
 def test_files_are_closed(read, tmp_path):
+  gc.collect()  # files of other tests
   before = len(os.listdir("/proc/self/fd"))
   for name, write in FORMATS.values():
     for suffix, compress in COMPRESSORS.items():
