@@ -2,11 +2,14 @@
 
 python -m experiments.benchmark_data --path='c4/*.json.gz' --tokenizer=t5.model
 
-Prints the tokens per second of SentencePiece alone, of the whole preparation (read, decompress, tokenize, pack, write,
-checksum), and of shuffled batches of the packed rows. Core-seconds are processor time summed over all threads.
+Prints the size and the reading speed of each format, and the tokens per second of SentencePiece alone, of the whole
+preparation (read, decompress, tokenize, pack, write, checksum), and of shuffled batches of the packed rows.
+Core-seconds are processor time summed over all threads.
 """
 
+import collections
 import itertools
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from tqdm import tqdm
 
 from experiments.common import cli
 from switchlora_jax.data import corpus, loader, packing, preparation, shards, tokenizer
+from switchlora_jax.data.readers import COMPRESSED, RowOptions, file_format, pieces_of
 from switchlora_jax.errors import UserError
 
 PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
@@ -46,6 +50,23 @@ def print_result(what: str, tokens: int, watch: Stopwatch):
   """Prints million tokens per second and per core-second."""
   wall, core = watch.read()
   print(f"{what:34} {tokens / wall / 1e6:10.2f} {tokens / core / 1e6:16.2f}")
+
+
+def read_documents(paths: list[str]) -> list[str]:
+  """All documents. Prints the size of the files and the reading speed of each format."""
+  texts, sizes = [], collections.defaultdict(lambda: [0, 0, 0.0])  # format: bytes on disk, bytes of text, seconds
+  for path in tqdm(paths, desc="read", unit="file"):
+    start = time.perf_counter()
+    found = ["".join(pieces_of(text)) for text in corpus.LocalFile(path)]
+    seconds = time.perf_counter() - start
+    suffix = os.path.splitext(path.lower())[1]
+    kind = file_format(path) + (suffix if suffix in COMPRESSED else "")
+    added = os.path.getsize(path), sum(len(text.encode()) for text in found), seconds
+    sizes[kind] = [total + more for total, more in zip(sizes[kind], added, strict=True)]
+    texts += found
+  for kind, (size, read, seconds) in sorted(sizes.items()):
+    print(f"{kind:14} {size / 1e6:10.2f} MB on disk {read / 1e6 / seconds:10.1f} MB of text per second")
+  return texts
 
 
 def time_tokenizer(model, texts: list[str]):
@@ -88,9 +109,9 @@ def time_batches(sequences: shards.PackedSequences, batch_size: int):
 
 def main():
   """Times the tokenizer, then the preparation and the batches for each batch shape."""
-  files = corpus.open_corpus(PATH.value, "", ("--path", "")).train
+  files = corpus.open_corpus(PATH.value, "", RowOptions(flags="--")).train
   model = tokenizer.load_tokenizer(TOKENIZER.value)
-  texts = [text for part in tqdm(files, desc="read", unit="file") for text in part]
+  texts = read_documents([file.path for file in files])
   if not (length := sum(map(len, texts))):
     raise UserError(
       f"--path (={PATH.value!r}) must match text; the {len(files)} matching files are empty; pass other files"

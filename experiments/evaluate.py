@@ -18,6 +18,7 @@ from configs.base import get_config
 from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.data import shards as packed
+from switchlora_jax.data.readers import RowOptions
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import SavedRun, flatten, open_run
@@ -114,8 +115,13 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
 
 def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
   """All text of the files that match a glob, tokenized with the run's tokenizer and packed into its cache."""
-  files = tuple(map(corpus.LocalFile, corpus.matching_files(pattern, "--data")))
-  request = preparation.Request([file.origin() for file in files], str(run.tokenizer), run.config.seq_len)
+  data = run.config.data
+  options = RowOptions(data.field, data.bad_rows, flags="")
+  files = tuple(corpus.LocalFile(file, options) for file in corpus.matching_files(pattern, "--data"))
+  origin = [file.origin() for file in files]
+  request = preparation.Request(
+    origin, str(run.tokenizer), run.config.seq_len, field=data.field, bad_rows=data.bad_rows
+  )
   read = lambda: corpus.Corpus(files, None)
   folder = dataset.cached_folder(run.config.data.cache_dir, "evaluate", request, read, progress=True)
   manifest = packed.read_manifest(folder)

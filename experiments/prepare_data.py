@@ -8,12 +8,15 @@ stopped; no document is lost or repeated.
 """
 
 import re
+import shlex
 from pathlib import Path
 
 from absl import flags
 
+from configs import llama_tiny
 from experiments.common import cli
-from switchlora_jax.data import corpus, dataset, preparation, tokenizer
+from switchlora_jax.data import corpus, dataset, preparation, shards, tokenizer
+from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
 from switchlora_jax.errors import UserError
 from switchlora_jax.training import report
 
@@ -25,6 +28,10 @@ PATH = flags.DEFINE_string(
 )
 EVAL_PATH = flags.DEFINE_string(
   "eval_path", "", "glob of validation files; by default, the last 1% of the rows is held out"
+)
+FIELD_NAME = flags.DEFINE_string("field", FIELD, "JSON key or Parquet column that holds the text")
+ROWS_WITHOUT_TEXT = flags.DEFINE_enum(
+  "bad_rows", BAD_ROWS[0], BAD_ROWS, "rows without text end the preparation (stop), or are counted and left out (skip)"
 )
 TOKENIZER = flags.DEFINE_string(
   "tokenizer", None, "path of a SentencePiece model, or train:SIZE to train one on the text"
@@ -42,7 +49,7 @@ def corpus_from_flags() -> corpus.Corpus:
   if source.startswith(corpus.HUB) and path:
     raise UserError(f"--path (={path!r}) is not used with --source={source}; leave out one of them")
   hub = corpus.C4 if source == "c4" and not path else source if source.startswith(corpus.HUB) else None
-  return corpus.open_corpus(hub or path, EVAL_PATH.value, ("--path", "--eval_path"))
+  return corpus.open_corpus(hub or path, EVAL_PATH.value, RowOptions(FIELD_NAME.value, ROWS_WITHOUT_TEXT.value, "--"))
 
 
 def tokenizer_from_flags() -> str:
@@ -60,19 +67,40 @@ def tokenizer_from_flags() -> str:
   return str(Path(value).expanduser())
 
 
+def training_command(folder: Path, manifest: dict, rows: int) -> str:
+  """The command that trains the default model on the folder, with the settings that must differ from its config.
+
+  Args:
+    folder: the prepared folder.
+    manifest: its manifest.
+    rows: number of training rows.
+  """
+  config, seq_len = llama_tiny.get_config(), manifest["request"]["seq_len"]
+  pieces = tokenizer.load_tokenizer(folder / shards.TOKENIZER).get_piece_size()
+  epochs = -(-config.steps * config.batch_size // rows)
+  settings = {"data.source": "prepared", "data.path": folder, "seq_len": seq_len}
+  settings |= {"model.vocab_size": pieces} if pieces != config.model.vocab_size else {}
+  settings |= {"data.epochs": epochs} if epochs > config.data.epochs else {}
+  flags = [shlex.quote(f"--config.{key}={value}") for key, value in settings.items()]
+  return f"python -m experiments.pretrain --workdir={shlex.quote(f'runs/{folder.name}')} {' '.join(flags)}"
+
+
 def main():
   """Checks the flags, fills the folder and prints its sizes."""
   if not OUT.value:
     raise UserError("--out is missing: set the folder to fill, for example --out=data/c4")
   folder, text = Path(OUT.value).expanduser(), corpus_from_flags()
   origin = [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
-  request = preparation.Request(origin, tokenizer_from_flags(), SEQ_LEN.value, TAKE.value)
+  tokens = tokenizer_from_flags()
+  request = preparation.Request(
+    origin, tokens, SEQ_LEN.value, TAKE.value, field=FIELD_NAME.value, bad_rows=ROWS_WITHOUT_TEXT.value
+  )
   manifest = preparation.fill_folder(folder, request, lambda: text, wait=False, progress=True)
   summary = dataset.summarize_folder(manifest, SOURCE.value)
   print(report.describe_data(summary))
   if not all(summary[split]["rows"] for split in ("train", "valid")):
     raise UserError(f"{folder} is finished but has too little text for --seq_len={SEQ_LEN.value}; see the rows above")
-  print(f"train on it: --config.data.source=prepared --config.data.path={folder} --config.seq_len={SEQ_LEN.value}")
+  print(f"train on it: {training_command(folder, manifest, summary['train']['rows'])}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import sentencepiece
 from switchlora_jax.data import corpus, documentation, preparation, shards, tokenizer
 from switchlora_jax.data.loader import SequenceStream
 from switchlora_jax.data.preparation import TRAIN, Request
+from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
 from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256
 
 HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
-FLAGS = ("--config.data.path", "--config.data.eval_path")
 SOURCES = {
   "docs": "documentation of the installed packages",
   "text": "your own files, packed into cache_dir first",
@@ -68,9 +68,11 @@ def check_data_config(config) -> None:
     )
   if data.epochs < 1:
     raise UserError(f"data.epochs (={data.epochs}) must be at least 1; set --config.data.epochs")
-  unused = {"docs": ("path", "eval_path"), "prepared": ("eval_path",)}.get(data.source, ())
+  if data.bad_rows not in BAD_ROWS:
+    raise UserError(f"data.bad_rows (={data.bad_rows!r}) must be {' or '.join(BAD_ROWS)}; set --config.data.bad_rows")
+  unused = {"docs": ("path", "eval_path", "field"), "prepared": ("eval_path", "field")}.get(data.source, ())
   for key in unused:
-    if data[key]:
+    if data[key] != (FIELD if key == "field" else ""):
       raise UserError(
         f"--config.data.{key} (={data[key]!r}) is not used when --config.data.source is {data.source}; "
         "leave it out, or add --config.data.source=text to train on your files"
@@ -168,7 +170,7 @@ def _fill_cache(config, progress: bool) -> Path:
   data = config.data
   origin = [data.source, _text_origin(data)]
   model = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
-  request = Request(origin, model, config.seq_len)
+  request = Request(origin, model, config.seq_len, field=data.field, bad_rows=data.bad_rows)
   return cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
 
 
@@ -187,12 +189,17 @@ def _cache_key(request: Request) -> str:
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
+def _local_corpus(data) -> corpus.Corpus:
+  """The text that `data.path` and `data.eval_path` name."""
+  return corpus.open_corpus(data.path, data.eval_path, RowOptions(data.field, data.bad_rows))
+
+
 def _open_corpus(data, progress: bool = False) -> corpus.Corpus:
   """The text to pack into the cache."""
   if data.source == "docs":
     text = documentation.read_documentation(progress)
     return corpus.Corpus([text.train], [text.valid], {"overlap": documentation.ngram_overlap(*text)})
-  text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
+  text = _local_corpus(data)
   return _validation_corpus(text) if data.source == "stream" else text
 
 
@@ -234,10 +241,10 @@ def summarize_folder(manifest: dict, source: str) -> dict:
 def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
   """Opens the training text as a stream, and the packed validation text, which is the split `train` of the folder."""
   data, valid = config.data, manifest["train"]
-  text = corpus.open_corpus(data.path, data.eval_path, FLAGS)
-  origin = json.dumps([part.origin() for part in text.train])
+  text = _local_corpus(data)
+  origin = json.dumps([part.origin() for part in text.train] + ([data.field] if data.field != FIELD else []))
   fingerprint = hashlib.sha256(f"{shards.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
-  sizes = {"train": {"read from": data.path}, "valid": {k: v for k, v in valid.items() if k != "shards"}}
+  sizes = {"train": {"read from": data.path.encode(errors="backslashreplace").decode()}, "valid": _printed_sizes(valid)}
   return Dataset(
     train=SequenceStream(text.train, folder / shards.TOKENIZER, config.seq_len),
     valid=shards.open_sequences(folder, valid),
@@ -250,17 +257,20 @@ def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
 
 def _split_sizes(manifest: dict) -> dict[str, dict]:
   """Sizes of `train` and `valid`. Without validation text, the last training sequences are counted as `valid`."""
-  sizes = {
-    name: {key: value for key, value in manifest[name].items() if key != "shards"}
-    for name in ("train", "valid")
-    if manifest[name]
-  }
+  sizes = {name: _printed_sizes(manifest[name]) for name in preparation.SPLITS if manifest[name]}
   if "valid" not in sizes:
     train, seq_len = sizes["train"], manifest["request"]["seq_len"]
     held = min(train["rows"], max(1, train["rows"] // HELD_OUT))
     train["rows"] -= held
     sizes["valid"] = {"held out of": "train, its last rows", "tokens": held * seq_len, "rows": held}
   return sizes
+
+
+def _printed_sizes(split: dict) -> dict:
+  """The sizes of a split, with the number of skipped rows if there are any."""
+  sizes = {key: value for key, value in split.items() if key not in ("shards", "bad_rows")}
+  skipped = split.get("bad_rows", 0)
+  return sizes | ({"bad rows skipped": skipped} if skipped else {})
 
 
 def _check_length(sizes: dict[str, dict], config) -> None:

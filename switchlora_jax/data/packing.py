@@ -4,6 +4,7 @@ Tokens that do not fill the last sequence are dropped. Progress can be saved aft
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,13 +14,16 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
+from switchlora_jax.data.readers import BadRow, Document, pieces_of
 from switchlora_jax.data.shards import write_shard
 from switchlora_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 GROUP = 1_000_000  # characters per call of the tokenizer, and per chunk of a document at most
 SHARD = 1 << 25  # tokens per shard, at most
 
-Parts = Sequence[Iterable[str]]
+Parts = Sequence[Iterable[Document | BadRow]]
 
 
 # Text → tokens.
@@ -30,7 +34,7 @@ class Position(NamedTuple):
 
   Attributes:
     part: number of parts that were read completely.
-    document: number of documents of the next part that were read completely.
+    document: number of documents, and of rows without text, of the next part that were read completely.
     character: number of characters of the next document that were read.
   """
 
@@ -49,11 +53,13 @@ class Chunk(NamedTuple):
     text: the characters.
     ends: whether the document ends with this chunk.
     after: the position after the chunk.
+    bad_rows: number of rows without text between the previous chunk and this one.
   """
 
   text: str
   ends: bool
   after: Position
+  bad_rows: int = 0
 
 
 class EncodedGroup(NamedTuple):
@@ -65,6 +71,7 @@ class EncodedGroup(NamedTuple):
     characters: length of the text in characters.
     bytes: length of the text in UTF-8.
     after: the position after the group.
+    bad_rows: number of rows without text in the group.
   """
 
   tokens: np.ndarray
@@ -72,23 +79,46 @@ class EncodedGroup(NamedTuple):
   characters: int
   bytes: int
   after: Position
+  bad_rows: int
 
 
 def read_chunks(parts: Parts, start: Position = START) -> Iterator[Chunk]:
   """Reads the documents from `start` on. Empty documents are skipped.
 
-  Documents longer than `GROUP` characters are cut, after a newline where possible.
+  Documents longer than `GROUP` characters are cut, after a newline where possible. Rows without text are counted, and
+  each part that has some is logged.
   """
   for part in range(start.part, len(parts)):
     first = start.document if part == start.part else 0
+    bad, reported, first_bad = 0, 0, None
     for number, document in enumerate(itertools.islice(parts[part], first, None), first):
+      if isinstance(document, BadRow):
+        bad, first_bad = bad + 1, first_bad or document
+        continue
       at = start.character if (part, number) == start[:2] else 0
-      while len(document) - at > GROUP:
-        cut = document.rfind("\n", at, at + GROUP) + 1 or at + GROUP
-        yield Chunk(document[at:cut], False, Position(part, number, cut))
-        at = cut
-      if document:
-        yield Chunk(document[at:], True, Position(part, number + 1))
+      for text, ends in _cut(document, at):
+        at += len(text)
+        yield Chunk(text, ends, Position(part, number + 1) if ends else Position(part, number, at), bad - reported)
+        reported = bad
+    if bad > reported:
+      yield Chunk("", False, Position(part + 1), bad - reported)
+    if first_bad:
+      log.warning("%s: found %s; rows without text skipped here: %d", first_bad.where, first_bad.found, bad)
+
+
+def _cut(document: Document, start: int) -> Iterator[tuple[str, bool]]:
+  """Cuts the document from a character on into chunks; returns them, each with whether it is the last one."""
+  text, at = "", 0
+  for piece in pieces_of(document):
+    skipped = min(start, len(piece))
+    start -= skipped
+    text, at = text[at:] + piece[skipped:], 0
+    while len(text) - at > GROUP:
+      cut = text.rfind("\n", at, at + GROUP) + 1 or at + GROUP
+      yield text[at:cut], False
+      at = cut
+  if len(text) > at:
+    yield text[at:], True
 
 
 def first_documents(chunks: Iterator[Chunk], count: int) -> Iterator[Chunk]:
@@ -113,7 +143,8 @@ def encode_chunks(processor: sentencepiece.SentencePieceProcessor, chunks: Itera
     ids = zip(processor.encode(texts), group, strict=True)
     tokens = np.concatenate([np.asarray(tokens + eos * chunk.ends, np.int32) for tokens, chunk in ids])
     characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-    yield EncodedGroup(tokens, sum(chunk.ends for chunk in group), characters, size, group[-1].after)
+    documents, bad_rows = sum(chunk.ends for chunk in group), sum(chunk.bad_rows for chunk in group)
+    yield EncodedGroup(tokens, documents, characters, size, group[-1].after, bad_rows)
 
 
 def _grouped(chunks: Iterator[Chunk]) -> Iterator[list[Chunk]]:
@@ -152,6 +183,7 @@ class SplitProgress:
   bytes: int = 0
   tokens: int = 0
   rows: int = 0  # sequences in `shards`
+  bad_rows: int = 0  # rows without text that were skipped
   shards: list = field(default_factory=list)
   position: Position = START
   rest: list = field(default_factory=list)  # tokens read but not yet in a shard
@@ -163,6 +195,7 @@ class SplitProgress:
     self.characters += encoded.characters
     self.bytes += encoded.bytes
     self.tokens += len(encoded.tokens)
+    self.bad_rows += encoded.bad_rows
     self.position = encoded.after
 
 
@@ -214,7 +247,12 @@ def pack(
   if not split.rows:
     raise UserError(
       f"the text of {folder / name} must hold at least one row of {seq_len} tokens; it has {split.tokens:,} "
-      f"tokens in {split.documents:,} non-empty documents; add text, or ask for shorter rows"
+      f"tokens in {split.documents:,} non-empty documents{_describe_skipped(split.bad_rows)}; add text, or ask for "
+      "shorter rows"
     )
   split.rest, split.complete = [], True
   save()
+
+
+def _describe_skipped(bad_rows: int) -> str:
+  return f" (bad rows skipped: {bad_rows:,})" if bad_rows else ""

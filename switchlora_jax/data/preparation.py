@@ -21,6 +21,7 @@ from tqdm import tqdm
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.corpus import Corpus
 from switchlora_jax.data.packing import EncodedGroup, Position, SplitProgress
+from switchlora_jax.data.readers import BAD_ROWS, FIELD
 from switchlora_jax.data.shards import MANIFEST, TOKENIZER, read_manifest
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import (
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 
 PROGRESS = "progress.json"
+SPLITS = ("train", "valid")
+ADDED = {"field": FIELD}  # keys that requests have only if they differ from these values: earlier ones have none
 TRAIN = "train:"  # `train:SIZE` trains a tokenizer of SIZE pieces on the text
 
 
@@ -53,17 +56,24 @@ class Request(NamedTuple):
     tokenizer: path of a SentencePiece model, or `train:SIZE`.
     seq_len: tokens per sequence.
     take: maximum number of training documents; None: all.
+    field: JSON key or Parquet column of the documents.
+    bad_rows: what is done with rows without text, see `readers.RowOptions`. Not part of `to_json`: it makes no
+      difference to a text without such rows, and the splits of a folder count those that were skipped.
   """
 
   text: list | dict
   tokenizer: str
   seq_len: int
   take: int | None = None
+  field: str = FIELD
+  bad_rows: str = BAD_ROWS[0]
 
   def to_json(self) -> dict:
     """The request as read back from JSON, with the checksum of the tokenizer's file in place of its path."""
     trained = self.tokenizer.startswith(TRAIN)
     contents = self._asdict() | {"tokenizer": self.tokenizer if trained else file_sha256(Path(self.tokenizer))}
+    del contents["bad_rows"]
+    contents = {key: value for key, value in contents.items() if key not in ADDED or value != ADDED[key]}
     return json.loads(json.dumps(contents))
 
 
@@ -92,6 +102,7 @@ def fill_folder(folder: Path, request: Request, read: Callable[[], Corpus], *, w
         (folder / PROGRESS).unlink(missing_ok=True)  # left by a process killed after it wrote the manifest
     manifest = read_manifest(folder)
     _check_request(folder, manifest["request"], request.to_json())
+    _check_bad_rows(folder, [manifest[name] for name in SPLITS if manifest[name]], request)
     return manifest
   except OSError as error:
     raise UserError(
@@ -123,10 +134,21 @@ def _folder_lock(folder: Path, wait: bool) -> Iterator[None]:
 
 def _check_request(folder: Path, found: dict, expected: dict):
   """Raises `UserError` if the folder was filled or started for another request."""
+  found, expected = ADDED | found, ADDED | expected
   keys = sorted(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
   if keys:
     changed = "; ".join(f"{key} was {found.get(key)!r:.80} and is {expected.get(key)!r:.80}" for key in keys)
     raise UserError(f"{folder} was started for other rows ({changed}); choose a new directory, or delete this one")
+
+
+def _check_bad_rows(folder: Path, splits: list[dict], request: Request):
+  """Raises `UserError` if rows without text were skipped in a folder, but are an error of this request."""
+  skipped = sum(split.get("bad_rows", 0) for split in splits)
+  if skipped and request.bad_rows == "stop":
+    raise UserError(
+      f"{folder} was filled with bad_rows=skip, which left out rows without text (found {skipped:,}); set bad_rows to "
+      "skip (--config.data.bad_rows, in prepare_data --bad_rows) to use it, or mend the text"
+    )
 
 
 def _code_versions() -> dict:
@@ -159,7 +181,8 @@ class _Preparation:
     saved = read_checksummed_json(folder / PROGRESS) or {"request": self._request_json}
     _check_request(folder, saved["request"], self._request_json)
     _check_code_versions(folder, saved)
-    self._splits = {name: _split_progress(saved.get(name, {})) for name in ("train", "valid")}
+    _check_bad_rows(folder, [saved.get(name, {}) for name in SPLITS], request)
+    self._splits = {name: _split_progress(saved.get(name, {})) for name in SPLITS}
 
   def run(self, corpus: Corpus) -> dict:
     """Completes the folder and returns the manifest, which is written last."""

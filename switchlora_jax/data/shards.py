@@ -4,9 +4,11 @@ Shards are `.npy` files of [rows, seq_len], a row being one sequence. All shards
 number of rows. The manifest is written last: a folder without a manifest is incomplete.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +30,8 @@ class PackedSequences:
   returns another `PackedSequences` without reading anything.
   """
 
-  def __init__(self, shards: list[np.ndarray], start: int, stop: int):
-    self._shards, self._start, self._stop = shards, start, stop
+  def __init__(self, shards: list[np.ndarray], start: int, stop: int, files: "list[MappedFile] | None" = None):
+    self._shards, self._start, self._stop, self._files = shards, start, stop, files
     self._rows_per_shard = len(shards[0]) if shards else 1  # the last shard may have fewer
 
   def __len__(self) -> int:
@@ -50,32 +52,43 @@ class PackedSequences:
       start, stop, step = index.indices(len(self))
       if step != 1:
         raise IndexError(f"slices must have step 1; found a step of {step}")
-      return PackedSequences(self._shards, self._start + start, self._start + max(start, stop))
+      return PackedSequences(self._shards, self._start + start, self._start + max(start, stop), self._files)
     index = np.asarray(index)
     if ((index < -len(self)) | (index >= len(self))).any():
       raise IndexError(f"sequence {index} of {len(self)}")
     shards, rows = np.divmod(self._start + index % len(self), self._rows_per_shard)
     if index.ndim == 0:
-      return np.asarray(_uncut(self._shards[shards])[rows])
+      return np.asarray(self._shard(shards)[rows])
     tokens = np.empty((len(index), self.shape[1]), self.dtype)
     for shard in np.unique(shards):
       here = shards == shard
-      tokens[here] = _uncut(self._shards[shard])[rows[here]]
+      tokens[here] = self._shard(shard)[rows[here]]
     return tokens
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self[np.arange(len(self))], dtype)
 
+  def _shard(self, index: int) -> np.ndarray:
+    """A shard, after checking the length of its file. Reading a map beyond the end of its file is a SIGBUS."""
+    if self._files:
+      self._files[index].check_uncut()
+    return self._shards[index]
 
-def _uncut(shard: np.ndarray) -> np.ndarray:
-  """Returns the shard after checking the length of its file. Reading a map beyond the end of its file is a SIGBUS."""
-  if isinstance(shard, np.memmap) and shard.base.size() < shard.offset + shard.nbytes:
-    raise UserError(
-      f"{shard.filename} must have {shard.offset + shard.nbytes:,} bytes; it was cut to {shard.base.size():,} during "
-      "the run; restore it, or delete its folder and prepare it again; the same command continues from the last "
-      "checkpoint"
-    )
-  return shard
+
+class MappedFile(NamedTuple):
+  """The file of a memory-mapped shard, and its size in bytes when it was mapped."""
+
+  path: Path
+  size: int
+
+  def check_uncut(self) -> None:
+    """Raises `UserError` if the file is shorter now. A removed file can still be read through its map."""
+    with contextlib.suppress(FileNotFoundError):
+      if (found := os.stat(self.path).st_size) < self.size:
+        raise UserError(
+          f"{self.path} must have {self.size:,} bytes; it was cut to {found:,} during the run; restore it, or delete "
+          "its folder and prepare it again; the same command continues from the last checkpoint"
+        )
 
 
 class Shard(NamedTuple):
@@ -107,8 +120,20 @@ def fingerprint(manifest: dict) -> str:
 
 def open_sequences(folder: Path, split: dict) -> PackedSequences:
   """The sequences of a split. `split` is its entry in the manifest."""
-  shards = [np.load(folder / file, mmap_mode="r") for file, _, _ in split["shards"]]
-  return PackedSequences(shards, 0, split["rows"])
+  paths = [folder / file for file, _, _ in split["shards"]]
+  shards = [_map_shard(path) for path in paths]
+  files = [MappedFile(path, path.stat().st_size) for path in paths]
+  return PackedSequences(shards, 0, split["rows"], files)
+
+
+def _map_shard(path: Path) -> np.ndarray:
+  """Maps a shard into memory. A map of Arrow, unlike one of NumPy, holds no file descriptor."""
+  import pyarrow  # local import: planning and evaluation of in-memory arrays do not need it
+
+  found = np.load(path, mmap_mode="r")
+  with pyarrow.memory_map(os.fspath(path)) as file:
+    contents = file.read_buffer()
+  return np.frombuffer(contents, found.dtype, found.size, found.offset).reshape(found.shape)
 
 
 def verify_checksums(folder: Path, manifest: dict, progress: bool, share: tuple[int, int] = (0, 1)) -> None:

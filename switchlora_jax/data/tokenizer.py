@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from switchlora_jax.data.readers import BadRow, Document, pieces_of
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import write_bytes
 
@@ -14,24 +15,24 @@ SAMPLE = 20_000_000  # characters at the start of the text that the tokenizer is
 MAX_SENTENCE = 1000  # characters per training sentence; SentencePiece skips lines longer than 4192 bytes
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.PathLike) -> None:
+def train_tokenizer(documents: Iterable[Document | BadRow], vocab_size: int, path: str | os.PathLike) -> None:
   """Trains a byte-pair model and writes it to `path` atomically. Deterministic: the same documents give the same file.
 
   Special ids are T5's: pad 0, eos 1, unk 2, no bos. Decoding restores newlines and runs of spaces. Characters outside
   the vocabulary are encoded as bytes. U+2581 (▁), SentencePiece's mark of a space, comes back as a space.
 
   Args:
-    documents: the training text. At most the first `SAMPLE` characters are used.
+    documents: the training text. At most the first `SAMPLE` characters are used. Rows without text are ignored.
     vocab_size: maximum number of pieces. A short text may yield fewer.
     path: the file to write.
 
   Raises:
-    UserError: the text is empty, or the vocabulary is too small for it.
+    UserError: the text is empty or cannot be read, or the vocabulary is too small for it.
   """
-  model = io.BytesIO()
+  model, failures = io.BytesIO(), []
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_training_sentences(documents),
+      sentence_iterator=_recording(_training_sentences(documents), failures),
       model_writer=model,
       model_type="bpe",
       vocab_size=vocab_size,
@@ -48,7 +49,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | os.Pa
       minloglevel=2,
     )
   except RuntimeError as error:
-    found = "the text is empty" if "sentences_.empty()" in str(error) else error
+    if failures:  # reading the text failed; SentencePiece reports it as an error of its own
+      raise failures[0] from None
+    found = "the text is empty" if "sentences_.empty()" in str(error) else str(error).rpartition("] ")[2] or error
     raise UserError(
       f"could not train a tokenizer of {vocab_size} pieces (the model's vocabulary) on this text: {found}; "
       "256 pieces are bytes and each distinct letter needs one: use more text, a larger vocabulary, or pass a tokenizer"
@@ -88,12 +91,37 @@ def check_vocabulary(path: str | os.PathLike, vocab_size: int) -> None:
     )
 
 
-def _training_sentences(documents: Iterable[str]) -> Iterator[str]:
+def _recording(sentences: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
+  """Yields the sentences; appends an exception that ends them."""
+  try:
+    yield from sentences
+  except GeneratorExit:
+    raise
+  except BaseException as error:
+    failures.append(error)
+    raise
+
+
+def _training_sentences(documents: Iterable[Document | BadRow]) -> Iterator[str]:
   """The lines of the first documents, cut to at most `MAX_SENTENCE` characters."""
   budget = SAMPLE
   for document in documents:
-    for line in document[:budget].split("\n"):
+    if isinstance(document, BadRow):
+      continue
+    text = _first_characters(document, budget)
+    for line in text.split("\n"):
       yield from (line[start : start + MAX_SENTENCE] for start in range(0, len(line), MAX_SENTENCE))
-    budget -= len(document)
+    budget -= len(text)
     if budget <= 0:
       return
+
+
+def _first_characters(document: Document, count: int) -> str:
+  """The first `count` characters of a document. Pieces after them are not read."""
+  found, length = [], 0
+  for piece in pieces_of(document):
+    found.append(piece[: count - length])
+    length += len(found[-1])
+    if length == count:
+      break
+  return "".join(found)

@@ -30,6 +30,9 @@ KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": st
 # the learning rate for these methods, in 2 it is the end of the cosine for all.
 SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 
+# Config keys that earlier runs do not have, with the values that they trained with.
+ADDED = {"data": {"field": "text", "bad_rows": "stop"}}
+
 # Config keys that may change on resume. None changes what the run computes; sharding changes only the summation order.
 FREE = (
   "eval_every",
@@ -41,6 +44,7 @@ FREE = (
   "hang_seconds",
   "data.cache_dir",
   "data.epochs",
+  "data.bad_rows",
   *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
 )
 
@@ -164,6 +168,9 @@ def read(workdir: Path) -> dict | None:
       raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r:.40}")
     if not re.match(r"\d+ ", saved["devices"]):
       raise ValueError(f"devices is {saved['devices']!r:.40}, without their number")
+    for section, keys in ADDED.items():
+      if isinstance(found := saved["config"].get(section), dict):
+        saved["config"][section] = keys | found
     return saved
   except ValueError as error:
     raise UserError(

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -135,6 +137,33 @@ def test_the_cache_folder_depends_only_on_what_affects_the_sequences(config, tmp
   config.data.epochs = 2
   fill()
   assert folders[-1] == folders[-2]
+
+
+def test_the_field_and_bad_rows_in_the_cache(config, tmp_path):
+  """The default field has the folder of earlier versions; bad rows are counted in the folder."""
+  before = dataset._cache_key(preparation.Request("origin", "train:320", 16))
+  contents = {"text": "origin", "tokenizer": "train:320", "seq_len": 16, "take": None}  # as earlier versions wrote it
+  versions = [preparation.FORMAT_VERSION, contents, dataset.sentencepiece.__version__]
+  assert before == hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]
+  whole = open_dataset(config)
+  path = Path(config.data.path)
+  path.write_text("".join(json.dumps({"text": None, "content": text}) + "\n" for text in TRAIN))
+  with pytest.raises(UserError, match=r"a\.jsonl, line 1: .*, or pass --config\.data\.bad_rows=skip to leave"):
+    open_dataset(config)
+  config.data.field = "content"
+  Path(config.data.eval_path).write_text(
+    '{"content": 3}\n' + "".join(json.dumps({"content": text}) + "\n" for text in VALID)
+  )
+  with pytest.raises(UserError, match=r"a\.jsonl, line 1: .*`content`.*found \{.content.: 3\}"):
+    open_dataset(config)
+  config.data.bad_rows = "skip"
+  made = open_dataset(config)
+  assert made.fingerprint == whole.fingerprint
+  assert made.summary["valid"] == whole.summary["valid"] | {"bad rows skipped": 1}
+  assert made.summary["train"] == whole.summary["train"]
+  config.data.bad_rows = "stop"
+  with pytest.raises(UserError, match=r"left out rows without text \(found 1\)"):
+    open_dataset(config)
 
 
 def test_the_fingerprint_depends_on_the_text_and_not_on_its_path(config, tmp_path):
@@ -314,6 +343,8 @@ def test_validation_text_of_a_stream_shorter_than_a_sequence_is_a_user_error(str
   ("changes", "message"),
   [
     ({"source": "c4"}, r"--config\.data\.source \(='c4'\) must be one of docs .* text .* prepared .* stream"),
+    ({"bad_rows": "drop"}, r"data\.bad_rows \(='drop'\) must be stop or skip; set --config\.data\.bad_rows"),
+    ({"source": "docs", "path": "", "eval_path": "", "field": "content"}, r"--config\.data\.field .* is not used when"),
     ({"epochs": 0}, r"data\.epochs \(=0\) must be at least 1"),
     ({"path": ""}, r"--config\.data\.path='c4/\*\.json\.gz'"),
     ({"path": "none/*"}, "matches no file"),

@@ -69,7 +69,7 @@ def digest_of_sequences(folder) -> str:
   (folder / "text" / "b.txt").write_bytes(b"A plain text\r\nwith two lines.\n")
   pyarrow.parquet.write_table(pyarrow.table({"text": ["One row.", "", "Another."]}), folder / "text" / "c.parquet")
   (folder / "text" / "d.txt").write_text("words " * 180_000)  # longer than a group
-  text = corpus.open_corpus(f"{folder}/text/*", "", ("--path", "--eval_path"))
+  text = corpus.open_corpus(f"{folder}/text/*", "", corpus.RowOptions(flags="--"))
   request = preparation.Request("fixed", str(GOLDEN / "huggingface" / "bpe.model"), 16)
   manifest = preparation.fill_folder(folder / "rows", request, lambda: text, wait=False, progress=False)
   rows = np.asarray(shards.open_sequences(folder / "rows", manifest["train"]))

@@ -12,6 +12,7 @@ from tiny import packing_in, rows_of, sentences
 
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.packing import START, Position, SplitProgress
+from switchlora_jax.data.readers import BadRow, RowOptions
 from switchlora_jax.errors import UserError
 
 TEXTS = st.text(st.sampled_from("ab\né😀"), max_size=40)
@@ -62,6 +63,30 @@ def test_reading_resumes_after_any_chunk(parts, group):
       assert list(packing.read_chunks(parts, chunk.after)) == chunks[count:]
 
 
+@given(parts=PARTS, group=GROUPS, piece=st.integers(1, 9))
+def test_documents_in_pieces_give_the_same_chunks(parts, group, piece):
+  """From the start, and from the position after any chunk."""
+  pieces = [[[text[at : at + piece] for at in range(0, len(text), piece)] for text in part] for part in parts]
+  with packing_in(group):
+    chunks = list(packing.read_chunks(parts))
+    for start in (START, *(chunk.after for chunk in chunks)):
+      assert list(packing.read_chunks(pieces, start)) == list(packing.read_chunks(parts, start))
+
+
+@given(parts=PARTS, group=GROUPS, bad=st.sets(st.integers(0, 12)))
+def test_rows_without_text_are_counted_wherever_reading_resumes(parts, group, bad):
+  row = BadRow("a.jsonl, line 1", "text", "null", "mend it", RowOptions())
+  numbers = itertools.count()
+  mixed = [[item for text in part for item in ([row, text] if next(numbers) in bad else [text])] for part in parts]
+  total = sum(item is row for part in mixed for item in part)
+  with packing_in(group):
+    chunks = list(packing.read_chunks(mixed))
+    assert [chunk[:2] for chunk in chunks if chunk.text] == [chunk[:2] for chunk in packing.read_chunks(parts)]
+    assert sum(chunk.bad_rows for chunk in chunks) == total
+    for count, chunk in enumerate(chunks, 1):
+      assert list(packing.read_chunks(mixed, chunk.after)) == chunks[count:]
+
+
 def test_long_documents_are_cut_after_a_newline(monkeypatch):
   monkeypatch.setattr(packing, "GROUP", 10)
   chunks = [chunk.text for chunk in packing.read_chunks([["one two\nthree four\nfive", "0123456789", "0123456789ab"]])]
@@ -78,7 +103,7 @@ def test_parts_before_the_position_are_not_read():
       return unread()
 
   (chunk,) = packing.read_chunks([Unread(), ["one", "two"]], Position(1, 1))
-  assert chunk == ("two", True, Position(1, 2))
+  assert chunk == ("two", True, Position(1, 2), 0)
 
 
 @given(parts=PARTS, group=GROUPS, take=st.integers(-1, 8))
@@ -96,7 +121,7 @@ def test_every_document_ends_with_eos_and_empty_ones_are_skipped(model):
   (group,) = packing.encode_chunks(model, packing.read_chunks([documents]))
   expected = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
   assert group.tokens.tolist() == expected and group.tokens.dtype == np.int32
-  assert group[1:] == (6, sum(map(len, documents)), len("".join(documents).encode()), Position(0, 8))
+  assert group[1:] == (6, sum(map(len, documents)), len("".join(documents).encode()), Position(0, 8), 0)
   assert not list(packing.encode_chunks(model, packing.read_chunks([["", ""], []])))
 
 

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import gzip
+import itertools
 import json
 import os
 import random
@@ -17,13 +18,14 @@ import pytest
 from paths import ROOT
 from tiny import packing_in, rows_of, sentences, write_lines
 
-from switchlora_jax.data import corpus, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, packing, preparation, shards, tokenizer
 from switchlora_jax.data.preparation import Request
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import files
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_checksummed_json
 
 LENGTH, GROUP, SHARD = 8, 120, 256
+ROWS = corpus.RowOptions(flags="--")
 LONG = "".join(sentences(500, 520)).replace("\n", " ")  # longer than a group, without a newline
 TRAIN = [*sentences(0, 15), "", LONG, *sentences(15, 30), "", ""]
 VALID = sentences(50, 60)
@@ -39,7 +41,7 @@ folder, train, valid, model = map(Path, json.loads(sys.argv[1]))
 
 def prepare(folder=folder, wait=False):
   request = preparation.Request("text", str(model), {LENGTH})
-  read = lambda: corpus.open_corpus(str(train / "*"), str(valid / "*"), ("--path", "--eval_path"))
+  read = lambda: corpus.open_corpus(str(train / "*"), str(valid / "*"), corpus.RowOptions(flags="--"))
   try:
     preparation.fill_folder(folder, request, read, wait=wait, progress=False)
   except UserError as error:
@@ -47,7 +49,7 @@ def prepare(folder=folder, wait=False):
 
 def slowly(found):
   for item in found:
-    time.sleep(0.01)
+    time.sleep(0.02)
     yield item
 """
 SLOWLY = """
@@ -65,7 +67,7 @@ class Text:
     self.folder, self.train, self.valid, self.model = folder, folder / "train", folder / "valid", folder / "own.model"
 
   def read(self):
-    return corpus.open_corpus(f"{self.train}/*", f"{self.valid}/*", ("--path", "--eval_path"))
+    return corpus.open_corpus(f"{self.train}/*", f"{self.valid}/*", ROWS)
 
   def prepare(self, name, wait=False, read=None, **changes):
     """Fills the folder `name` in this process; returns it and its manifest."""
@@ -205,6 +207,51 @@ def test_the_dtype_is_the_smallest_that_fits_the_vocabulary(made, monkeypatch, p
   )
 
 
+# Rows without text.
+
+BAD = b'{"text": null}\n{"txt": "A"}\n[\n'
+
+
+def test_skipped_rows_are_counted_alike_after_any_interruption(text, monkeypatch):
+  """At the start, between documents, at the end of a file, and in a file of their own."""
+  lines = (text.train / "a.jsonl").read_bytes().splitlines(keepends=True)
+  (text.train / "a.jsonl").write_bytes(b"".join([BAD, *lines[:7], BAD, *lines[7:], BAD]))
+  (text.train / "z.jsonl").write_bytes(BAD)
+  (text.valid / "v.jsonl").write_bytes((text.valid / "v.jsonl").read_bytes() + BAD)
+  skip = ROWS._replace(bad_rows="skip")
+  read = lambda: corpus.open_corpus(f"{text.train}/*", f"{text.valid}/*", skip)
+  folder, manifest = text.prepare("skipped", read=read, bad_rows="skip")
+  assert [manifest[name]["bad_rows"] for name in ("train", "valid")] == [12, 3]
+  whole = shards.read_manifest(text.folder / "whole")
+  assert shards.fingerprint(manifest) == shards.fingerprint(whole)
+  write = packing.write_shard
+
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  for moment in range(1, len(whole["train"]["shards"]) + 1, 3):  # after so many shards
+    left = itertools.count(moment, -1)
+    with monkeypatch.context() as patch:
+      patch.setattr(packing, "write_shard", lambda *given, left=left: (write if next(left) else interrupt)(*given))
+      with pytest.raises(KeyboardInterrupt):
+        text.prepare(f"interrupted-{moment}", read=read, bad_rows="skip")
+    text.prepare(f"interrupted-{moment}", read=read, bad_rows="skip")
+    assert contents(text.folder / f"interrupted-{moment}") == contents(folder)
+
+
+def test_a_stopped_preparation_continues_when_bad_rows_are_skipped(text):
+  (text.train / "d.jsonl").write_bytes(BAD)
+  with pytest.raises(UserError, match="line 1"):
+    text.prepare("stopped")
+  skip = ROWS._replace(bad_rows="skip")
+  read = lambda: corpus.open_corpus(f"{text.train}/*", f"{text.valid}/*", skip)
+  _, manifest = text.prepare("stopped", read=read, bad_rows="skip")
+  assert manifest["train"]["bad_rows"] == 3
+  with pytest.raises(UserError, match=r"was filled with bad_rows=skip, which .* \(found 3\); set bad_rows to skip"):
+    text.prepare("stopped")
+  assert text.prepare("whole", bad_rows="skip")[1] == shards.read_manifest(text.folder / "whole")
+
+
 # Killed.
 
 
@@ -262,8 +309,8 @@ PACKED = gzip.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t i
 @pytest.mark.parametrize(
   ("name", "bad", "good", "message"),
   [
-    ("d.jsonl.gz", PACKED[:-9], PACKED, r"d\.jsonl\.gz must be UTF-8 text .*EOFError"),
-    ("d.txt", b"A wave\xff", b"A wave.", r"d\.txt must be UTF-8 text .*UnicodeDecodeError"),
+    ("d.jsonl.gz", PACKED[: len(PACKED) // 2], PACKED, r"d\.jsonl\.gz must be UTF-8 text .*EOFError"),
+    ("d.txt", b"A wave\xff", b"A wave.", r"d\.txt must be UTF-8 text .*; line 1 is not"),
     ("d.jsonl", b'{"text": "A"}\n{"txt": "A"}', b'{"text": "A"}\n{"text": "B"}', r"d\.jsonl, line 2: .*\['txt'\]"),
   ],
 )
@@ -329,6 +376,7 @@ def begun(text):
     ({"seq_len": 9}, r"\(seq_len was 8 and is 9\)"),
     ({"take": 3}, r"\(take was None and is 3\)"),
     ({"text": ["other"]}, r"\(text was 'text' and is \['other'\]\)"),
+    ({"field": "content"}, r"\(field was 'text' and is 'content'\)"),
     ({"tokenizer": "train:320"}, r"\(tokenizer was '[0-9a-f]{64}' and is 'train:320'\)"),
   ],
 )

@@ -1,6 +1,8 @@
 import json
 import os
 import re
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,9 +66,22 @@ def test_invalid_indices_raise_index_error():
 def test_shards_are_memory_mapped_and_indexing_returns_plain_arrays(tmp_path):
   manifest, array = write_folder(tmp_path)
   found = shards.open_sequences(tmp_path, manifest["train"])
-  assert all(isinstance(shard, np.memmap) for shard in found._shards)
+  maps = Path("/proc/self/maps").read_text()
+  assert all(str(tmp_path / f"train-{n:05}.npy") in maps for n in range(3))
   assert type(found[np.array([7, 0])]) is type(found[3]) is np.ndarray
   np.testing.assert_array_equal(found, array)
+
+
+def test_thousands_of_shards_do_not_need_as_many_open_files(tmp_path):
+  manifest, array = write_folder(tmp_path, counts=(1,) * 90)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+  try:
+    shards.verify_checksums(tmp_path, manifest, progress=False)
+    found = shards.open_sequences(tmp_path, manifest["train"])
+    np.testing.assert_array_equal(found, array)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # Files.

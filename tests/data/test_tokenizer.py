@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from paths import SHARED
 
 from switchlora_jax.data import tokenizer
+from switchlora_jax.data.readers import BadRow, RowOptions
 from switchlora_jax.errors import UserError
 
 T5 = SHARED / "t5_tokenizer" / "t5_32100.model"
@@ -94,6 +95,27 @@ def test_too_little_text_or_too_small_a_vocabulary_is_a_user_error(tmp_path, doc
   with pytest.raises(UserError, match=message):
     tokenizer.train_tokenizer(documents, vocab_size, tmp_path / "model")
   assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_text_is_raised_as_it_is(tmp_path):
+  """SentencePiece would report it with a traceback in its message."""
+  row = BadRow("a.jsonl, line 2", "text", "null", "mend it", RowOptions())
+  for error in (row, KeyboardInterrupt("stopped")):
+
+    def documents(error=error):
+      yield "The tide rises."
+      raise error
+
+    with pytest.raises(type(error)) as caught:
+      tokenizer.train_tokenizer(documents(), 320, tmp_path / "model")
+    assert caught.value is error and not list(tmp_path.iterdir())
+
+
+def test_pieces_and_rows_without_text_do_not_change_the_tokenizer(path, tmp_path):
+  row = BadRow("a.jsonl, line 2", "text", "null", "mend it", RowOptions())
+  pieces = [text if number % 2 else [text[:7], text[7:]] for number, text in enumerate(DOCUMENTS)]
+  tokenizer.train_tokenizer([row, *pieces, row], 320, tmp_path / "same")
+  assert (tmp_path / "same").read_bytes() == path.read_bytes()
 
 
 # Loading.

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from grids import imported
 from tiny import sentences, write_lines
@@ -18,7 +20,8 @@ def test_every_cost_is_a_line(tmp_path, monkeypatch, capsys):
       command, "time_batches", lambda found, size, f=command.time_batches: shards.append(found) or f(found, size)
     )
     command.main()
-  first, *lines = capsys.readouterr().out.splitlines()
+  read, first, *lines = capsys.readouterr().out.splitlines()
+  assert re.fullmatch(r"\.jsonl +0\.01 MB on disk +[\d.]+ MB of text per second", read)
   assert first.startswith("100 documents, ")
   names = ["", "SentencePiece, one thread", "SentencePiece, all cores", "preparation, rows of 8", "batches of 4 × 8"]
   assert all(line.startswith(name) for line, name in zip(lines, names, strict=True))

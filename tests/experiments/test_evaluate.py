@@ -184,7 +184,7 @@ def prepared(folder, trained):
   """From names of tokenizer and row length to a folder that is prepared from the text of the runs."""
 
   def prepare(name: str, model: str, seq_len: int) -> Path:
-    text = lambda: corpus.open_corpus(write_text(folder), "", ("--path", "--eval_path"))
+    text = lambda: corpus.open_corpus(write_text(folder), "", corpus.RowOptions(flags="--"))
     preparation.fill_folder(folder / name, preparation.Request([name], model, seq_len), text, wait=True, progress=False)
     return folder / name
 

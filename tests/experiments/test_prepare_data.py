@@ -1,4 +1,6 @@
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +9,8 @@ from grids import command, imported
 from paths import ROOT, SHARED
 from tiny import flags_of, rows_of, sentences, tiny_config, write_lines
 
-from switchlora_jax.data import corpus, shards, tokenizer
+from configs import llama_tiny
+from switchlora_jax.data import corpus, dataset, shards, tokenizer
 from switchlora_jax.errors import UserError
 
 C4 = SHARED / "c4_sample" / "c4_validation_2k.jsonl.gz"
@@ -34,7 +37,7 @@ def flags(text, **changes) -> list[str]:
 def test_prepare_then_train_on_it(text):
   done = command("prepare_data", *flags(text))
   assert done.returncode == 0, done.stderr
-  assert f"train on it: --config.data.source=prepared --config.data.path={text}/out --config.seq_len=16" in done.stdout
+  assert "train on it: python -m experiments.pretrain --workdir=runs/out --config.data.source=prepared" in done.stdout
   assert "train: 300 documents" in done.stdout and "valid: 40 documents" in done.stdout
   config = tiny_config(text, data__source="prepared", data__path=f"{text}/out")
   (text / "train" / "a.jsonl").unlink()  # what was prepared does not need the text
@@ -43,6 +46,52 @@ def test_prepare_then_train_on_it(text):
   fingerprint = json.loads((text / "run" / "config.json").read_text())["data_fingerprint"]
   assert f"data: text, fingerprint {fingerprint}" in done.stdout
   assert f"data: prepared, fingerprint {fingerprint}" in trained.stdout
+
+
+def test_the_printed_command_is_complete(text, monkeypatch, capsys):
+  """It is quoted for the shell, and the config that its flags make is valid for the folder."""
+  folder = text / "it's out"
+  with imported("prepare_data", *flags(text, out=folder)) as prepare_data:
+    prepare_data.main()
+  printed = capsys.readouterr().out.split("train on it: ")[1]
+  *command, workdir, source, path, length, vocabulary, epochs = shlex.split(printed)
+  assert command == ["python", "-m", "experiments.pretrain"] and workdir == "--workdir=runs/it's out"
+  assert (source, path) == ("--config.data.source=prepared", f"--config.data.path={folder}")
+  assert (length, vocabulary) == ("--config.seq_len=16", "--config.model.vocab_size=320")
+  config = llama_tiny.get_config()
+  config.data.update(source="prepared", path=str(folder), epochs=int(epochs.removeprefix("--config.data.epochs=")))
+  config.seq_len, config.model.vocab_size = 16, 320
+  dataset.check_data_config(config)
+  config.data.epochs -= 1
+  with pytest.raises(UserError, match=rf"repeat the text: {epochs}$"):
+    dataset.check_data_config(config)
+
+
+def test_rows_without_text_are_named_or_counted(text, capsys):
+  lines = (text / "train" / "b.jsonl").read_text().splitlines(keepends=True)
+  (text / "train" / "b.jsonl").write_text("".join([*lines[:3], '{"text": null}\n', *lines[3:]]))
+  for model in (f"{text}/own.model", "train:300"):  # the tokenizer's training meets the row first
+    message = r"^\S+b\.jsonl, line 4: expected .*; found \{\"text\": null\}; .*, or pass --bad_rows=skip to leave such"
+    with (
+      imported("prepare_data", *flags(text, tokenizer=model)) as prepare_data,
+      pytest.raises(UserError, match=message),
+    ):
+      prepare_data.main()
+    shutil.rmtree(text / "out")
+  with imported("prepare_data", *flags(text, bad_rows="skip")) as prepare_data:
+    prepare_data.main()
+  train = shards.read_manifest(text / "out")["train"]
+  assert (train["bad_rows"], train["documents"]) == (1, 300) and "1 bad rows skipped" in capsys.readouterr().out
+
+
+def test_another_field_can_be_prepared(text):
+  for name in ("train/a.jsonl", "train/b.jsonl", "valid/v.jsonl"):
+    (text / name).write_text((text / name).read_text().replace('"text"', '"content"'))
+  with imported("prepare_data", *flags(text)) as prepare_data, pytest.raises(UserError, match=r"pass --field=content"):
+    prepare_data.main()
+  with imported("prepare_data", *flags(text, field="content", out=text / "other")) as prepare_data:
+    prepare_data.main()
+  assert shards.read_manifest(text / "other")["train"]["documents"] == 300
 
 
 @pytest.mark.skipif(not (C4.exists() and T5.exists()), reason="needs 2,000 documents of C4 and T5's tokenizer")

@@ -6,13 +6,12 @@ import signal
 import threading
 import time
 
-import datasets
 import pytest
 from fault_runs import assert_same_end, finish, finish_pair, saved_steps, small_config, start, start_pair
 from tiny import sentences, write_lines
 
 from experiments.common.distributed import FAREWELL
-from switchlora_jax.data import packing
+from switchlora_jax.data import packing, readers
 from switchlora_jax.data.loader import SequenceStream
 from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.errors import HUNG
@@ -113,19 +112,18 @@ TEXTS = {"train.jsonl": (0, 600), "valid.jsonl": (600, 700)}
 def fail_text(step: str):
   """Reading the user's text fails from the batch of a step on."""
   packing.GROUP, asked = 2000, [0]  # characters read ahead
-  batch, read = SequenceStream.batch, datasets.IterableDataset.iter
+  batch, read = SequenceStream.batch, readers._json_row
 
   def batch_of(self, now, size):
     asked.append(now)
     return batch(self, now, size)
 
-  def reading(self, **options):
-    for lines in read(self, **options):
-      if max(asked) >= int(step):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-      yield lines
+  def reading(*line):
+    if max(asked) >= int(step):
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return read(*line)
 
-  SequenceStream.batch, datasets.IterableDataset.iter = batch_of, reading
+  SequenceStream.batch, readers._json_row = batch_of, reading
 
 
 def test_unreadable_streamed_text_ends_the_run(uninterrupted_run, tmp_path):

@@ -50,6 +50,19 @@ def test_keys_without_effect_on_results_may_change(tmp_path, dataset, caplog):
   assert caplog.records == []
 
 
+def test_a_run_from_before_a_config_key_continues_with_the_value_that_it_had(tmp_path, dataset, caplog):
+  start(tmp_path / "run", resolved(tmp_path), dataset)
+  path = tmp_path / "run" / "config.json"
+  saved = json.loads(path.read_text())
+  for key in ("field", "bad_rows"):
+    del saved["config"]["data"][key]
+  path.write_text(json.dumps(saved))
+  start(tmp_path / "run", resolved(tmp_path, data__bad_rows="skip"), dataset)
+  assert caplog.records == []
+  with pytest.raises(UserError, match=r"another config \(data\.field: 'text' → 'body'\)"):
+    start(tmp_path / "run", resolved(tmp_path, data__field="body"), dataset)
+
+
 def test_prepared_data_may_move_and_text_may_not(tmp_path, dataset):
   for source in ("prepared", "text"):
     first, second = (resolved(tmp_path, data__source=source, data__path=path) for path in ("here", "there"))
