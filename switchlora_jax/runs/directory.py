@@ -30,7 +30,11 @@ KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": st
 # the learning rate for these methods, in 2 it is the end of the cosine for all.
 SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 
-# Config keys that may change on resume. None changes what the run computes; sharding changes only the summation order.
+# Config keys that distribute a step of `batch_size` sequences over devices and micro-batches: only the order of sums
+# changes with them.
+LAYOUT = ("accumulation", *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")))
+
+# Config keys that may change on resume, because they do not change what the run computes.
 FREE = (
   "eval_every",
   "checkpoint_every",
@@ -41,7 +45,7 @@ FREE = (
   "hang_seconds",
   "data.cache_dir",
   "data.epochs",
-  *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
+  *LAYOUT,
 )
 
 
