@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from experiments.common import cli
 from switchlora_jax.data import corpus, loader, packing, preparation, shards, tokenizer
 from switchlora_jax.errors import UserError
+from switchlora_jax.progress import progress_bar
 
 PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "path of a SentencePiece model")
@@ -90,7 +90,7 @@ def main():
   """Times the tokenizer, then the preparation and the batches for each batch shape."""
   files = corpus.open_corpus(PATH.value, "", ("--path", "")).train
   model = tokenizer.load_tokenizer(TOKENIZER.value)
-  texts = [text for part in tqdm(files, desc="read", unit="file") for text in part]
+  texts = [text for part in progress_bar(files, desc="read", unit="file") for text in part]
   if not (length := sum(map(len, texts))):
     raise UserError(
       f"--path (={PATH.value!r}) must match text; the {len(files)} matching files are empty; pass other files"
