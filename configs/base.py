@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
   config.warm_start_from = ""  # run directory or Hugging Face LLaMA folder with the initial weights; "": random
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
-  config.accumulation = 1  # micro-batches per step on each device
+  config.accumulation = 1  # micro-batches per step on each device; may change when a run continues, as sharding may
   config.seed = 0  # seed of initialisation, data order and switching
 
   config.dtype = placeholder(str)  # of the computation: float32 | bfloat16 | float64; None: bfloat16 on GPUs

@@ -32,7 +32,7 @@ def main():
   variants = studies.study_variants(STUDY.value, base.config, rates)
   study = studies.STUDIES[STUDY.value](base.config)
   options = sweep.sweep_options()
-  trial_results = sweep.run_sweep(base, variants, **options)
+  trial_results = sweep.run_sweep(base, variants, **options, quiet=flags.FLAGS.quiet)
   results.conclude(variants, trial_results, options, f"{study.question} ({study.source} of the paper)")
 
 

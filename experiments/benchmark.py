@@ -31,7 +31,7 @@ from switchlora_jax.methods import METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
 from switchlora_jax.planning import cost, topology
-from switchlora_jax.training.metrics import progress_bar
+from switchlora_jax.progress import progress_bar
 from switchlora_jax.training.phases import Phase, assemble_phase
 from switchlora_jax.training.report import bytes_of
 
@@ -49,6 +49,7 @@ RANKS = flags.DEFINE_multi_integer(
 REPEATS = flags.DEFINE_integer("repeats", 5, "number of timed steps per program", lower_bound=1)
 MEMORY = flags.DEFINE_bool("memory", False, "only compile, and print the memory of each step")
 JSON = flags.DEFINE_string("json", None, "also write the results to this file")
+cli.define_quiet()
 
 
 class TwoProductDense(LoRADense):
@@ -111,7 +112,8 @@ def make_cases(vocabulary: int, mesh) -> dict[tuple[str, int], BenchmarkCase]:
 def time_in_turns(calls: dict, what: str) -> dict:
   """{name: seconds of each timed call}; runs each call once untimed, then alternates between all calls."""
   seconds = {name: [] for name in calls}
-  with progress_bar((REPEATS.value + 1) * len(calls), what=what) as bar:
+  total = (REPEATS.value + 1) * len(calls)
+  with progress_bar(total=total, desc=what, unit="step", shown=not flags.FLAGS.quiet) as bar:
     for repeat in range(REPEATS.value + 1):
       for name, call in calls.items():
         start = time.perf_counter()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from experiments.common import cli
 from switchlora_jax.data import corpus, loader, packing, preparation, shards, tokenizer
 from switchlora_jax.data.readers import COMPRESSED, RowOptions, file_format, pieces_of
 from switchlora_jax.errors import UserError
+from switchlora_jax.progress import progress_bar
 
 PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
 TOKENIZER = flags.DEFINE_string("tokenizer", "", "path of a SentencePiece model")
@@ -55,7 +55,7 @@ def print_result(what: str, tokens: int, watch: Stopwatch):
 def read_documents(paths: list[str]) -> list[str]:
   """All documents. Prints the size of the files and the reading speed of each format."""
   texts, sizes = [], collections.defaultdict(lambda: [0, 0, 0.0])  # format: bytes on disk, bytes of text, seconds
-  for path in tqdm(paths, desc="read", unit="file"):
+  for path in progress_bar(paths, desc="read", unit="file"):
     start = time.perf_counter()
     found = ["".join(pieces_of(text)) for text in corpus.LocalFile(path)]
     seconds = time.perf_counter() - start

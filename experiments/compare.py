@@ -78,7 +78,7 @@ def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
   refreshing = ["galore refreshing"] * ("galore" in METHOD_NAMES.value)
   methods = f"--methods={','.join(dict.fromkeys(['full', *METHOD_NAMES.value, *refreshing]))}"
   benchmark = [sys.executable, "-m", "experiments.benchmark", f"--config={base.file}"]
-  command = [*benchmark, *keys, *ranks, methods, f"--json={out}"]
+  command = [*benchmark, *keys, *ranks, methods, f"--json={out}", *["--quiet"] * flags.FLAGS.quiet]
   if code := subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL).returncode:
     sys.stderr.write(f"no step times: the benchmark failed with exit code {code}, see above; all else is written\n")
     return {}
@@ -95,7 +95,7 @@ def main():
   base, options = sweep.base_from_flags(), sweep.sweep_options()
   cli.set_precision(base.config)
   variants = method_variants(base.config)
-  trial_results = sweep.run_sweep(base, variants, **options)
+  trial_results = sweep.run_sweep(base, variants, **options, quiet=flags.FLAGS.quiet)
   times = step_times(base, options["workdir"]) if TIME.value else None
   results.conclude(variants, trial_results, options, f"{Path(base.file).stem}: comparison of methods", times)
 

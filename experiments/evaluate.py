@@ -38,6 +38,7 @@ TOKENS = flags.DEFINE_integer(
   "tokens", None, "maximum number of tokens, at least one sequence; default: the run's eval_tokens", lower_bound=1
 )
 JSON = flags.DEFINE_string("json", None, "also write the results to this file")
+cli.define_quiet()
 
 
 class EvalText(NamedTuple):
@@ -79,7 +80,7 @@ def select_text(run: SavedRun) -> EvalText:
 def own_validation_text(run: SavedRun) -> EvalText:
   """The validation sequences of the run itself."""
   try:
-    data = dataset.open_dataset(run.config)
+    data = dataset.open_dataset(run.config, progress=not flags.FLAGS.quiet)
   except UserError as error:
     raise UserError(f"the run's own validation rows: {error}; or evaluate other text with --data") from error
   if data.fingerprint != run.fingerprint:
@@ -108,7 +109,7 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
       f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens like the run; it has rows of {found}; "
       f"prepare the text with --seq_len={run.config.seq_len}, or give its files"
     )
-  packed.verify_checksums(folder, manifest, progress=True)
+  packed.verify_checksums(folder, manifest, progress=not flags.FLAGS.quiet)
   data = dataset.open_folder(folder, manifest, "prepared")
   return EvalText(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
 
@@ -122,10 +123,10 @@ def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
   request = preparation.Request(
     origin, str(run.tokenizer), run.config.seq_len, field=data.field, bad_rows=data.bad_rows
   )
-  read = lambda: corpus.Corpus(files, None)
-  folder = dataset.cached_folder(run.config.data.cache_dir, "evaluate", request, read, progress=True)
+  read, progress = lambda: corpus.Corpus(files, None), not flags.FLAGS.quiet
+  folder = dataset.cached_folder(data.cache_dir, "evaluate", request, read, progress=progress)
   manifest = packed.read_manifest(folder)
-  packed.verify_checksums(folder, manifest, progress=True)
+  packed.verify_checksums(folder, manifest, progress=progress)
   found = manifest["train"]
   rows = packed.open_sequences(folder, found)
   return EvalText(pattern, rows, found["bytes"] / max(1, found["tokens"]), packed.fingerprint(manifest))
@@ -139,7 +140,7 @@ def evaluate_text(run: SavedRun, text: EvalText) -> dict:
   # The number of sequences per device is that of training: results are bitwise equal on any number of devices.
   share = max(1, config.batch_size // (config.accumulation * run.devices))
   with jax.set_mesh(mesh):
-    numbers = validate(phase, state, text.rows, share * devices, text.bytes_per_token)
+    numbers = validate(phase, state, text.rows, share * devices, text.bytes_per_token, flags.FLAGS.quiet)
   rows, seq_len = text.rows.shape
   sizes = {"rows": rows, "tokens": rows * seq_len, "bytes": round(rows * seq_len * text.bytes_per_token)}
   names = {"run": str(run.directory), "method": config.method, "step": int(state.step)}

@@ -29,8 +29,8 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.glue import classifier, examples
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.interop import pretrained
+from switchlora_jax.progress import print_line, progress_bar
 from switchlora_jax.runs.files import replace_text
-from switchlora_jax.training.metrics import progress_bar
 from switchlora_jax.training.report import parameter_count
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "maximum tokens per example", low
 ROWS = flags.DEFINE_integer(
   "rows", None, "maximum number of training rows, a random subset that is the same for all models", lower_bound=1
 )
+
+cli.define_quiet()
 
 LARGE = 700e6  # parameters; larger models use the learning rates of the paper's 1.3B, smaller ones those of its 350M
 PAPER_ROWS = {"full": "full-rank", "galore": "GaLore"}  # row of Tables 8 and 9; methods with adapters use SwitchLoRA's
@@ -179,12 +181,13 @@ def fine_tune(tuning: FineTuning, folder: Path, rate: float, seed: int) -> dict:
   earlier_scores = [json.loads(path.read_text())["score"] for path in tuning.folder.glob("*/result.json")]
   params = classifier.with_head(source.weights, task.outputs, seed)
   name = f"{tuning.model.name}, {task.title}, lr {rate:g}, seed {seed}"
-  with progress_bar(classifier.total_steps(plan, len(tuning.train.tokens)), what=name) as bar:
+  steps = classifier.total_steps(plan, len(tuning.train.tokens))
+  with progress_bar(total=steps, desc=name, unit="step", shown=not flags.FLAGS.quiet) as bar:
     try:
       compiled = classifier.build_classifier(task.outputs, **source.sizes)
       fitted = classifier.fit(compiled, params, tuning.train, tuning.dev, score_fn, plan, bar)
     except classifier.Diverged as error:
-      bar.write(f"{name}: {error}; lower --learning_rates")
+      print_line(f"{name}: {error}; lower --learning_rates")
       return {"score": None, "scores": [], "losses": [], "failure": str(error)}
   score = max(fitted.scores)
   write_predictions(folder / "predictions.tsv", task, glue.predictions_of(task, fitted.outputs), labels)
@@ -232,7 +235,8 @@ def main():
   workdir, rows = Path(WORKDIR.value).expanduser(), []
   cli.make_folder(workdir)
   for model in models:
-    print(f"{model.name}: {model.pretrained.origin}", file=sys.stderr, flush=True)
+    if not flags.FLAGS.quiet:
+      print(f"{model.name}: {model.pretrained.origin}", file=sys.stderr, flush=True)
     processor = load_tokenizer(model.pretrained.tokenizer)
     encode = partial(
       examples.encode_examples, processor=processor, seq_len=SEQ_LEN.value, prefix=model.pretrained.prefix

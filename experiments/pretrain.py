@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from configs import llama_tiny
+from configs import base, llama_tiny
 from experiments.common import cli, distributed
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
@@ -26,7 +26,8 @@ from switchlora_jax.training.phases import build_phases
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")  # shown by --help
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: created, or continued if it holds one")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the resolved config and all sizes, allocate nothing, and exit")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the settings and all sizes, allocate nothing, and exit")
+cli.define_quiet()
 distributed.define_flags()
 flags.adopt_module_key_flags(distributed)
 
@@ -37,14 +38,14 @@ def main():
   config, workdir = processes.on_all_processes(check)
   processes.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
+  changes = report.describe_changes(CONFIG.value, base.get_config())
   if DRY_RUN.value:
-    processes.print_once(
-      report.describe_run(
-        config, *(phase.abstract for phase in build_phases(config, make_mesh(fsdp=config.sharding.fsdp)))
-      )
-    )
+    phases = build_phases(config, make_mesh(fsdp=config.sharding.fsdp))
+    sizes = report.describe_run(config, *(phase.abstract for phase in phases))
+    processes.print_once(f"{changes}\n{sizes}")
     return
-  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout, distributed.end_process)
+  options = dict(heading=changes, quiet=flags.FLAGS.quiet)
+  outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout, distributed.end_process, **options)
   processes.print_once(report.conclude(config, workdir, outcome, comparison(config)))
   processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
 

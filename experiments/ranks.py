@@ -13,6 +13,7 @@ from switchlora_jax.runs.directory import open_run
 
 RUN = flags.DEFINE_multi_string("run", [], "directory of a run (its --workdir); repeatable")
 OUT = flags.DEFINE_string("out", "runs/ranks", "directory for ranks.json, weights.png and learnt.png; created")
+cli.define_quiet()
 
 
 def main():
@@ -26,7 +27,7 @@ def main():
   names = [directory.name for directory in directories]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise UserError(f"--run is given twice with the name {', '.join(twice)}; directory names must be unique")
-  spectra.conclude(runs, Path(OUT.value).expanduser())
+  spectra.conclude(runs, Path(OUT.value).expanduser(), flags.FLAGS.quiet)
 
 
 if __name__ == "__main__":

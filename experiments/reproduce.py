@@ -1,9 +1,14 @@
 """Run a table or a figure of the paper and print the paper's numbers beside ours.
 
 python -m experiments.reproduce --item=table2 --workdir=runs/table2             # minutes on a laptop
+python -m experiments.reproduce --item=table2 --scale=paper --dry_run           # the commands, for a cluster
 python -m experiments.reproduce --item=table2 --scale=paper --workdir=runs/table2_paper \
     --set=data.path='c4/en/c4-train.*.json.gz' --set=data.eval_path='c4/en/c4-validation.*.json.gz' \
-    --set=data.tokenizer=t5.model                                               # --dry_run: the commands, for a cluster
+    --set=data.tokenizer=t5.model                                               # from a local copy of C4
+
+At the paper's scale, runs train on folders of prepared C4, data/c4_SEQ_LEN, with T5's vocabulary and C4's validation
+split. --dry_run prints the commands that prepare them as well. `data.path`, `data.eval_path` and `data.tokenizer`
+belong to these commands, unless --set=data.source selects other data.
 
 experiments/paper/items.py defines the runs of each item and holds the paper's numbers. Items that are trained write
 the same files as experiments.compare to --workdir.
@@ -15,10 +20,12 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.common import cli, results, spectra, sweep
 from experiments.common.sweep import BaseConfig, Trial, TrialResult, Variant
 from experiments.paper import items, studies
+from switchlora_jax.data.shards import read_manifest
 from switchlora_jax.errors import UserError, to_stderr
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.runs.directory import open_run
@@ -28,6 +35,7 @@ SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a lap
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: set a config key for all runs; repeatable")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of each run, and run nothing")
 sweep.define_sweep_flags(seeds=1)
+SOURCE_KEYS = ("data.path", "data.eval_path", "data.tokenizer")  # of the text that C4 is prepared from
 
 
 def set_keys() -> dict:
@@ -42,13 +50,35 @@ def set_keys() -> dict:
     if not equals:
       raise UserError(f"--set={text} must be KEY=VALUE, for example --set=data.path='c4/*.json.gz'")
     keys[key] = sweep.parse_config_value(config, key, value)
+  local = [bool(keys.get(key)) for key in ("data.path", "data.eval_path")]
+  if prepares_c4(keys) and any(local) and not all(local):
+    raise UserError(
+      "data.path and data.eval_path must be given together: the paper trains on C4 and validates on C4's validation "
+      "split; add --set=data.eval_path='c4/en/c4-validation.*.json.gz', or set data.source as well, for example "
+      "--set=data.source=prepared for a folder of experiments.prepare_data"
+    )
   if fixed := sorted(keys.keys() & {"method", "rank", *items.SHAPE}):
     raise UserError(f"--set={fixed[0]} would contradict the labels of the lines; use experiments.compare or .ablate")
   return keys
 
 
+def prepares_c4(keys: dict) -> bool:
+  """Whether the runs train on the paper's data, so that the keys of `SOURCE_KEYS` are for preparing them."""
+  return SCALE.value == "paper" and "data.source" not in keys
+
+
 def item_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Variant]:
   """The variants of an item; `keys`, from --set, take precedence over those of its lines."""
+  variants = trained_variants(item, base, keys)
+  if not prepares_c4(keys):
+    return variants
+  folders = [items.c4_folder(config.seq_len) for config in changed_configs(base.config, variants)]
+  data = [{"data.source": "prepared", "data.path": folder} for folder in folders]
+  return [v._replace(overrides=v.overrides | keys) for v, keys in zip(variants, data, strict=True)]
+
+
+def trained_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Variant]:
+  """The variants of an item without their data."""
   if not item.study:
     lines = [items.line_variant(line, SCALE.value) for line in item.lines]
     variants = [variant._replace(overrides=variant.overrides | keys) for variant in lines]
@@ -67,15 +97,56 @@ def item_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Varian
 def distinct_variants(config, variants: list[Variant]) -> list[Variant]:
   """The variants without duplicate configs: two studies share the config's own setting."""
   kept = {}
-  for variant in variants:
-    changed = config.copy_and_resolve_references()
-    sweep.update_config(changed, variant.overrides)
+  for variant, changed in zip(variants, changed_configs(config, variants), strict=True):
     kept.setdefault(changed.to_json(), variant)
   return list(kept.values())
 
 
-def missing_data(config) -> str | None:
-  """The sentence that names the missing flag if the runs need a text and none is given; else None."""
+def changed_configs(config, variants: list[Variant]) -> list[ConfigDict]:
+  """The config of each variant, not resolved; `config` is the base."""
+  found = []
+  for variant in variants:
+    found.append(config.copy_and_resolve_references())
+    sweep.update_config(found[-1], variant.overrides)
+  return found
+
+
+def item_title(item: items.Item, configs: list[FrozenConfigDict], keys: dict) -> str:
+  """The item, what is trained for it, and where its results are read, unless that is the paper's.
+
+  Args:
+    configs: the resolved config of each run.
+    keys: from --set.
+  """
+  name = f"{ITEM.value}, {SCALE.value} scale"
+  read = dict.fromkeys(f"step {round(item.read_at * c.steps):,} of {c.steps:,}" for c in configs)
+  if SCALE.value == "paper":
+    return f"{name}: {item.title}" + (f"; here at {', '.join(read)}" if "steps" in keys else "")
+  return f"{name}: {items.MINI_MODELS}, at {', '.join(read)}; in the paper: {item.title}"
+
+
+def preparation_commands(configs: list[FrozenConfigDict], keys: dict) -> dict[str, str]:
+  """{folder: the command that prepares it} of the C4 that runs at the paper's scale read."""
+  documents = {}
+  for config in configs:
+    documents[config.seq_len] = max(documents.get(config.seq_len, 0), items.c4_documents(config))
+  local = [f"--{flag}={keys[f'data.{flag}']}" for flag in ("path", "eval_path") if keys.get(f"data.{flag}")]
+  options = [*local, f"--tokenizer={keys.get('data.tokenizer') or 't5.model'}"]
+  command = [sys.executable, "-m", "experiments.prepare_data", "--source=c4", *options]
+  found = {}
+  for seq_len, take in documents.items():
+    folder = items.c4_folder(seq_len)
+    found[folder] = shlex.join([*command, f"--seq_len={seq_len}", f"--take={take}", f"--out={folder}"])
+  return found
+
+
+def missing_data(configs: list[FrozenConfigDict], keys: dict) -> str | None:
+  """The sentence that names the missing command or flag if the runs have no data yet; else None."""
+  if prepares_c4(keys):
+    commands = preparation_commands(configs, keys)
+    missing = [command for folder, command in commands.items() if read_manifest(Path(folder)) is None]
+    return f"prepare the data first, by: {'; then by: '.join(missing)}" if missing else None
+  config = configs[0]
   if config.data.source == "docs" or config.data.path:
     return None
   return (
@@ -85,16 +156,19 @@ def missing_data(config) -> str | None:
   )
 
 
-def dry_run(item: items.Item, base: BaseConfig, variants: list[Variant]):
-  """Print the command of each run and of the fine-tuning; their directories are those of this command without it."""
+def dry_run(item: items.Item, base: BaseConfig, variants: list[Variant], keys: dict):
+  """Print the commands of the data, of each run and of the fine-tuning, with the directories of a run without it."""
   first = sweep.first_seed_trials(base, variants)
+  configs = [trial.config for trial in first]
+  if prepares_c4(keys):
+    print(*preparation_commands(configs, keys).values(), sep="\n")
   more = [sweep.make_trial(base, variant, None, n) for n in range(1, flags.FLAGS.seeds) for variant in variants]
   workdir = Path(flags.FLAGS.workdir or f"runs/{ITEM.value}")
   for trial in first + more:
     print(shlex.join(sweep.trial_command(base, trial, workdir / "cells" / trial.name)))
   if item.glue:
     print(fine_tuning_command(first, workdir))
-  if missing := missing_data(base.config):
+  if not prepares_c4(keys) and (missing := missing_data(configs, keys)):
     to_stderr(f"these commands cannot run yet: {missing}")
 
 
@@ -117,7 +191,7 @@ def print_glue(item: items.Item, trial_results: list[TrialResult], workdir: Path
   for result in sorted(trial_results, key=lambda result: sweep.evaluation_loss(result, item.read_at)):
     best.setdefault(result.trial.variant.label, result.trial)
   print(f"\nthe paper's, after fine-tuning:\n\n{results.markdown(item.paper)}")
-  print(f"to fine-tune ours:\n\n{fine_tuning_command([best[line.label] for line in item.lines], workdir)}")
+  print(f"to fine-tune ours:\n\n{fine_tuning_command([best[line.label(SCALE.value)] for line in item.lines], workdir)}")
 
 
 def print_facts(item: items.Item):
@@ -137,25 +211,29 @@ def main():
     found = "missing" if ITEM.value is None else f"{ITEM.value!r}, which does not exist"
     raise UserError(f"--item is {found}; it must be one of {', '.join(items.ITEMS)}")
   item = items.ITEMS[ITEM.value]
-  print(f"{ITEM.value}: {item.title}")
   if not item.lines and not item.study:
+    print(f"{ITEM.value}: {item.title}")
     print_facts(item)
     return
   keys = set_keys()
-  base = items.base_config(SCALE.value, keys)
-  variants = item_variants(item, base, keys)
+  run_keys = {key: value for key, value in keys.items() if not (prepares_c4(keys) and key in SOURCE_KEYS)}
+  base = items.base_config(SCALE.value, run_keys)
+  variants = item_variants(item, base, run_keys)
+  configs = [trial.config for trial in sweep.first_seed_trials(base, variants)]
+  title = item_title(item, configs, keys)
+  print(title)
   if DRY_RUN.value:
-    dry_run(item, base, variants)
+    dry_run(item, base, variants, keys)
     return
-  if missing := missing_data(base.config):
+  if missing := missing_data(configs, keys):
     raise UserError(missing)
   options = sweep.sweep_options() | {"read_at": item.read_at}
-  trial_results = sweep.run_sweep(base, variants, **options)
-  results.conclude(variants, trial_results, options, f"{ITEM.value}, {SCALE.value} scale: {item.title}")
+  trial_results = sweep.run_sweep(base, variants, **options, quiet=flags.FLAGS.quiet)
+  results.conclude(variants, trial_results, options, title)
   if item.glue:
     print_glue(item, trial_results, options["workdir"])
   if item.spectra:
-    spectra.conclude([open_run(result.workdir) for result in trial_results], options["workdir"])
+    spectra.conclude([open_run(result.workdir) for result in trial_results], options["workdir"], flags.FLAGS.quiet)
 
 
 if __name__ == "__main__":

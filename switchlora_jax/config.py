@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS
 from switchlora_jax.models.llama import REMAT
-from switchlora_jax.runs.directory import FREE, flatten
+from switchlora_jax.runs.directory import FREE, LAYOUT, flatten
 from switchlora_jax.training import anomalies
 
 POSITIVE = (
@@ -77,10 +77,11 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
 
 def _check_ranges(config):
   """Reject NaN, infinity (except for `clip_norm`, where it disables clipping) and integers beyond 32 bits."""
+  beyond_32_bits = {*FREE, "eval_tokens"} - {*LAYOUT}
   for key, value in flatten(config).items():
     if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("clip_norm", math.inf):
       raise UserError(f"{key} (={value}) must be a finite number; set --config.{key}")
-    if isinstance(value, int) and abs(value) > LARGEST and key not in (*FREE, "eval_tokens"):
+    if isinstance(value, int) and abs(value) > LARGEST and key not in beyond_32_bits:
       raise UserError(f"{key} (={value}) must lie between ±{LARGEST}; set --config.{key}")
 
 

@@ -18,6 +18,7 @@ from configs import base
 from experiments.common import distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
 
+flags.disclaim_key_flags()  # the flags that this module defines are listed by --help of the command that calls it
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 PARSERS = tuple(str(Path(package.__file__).parent) for package in (ml_collections, flags))
@@ -75,6 +76,11 @@ def define_config(name: str = "llama_tiny"):
     return config_flags.DEFINE_config_file("config", str(CONFIGS / f"{name}.py"), description)
 
 
+def define_quiet():
+  """Define the --quiet flag of commands that take long."""
+  flags.DEFINE_bool("quiet", False, "print only warnings, errors and the final results: no progress, no descriptions")
+
+
 def check_json(path: str | None):
   """Raise `UserError` if --json is given and is not a writable file path."""
   if path and (not os.access(Path(path).absolute().parent, os.W_OK) or os.path.isdir(path)):
@@ -106,6 +112,7 @@ def run(main, continues: bool = False):
   Args:
     continues: whether the same command continues where it stopped; if so, the message on Ctrl-C mentions it.
   """
+  sys.stdout.reconfigure(line_buffering=True)  # a log of stdout and stderr has the lines in the order of printing
   app.run(lambda _: _end_process(lambda: _exit_on_errors(main, continues)), flags_parser=_parse_flags)
 
 

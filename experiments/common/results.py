@@ -17,14 +17,14 @@ from experiments.common.sweep import (
   best_learning_rate,
   evaluation_loss,
   evaluations,
-  method_warnings,
 )
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import switchlora
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training.phases import build_phase
-from switchlora_jax.training.report import bytes_of, parameter_count
+from switchlora_jax.training.plots import label_steps, mark_hand_over
+from switchlora_jax.training.report import bytes_of, describe_warnings, parameter_count
 
 EDGE = "\n† best learning rate at the edge of the sweep; a wider sweep may find a better one\n"
 
@@ -65,8 +65,9 @@ def variant_row(variant: Variant, results: list[TrialResult], read_at: float, st
     "trainable_parameters": parameter_count(state.params),
     "optimizer_bytes": bytes_of(state.opt_state),
     "state_bytes": bytes_of((state.params, state.frozen, state.candidates, state.opt_state)),
-    "warnings": method_warnings(config),
+    "warnings": describe_warnings(config),
     "candidates_cycled": switchlora.cycles(config) if config.method == "switchlora" else None,
+    "hand_over": config.warm_start_steps if 0 < config.warm_start_steps < config.steps else None,
     "step_time": step_time,
     "paper": variant.paper,
   }
@@ -171,9 +172,13 @@ def write_results(results: dict, workdir: Path, title: str):
   """Write results.json, table.md, curves and parameters (each as .png and .svg) to `workdir`."""
   replace_text(workdir / "results.json", json.dumps(results, indent=1) + "\n")
   replace_text(workdir / "table.md", results_table(results))
-  title = textwrap.fill(title, 84)  # characters that fit above a figure
-  plot_curves(results, workdir / "curves.png", title)
-  plot_parameters(results, workdir / "parameters.png", title)
+  plot_curves(results, workdir / "curves.png", wrapped(title))
+  plot_parameters(results, workdir / "parameters.png", wrapped(title))
+
+
+def wrapped(text: str) -> str:
+  """A title, or a label of a legend, in lines that fit the width of a figure."""
+  return textwrap.fill(text, 84)
 
 
 def plot_curves(results: dict, path: Path, title: str):
@@ -186,10 +191,13 @@ def plot_curves(results: dict, path: Path, title: str):
       continue
     steps = [step for step in curves[0] if all(step in curve for curve in curves)]
     losses = np.array([[curve[step] for step in steps] for curve in curves], float)  # None becomes nan
-    style, label = line_style(number), f"{row['label']}, learning rate {row['learning_rate']:g}"
+    style, label = line_style(number), wrapped(f"{row['label']}, learning rate {row['learning_rate']:g}")
     axes.plot(steps, losses.mean(0), **style, markersize=5, label=label)
     axes.fill_between(steps, losses.min(0), losses.max(0), color=style["color"], alpha=0.2, linewidth=0)
-  axes.set(xlabel="training step", ylabel="validation loss (nats per token)", title=title)
+  for step in sorted({row["hand_over"] for row in results["arms"] if row.get("hand_over")}):
+    mark_hand_over(axes, step)
+  axes.set(ylabel="validation loss (nats per token)", title=title)
+  label_steps(axes)
   finish(figure, axes, path)
 
 
@@ -200,7 +208,7 @@ def plot_parameters(results: dict, path: Path, title: str):
     if row["mean"] is not None:
       style = line_style(number) | {"linestyle": "none"}
       point = row["trainable_parameters"], row["mean"]
-      axes.errorbar(*point, yerr=row["std"] or 0, **style, markersize=8, capsize=3, label=row["label"])
+      axes.errorbar(*point, yerr=row["std"] or 0, **style, markersize=8, capsize=3, label=wrapped(row["label"]))
   axes.xaxis.set_major_formatter(EngFormatter())  # 1.2 M
   axes.set(xlabel="number of trainable parameters", ylabel="validation perplexity", title=title)
   finish(figure, axes, path)

@@ -12,11 +12,11 @@ import jax
 
 from experiments.common import cli
 from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.array_checksums import array_checksums
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.runs.directory import open_run
-from switchlora_jax.training.metrics import progress_bar
 from switchlora_jax.training.phases import restore_phase
 
 
@@ -64,7 +64,7 @@ def cost_report(directory: Path, times: int) -> str:
 def time_saves(state, folder: Path, times: int) -> tuple[int, list[SaveTimes]]:
   """(bytes of a checkpoint of `state`, the times of each save); a first, untimed save compiles the checksums."""
   saves = []
-  with TimedCheckpoints(folder, keep=1) as checkpoints, progress_bar(times, what="save", unit="save") as bar:
+  with TimedCheckpoints(folder, keep=1) as checkpoints, progress_bar(total=times, desc="save", unit="save") as bar:
     for step in range(times + 1):
       arrays = elapsed_seconds(lambda: array_checksums(state))
       whole = elapsed_seconds(lambda step=step: (checkpoints.save(step, state), checkpoints.wait()))

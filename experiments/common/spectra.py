@@ -19,10 +19,12 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.interop.pretrained import full_precision, restore_weights
 from switchlora_jax.models import weights
 from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.directory import SavedRun
 from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training import metrics
 from switchlora_jax.training.phases import build_phases
+from switchlora_jax.training.plots import label_steps
 
 log = logging.getLogger(__name__)
 
@@ -126,15 +128,18 @@ def rank_table(runs: list[dict]) -> str:
   return markdown(rows)
 
 
-def conclude(found: list[SavedRun], out: Path) -> None:
+def conclude(found: list[SavedRun], out: Path, quiet: bool = False) -> None:
   """Measure runs, print the table and write ranks.json, weights and learnt (each as .png and .svg) to `out`.
+
+  Args:
+    quiet: whether to show no progress.
 
   Raises:
     UserError: `out` cannot be created.
   """
   cli.make_folder(out)
   runs = []
-  with metrics.progress_bar(len(found), what="singular values", unit="run") as bar:
+  with progress_bar(total=len(found), desc="singular values", unit="run", shown=not quiet) as bar:
     for run in found:
       runs.append(measure_spectra(run))
       bar.update()
@@ -169,7 +174,8 @@ def plot_learnt(runs: list[dict], path: Path):
     last.plot(list(run["learnt"]), means, **style | {"linestyle": "--"}, markersize=6, fillstyle="none")
   handles = [Line2D([], [], color="k", linestyle=line, label=label) for line, label in RANK_LINES.items()]
   last.legend(handles=handles, fontsize="small")
-  last.set(xlabel="training step", ylabel="rank of W − W₀", title="mean over all linear layers")
+  last.set(ylabel="rank of W − W₀", title="mean over all linear layers")
+  label_steps(last)
   last.grid(alpha=0.3)
   finish(figure, path, "Singular values of W − W₀ at the last step: mean and range over layers")
 

@@ -25,9 +25,12 @@ from experiments.common.children import Children
 from switchlora_jax.config import resolve
 from switchlora_jax.data import dataset
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS
+from switchlora_jax.progress import print_line, progress_bar
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.training import metrics
+from switchlora_jax.training.report import describe_warnings
+
+flags.disclaim_key_flags()  # the flags that this module defines are listed by --help of the command that calls it
 
 
 class BaseConfig(NamedTuple):
@@ -95,6 +98,7 @@ def define_sweep_flags(*, seeds: int):
     "processes", None, "number of concurrent runs; default: one per CPU core, or one if JAX has accelerators",
     lower_bound=1,
   )  # fmt: skip
+  cli.define_quiet()
 
 
 def sweep_options() -> dict:
@@ -219,7 +223,7 @@ def first_seed_trials(base: BaseConfig, variants) -> list[Trial]:
 
 
 def run_sweep(
-  base: BaseConfig, variants, *, seeds: int, workdir: Path, processes: int, read_at: float
+  base: BaseConfig, variants, *, seeds: int, workdir: Path, processes: int, read_at: float, quiet: bool = False
 ) -> list[TrialResult]:
   """Run the unfinished trials of a sweep: all learning rates with the first seed, then the best ones with the others.
 
@@ -227,50 +231,53 @@ def run_sweep(
     seeds: number of seeds per variant at its best learning rate, including the first.
     processes: number of concurrent runs.
     read_at: fraction of a run's steps at which its validation loss is compared.
+    quiet: whether to print failed runs alone.
   Raises:
     UserError: a config, the data or `read_at` is invalid. Nothing has run yet.
   """
   trials = first_seed_trials(base, variants)
   for trial in trials:
     evaluation_step(trial.config, read_at)
-  for label, config in {trial.variant.label: trial.config for trial in trials}.items():
-    print("".join(f"{label}: {warning}\n" for warning in method_warnings(config)), end="", flush=True)
   folder = workdir / "cells"
   cli.make_folder(folder)
-  fingerprints = prepare_datasets(trials)
+  fingerprints = prepare_datasets(trials, quiet)
+  for label, config in {trial.variant.label: trial.config for trial in trials}.items():
+    print("".join(f"{label}: {warning}\n" for warning in describe_warnings(config)), end="", flush=True)
   stage = "sweep" if len(trials) > len(variants) else "runs"
-  results = run_trials(base, trials, fingerprints, folder, processes, stage)
+  results = run_trials(base, trials, fingerprints, folder, processes, stage, quiet)
   best = [(variant, best_learning_rate(variant, results, read_at)) for variant in variants]
   more = [make_trial(base, variant, rate, n) for n in range(1, seeds) for variant, rate in best if rate is not None]
-  return results + (run_trials(base, more, fingerprints, folder, processes, "seeds") if more else [])
+  return results + (run_trials(base, more, fingerprints, folder, processes, "seeds", quiet) if more else [])
 
 
-def method_warnings(config) -> list[str]:
-  """The warnings that a method prints at the start of a run with this config."""
-  return [f"WARNING: {text}" for text in METHODS[config.method].warnings(config)]
-
-
-def prepare_datasets(trials: list[Trial]) -> dict[str, str]:
+def prepare_datasets(trials: list[Trial], quiet: bool = False) -> dict[str, str]:
   """Tokenize each dataset once, before several processes need it; returns {label of a variant: fingerprint}."""
   prepared = {}
 
   def fingerprint(config) -> str:
     key = config.data, config.seq_len, config.model.vocab_size, config.steps * config.batch_size
     if key not in prepared:
-      prepared[key] = dataset.open_dataset(config).fingerprint
+      prepared[key] = dataset.open_dataset(config, progress=not quiet).fingerprint
     return prepared[key]
 
   return {trial.variant.label: fingerprint(trial.config) for trial in trials}
 
 
 def run_trials(
-  base: BaseConfig, trials: list[Trial], fingerprints: dict[str, str], folder: Path, processes: int, stage: str
+  base: BaseConfig,
+  trials: list[Trial],
+  fingerprints: dict[str, str],
+  folder: Path,
+  processes: int,
+  stage: str,
+  quiet: bool,
 ) -> list[TrialResult]:
   """Run the unfinished trials, `processes` at a time; a failed trial does not stop the others.
 
   Args:
     fingerprints: from `prepare_datasets`.
     stage: label of the progress bar.
+    quiet: whether to print failed runs alone.
   Raises:
     UserError: a directory holds a run with another config or other data. No trial has run yet.
   """
@@ -279,7 +286,8 @@ def run_trials(
   shares, children = SimpleQueue(), Children()
   for share in range(processes):
     shares.put(share)
-  with metrics.progress_bar(len(trials), what=stage, unit="run") as bar, ThreadPoolExecutor(processes) as pool:
+  shape = dict(total=len(trials), desc=stage, unit="run")
+  with progress_bar(**shape, shown=not quiet) as bar, ThreadPoolExecutor(processes) as pool:
 
     def run_next(trial: Trial) -> TrialResult:
       share = shares.get()
@@ -287,7 +295,8 @@ def run_trials(
         result = run_trial(base, trial, folder, (share, processes), children)
       finally:
         shares.put(share)
-      bar.write(f"{trial.name}: {result.failure or trial_summary(result)}")
+      if result.failure or not quiet:
+        print_line(f"{trial.name}: {result.failure or trial_summary(result)}")
       bar.update()
       return result
 

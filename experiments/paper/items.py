@@ -1,11 +1,13 @@
 """The tables and figures of the paper as data: the runs of each, at the paper's scale and a small one, and its numbers.
 
 The scale `paper` follows the paper's text. The scale `mini` has an eighth of the width and rank, a quarter of the
-depth, and trains on text from the installed packages, so that lines can be compared within minutes. A line has no
-number if the paper only plots it; settings that the paper does not give are our choice.
+depth, and trains on text from the installed packages, so that lines can be compared within minutes. Its labels name
+the model that is trained, and then the paper's model that it stands for. A line has no number if the paper only plots
+it; settings that the paper does not give are our choice.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ MINI_SHAPES = {  # hidden, intermediate, layers, heads
   "350M": (128, 344, 6, 4),
   "1.3B": (256, 688, 6, 8),
 }
+MINI_MODELS = "models of an eighth of the width and rank and a quarter of the depth"
+DOCUMENTS = 46_000_000  # the first documents of C4 that the paper trains on (section 4.1)
+TOKENS_PER_DOCUMENT = 498  # of C4 with T5's vocabulary, see docs/data.md
 SHAPE = ("model.hidden_size", "model.intermediate_size", "model.num_layers", "model.num_heads")
 
 
@@ -50,7 +55,7 @@ class Line(NamedTuple):
     rank: at the paper's scale; an eighth of it at scale `mini`.
     paper: perplexity in the paper, if given.
     changed: further config keys; a `Scaled` has a value per scale.
-    note: suffix of the label that distinguishes otherwise equal lines.
+    note: suffix of the label that distinguishes otherwise equal lines; a `Scaled` if it contains a scaled value.
   """
 
   size: str
@@ -58,12 +63,18 @@ class Line(NamedTuple):
   rank: int | None = None
   paper: float | None = None
   changed: Mapping[str, Any] = MappingProxyType({})
-  note: str = ""
+  note: str | Scaled = ""
 
-  @property
-  def label(self) -> str:
-    """`250M, switchlora, rank 128`: size and rank of the paper, at either scale."""
-    return ", ".join(filter(None, (self.size, self.method, self.rank and f"rank {self.rank}", self.note)))
+  def label(self, scale: str) -> str:
+    """`350M, switchlora, rank 256`; at scale mini `6 layers × 128, switchlora, rank 32 (for 350M, rank 256)`."""
+    note = self.note if isinstance(self.note, Scaled) else Scaled(self.note, self.note)
+    join = lambda *words: ", ".join(filter(None, words))
+    rank = self.rank and f"rank {self.rank}"
+    if scale == "paper":
+      return join(self.size, self.method, rank, note.paper)
+    hidden, _, layers, _ = MINI_SHAPES[self.size]
+    trained = join(f"{layers} layers × {hidden}", self.method, rank and f"rank {self.rank // 8}", note.mini)
+    return f"{trained} (for {join(self.size, rank, note.paper if note.paper != note.mini else '')})"
 
 
 class Item(NamedTuple):
@@ -98,6 +109,17 @@ def base_config(scale: str, extra: dict[str, Any] | None = None) -> BaseConfig:
   return base_from_file(name, overrides | (extra or {}))
 
 
+def c4_folder(seq_len: int) -> str:
+  """The folder of C4 in sequences of a length, as the docstrings of the configs name it."""
+  return f"data/c4_{seq_len}"
+
+
+def c4_documents(config) -> int:
+  """Number of documents of C4 to prepare for a run: the paper's, or more if the run needs more tokens."""
+  tokens = config.steps * config.batch_size * config.seq_len
+  return max(DOCUMENTS, math.ceil(tokens / TOKENS_PER_DOCUMENT / 1e6) * 10**6)
+
+
 def size_keys(size: str, scale: str) -> dict[str, Any]:
   """The config keys that turn the base config of a scale into a model size of Table 1."""
   if scale == "mini":
@@ -116,7 +138,9 @@ def line_variant(line: Line, scale: str) -> Variant:
   pick = lambda value: getattr(value, scale) if isinstance(value, Scaled) else value
   rank = {} if line.rank is None else {"rank": line.rank if scale == "paper" else line.rank // 8}
   changed = {key: pick(value) for key, value in line.changed.items()}
-  return Variant(line.label, size_keys(line.size, scale) | {"method": line.method} | rank | changed, paper=line.paper)
+  return Variant(
+    line.label(scale), size_keys(line.size, scale) | {"method": line.method} | rank | changed, paper=line.paper
+  )
 
 
 def model_sizes() -> list[dict[str, Any]]:
@@ -178,10 +202,13 @@ def warm(method: str, paper_steps: int, mini_steps: int) -> Line:
   """A line of Figure 4: a method after a number of full-rank steps."""
   own = RELORA if method == "relora" else WARM | {"learning_rate": 1e-2}
   changed = own | {"warm_start_steps": Scaled(paper_steps, mini_steps)}
-  return Line("250M", method, 128, None, changed, f"{paper_steps:,} full-rank steps first")
+  note = Scaled(*(f"{steps:,} full-rank steps first" for steps in (paper_steps, mini_steps)))
+  return Line("250M", method, 128, None, changed, note)
 
 
-def against_galore(note: str, galore: float, switchlora: float, size="350M", rank=256, **changed) -> tuple[Line, ...]:
+def against_galore(
+  note: str | Scaled, galore: float, switchlora: float, size="350M", rank=256, **changed
+) -> tuple[Line, ...]:
   """The two lines in one column of Table 5."""
   changed = GALORE | changed
   return (
@@ -234,7 +261,7 @@ ITEMS = {
     *against_galore("", 26.17, 25.93, size="130M"),
     *against_galore("", 22.52, 20.93, rank=128),
     *against_galore("", 34.09, 25.26, rank=32),
-    *against_galore("length 512", 19.03, 18.19, seq_len=Scaled(512, 128)),
+    *against_galore(Scaled("length 512", "length 128"), 19.03, 18.19, seq_len=Scaled(512, 128)),
   )),
   "table6": Item("GLUE after pre-training 350M", PRETRAINED_350M, read_at=0.95, glue=True, paper=(
     glue_row("full-rank", "42.95±5", "87.26±0.2", "79.16±1", "59.86±1", "90.88±0.5"),

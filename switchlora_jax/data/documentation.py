@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from switchlora_jax.errors import UserError
+from switchlora_jax.progress import progress_bar
 
 # All pinned in requirements.txt: the text changes only with a pin.
 PACKAGES = (
@@ -56,7 +55,7 @@ def read_documentation(progress: bool = False) -> Documentation:
   filtered by training.
   """
   modules, seen = {}, set()
-  for path, file in tqdm(_source_files(), desc="read documentation", unit="file", disable=not progress):
+  for path, file in progress_bar(_source_files(), desc="read documentation", unit="file", shown=progress):
     fresh = [text for text in dict.fromkeys(_paragraphs_of(file)) if text not in seen]
     seen.update(fresh)
     modules[path] = fresh

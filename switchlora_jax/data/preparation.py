@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
-from tqdm import tqdm
 
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.corpus import Corpus
@@ -24,6 +23,7 @@ from switchlora_jax.data.packing import EncodedGroup, Position, SplitProgress
 from switchlora_jax.data.readers import BAD_ROWS, FIELD
 from switchlora_jax.data.shards import MANIFEST, TOKENIZER, read_manifest
 from switchlora_jax.errors import UserError
+from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.files import (
   UNSUPPORTED,
   LockTaken,
@@ -234,7 +234,7 @@ class _Preparation:
   ) -> Iterator[EncodedGroup]:
     """Yields the groups and shows a progress bar, whose total is estimated from the fraction of the text read."""
     options = dict(desc=f"tokenize {name}", unit="char", unit_scale=True, initial=split.characters)
-    with tqdm(**options, disable=not self._show_progress) as bar:
+    with progress_bar(**options, shown=self._show_progress) as bar:
       for group in encoded:
         yield group
         bar.total = round(split.characters / fraction()) if fraction() else None

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from switchlora_jax.errors import UserError
+from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes
 
 MANIFEST = "manifest.json"
@@ -154,7 +154,7 @@ def verify_checksums(folder: Path, manifest: dict, progress: bool, share: tuple[
   files = files[process::processes]
   with ThreadPoolExecutor() as pool:
     checks = pool.map(lambda file: _verify_checksum(folder / file[0], file[1]), files)
-    list(tqdm(checks, desc="verify data", total=len(files), unit="file", disable=not progress, delay=1))
+    list(progress_bar(checks, desc="verify data", total=len(files), unit="file", shown=progress, delay=1))
 
 
 def _verify_checksum(path: Path, sha256: str):

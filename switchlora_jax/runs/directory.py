@@ -33,7 +33,11 @@ SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 # Config keys that earlier runs do not have, with the values that they trained with.
 ADDED = {"data": {"field": "text", "bad_rows": "stop"}}
 
-# Config keys that may change on resume. None changes what the run computes; sharding changes only the summation order.
+# Config keys that distribute a step of `batch_size` sequences over devices and micro-batches: only the order of sums
+# changes with them.
+LAYOUT = ("accumulation", *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")))
+
+# Config keys that may change on resume, because they do not change what the run computes.
 FREE = (
   "eval_every",
   "checkpoint_every",
@@ -45,7 +49,7 @@ FREE = (
   "data.cache_dir",
   "data.epochs",
   "data.bad_rows",
-  *(f"sharding.{key}" for key in ("fsdp", "trained", "optimizer", "frozen", "candidates")),
+  *LAYOUT,
 )
 
 

@@ -10,7 +10,7 @@ from switchlora_jax.data.loader import Batch
 from switchlora_jax.models.loss import on_parts, row_losses
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import BOTH, replicated
-from switchlora_jax.training.metrics import progress_bar
+from switchlora_jax.progress import progress_bar
 
 
 def make_eval_step(model, placement, state):
@@ -35,8 +35,8 @@ def first(rows, tokens: int):
   return rows[: max(1, tokens // rows.shape[1])]
 
 
-def validate(phase, state, rows, batch_size: int, bytes_per_token: float) -> dict[str, float]:
-  """Evaluate a state on all sequences of `rows` [n, length].
+def validate(phase, state, rows, batch_size: int, bytes_per_token: float, quiet: bool = False) -> dict[str, float]:
+  """Evaluate a state on all sequences of `rows` [n, length], and show the progress unless `quiet`.
 
   Every process must call it. Each reads the sequences of its own devices, and all return the same metrics.
 
@@ -44,7 +44,8 @@ def validate(phase, state, rows, batch_size: int, bytes_per_token: float) -> dic
     The metrics of `summary`.
   """
   losses = []
-  with progress_bar(len(rows), what="validate", unit="row", shown=processes.is_first()) as bar:
+  shown = processes.is_first() and not quiet
+  with progress_bar(total=len(rows), desc="validate", unit="row", shown=shown) as bar:
     for start in range(0, len(rows), batch_size):
       # The last batch is filled up with the first sequences, whose losses are dropped.
       batch = Batch(rows, np.arange(start, start + batch_size) % len(rows))

@@ -1,17 +1,18 @@
-"""Metrics of a training run: collected on the devices, shown on a progress bar, and handed to a list of writers."""
+"""Metrics of a training run: collected on the devices, shown as progress, and handed to a list of writers."""
 
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from switchlora_jax.parallel import processes
+from switchlora_jax.progress import print_line, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -38,25 +39,28 @@ class Metrics:
   """Metrics of a run from step `start` on.
 
   Every process collects them, because each one checks them for loss spikes and non-finite updates. Only process 0
-  shows a progress bar and has writers.
+  shows progress and has writers.
 
   Args:
     config: the resolved config.
     start: number of steps done before the first one that is added.
     writers: destinations of the rows, in the order in which they are called.
+    quiet: whether to show no progress and no results of evaluations.
   """
 
-  def __init__(self, config, start: int, writers: Sequence[Writer] = ()):
+  def __init__(self, config, start: int, writers: Sequence[Writer] = (), quiet: bool = False):
     self._tokens_per_step = config.batch_size * config.seq_len
     self._writers, self._open = tuple(writers), contextlib.ExitStack()
     for writer in self._writers:
       self._open.callback(writer.close)
-    self._bar = progress_bar(config.steps, start, shown=processes.is_first())
+    self._shown = processes.is_first() and not quiet
+    shape = dict(total=config.steps, initial=start, desc="train", unit="step")
+    self._bar = progress_bar(**shape, shown=self._shown, seconds=math.inf)
     self._open.callback(self._bar.close)
     self._pending, self._since = [], time.monotonic()
 
-  def add(self, step: int, values: dict[str, jax.Array]) -> None:
-    """Collect the metrics of a step, [] arrays that may still be computed; does not wait for them."""
+  def add(self, step: int, values: dict[str, jax.Array | int]) -> None:
+    """Collect the metrics of a step, numbers or [] arrays that may still be computed; does not wait for them."""
     self._pending.append({"step": step} | values)
 
   def flush(self) -> list[dict]:
@@ -71,18 +75,22 @@ class Metrics:
     seconds = max(time.monotonic() - self._since, 1e-9)  # a coarse clock may not have advanced
     speed = len(rows) * self._tokens_per_step / seconds
     self._write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
-    self._bar.update(len(rows))
     last = rows[-1]
     shown = {"loss": f"{last['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
-    self._bar.set_postfix(shown | ({"skipped": last["skipped"]} if last["skipped"] else {}))
+    self._bar.set_postfix(shown | ({"skipped": last["skipped"]} if last["skipped"] else {}), refresh=False)
+    self._bar.update(len(rows))
     self._pending, self._since = [], time.monotonic()
     return rows
+
+  def print_progress(self) -> None:
+    """Print the progress as of the last flush as a line, if the output is not a terminal, which shows a bar anyway."""
+    self._bar.refresh()
 
   def write_evaluation(self, step: int, values: dict[str, float]) -> None:
     """Write the metrics of an evaluation after `step`. Flush before it: its duration is not training time."""
     self._write([{"step": step} | values])
-    if processes.is_first():
-      self._bar.write(f"step {step}: validation perplexity {values['val_ppl']:.2f}")
+    if self._shown:
+      print_line(f"step {step}: validation perplexity {values['val_ppl']:.2f}")
     self._since = time.monotonic()
 
   def sync(self) -> None:
@@ -131,9 +139,3 @@ def warn_on_os_error(what: str) -> Iterator[None]:
     yield
   except OSError as error:
     log.warning("%s cannot be written (%s); the run continues without it", what, error)
-
-
-def progress_bar(total: int, start: int = 0, what: str = "train", unit: str = "step", shown: bool = True) -> tqdm:
-  """A tqdm bar in the style shared by all commands, `start` of `total` units done."""
-  style = dict(unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not shown)
-  return tqdm(total=total, initial=start, desc=what, **style)

@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from switchlora_jax.training.metrics import warn_on_os_error
+
+WINDOW = 11  # steps in the running mean; odd
 
 
 def plot_loss(rows: list[dict], path: Path, title: str) -> None:
   """Draw training and validation loss against the training step, as PNG and SVG.
+
+  A vertical line marks the hand-over of a full-rank warm start.
 
   Args:
     rows: rows of metrics.jsonl.
@@ -22,10 +28,14 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
   if train:
     steps, losses = zip(*train, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.7, label="training, each step")
-    axes.plot(steps, running_mean(losses, 0.9), color="tab:green", label="training, running mean of about 10 steps")
+    axes.plot(steps, running_mean(losses), color="tab:green", label=f"training, centred mean of {WINDOW} steps")
   if valid:
     axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
-  axes.set(xlabel="training step", ylabel="cross-entropy loss (nats per token)", title=title)
+  for row in rows:
+    if row.get("hand_over"):
+      mark_hand_over(axes, row["step"] - 1)
+  axes.set(ylabel="cross-entropy loss (nats per token)", title=title)
+  label_steps(axes)
   axes.grid(alpha=0.3)
   if train or valid:
     axes.legend()
@@ -35,10 +45,27 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
       figure.savefig(target, dpi=120)
 
 
-def running_mean(values, decay: float) -> list[float]:
-  """Exponential running mean of `values`, corrected for its start from 0 as Adam's moments are."""
-  means, total, weight = [], 0.0, 0.0
-  for value in values:
-    total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-    means.append(total / weight)
-  return means
+def label_steps(axes) -> None:
+  """Label the x axis as training steps, with integer ticks."""
+  axes.set_xlabel("training step")
+  axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
+def mark_hand_over(axes, step: int) -> None:
+  """Draw a vertical line with the word `hand-over` at the last full-rank step of a warm start."""
+  axes.axvline(step, color="black", linestyle=":", linewidth=1)
+  across = axes.get_xaxis_transform()  # x is a step, y is a fraction of the height
+  style = dict(rotation=90, va="bottom", ha="right", fontsize="small")
+  axes.text(step, 0.02, f"hand-over after step {step:,}", transform=across, **style)
+
+
+def running_mean(values) -> np.ndarray:
+  """Mean of the `WINDOW` values around each one, of fewer near the ends, as many before as after it.
+
+  Unlike a mean of past values, it does not lag: that of a straight line is the line.
+  """
+  values = np.asarray(values, float)
+  sums = np.concatenate([[0], np.cumsum(values)])
+  index = np.arange(len(values))
+  half = np.minimum(np.minimum(index, index[::-1]), WINDOW // 2)
+  return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)

@@ -1,11 +1,13 @@
 """Text that is printed before and after a run."""
 
+import itertools
 import math
 import shlex
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import sentencepiece
 
 from switchlora_jax.lowrank.kernel_storage import RESIDUAL
@@ -13,6 +15,8 @@ from switchlora_jax.methods import METHODS
 from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs.directory import flatten
+
+PROMPT_ROWS = 100  # validation rows that are searched for the start of a document
 
 
 def parameter_count(tree) -> int:
@@ -38,16 +42,32 @@ def size_line(name: str, tree) -> str:
   return f"{name}: {size / 2**20:,.1f} MiB ({size:,} bytes)"
 
 
+def describe_changes(config, defaults) -> str:
+  """A table of the config keys whose values are not the defaults.
+
+  Args:
+    config: a config, resolved or not.
+    defaults: the config of configs/base.py.
+  """
+  now, then = flatten(config), flatten(defaults)
+  changed = [key for key in now if key not in then or now[key] != then[key]]
+  if not changed:
+    return "config: the defaults of configs/base.py"
+  width = max(map(len, changed))
+  rows = [f"  {key:<{width}}  {now[key]!r} (default {then.get(key)!r})" for key in changed]
+  return "\n".join(["config, where it differs from configs/base.py (config.json has all keys):", *rows])
+
+
 def describe_run(config, *states) -> str:
-  """The resolved config, and the sizes of its train states.
+  """The settings that depend on method and devices, and the sizes of the train states of a resolved config.
 
   Args:
     states: the train state of each phase, abstract or real: of the full-rank warm start, if any, and of the method.
   """
   *warm_start, state = states
-  lines = [f"{key}: {value}" for key, value in flatten(config).items()]
-  lines += [
-    "",
+  lines = [
+    f"learning_rate: {config.learning_rate}",
+    f"dtype: {config.dtype}",
     parameters_line("trainable", state.params),
     parameters_line("frozen", state.frozen),
     size_line("trainable", state.params),
@@ -58,8 +78,12 @@ def describe_run(config, *states) -> str:
     f"tokens per step: {config.batch_size * config.seq_len:,}",
     f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
   ]
-  method = METHODS[config.method]
-  return "\n".join(lines + method.describe(config) + [f"WARNING: {text}" for text in method.warnings(config)])
+  return "\n".join(lines + METHODS[config.method].describe(config) + describe_warnings(config))
+
+
+def describe_warnings(config) -> list[str]:
+  """The warnings of the method of a config, one line each."""
+  return [f"WARNING: {text}" for text in METHODS[config.method].warnings(config)]
 
 
 def describe_data(summary: dict) -> str:
@@ -116,8 +140,13 @@ def _validation_lines(rows: list[dict]) -> list[str]:
 
 
 def _training_lines(rows: list[dict]) -> list[str]:
-  """Speed and number of loss spikes, if metrics.jsonl has training steps."""
+  """Hand-over of a warm start, speed and number of loss spikes, if metrics.jsonl has training steps."""
   lines = []
+  steps = [row for row in rows if "loss" in row]
+  for before, after in itertools.pairwise(steps):
+    if after.get("hand_over"):
+      shown = [f"{row['loss']:.4f}" if row["loss"] is not None else "not finite" for row in (before, after)]
+      lines.append(f"hand-over of the warm start after step {before['step']}: loss {' before, '.join(shown)} after")
   if speeds := sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row):
     lines.append(f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)")
   if steps := [row for row in rows if "spike" in row]:  # rolled-back steps are not in metrics.jsonl
@@ -143,10 +172,34 @@ def _without_steps(arguments: list[str]) -> list[str]:
 
 def _sample_text(config, outcome) -> str:
   tokenizer = sentencepiece.SentencePieceProcessor(model_file=outcome.data.tokenizer_path)
-  prompt = [int(token) for token in outcome.data.valid[0][:16]]
+  held_out = "held out of" in outcome.data.summary["valid"]
+  prompt = sample_prompt(outcome.data.valid, tokenizer, min(16, config.seq_len // 2), starts=not held_out)
   state, new_tokens = outcome.state, min(64, config.seq_len - len(prompt))
   variables = {"params": state.params, "frozen": state.frozen}
   draws = dict(pieces=tokenizer.get_piece_size(), sampling=Sampling(temperature=0.7), seed=config.seed)
   options = dict(new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)
   tokens = list(generate(outcome.phase.model, variables, prompt, **options))
-  return f"{tokenizer.decode(prompt)!r} → {tokenizer.decode(tokens)!r}"
+  return f"{tokenizer.decode(prompt).lstrip()!r} → {tokenizer.decode(tokens)!r}"
+
+
+def sample_prompt(rows, tokenizer, length: int, starts: bool) -> list[int]:
+  """Up to `length` tokens from the start of a document, or of a word if none of the first rows has such a document.
+
+  Args:
+    rows: [n, seq_len], packed sequences.
+    starts: whether a document begins with the first row.
+  """
+  end, rows = tokenizer.eos_id(), np.asarray(rows[np.arange(min(len(rows), PROMPT_ROWS))])
+  if starts:
+    return _first_document(rows[0, :length], end)
+  documents = [row[at + 1 : at + 1 + length] for row in rows for at in np.flatnonzero(row == end)]
+  if whole := [tokens for tokens in documents if len(tokens) == length and end not in tokens]:
+    return whole[0].tolist()
+  words = [at for at, token in enumerate(rows[0].tolist()) if tokenizer.id_to_piece(token).startswith("▁")]
+  first = words[0] if words else np.argmax(rows[0] != end)
+  return _first_document(rows[0, first : first + length], end)
+
+
+def _first_document(tokens: np.ndarray, end: int) -> list[int]:
+  """The tokens before the first `end`."""
+  return list(itertools.takewhile(lambda token: token != end, tokens.tolist()))

@@ -14,6 +14,7 @@ from switchlora_jax.methods.base import TrainState
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.parallel.supervision import Supervisor
+from switchlora_jax.progress import print_line
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -42,7 +43,9 @@ class Outcome(NamedTuple):
   first_step: int
 
 
-def train(config, workdir: Path, peer_seconds: float = 60, on_failure=None) -> Outcome:
+def train(
+  config, workdir: Path, peer_seconds: float = 60, on_failure=None, heading: str = "", quiet: bool = False
+) -> Outcome:
   """Train a resolved config in `workdir`, from its newest valid checkpoint if there is one.
 
   With several processes, each of them calls it with the same config and directory.
@@ -50,6 +53,8 @@ def train(config, workdir: Path, peer_seconds: float = 60, on_failure=None) -> O
   Args:
     peer_seconds: seconds without a heartbeat of another process after which the run ends.
     on_failure: see `Supervisor`; by default a failure is raised in the main thread.
+    heading: text to print above the sizes of the run, once the data are ready.
+    quiet: whether to print warnings alone: no description of the run, no progress, no results of evaluations.
   Raises:
     UserError: config, data and directory do not match (raised before anything expensive); too many updates in a row
       were not finite; the run used up its rollbacks from loss spikes.
@@ -60,21 +65,24 @@ def train(config, workdir: Path, peer_seconds: float = 60, on_failure=None) -> O
     processes.on_all_processes(lambda: dataset.check_data_config(config))
     processes.on_first_process(lambda: run_directory.prepare(workdir, config))
     processes.first_then_others(lambda: stack.enter_context(run_directory.locked(workdir)))
-    return _train(config, workdir, supervisor)
+    return _train(config, workdir, supervisor, heading, quiet)
 
 
-def _train(config, workdir: Path, supervisor: Supervisor) -> Outcome:
+def _train(config, workdir: Path, supervisor: Supervisor, heading: str, quiet: bool) -> Outcome:
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   phases = build_phases(config, mesh)
   source = processes.on_all_processes(lambda: find_source(config, workdir, phases[0], mesh))
-  processes.print_once(report.describe_run(config, *(phase.abstract for phase in phases)))
-  data = prepare_data(config)
+  data = prepare_data(config, quiet)
   if source:
     processes.on_all_processes(lambda: source.check_tokenizer(data.tokenizer_path))
   processes.on_first_process(lambda: run_directory.record(workdir, config, data))
   processes.on_all_processes(lambda: run_directory.check_shared(workdir))
+  sizes, text = report.describe_run(config, *(phase.abstract for phase in phases)), report.describe_data(data.summary)
+  shown = report.describe_warnings(config) if quiet else [*filter(None, (heading, sizes, text))]
+  if shown:  # after all errors in the data
+    processes.print_once("\n".join(shown))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    run = Run(config, workdir, phases, data, checkpoints, supervisor)
+    run = Run(config, workdir, phases, data, checkpoints, supervisor, quiet)
     # Inside Checkpoints, whose exit waits for a save that may need the others. The metrics are closed first, because
     # the process may be ended while `report_errors` waits.
     with supervisor.report_errors(), run:
@@ -123,11 +131,12 @@ class Run:
     data: dataset.Dataset,
     checkpoints: Checkpoints,
     supervisor: Supervisor,
+    quiet: bool,
   ):
     self._config, self._workdir, self._phases, self._checkpoints = config, workdir, phases, checkpoints
-    self._supervisor = supervisor
+    self._supervisor, self._quiet = supervisor, quiet
     self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
-    self._validate = make_evaluate(config, phases[0], data)
+    self._validate = make_evaluate(config, phases[0], data, quiet)
     self.metrics = None
 
   def __enter__(self):
@@ -181,24 +190,26 @@ class Run:
     dataset.check_length_after_skips(self._data, self._config, self._offset)
     self.phase = phase_at(self._phases, self.done)
     writers = default_writers(self._workdir, self.done) if processes.is_first() else []
-    self.metrics = Metrics(self._config, self.done, writers)
+    self.metrics = Metrics(self._config, self.done, writers, self._quiet)
     self._supervisor.mark("start of training")
 
   def step(self) -> None:
     """Do one training step, in the phase that it belongs to. Returns while the devices are still computing."""
     self._checkpoints.check()  # raises if a save in the background has failed
     main = self._phases[-1]
-    if self.phase is not main and self.done == main.start:
+    if hand_over := self.phase is not main and self.done == main.start:
       self.state, self.phase = warm_start.hand_over(self.state, self.phase, main), main
+      if processes.is_first() and not self._quiet:
+        print_line(f"step {self.done}: hand-over from full rank to {self._config.method}")
     self._supervisor.mark(f"step {self.done + 1}, reading its batch")
     batch = self.phase.shard_batch(self._batch_of(self.done + self._offset))
     self._supervisor.mark(f"step {self.done + 1}, on the devices")
     self.state, values = self.phase.step(self.state, batch)
     self.done += 1
-    self.metrics.add(self.done, values)
+    self.metrics.add(self.done, values | ({"hand_over": 1} if hand_over else {}))
 
   def report(self) -> int | None:
-    """Wait for the steps so far, write their metrics, and check them.
+    """Wait for the steps so far, write their metrics, show the progress if that is due, and check the metrics.
 
     Returns:
       The number of the step from whose loss spike the run must roll back, or None.
@@ -206,6 +217,8 @@ class Run:
       UserError: too many updates in a row were not finite.
     """
     rows = self.metrics.flush()
+    if due(self.done, self._config.log_every) or self.done == self._config.steps:
+      self.metrics.print_progress()
     spike_step = anomalies.report_spikes(rows, self._config.spike, log_warnings=processes.is_first())
     if spike_step is None:
       anomalies.check_progress(rows, self._config)
@@ -230,28 +243,29 @@ def find_source(config, workdir: Path, phase: Phase, mesh) -> warm_start.Source 
   return warm_start.Source(config, phase, mesh) if config.warm_start_from and not started else None
 
 
-def prepare_data(config) -> dataset.Dataset:
+def prepare_data(config, quiet: bool = False) -> dataset.Dataset:
   """The packed dataset. Process 0 prepares it; the others open it, or prepare their own if they share no cache."""
   share = (jax.process_index(), jax.process_count())
-  data = processes.first_then_others(lambda: dataset.open_dataset(config, progress=processes.is_first(), share=share))
+  progress = processes.is_first() and not quiet
+  data = processes.first_then_others(lambda: dataset.open_dataset(config, progress=progress, share=share))
   processes.check_same({"data fingerprint": data.fingerprint})
-  processes.print_once(report.describe_data(data.summary))
   return data
 
 
-def make_evaluate(config, start: Phase, data: dataset.Dataset):
+def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = False):
   """The evaluation of a run: (phase, state) -> validation metrics of the first `eval_tokens` validation tokens.
 
   Adds `learnt_rank`, the effective rank of W_t - W_0, unless `warm_start_from` is set: then W_0 cannot be drawn again.
 
   Args:
     start: the first phase of the run.
+    quiet: whether to show no progress.
   """
   rows, batch_size = first(data.valid, config.eval_tokens), config.batch_size // config.accumulation
   learnt_rank = None if config.warm_start_from else make_learnt_rank(start)
 
   def evaluate(phase, state) -> dict[str, float]:
-    values = validate(phase, state, rows, batch_size, data.bytes_per_token)
+    values = validate(phase, state, rows, batch_size, data.bytes_per_token, quiet)
     if learnt_rank is not None:
       values["learnt_rank"] = float(learnt_rank(state.params, state.frozen, phase.scale))
     return values

@@ -1,6 +1,7 @@
 """The command on made-up GLUE files, and on a run that has not learnt anything yet."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -122,7 +123,8 @@ def test_a_hugging_face_folder_is_fine_tuned_as_its_run_is(folder, results, tmp_
   assert row["best_epoch"]["scores"] == pytest.approx(results[0]["best_epoch"]["scores"][:1])
   assert not row["at_edge_of_sweep"] and "†" not in (tmp_path / "table.md").read_text(), "of one rate there is no edge"
   shown = capfd.readouterr().err
-  assert f"exported: {tmp_path / 'exported'}" in shown and "exported, RTE, lr 0.01, seed 0: 100%" in shown
+  assert f"exported: {tmp_path / 'exported'}" in shown and "\r" not in shown
+  assert re.search(r"^exported, RTE, lr 0\.01, seed 0: 60 of 60, .*, epoch=4, loss=.*, score=", shown, re.MULTILINE)
 
 
 def test_by_default_it_is_as_the_paper_has_it(folder):

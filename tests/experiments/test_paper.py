@@ -1,5 +1,7 @@
 """The tables and figures as data: the numbers, copied from the paper once more here, and lines that can be run."""
 
+import re
+
 import pytest
 from grids import imported
 
@@ -120,7 +122,7 @@ def test_the_papers_glue(name):
 def test_every_line_makes_sense_at_both_scales(name, scale):
   lines = configs(name, scale)
   assert len(lines) == len(ITEMS[name].lines or lines) > (0 if name == "figure10" else 1)
-  assert {config.data.source for config in lines.values()} == {"text" if scale == "paper" else "docs"}
+  assert {config.data.source for config in lines.values()} == {"prepared" if scale == "paper" else "docs"}
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if ITEMS[name].lines])
@@ -128,12 +130,30 @@ def test_lines_name_what_they_train(name):
   for scale in SCALES:
     found = configs(name, scale)
     for line in ITEMS[name].lines:
-      config = found[line.label]
+      config = found[line.label(scale)]
       assert config.method == line.method
       if line.rank is not None:
         assert config.rank == (line.rank if scale == "paper" else line.rank // 8)
       shape = tuple(config.model[key.removeprefix("model.")] for key in items.SHAPE)
       assert shape == (shape_of(line.size) if scale == "paper" else items.MINI_SHAPES[line.size])
+
+
+def test_labels_name_what_is_trained_and_what_it_stands_for():
+  """Also the steps and lengths in a note, which differ between the scales."""
+  for name in [name for name in TRAINED if ITEMS[name].lines]:
+    for label, config in configs(name, "mini").items():
+      trained, stands_for = re.fullmatch(r"(.*) \(for (.*)\)", label).groups()
+      assert trained.startswith(f"{config.model.num_layers} layers × {config.model.hidden_size}, {config.method}")
+      assert (f", rank {config.rank}" in trained) == (config.method != "full")
+      for number, word in re.findall(r"([\d,]+) full-rank|length (\d+)", trained):
+        assert int(number or word) == (config.warm_start_steps if number else config.seq_len)
+      assert re.match(r"(130M|250M|350M|1\.3B)", stands_for)
+  labels = [line.label("mini") for line in (ITEMS["table2"].lines[-1], ITEMS["figure4"].lines[0])]
+  assert labels == [
+    "6 layers × 128, switchlora, rank 32 (for 350M, rank 256)",
+    "6 layers × 96, relora, rank 16, 150 full-rank steps first (for 250M, rank 128, 5,000 full-rank steps first)",
+  ]
+  assert ITEMS["figure4"].lines[0].label("paper") == "250M, relora, rank 128, 5,000 full-rank steps first"
 
 
 def shape_of(size: str) -> tuple:
@@ -164,7 +184,7 @@ def test_section_4_1(name):
   lines = configs(name, "paper")
   batches = {row[0]: (row[4], row[6]) for row in TABLE_1}
   for line in ITEMS[name].lines:
-    config = lines[line.label]
+    config = lines[line.label("paper")]
     assert (config.batch_size, config.seq_len) == batches[line.size]
     assert config.learning_rate == {"full": 1e-3, "lora": 1e-2, "switchlora": 2e-2, "galore": 1e-2}[line.method]
     assert config.min_lr_ratio == (0.1 if line.method == "galore" else 0) and config.galore.refresh_every == 200
@@ -226,7 +246,7 @@ def test_table_5_has_the_settings_of_appendix_c_2():
   lines = configs("table5", "paper")
   found = {}
   for line in ITEMS["table5"].lines:
-    config = lines[line.label]
+    config = lines[line.label("paper")]
     found.setdefault((line.size, config.rank, config.seq_len), {})[line.method] = line.paper
     assert (config.steps, config.warmup_steps, config.batch_size) == (60_000, 6000, 512)  # the text calls steps a batch
     assert (config.min_lr_ratio, config.learning_rate) == (0.1, {"galore": 1e-2, "switchlora": 2e-2}[line.method])

@@ -42,7 +42,7 @@ def test_dry_run_prints_what_scripts_read_and_writes_nothing(pretrain, tmp_path)
 def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
   """With the flags of users; its program is that of tests/faults."""
   workdir = tmp_path / "run"
-  done = command("pretrain", *flags_of(small_config(tmp_path)), f"--workdir={workdir}", user_flags=True)
+  done = command("pretrain", *flags_of(small_config(tmp_path, log_every=10)), f"--workdir={workdir}", user_flags=True)
   assert done.returncode == 0, done.stderr
   for pattern in (
     r"data: text, fingerprint [0-9a-f]{16}",
@@ -55,6 +55,8 @@ def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
   ):
     assert re.search(pattern, done.stdout), pattern
   assert "step 40: validation perplexity" in done.stdout
+  assert re.findall(r"^train: (\d+) of 40, ", done.stderr, re.MULTILINE) == ["10", "20", "30", "40"]
+  assert "\r" not in done.stdout + done.stderr[done.stderr.index("train: 10") :]
   assert {"loss.png", "checkpoints", "config.json", "metrics.jsonl"} <= {path.name for path in workdir.iterdir()}
 
 

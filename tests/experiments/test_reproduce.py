@@ -22,10 +22,15 @@ def said(capsys, *flags) -> str:
 def planned(capsys, *flags) -> list[dict[str, str]]:
   """{flag: value} of each command that --dry_run prints."""
   heading, *commands = said(capsys, *flags, "--dry_run").splitlines()
-  words = [shlex.split(line) for line in commands]
   assert heading.startswith("table") or heading.startswith("figure")
-  assert all(line[1:3] == ["-m", "experiments.pretrain"] for line in words)
-  return [dict(word.split("=", 1) for word in line[3:]) for line in words]
+  assert all(re.match(r"\S+ -m experiments\.(prepare_data|pretrain) ", line) for line in commands)
+  return parsed("pretrain", commands)
+
+
+def parsed(name: str, commands: list[str]) -> list[dict[str, str]]:
+  """{flag: value} of those commands that run experiments.NAME."""
+  words = [shlex.split(line) for line in commands]
+  return [dict(word.split("=", 1) for word in line[3:]) for line in words if line[2] == f"experiments.{name}"]
 
 
 @pytest.mark.parametrize(("flags", "found"), [([], "missing"), (["--item=table12"], "'table12', which does not exist")])
@@ -72,10 +77,10 @@ def fine_tuning(line: str) -> SimpleNamespace:
 def test_the_models_of_glue_are_trained_and_then_fine_tuned(capsys, scale):
   """With several seeds, a dry run cannot know yet which is the best: it names the first of each line."""
   text = said(capsys, "--item=table7", f"--scale={scale}", "--seeds=2", "--workdir=a b", "--dry_run")
-  *trained, last = text.splitlines()[1:]
+  *trained, last = [line for line in text.splitlines()[1:] if "prepare_data" not in line]
   workdirs = [shlex.split(line)[-1].removeprefix("--workdir=") for line in trained]
-  found = fine_tuning(last)
-  assert len(trained) == 4 and found.model == workdirs[:2] and "a b/cells/1.3B-full_lr=0.001_seed=0" in found.model
+  found, own = fine_tuning(last), "1.3B-full" if scale == "paper" else "6-layers-256-full-for-1.3B"
+  assert len(trained) == 4 and found.model == workdirs[:2] and f"a b/cells/{own}_lr=0.001_seed=0" in found.model
   assert (found.task, found.data, found.workdir) == (["cola", "stsb", "mrpc", "rte", "sst2"], "hub", "a b/glue")
   if scale == "paper":
     assert (found.rates, found.epochs, found.seq_len, found.rows, found.seeds) == ([], 30, 512, None, 5)
@@ -92,19 +97,21 @@ def test_no_row_is_longer_than_in_pre_training_or_in_the_paper(capsys, seq_len, 
 
 def test_the_best_run_of_each_line_is_fine_tuned(capsys, monkeypatch, tmp_path):
   runs = fake_runs(monkeypatch)
-  names = [f"350M-{name}" for name in ("full_lr=0.001", "switchlora-rank-256_lr=0.02", "galore-rank-256_lr=0.01")]
+  low_rank = [f"{method}-rank-32-for-350M-rank-256_lr=0.0{n}" for n, method in ((2, "switchlora"), (1, "galore"))]
+  names = [f"6-layers-128-{name}" for name in ("full-for-350M_lr=0.001", *low_rank)]
   best = [f"{name}_seed={seed}" for name, seed in zip(names, (1, 0, 1), strict=True)]
   runs.losses.update({name: 2.0 for name in best} | {best[1]: 2.5})
   text = said(capsys, "--item=table6", "--seeds=2", "--processes=1", f"--workdir={tmp_path}")
   assert len(runs.started) == 6
   ours, papers, last = re.fullmatch(
-    r"table6: .*?\n(\|.*)\n\nthe paper's, after fine-tuning:\n\n(.*)\nto fine-tune ours:\n\n(.*)\n", text, re.S
+    r"table6, .*?\n(\|.*)\n\nthe paper's, after fine-tuning:\n\n(.*)\nto fine-tune ours:\n\n(.*)\n", text, re.S
   ).groups()
-  assert re.search(r"\| 350M, galore, rank 256 \| .* \| 21\.61 \|", ours) and "| GaLore | 40.23±2 |" in papers
+  assert re.search(r"\| 6 layers × 128, galore, rank 32 \(for 350M, rank 256\) \| .* \| 21\.61 \|", ours)
+  assert "| GaLore | 40.23±2 |" in papers
   assert fine_tuning(last).model == [str(tmp_path / "cells" / name) for name in best]
 
 
-@pytest.mark.parametrize("flags", [["--scale=paper"], ["--set=data.source=stream"], ["--set=data.source=prepared"]])
+@pytest.mark.parametrize("flags", [["--scale=paper", "--set=data.source=text"], ["--set=data.source=stream"]])
 def test_where_no_text_is_named_it_says_what_to_add(capsys, tmp_path, flags):
   """A dry run prints its commands nevertheless; else it ends before anything is run."""
   flags = ["--item=table3", f"--workdir={tmp_path / 'grid'}", *flags]
@@ -118,11 +125,44 @@ def test_where_no_text_is_named_it_says_what_to_add(capsys, tmp_path, flags):
   assert str(caught.value) in sentence and not (tmp_path / "grid").exists()
 
 
-@pytest.mark.parametrize("flags", [[], ["--scale=paper", "--set=data.path=c4/*"]])
+@pytest.mark.parametrize("flags", [[], ["--scale=paper", "--set=data.source=text", "--set=data.path=c4/*"]])
 def test_where_there_is_a_text_a_dry_run_asks_for_none(capsys, flags):
   with imported("reproduce", "--item=table3", *flags, "--dry_run") as reproduce:
     reproduce.main()
   assert capsys.readouterr().err == ""
+
+
+def test_the_papers_scale_has_the_papers_data(capsys):
+  """C4 in sequences of the length of each line, T5's vocabulary, C4's validation split, at least 46M documents."""
+  text = said(capsys, "--item=table2", "--scale=paper", "--dry_run").splitlines()[1:]
+  assert ["prepare_data" in line for line in text] == [True] * 2 + [False] * 11
+  prepared = [{k: v for k, v in found.items() if k != "--take"} for found in parsed("prepare_data", text)]
+  shared = {"--source": "c4", "--tokenizer": "t5.model"}
+  assert prepared == [shared | {"--seq_len": str(n), "--out": f"data/c4_{n}"} for n in (256, 512)]
+  assert [found["--take"] for found in parsed("prepare_data", text)] == ["46000000", "48000000"]
+  for trial in parsed("pretrain", text):
+    assert trial["--config.data.source"] == "prepared"
+    assert trial["--config.data.path"] == f"data/c4_{trial.get('--config.seq_len', 512)}"
+    assert not {"--config.data.tokenizer", "--config.data.eval_path"} & {*trial}
+
+
+def test_a_local_copy_of_c4_is_prepared_in_the_same_way(capsys):
+  given = {"path": "c4/train*", "eval_path": "c4/valid*", "tokenizer": "own/t5.model"}
+  flags = ["--item=table3", "--scale=paper", *(f"--set=data.{key}={value}" for key, value in given.items())]
+  text = said(capsys, *flags, "--dry_run").splitlines()[1:]
+  (found,) = parsed("prepare_data", text)
+  assert {key: found[f"--{key}"] for key in given} == given and found["--source"] == "c4"
+  assert {(t["--config.data.source"], t["--config.data.path"]) for t in parsed("pretrain", text)} == {
+    ("prepared", "data/c4_512")
+  }
+
+
+def test_c4_that_is_not_prepared_is_an_error_with_the_command(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  flags, sentence = ["--item=table3", "--scale=paper", "--workdir=x"], r"^prepare the data first, by: .*=data/c4_512$"
+  with imported("reproduce", *flags) as reproduce, pytest.raises(UserError, match=sentence):
+    reproduce.main()
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("scale", items.SCALES)
@@ -135,7 +175,8 @@ def test_a_dry_run_prints_a_command_for_every_cell_and_runs_nothing(capsys, monk
   first = trials[0]
   assert first["--config"].endswith("/configs/llama_tiny.py" if scale == "mini" else "/configs/llama_350m.py")
   assert (first["--config.method"], first["--config.seed"]) == ("full", "0")
-  assert first["--workdir"] == "runs/table2/cells/130M-full_lr=0.001_seed=0"
+  name = "3-layers-96-full-for-130M" if scale == "mini" else "130M-full"
+  assert first["--workdir"] == f"runs/table2/cells/{name}_lr=0.001_seed=0"
   assert list(tmp_path.iterdir()) == []
 
 
@@ -185,6 +226,7 @@ def test_set_moves_the_middle_of_an_ablation(capsys):
   [
     (["--set=steps"], r"--set=steps must be KEY=VALUE, for example --set=data\.path='c4/\*\.json\.gz'"),
     (["--set=stepz=3"], r"unknown config key 'stepz'; configs/base\.py lists all keys"),
+    (["--set=data.path=c4/*", "--scale=paper"], r"data\.path and data\.eval_path must be given together: .*validation"),
     (["--set=steps=1e3"], "steps must be of type int; found '1e3'"),
     (["--set=switch=3"], "switch must be of type ConfigDict; found '3'"),
     (["--set=steps=-3"], r"steps \(=-3\) must be greater than 0"),
@@ -213,14 +255,17 @@ def test_what_is_trained_is_handed_to_the_grid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: found.update(concluded=arguments))
     reproduce.main()
   assert [(variant.label, variant.paper) for variant in found["variants"]] == [
-    ("1.3B, full", 15.23),
-    ("1.3B, switchlora, rank 256", 15.89),
-    ("1.3B, switchlora, rank 512", 15.01),
+    ("6 layers × 256, full (for 1.3B)", 15.23),
+    ("6 layers × 256, switchlora, rank 32 (for 1.3B, rank 256)", 15.89),
+    ("6 layers × 256, switchlora, rank 64 (for 1.3B, rank 512)", 15.01),
   ]
   assert found["base"].overrides["data.source"] == found["base"].config.data.source == "text"
   _, _, options, title = found["concluded"]
   assert options == {"workdir": tmp_path, "seeds": 2, "processes": 1, "read_at": 0.95}
-  assert title == "table3, mini scale: perplexity of 1.3B at 38,000 of 40,000 steps"
+  assert title == (
+    "table3, mini scale: models of an eighth of the width and rank and a quarter of the depth, at step 570 of 600; "
+    "in the paper: perplexity of 1.3B at 38,000 of 40,000 steps"
+  )
 
 
 @pytest.mark.parametrize(("item", "shown"), [("figure10", True), ("figure2", False)])
@@ -232,4 +277,4 @@ def test_singular_values_are_shown_where_the_figure_shows_them(tmp_path, monkeyp
     monkeypatch.setattr(reproduce.sweep, "run_sweep", lambda base, variants, **options: [run])
     monkeypatch.setattr(reproduce.results, "conclude", lambda *arguments: None)
     reproduce.main()
-  assert shown_runs == ([([tmp_path / "run"], tmp_path)] if shown else [])
+  assert shown_runs == ([([tmp_path / "run"], tmp_path, False)] if shown else [])

@@ -267,10 +267,26 @@ def test_nothing_is_allocated_for_the_sizes(ran):
   assert len(jax.live_arrays()) <= before
 
 
-def test_lines_of_a_figure_differ_in_colour_and_marker_and_then_in_line_style():
-  styles = [line_style(number) for number in range(36)]
-  assert len({style["color"] for style in styles[:12]}) == len({style["marker"] for style in styles[:12]}) == 12
-  assert len({tuple(style.values()) for style in styles}) == 36
+def test_lines_of_a_figure_differ_in_colour_and_neighbours_in_marker_or_line_style():
+  styles = [line_style(number) for number in range(96)]
+  colors = np.array([style["color"] for style in styles[:32]])
+  distances = np.linalg.norm(colors[:, None] - colors, axis=-1) + np.eye(32)
+  assert distances.min() > 0.1, "no two of 32 colours can be confused"
+  assert len({style["marker"] for style in styles[:12]}) == 12
+  assert len({(style["marker"], style["linestyle"]) for style in styles[:36]}) == 36
+  assert len({tuple(style.values()) for style in styles}) == 96
+
+
+def test_the_hand_over_is_marked_once_per_step_and_steps_are_integers(tmp_path, found, drawn):
+  assert [row["hand_over"] for row in found["arms"]] == [None] * 3
+  results.plot_curves(found, tmp_path / "curves.png", "")
+  assert not drawn["curves.png"][1].texts
+  for row in found["arms"]:
+    row["hand_over"] = 5
+  results.plot_curves(found, tmp_path / "curves.png", "")
+  _, axes = drawn["curves.png"]
+  assert [text.get_text() for text in axes.texts] == ["hand-over after step 5"]
+  assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 def test_an_svg_is_beside_each_png_and_equal_figures_give_equal_files(tmp_path):

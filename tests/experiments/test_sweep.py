@@ -161,7 +161,7 @@ def test_a_prepared_folder_may_have_moved(tmp_path, runs):
 def test_keys_that_change_no_result_may_change(tmp_path, runs):
   run(tiny_base(tmp_path), (FULL,), tmp_path)
   runs.started.clear()
-  run(tiny_base(tmp_path, eval_every=6, checkpoint_every=2), (FULL,), tmp_path)
+  run(tiny_base(tmp_path, eval_every=6, checkpoint_every=2, accumulation=2), (FULL,), tmp_path)
   assert runs.started == []
 
 

@@ -19,7 +19,7 @@ from switchlora_jax.glue.classifier import (
 )
 from switchlora_jax.glue.examples import Examples, LabelledBatch, padded_batch
 from switchlora_jax.models import make_model
-from switchlora_jax.training.metrics import progress_bar
+from switchlora_jax.progress import progress_bar
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
 MODEL = make_model(SIZES, partial(nn.Dense, use_bias=False))  # its kernels start larger than in training
@@ -48,7 +48,7 @@ def accuracy(dev):
 
 def fit_classifier(weights, train, dev, score_fn=None, outputs=2, **plan):
   plan = FineTuningPlan(**(dict(learning_rate=1e-2, epochs=3, seed=0) | plan))
-  bar = progress_bar(0, shown=False)
+  bar = progress_bar(shown=False)
   params = with_head(weights, outputs, plan.seed)
   return fit(build_classifier(outputs, **SIZES), params, train, dev, score_fn or accuracy(dev), plan, bar)
 
@@ -188,9 +188,7 @@ def test_the_learning_rate_decays_linearly_to_0(weights):
 
   stub = build_classifier(2, **SIZES)._replace(step=step)
   plan, dev = FineTuningPlan(learning_rate=0.8, epochs=2, seed=0), toy_examples(4, 1)
-  found = fit(
-    stub, with_head(weights, 2, 0), toy_examples(20, 0), dev, accuracy(dev), plan, progress_bar(0, shown=False)
-  )
+  found = fit(stub, with_head(weights, 2, 0), toy_examples(20, 0), dev, accuracy(dev), plan, progress_bar(shown=False))
   assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
   assert classifier.total_steps(plan, 20) == 4
   assert found.losses == pytest.approx([(16 * 1 + 4 * 2) / 20, (16 * 3 + 4 * 4) / 20])  # the mean over rows

@@ -84,7 +84,7 @@ def fake_runs(monkeypatch) -> Runs:
   monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=made.open))
   monkeypatch.setattr(children, "share_cores", lambda pid, *share: None)
   monkeypatch.setattr(
-    sweep, "prepare_datasets", lambda trials: dict.fromkeys((c.variant.label for c in trials), made.text)
+    sweep, "prepare_datasets", lambda trials, quiet: dict.fromkeys((c.variant.label for c in trials), made.text)
   )
   return made
 

@@ -63,6 +63,13 @@ def test_a_run_from_before_a_config_key_continues_with_the_value_that_it_had(tmp
     start(tmp_path / "run", resolved(tmp_path, data__field="body"), dataset)
 
 
+def test_micro_batches_may_change_and_the_global_batch_may_not(tmp_path, dataset):
+  start(tmp_path / "run", resolved(tmp_path, batch_size=32), dataset)
+  start(tmp_path / "run", resolved(tmp_path, batch_size=32, accumulation=4), dataset)
+  with pytest.raises(UserError, match=r"another config \(batch_size: 32 → 16\)"):
+    run_directory.prepare(tmp_path / "run", resolved(tmp_path, batch_size=16, accumulation=2))
+
+
 def test_prepared_data_may_move_and_text_may_not(tmp_path, dataset):
   for source in ("prepared", "text"):
     first, second = (resolved(tmp_path, data__source=source, data__path=path) for path in ("here", "there"))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -186,6 +187,25 @@ def test_all_are_closed_once_if_one_cannot_be(monkeypatch):
     log.close()
   log.close()
   assert [toy.calls for toy in toys] == [["close"]] * 3 and log._bar.disable
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_is_shown_unless_quiet(capsys, quiet):
+  log = metrics.Metrics(ConfigDict(dict(steps=40, batch_size=2, seq_len=8)), 0, quiet=quiet)
+  for step in range(1, 41):
+    log.add(step, {"loss": jnp.float32(4 / step), "skipped": jnp.int32(step > 30)})
+    log.flush()
+    if step % 20 == 0:
+      log.print_progress()
+  log.write_evaluation(40, {"val_loss": 1.5, "val_ppl": 4.5})
+  log.close()
+  out, err = capsys.readouterr()
+  if quiet:
+    assert out == err == ""
+  else:
+    assert [line.split(",")[0] for line in err.splitlines()] == ["train: 20 of 40", "train: 40 of 40"]
+    assert re.search(r", loss=0.200, tokens/s=[\d,]+\n", err) and re.search(r", skipped=1\n$", err)
+    assert out == "step 40: validation perplexity 4.50\n" and "\r" not in err
 
 
 def test_every_writer_gets_all_rows():

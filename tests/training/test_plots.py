@@ -4,15 +4,50 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 from paths import ROOT
 
+from switchlora_jax.training import plots
 from switchlora_jax.training.plots import plot_loss, running_mean
 
 
-def test_running_mean_starts_at_the_first_value():
-  np.testing.assert_allclose(running_mean([3.0, 3.0, 3.0], 0.9), 3.0)
-  np.testing.assert_allclose(running_mean([1.0, 2.0], 0.5), [1.0, 5 / 3])
+def test_the_running_mean_does_not_lag():
+  """A mean of past values would be above a falling line by its slope times half of the window."""
+  falling = 7 - 0.25 * np.arange(40)
+  np.testing.assert_allclose(running_mean(falling), falling)
+  noise = np.where(np.arange(40) % 2, 1.0, -1.0)
+  assert abs(running_mean(falling + noise) - falling)[5:-5].max() < 0.1
+  np.testing.assert_allclose(running_mean([1.0, 2.0, 6.0]), [1, 3, 6])
+  assert len(running_mean([])) == 0
+
+
+@pytest.fixture
+def axes(monkeypatch, tmp_path):
+  """rows -> the axes of their picture."""
+
+  def draw(rows):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    plot_loss(rows, tmp_path / "loss.png", "a title")
+    return drawn[0]
+
+  return draw
+
+
+def test_steps_on_the_axis_are_integers(axes):
+  for last in (2, 3, 7):
+    found = axes([{"step": step, "loss": 5 / step} for step in range(1, last)])
+    assert all(float(tick).is_integer() for tick in found.get_xticks())
+
+
+def test_the_hand_over_of_a_warm_start_is_marked(axes):
+  rows = [{"step": step, "loss": 5 / step} for step in range(1, 9)]
+  assert not axes(rows).texts
+  rows[4]["hand_over"] = 1
+  found = axes(rows)
+  assert [text.get_text() for text in found.texts] == ["hand-over after step 4"]
+  assert [4, 4] in [list(line.get_xdata()) for line in found.lines]
 
 
 def test_the_picture_is_drawn(tmp_path):

@@ -3,8 +3,12 @@
 import sys
 
 import jax.numpy as jnp
-from tiny import resolved
+import numpy as np
+import pytest
+from tiny import resolved, sentences
 
+from configs.base import get_config
+from switchlora_jax.data import tokenizer
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.training import report
 from switchlora_jax.training.phases import build_phase
@@ -22,10 +26,10 @@ def test_a_kernel_and_its_tail_are_one_number_of_three_bytes():
   assert report.size_line("frozen", tree).endswith("(600 bytes)")
 
 
-def test_a_description_has_every_key_and_the_cycles(tmp_path):
+def test_a_description_has_the_sizes_and_the_cycles(tmp_path):
   config = resolved(tmp_path)
   text = report.describe_run(config, build_phase(config, make_mesh()).abstract)
-  assert "\nswitch.interval: 2\n" in text and "\nlearning_rate: 0.02\n" in text
+  assert text.startswith("learning_rate: 0.02\ndtype: float32\n") and "switch.interval" not in text
   assert "\ntokens per step: 128\n" in text
   # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
   assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
@@ -72,3 +76,58 @@ def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):
   assert report.continue_command(20).endswith("'--config.data.path=a/*.txt' --workdir=runs/a --config.steps=20")
   monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config.steps", "10", "--workdir=runs/a"])
   assert report.continue_command(20).endswith(" --workdir=runs/a --config.steps=20")
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces(tmp_path_factory):
+  """A tokenizer, and the tokens of 40 documents of about 30 tokens, each with EOS."""
+  path = tmp_path_factory.mktemp("tokenizer") / "some.model"
+  documents = sentences(0, 40)
+  tokenizer.train_tokenizer(documents, 300, path)
+  processor = tokenizer.load_tokenizer(path)
+  return processor, [[*processor.encode(text), processor.eos_id()] for text in documents]
+
+
+def test_a_sample_begins_with_a_document(sentence_pieces):
+  """Held-out rows begin anywhere in a text; rows of a validation text begin with its first document."""
+  processor, documents = sentence_pieces
+  tokens = np.concatenate(documents)
+  text = lambda rows, **how: processor.decode(report.sample_prompt(rows, processor, 12, **how))
+  whole = tokens[: len(tokens) // 64 * 64].reshape(-1, 64)
+  assert sentences(0, 1)[0].startswith(text(whole, starts=True))
+  cut = tokens[7 : 7 + 64 * 8].reshape(-1, 64)
+  assert not processor.decode(cut[0].tolist()).startswith("Wave")
+  assert sentences(1, 2)[0].startswith(text(cut, starts=False))
+  short = np.concatenate([documents[0][:3], [processor.eos_id()], tokens])[None, :64]
+  assert text(short, starts=True) == processor.decode(documents[0][:3])
+
+
+def test_a_sample_of_a_text_without_documents_begins_with_a_word(sentence_pieces):
+  processor, documents = sentence_pieces
+  tokens = np.array(documents[5][:-1])
+  (inside,) = [n for n in range(1, 9) if processor.id_to_piece(int(tokens[n])) == "a" and n < 4][:1] or [1]
+  row = tokens[None, inside:]
+  words = processor.decode(report.sample_prompt(row, processor, 8, starts=False))
+  assert words.startswith(" ") and words.strip().split()[0] in sentences(5, 6)[0].split()
+  assert report.sample_prompt(np.full((1, 8), 40), processor, 4, starts=False) == [40] * 4
+
+
+def test_the_hand_over_of_a_warm_start_is_reported():
+  rows = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "hand_over": 1}, {"step": 2, "val_loss": 3.0}]
+  expected = "hand-over of the warm start after step 1: loss 5.0000 before, 4.0000 after"
+  assert report._training_lines(rows) == [expected]
+  assert report._training_lines(rows[:1]) == []
+
+
+def test_the_changed_keys_of_a_config_are_a_table():
+  defaults = get_config()
+  assert report.describe_changes(defaults, get_config()) == "config: the defaults of configs/base.py"
+  defaults.rank, defaults.learning_rate, defaults.switch.interval = 32, 1e-2, 7
+  defaults.data.path = "a/*"
+  assert report.describe_changes(defaults, get_config()).splitlines() == [
+    "config, where it differs from configs/base.py (config.json has all keys):",
+    "  data.path        'a/*' (default '')",
+    "  learning_rate    0.01 (default None)",
+    "  rank             32 (default 128)",
+    "  switch.interval  7 (default 40)",
+  ]

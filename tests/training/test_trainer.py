@@ -349,7 +349,7 @@ def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked, co
 def test_the_rows_must_last_for_a_run_that_goes_back(tmp_path, asked, monkeypatch):
   """12 steps of 8 rows, 6 left out: 144 rows."""
   prepare = trainer.prepare_data
-  few = lambda config: (data := prepare(config))._replace(train=data.train[:100])
+  few = lambda config, quiet: (data := prepare(config, quiet))._replace(train=data.train[:100])
   monkeypatch.setattr(trainer, "prepare_data", few)
   with pytest.raises(
     UserError, match=r"skips 6 batches .* needs 144 rows; the text has 100 rows .* --config.data.epochs=2"
