@@ -39,6 +39,7 @@ TOKENIZER = flags.DEFINE_string(
 SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens per row", lower_bound=2)
 TAKE = flags.DEFINE_integer("take", None, "maximum number of training documents, counted from the first", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "folder to fill, or to continue")
+cli.define_quiet()
 
 
 def corpus_from_flags() -> corpus.Corpus:
@@ -95,7 +96,7 @@ def main():
   request = preparation.Request(
     origin, tokens, SEQ_LEN.value, TAKE.value, field=FIELD_NAME.value, bad_rows=ROWS_WITHOUT_TEXT.value
   )
-  manifest = preparation.fill_folder(folder, request, lambda: text, wait=False, progress=True)
+  manifest = preparation.fill_folder(folder, request, lambda: text, wait=False, progress=not flags.FLAGS.quiet)
   summary = dataset.summarize_folder(manifest, SOURCE.value)
   print(report.describe_data(summary))
   if not all(summary[split]["rows"] for split in ("train", "valid")):
