@@ -1,6 +1,7 @@
 """Start-up and error handling of all commands: flags with help texts, and a user's mistake as one sentence."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -112,7 +113,8 @@ def run(main, continues: bool = False):
   Args:
     continues: whether the same command continues where it stopped; if so, the message on Ctrl-C mentions it.
   """
-  sys.stdout.reconfigure(line_buffering=True)  # a log of stdout and stderr has the lines in the order of printing
+  if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook
+    sys.stdout.reconfigure(line_buffering=True)  # a log of stdout and stderr has the lines in the order of printing
   app.run(lambda _: _end_process(lambda: _exit_on_errors(main, continues)), flags_parser=_parse_flags)
 
 
