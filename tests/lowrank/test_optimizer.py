@@ -59,7 +59,7 @@ def run(tx, steps, mask=None):
   return host((params, state))
 
 
-# --- against the authors' code ------------------------------------------------------------------------------------
+# --- compared with the authors' code ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

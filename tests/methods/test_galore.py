@@ -47,7 +47,7 @@ def run(tx, grads, params):
   return updates, host(state)
 
 
-# --- against the authors' code ------------------------------------------------------------------------------------
+# --- compared with the authors' code ------------------------------------------------------------------------------
 
 
 def start(arrays):

@@ -23,7 +23,7 @@ from switchlora_jax.training.anomalies import initial_spike_state
 
 pytestmark = pytest.mark.two_linear_layers
 
-# --- against the authors' code: schedules -------------------------------------------------------------------------
+# --- compared with the authors' code: schedules -------------------------------------------------------------------
 
 
 def schedule_of(**changes):
@@ -65,7 +65,7 @@ def test_after_a_warm_start_there_is_a_warm_up_and_restarts_are_at_later_multipl
   np.testing.assert_allclose(ours[start:40], expected[start:40], rtol=0, atol=1e-12)
 
 
-# --- against the authors' code: an MLP of two adapted layers ------------------------------------------------------
+# --- compared with the authors' code: an MLP of two adapted layers ------------------------------------------------
 
 LAYERS = ("0", "1")
 

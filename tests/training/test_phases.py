@@ -85,7 +85,9 @@ def test_each_device_gets_its_shard_of_the_batch(tmp_path):
 @pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
 def test_the_handed_over_state_has_the_shardings_of_the_next_phase(layout, tmp_path, monkeypatch):
   """Shapes, dtypes and shardings on eight devices, so that the step is not compiled again for this state."""
-  monkeypatch.setattr(phases, "build_phase", build_phase.__wrapped__)  # whose `create` is the program itself
+  monkeypatch.setattr(
+    phases, "build_phase", build_phase.__wrapped__
+  )  # the original; its `create` is the compiled function
   keys = {f"sharding__{key}": value for key, value in layout.items()}
   first, main = build_phases(resolved(tmp_path, warm_start_steps=2, **keys), make_mesh(fsdp=layout.get("fsdp", 1)))
   kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)

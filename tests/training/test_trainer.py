@@ -65,8 +65,8 @@ def counting(monkeypatch):
 def finished(request, tmp_path_factory):
   """(folder with the text, method, workdir, outcome) of an uninterrupted run of 12 steps."""
   folder = tmp_path_factory.mktemp(request.param)
-  outcome = trainer.train(resolved(folder, method=request.param), folder / "whole")
-  return folder, request.param, folder / "whole", outcome
+  outcome = trainer.train(resolved(folder, method=request.param), folder / "uninterrupted")
+  return folder, request.param, folder / "uninterrupted", outcome
 
 
 def test_a_run_writes_its_files_metrics_and_checkpoints(finished):
@@ -95,7 +95,7 @@ def test_the_validation_loss_falls(finished):
 @pytest.mark.parametrize("stop", [4, 5, 8, 11])
 def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
   """An exception after step `stop` + 1 stops the run like a kill. metrics.jsonl is ahead of the checkpoint."""
-  folder, method, whole, outcome = finished
+  folder, method, uninterrupted, outcome = finished
   workdir = folder / f"stopped-{stop}"
   config = resolved(folder, method=method)
   original = metrics.Metrics.add
@@ -114,23 +114,23 @@ def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
     trainer.train(config, workdir)
   again = trainer.train(config, workdir)
   assert again.first_step == stop // 4 * 4
-  assert lines(workdir) == lines(whole)
+  assert lines(workdir) == lines(uninterrupted)
   assert_same(again.state, outcome.state)
 
 
 def test_a_finished_run_is_not_trained_again(finished):
-  folder, method, whole, outcome = finished
-  before = (whole / "metrics.jsonl").read_bytes()
-  again = trainer.train(resolved(folder, method=method), whole)
+  folder, method, uninterrupted, outcome = finished
+  before = (uninterrupted / "metrics.jsonl").read_bytes()
+  again = trainer.train(resolved(folder, method=method), uninterrupted)
   assert again.first_step == 12
-  assert (whole / "metrics.jsonl").read_bytes() == before
+  assert (uninterrupted / "metrics.jsonl").read_bytes() == before
   assert_same(again.state, outcome.state)
 
 
 def test_another_config_in_the_workdir_is_refused(finished):
-  folder, method, whole, _ = finished
+  folder, method, uninterrupted, _ = finished
   with pytest.raises(UserError, match=r"holds a run with another config \(seed: 0 → 1\)"):
-    trainer.train(resolved(folder, method=method, seed=1), whole)
+    trainer.train(resolved(folder, method=method, seed=1), uninterrupted)
 
 
 def test_a_run_that_skips_too_many_updates_stops_with_an_error(tmp_path, monkeypatch, counting):
@@ -299,7 +299,7 @@ def test_a_run_without_a_checkpoint_rolls_back_to_the_start(tmp_path, batch_numb
 def test_a_run_stopped_at_a_spike_rolls_back_and_stops(tmp_path, batch_numbers, monkeypatch, every, message, repeated):
   """It does not first repeat the steps up to the spike. The continued run is bitwise equal to an uninterrupted one."""
   config = resolved(tmp_path, **ROLLBACK | dict(checkpoint_every=every))
-  whole = trainer.train(config, tmp_path / "whole")
+  uninterrupted = trainer.train(config, tmp_path / "uninterrupted")
   number, step = len(batch_numbers), trainer.Run.step
 
   def signalled(run):
@@ -314,8 +314,8 @@ def test_a_run_stopped_at_a_spike_rolls_back_and_stops(tmp_path, batch_numbers, 
     trainer.train(config, tmp_path / "stopped")
   assert batch_numbers == list(range(6))
   again = trainer.train(config, tmp_path / "stopped")
-  assert len(batch_numbers) == number + repeated and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
-  assert_same(again.state, whole.state)
+  assert len(batch_numbers) == number + repeated and lines(tmp_path / "stopped") == lines(tmp_path / "uninterrupted")
+  assert_same(again.state, uninterrupted.state)
 
 
 def test_a_signal_during_the_flush_of_a_spike_rolls_back_and_stops(tmp_path, batch_numbers, monkeypatch):

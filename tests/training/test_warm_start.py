@@ -269,7 +269,7 @@ def test_a_run_from_another_run_starts_at_step_0(folder, runs):
   """It starts with the first batch and learning rate, has its own horizon, and resumes like any run."""
   source = runs("full")
   options = dict(method="full", warm_start_from=str(source.workdir))
-  run = train(folder, "options", **options, checkpoint_every=1)
+  run = train(folder, "from-full", **options, checkpoint_every=1)
   assert run.outcome.first_step == 0 and same_bits(run.batches, source.batches)
   rates = [[line["learning_rate"] for line in lines(r)] for r in (run, source)]
   assert rates[0] == rates[1]
@@ -280,7 +280,7 @@ def test_a_run_from_another_run_starts_at_step_0(folder, runs):
 
   for later in range(8, STEPS + 1):
     shutil.rmtree(run.workdir / "checkpoints" / str(later))
-  again = train(folder, "options", **options)
+  again = train(folder, "from-full", **options)
   assert again.outcome.first_step == 7 and same_bits(again.outcome.state, run.outcome.state)
   assert lines(again) == lines(run)
 
