@@ -218,7 +218,7 @@ def test_a_folder_without_a_maximum_length_gets_that_of_transformers(folder):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_json_with_a_byte_order_mark_is_read(folder, encoding):
-  """Windows editors and PowerShell write one; `json` refuses it in text, and `read_text` in other encodings."""
+  """Windows editors and PowerShell write byte order marks, which `json` does not accept in text."""
   for path in (shard(folder), folder / "config.json"):
     path.write_text(path.read_text(), encoding=encoding)
     assert path.read_bytes()[:1] != b"{"

@@ -48,7 +48,7 @@ def masks(seed, rate=0.5):
 
 
 def run(tx, steps, mask=None):
-  """Parameters and state after a number of updates with random gradients, from a jitted update; on the host."""
+  """Host parameters and state after `steps` jitted updates with random gradients."""
   update = jax.jit(tx.update)
   params = draw(0)
   state = jax.jit(tx.init)(params)
@@ -211,7 +211,7 @@ JITTED = {name: (jax.jit(tx.init), jax.jit(tx.update)) for name, tx in OURS.item
 
 
 def some_masks(name, seed):
-  """`reset` and `freeze` for an optimizer of `OURS`; only vectors have any."""
+  """`reset` and `freeze` masks for an optimizer of `OURS`; none for an optimizer without vectors."""
   return {} if "no vectors" in name else {"reset": masks(seed), "freeze": masks(seed + 100)}
 
 

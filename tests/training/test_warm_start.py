@@ -41,7 +41,7 @@ each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=["switchlora"]))
 
 @each
 def test_the_hand_over_keeps_the_logits(runs, method):
-  """Kernels below 1 are rounded once at 2⁻²⁴ as W - s·BA and once in the sum; logits are below 1."""
+  """Kernels are below 1 and are rounded twice by 2⁻²⁴: as W - s·BA and in the sum. Logits are below 1."""
   ((before, full), (after, low)), *more = runs(method).handed
   assert not more and (full.scale, low.start) == (None, K)
   expected = logits(full, before, runs(method))
