@@ -1,4 +1,4 @@
-"""The effective rank of what was learnt: known matrices, and models changed by known ranks."""
+"""The effective rank of weight changes: known matrices, and models with changes of known rank."""
 
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ def test_known_matrices(sides):
 
 
 @pytest.mark.parametrize("sides", [(1, 5), (6, 9), (9, 6), (20, 40)])
-def test_it_is_that_of_the_singular_values(sides):
+def test_the_participation_ratio_is_that_of_the_singular_values(sides):
   for seed in range(3):
     matrix = normal(seed, *sides)
     ratio = participation_ratio(jnp.asarray(matrix))
@@ -54,7 +54,7 @@ def test_it_is_that_of_the_singular_values(sides):
 
 
 def of_spectrum(seed, values, sides):
-  """A matrix with these singular values, float32."""
+  """A float32 matrix with the given singular values."""
   left, right = (np.linalg.qr(normal(seed + side, side, len(values)))[0] for side in sides)
   return ((left * values) @ right.T).astype(np.float32)
 
@@ -70,12 +70,14 @@ def test_singular_values_and_ranks_of_known_spectra(sides):
   assert ranks(found, known[:, 0], max(sides)).tolist() == [6, 4, 6, 0]
 
 
-def test_rank_is_counted_against_the_rounding_of_the_weights():
-  """A large weight hides small changes: what rounding leaves behind is no rank."""
+def test_the_rank_does_not_count_the_rounding_of_the_weights():
+  """Large weights are rounded coarsely. Singular values that come from this rounding are not counted."""
   weight = of_spectrum(0, np.full(40, 1e4), (40, 60))
   small = of_spectrum(5, np.array([1.0, 0.5, 0.25]), (40, 60))
   values = singular_values(((weight + small) - weight)[None])
-  assert values[0, 3] > 60 * np.finfo(np.float32).eps * values[0, 0], "by its own size it would be of more than rank 3"
+  assert values[0, 3] > 60 * np.finfo(np.float32).eps * values[0, 0], (
+    "relative to its own largest singular value, the rank would be more than 3"
+  )
   assert ranks(values, np.array([1e4]), 60).tolist() == [3]
   assert ranks(values, np.array([1e6]), 60).tolist() == [0]
 
@@ -87,35 +89,35 @@ RANK = 2
 
 @pytest.fixture(scope="module")
 def lora():
-  """The program of a LoRA of rank 2, its first state on the host, and the rank learnt since, of params."""
+  """The phase of a LoRA of rank 2, its initial host state, and a function from params to the effective rank."""
   first = phases.build_phase(resolve(small_model.config("lora", rank=RANK), devices=1), small_model.mesh(1))
   state, learnt_rank = host(first.create()), make_learnt_rank(first)
   return first, state, lambda params: float(learnt_rank(params, state.frozen, first.scale))
 
 
-def changed(params, side, vectors):
-  """The parameters with so many of each layer's vectors of a side drawn anew, about as large as at first."""
-  names = {name for name, layer in params["blocks"].items() if side in layer}
+def changed(params, factor, vectors):
+  """The parameters with the first `vectors` vectors of one factor redrawn in each layer, at about the initial scale."""
+  names = {name for name, layer in params["blocks"].items() if factor in layer}
 
   def draw(seed, layer):
-    rows = layer[side].copy()
+    rows = layer[factor].copy()
     rows[:, :vectors] = 0.5 * normal(seed, *rows[:, :vectors].shape)
-    return layer | {side: rows}
+    return layer | {factor: rows}
 
   blocks = {name: draw(seed, params["blocks"][name]) for seed, name in enumerate(sorted(names))}
   return params | {"blocks": params["blocks"] | blocks}
 
 
-def test_nothing_is_learnt_at_step_0(lora):
-  """Exactly: W_0 is drawn again and comes out the same to the bit.
+def test_the_effective_rank_is_0_at_step_0(lora):
+  """Exactly 0, because W_0 is drawn again and is bitwise the same.
 
-  The ratio knows no size: had anything been rounded otherwise, the rank of the rounding would be seen.
+  The ratio does not depend on magnitude, so any difference in rounding would give a rank above 0.
   """
   _, state, learnt_rank = lora
   assert learnt_rank(state.params) == 0
 
 
-def test_kernels_in_16_bits_are_seen_with_their_tails():
+def test_the_residuals_of_bfloat16_kernels_are_included():
   config = small_model.config("switchlora", rank=RANK, frozen_dtype="bfloat16")
   first = phases.build_phase(resolve(config, devices=1), small_model.mesh(1))
   state, learnt_rank = host(first.create()), make_learnt_rank(first)
@@ -124,15 +126,15 @@ def test_kernels_in_16_bits_are_seen_with_their_tails():
   assert ratio(state.frozen) == 0 < ratio(jax.tree.map_with_path(move, state.frozen))
 
 
-def test_it_grows_with_the_vectors_that_were_trained(lora):
-  """LoRA learns at most the ranks of W_t and of W_0 together."""
+def test_the_effective_rank_grows_with_the_number_of_changed_vectors(lora):
+  """The rank of a LoRA's change is at most the sum of the ranks of its adapter now and at step 0."""
   _, state, learnt_rank = lora
   one, two = (changed(state.params, "lora_b", vectors) for vectors in (1, RANK))
   np.testing.assert_allclose(learnt_rank(one), 1, rtol=1e-4)
   assert 1.2 < learnt_rank(two) <= RANK < learnt_rank(changed(two, "lora_a", RANK)) <= 2 * RANK
 
 
-def test_it_is_the_mean_over_the_kernels_of_all_layers_and_of_nothing_else(lora):
+def test_the_effective_rank_is_the_mean_over_the_kernels_of_all_blocks(lora):
   first, state, learnt_rank = lora
   params = changed(changed(state.params, "lora_a", 2), "lora_b", 1)
   plain = lambda params: flatten_dict(weights.merged(params, state.frozen, first.scale))
@@ -146,8 +148,8 @@ def test_it_is_the_mean_over_the_kernels_of_all_layers_and_of_nothing_else(lora)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full rank", "adapters"])
-def test_then_and_now_have_each_their_own_arrays_and_scale(adapted):
-  """As in a run whose first phase is of full rank; W_0 could have adapters of another scale as well."""
+def test_the_initial_and_current_weights_may_have_different_arrays_and_scales(adapted):
+  """As after a full-rank phase. W_0 may also have adapters, with another scale."""
   head, frozen = {"kernel": normal(1, 6, 5)}, {"blocks": {"q": {"kernel": normal(0, 1, 9, 6)}}}
   adapter = lambda seed: {"blocks": {"q": {"lora_a": normal(seed, 1, 3, 9), "lora_b": normal(seed + 1, 1, 3, 6)}}}
   start = (adapter(2) | {"head": head}, frozen, 2.0) if adapted else (frozen | {"head": head}, {}, None)

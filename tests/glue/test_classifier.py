@@ -53,7 +53,7 @@ def fit_classifier(weights, train, dev, score_fn=None, outputs=2, **plan):
   return fit(build_classifier(outputs, **SIZES), params, train, dev, score_fn or accuracy(dev), plan, bar)
 
 
-# Outputs.
+# --- outputs --------------------------------------------------------------------------------------------------------
 
 
 def test_the_trunk_is_the_pre_trained_model(weights):
@@ -68,15 +68,13 @@ def test_the_trunk_is_the_pre_trained_model(weights):
 def test_outputs_do_not_depend_on_padding(weights):
   params, outputs = with_head(weights, 3, 0), build_classifier(3, **SIZES).outputs
   row = toy_examples(1, 1).tokens[0]
-  places = np.array([len(row) - 1], np.int32)
+  last = np.array([len(row) - 1], np.int32)
   filled = np.full((1, 64), 7, np.int32)
   filled[0, : len(row)] = row
   zeros = np.pad(row, (0, 64 - len(row)))[None]
-  assert same_bits(outputs(params, zeros, places), outputs(params, filled, places))
-  np.testing.assert_allclose(
-    outputs(params, zeros[:, :16], places), outputs(params, zeros, places), rtol=1e-5, atol=1e-6
-  )
-  assert not np.allclose(outputs(params, zeros, places), outputs(params, filled, places + 1), atol=1e-3)
+  assert same_bits(outputs(params, zeros, last), outputs(params, filled, last))
+  np.testing.assert_allclose(outputs(params, zeros[:, :16], last), outputs(params, zeros, last), rtol=1e-5, atol=1e-6)
+  assert not np.allclose(outputs(params, zeros, last), outputs(params, filled, last + 1), atol=1e-3)
 
 
 def test_outputs_do_not_depend_on_other_examples(weights):
@@ -97,7 +95,7 @@ def test_the_seed_determines_the_head(weights):
   assert same_bits(with_head(weights, 2, 0)["blocks"], weights["blocks"])
 
 
-# Loss and step.
+# --- loss and step --------------------------------------------------------------------------------------------------
 
 
 def test_weighted_loss_matches_hand_computed_values():
@@ -115,8 +113,8 @@ def test_a_step_is_adamw_without_decay_on_the_examples_without_padding(weights):
 
   @jax.jit
   def gradient(params):
-    answer = lambda p: classifier.last_token_outputs(trunk, p, rows.tokens, rows.last)
-    return jax.grad(lambda p: weighted_loss(answer(p), rows.labels, rows.weights))(params)
+    outputs = lambda p: classifier.last_token_outputs(trunk, p, rows.tokens, rows.last)
+    return jax.grad(lambda p: weighted_loss(outputs(p), rows.labels, rows.weights))(params)
 
   expected, state = params, tx.init(params)
   for _ in range(2):
@@ -141,7 +139,7 @@ def test_seeds_and_learning_rates_share_a_compiled_step(weights):
   assert built.step._cache_size() == count
 
 
-# Training.
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 def test_a_toy_task_is_learnt_and_shuffled_labels_are_not(weights):

@@ -18,7 +18,7 @@ def processor(tmp_path_factory):
 
 
 def examples_of(lengths) -> Examples:
-  """Examples of these lengths. All tokens of an example, and its label, are its number from 1 on."""
+  """Examples of the given lengths. All tokens of example i and its label are i, counted from 1."""
   return Examples([np.full(n, i, np.int32) for i, n in enumerate(lengths, 1)], np.arange(1, len(lengths) + 1))
 
 
@@ -53,7 +53,7 @@ def test_the_longer_sentence_is_truncated(processor, first, second, seq_len):
   cut = [full - left for full, left in zip((first, second), kept, strict=True)]
   assert min(cut) >= 0
   # A truncated sentence is at most one token shorter than the other one.
-  assert all(kept[side] >= kept[1 - side] - 1 for side in (0, 1) if cut[side])
+  assert all(kept[i] >= kept[1 - i] - 1 for i in (0, 1) if cut[i])
 
 
 @given(st.integers(1, 5000))
@@ -85,7 +85,7 @@ def test_an_epoch_contains_every_example_once(count, size, seed, epoch):
   assert all((rows.tokens[:, 0] == rows.labels).all() for rows in found)
 
 
-def test_every_seed_and_epoch_has_its_own_order():
+def test_every_seed_and_epoch_has_a_different_order():
   order = lambda seed, epoch: tuple(
     rows.labels[0] for rows in epoch_batches(examples_of([2] * 30), 1, seed=seed, epoch=epoch)
   )

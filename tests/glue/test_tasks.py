@@ -152,7 +152,7 @@ def test_a_random_subset_is_deterministic():
   assert glue.random_subset(rows, 100) is rows and glue.random_subset(rows, None) is rows
 
 
-# Metrics.
+# --- metrics --------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_match_hand_computed_values():
@@ -174,8 +174,8 @@ def test_metrics_match_hand_computed_values():
 def test_matthews_correlation_matches_the_confusion_matrix(pairs):
   predictions, labels = np.array(pairs).T
   tp, fp, fn, tn = (int(np.sum((predictions == a) & (labels == b))) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0)))
-  below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-  expected = (tp * tn - fp * fn) / np.sqrt(below) if below else 0
+  product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+  expected = (tp * tn - fp * fn) / np.sqrt(product) if product else 0
   assert score_predictions(TASKS["cola"], predictions, labels) == pytest.approx(expected, abs=1e-12)
 
 
@@ -191,7 +191,7 @@ def test_majority_baseline():
   assert majority_baseline(TASKS["stsb"], np.array([1.0, 2.0])) == 0
 
 
-# The real files.
+# --- the real files -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the GLUE files are not available")

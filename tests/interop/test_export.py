@@ -1,4 +1,4 @@
-"""Exports of runs compute the function of the run, or they fail."""
+"""Exports compute the logits of the run; wrong exports are refused."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ STEPS = {"lora": 4, "switchlora": 0, "full": 0}  # without a step the adapters o
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """From a method to the directory of a run that has saved a checkpoint."""
+  """Maps a method to the directory of a run that has saved a checkpoint."""
   folder = tmp_path_factory.mktemp("runs")
   return functools.cache(lambda method: saved_run(folder / method, steps=STEPS[method], method=method))
 
@@ -33,8 +33,8 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "full"])
-def test_an_export_computes_the_function_of_the_run(run, tmp_path, method):
-  """The same function as the run's own model, and not that of its base kernels alone."""
+def test_an_export_computes_the_logits_of_the_run(run, tmp_path, method):
+  """The adapters are merged into the base kernels, not left out."""
   done = export.export(run(method), tmp_path / "out")
   assert done.difference <= 1e-5 and done.remarks == []
   assert done.origin == f"{run(method)}, {method}, step {STEPS[method]} of 12"
@@ -54,8 +54,8 @@ def test_an_export_computes_the_function_of_the_run(run, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora"])
-def test_transformers_computes_what_the_run_does(run, tmp_path, method):
-  torch = pytest.importorskip("torch", reason="needs requirements-torch.txt; a recorded model is compared in its place")
+def test_transformers_computes_the_logits_of_the_run(run, tmp_path, method):
+  torch = pytest.importorskip("torch", reason="needs requirements-torch.txt; another test compares recorded logits")
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
   export.export(run(method), tmp_path / "out")
@@ -84,16 +84,16 @@ def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
   assert contents(tmp_path / "again") == first
 
 
-# --- nothing wrong is called an export ----------------------------------------------------------------------------
+# --- refused exports ---------------------------------------------------------------------------------------------
 
 
 def bare_base(model, opened):
-  """The base alone in place of the merged weights."""
+  """Base kernels in place of merged kernels."""
   blocks = {name: opened.frozen["blocks"].get(name, layer) for name, layer in model.weights["blocks"].items()}
   return model._replace(weights=model.weights | {"blocks": jax.tree.map(np.asarray, blocks)})
 
 
-def heads_swapped(model, opened):
+def queries_and_keys_swapped(model, opened):
   blocks = model.weights["blocks"]
   return model._replace(weights=model.weights | {"blocks": blocks | {"q": blocks["k"], "k": blocks["q"]}})
 
@@ -102,9 +102,9 @@ def not_a_number(model, opened):
   return model._replace(weights=jax.tree.map(lambda x: x * np.nan, model.weights))
 
 
-@pytest.mark.parametrize("wrong", [bare_base, heads_swapped, not_a_number])
+@pytest.mark.parametrize("wrong", [bare_base, queries_and_keys_swapped, not_a_number])
 def test_wrong_weights_are_refused(run, tmp_path, monkeypatch, wrong):
-  """They stay under the temporary name, and the next export replaces them."""
+  """The wrong export keeps its temporary name until the next export replaces it."""
   merge = pretrained.merge
   monkeypatch.setattr(pretrained, "merge", lambda opened: wrong(merge(opened), opened))
   with pytest.raises(UserError, match=r"its logits differ from the run's by .*, more than 1e-04.*must not be used"):
@@ -159,7 +159,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_earlier_export(run, tmp_path, mon
 
 
 def test_a_link_is_followed(run, tmp_path):
-  """Say to a folder on a larger disk."""
+  """For example to a folder on a larger disk."""
   (tmp_path / "far").mkdir()
   (tmp_path / "out").symlink_to(tmp_path / "far")
   export.export(run("lora"), tmp_path / "out")
@@ -178,13 +178,15 @@ def test_the_root_is_refused(run):
 def test_the_command_reports_the_export(run, tmp_path, capsys, method):
   with imported("export", f"--run={run(method)}", f"--out={tmp_path / 'out'}") as command:
     command.main()
-  said = capsys.readouterr().out
-  assert f"exported: {run(method)}, {method}, step {STEPS[method]} of 12\nlargest difference of logits" in said
+  output = capsys.readouterr().out
+  assert f"exported: {run(method)}, {method}, step {STEPS[method]} of 12\nlargest difference of logits" in output
   if method == "full":
-    assert "the run has no adapters" in said
+    assert "the run has no adapters" in output
   else:
-    assert "merged weights differ from the base weights" in said and all(f"\n  {kind:<5} " in said for kind in KINDS)
-  assert said.endswith(f"saved in: {tmp_path / 'out'} ({', '.join(sorted(export.FILES))})\n")
+    assert "merged weights differ from the base weights" in output and all(
+      f"\n  {kind:<5} " in output for kind in KINDS
+    )
+  assert output.endswith(f"saved in: {tmp_path / 'out'} ({', '.join(sorted(export.FILES))})\n")
 
 
 def test_the_command_refuses_a_directory_without_a_run(run, tmp_path):

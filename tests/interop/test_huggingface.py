@@ -1,6 +1,6 @@
-"""Hugging Face LLaMA folders: what `transformers` wrote computes the same here, and ours is as it would write it.
+"""Hugging Face LLaMA folders: logits of folders written by `transformers`, and the format of those we write.
 
-The folder in tests/golden and its logits are from `transformers`; where it is installed, it is asked itself.
+The folder in tests/golden and its logits were made with `transformers`. If it is installed, some tests also run it.
 """
 
 import json
@@ -32,15 +32,15 @@ def folder(tmp_path):
   return shutil.copytree(THEIRS, tmp_path / "theirs")
 
 
-def say(folder, **changes):
+def change_config(folder, **changes):
   """Changes keys of config.json; None removes a key."""
   path = folder / "config.json"
-  said = json.loads(path.read_text()) | changes
-  path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+  config = json.loads(path.read_text()) | changes
+  path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def store(folder, change):
-  """Rewrites the tensors of a folder, changed in place by a function of {name: array}."""
+  """Rewrites the tensors of a folder; `change` modifies {name: array} in place."""
   tensors = load_file(folder / "model.safetensors")
   change(tensors)
   save_file(tensors, folder / "model.safetensors")
@@ -60,11 +60,11 @@ def random_weights(sizes, seed=0):
   return jax.tree.map(lambda x: generator.standard_normal(x.shape, np.float32), huggingface.shapes(sizes))
 
 
-# --- what transformers computes -----------------------------------------------------------------------------------
+# --- compared with transformers -----------------------------------------------------------------------------------
 
 
 def test_logits_agree_with_transformers(golden):
-  """Up to the order of float32 sums: each differs from float64 by 1.3·10⁻⁵."""
+  """Up to the order of float32 sums: both differ from float64 by 1.3·10⁻⁵."""
   recorded, _ = golden("huggingface")
   weights = read(THEIRS)
   assert np.abs(recorded["logits"]).max() > 4
@@ -75,8 +75,8 @@ def test_logits_agree_with_transformers(golden):
     assert np.abs(logits(swapped, recorded["tokens"]) - recorded["logits"]).max() > 0.1, (one, other)
 
 
-def test_transformers_reads_what_we_write(tmp_path):
-  torch = pytest.importorskip("torch", reason="needs requirements-torch.txt; its recorded numbers are compared anyway")
+def test_transformers_computes_our_logits_from_a_folder_we_write(tmp_path):
+  torch = pytest.importorskip("torch", reason="needs requirements-torch.txt; its recorded logits are compared anyway")
   from transformers import LlamaForCausalLM
 
   weights = jax.tree.map(lambda x: 0.3 * x, random_weights(SIZES))
@@ -102,7 +102,7 @@ def test_a_written_folder_matches_one_of_transformers(tmp_path):
   assert len(ours) == 18
 
 
-# --- there and back -----------------------------------------------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
@@ -111,9 +111,9 @@ def test_a_written_folder_matches_one_of_transformers(tmp_path):
   st.sampled_from([1, 2, 11]),
   st.sampled_from([(2, 1), (8, 2), (4, 2)]),
 )
-def test_writing_reading_and_writing_again_gives_the_same(tmp_path_factory, sizes, layers, heads):
+def test_writing_reading_and_writing_again_gives_the_same_files(tmp_path_factory, sizes, layers, heads):
   sizes = sizes | {"hidden_size": heads[0], "num_heads": heads[1], "num_layers": layers}
-  weights, folders = random_weights(sizes), [tmp_path_factory.mktemp("there") for _ in range(2)]
+  weights, folders = random_weights(sizes), [tmp_path_factory.mktemp("folder") for _ in range(2)]
   huggingface.write_folder(folders[0], sizes, weights, 7, THEIRS / "bpe.model")
   back = pretrained.read(pretrained.inspect(folders[0]))
   assert same_bits(back.weights, weights) and (back.sizes, back.seq_len) == (sizes, 7)
@@ -130,11 +130,11 @@ def test_float64_weights_are_written_in_float32():
 
 def shard(folder):
   """Splits the tensors of a folder into three files and an index, whose path is returned."""
-  whole = load_file(folder / "model.safetensors")
+  original = load_file(folder / "model.safetensors")
   (folder / "model.safetensors").unlink()
-  parts = {f"model-{i}.safetensors": sorted(whole)[i::3] for i in range(3)}
+  parts = {f"model-{i}.safetensors": sorted(original)[i::3] for i in range(3)}
   for file, names in parts.items():
-    save_file({name: whole[name] for name in names}, folder / file)
+    save_file({name: original[name] for name in names}, folder / file)
   index = folder / "model.safetensors.index.json"
   index.write_text(json.dumps({"weight_map": {name: file for file, names in parts.items() for name in names}}))
   return index
@@ -159,33 +159,35 @@ def test_weights_in_16_bits_are_widened(folder, dtype):
 
 @pytest.mark.parametrize("twice", [False, True], ids=["stored once", "stored twice"])
 def test_a_tied_head_is_a_copy_of_the_embedding(folder, twice):
-  say(folder, tie_word_embeddings=True)
+  change_config(folder, tie_word_embeddings=True)
   if not twice:
     store(folder, lambda tensors: tensors.pop(HEAD))
-  weights, whole = read(folder), read(THEIRS)
-  np.testing.assert_array_equal(weights["head"]["kernel"], whole["embed"]["embedding"].T)
-  assert not np.array_equal(whole["head"]["kernel"], whole["embed"]["embedding"].T)
+  weights, original = read(folder), read(THEIRS)
+  np.testing.assert_array_equal(weights["head"]["kernel"], original["embed"]["embedding"].T)
+  assert not np.array_equal(original["head"]["kernel"], original["embed"]["embedding"].T)
 
 
 def test_keys_and_tensors_of_old_folders_are_accepted(folder):
-  """The older rotary key, keys left at their default, and a tensor that is computed anyway."""
-  say(folder, rope_parameters=None, rope_theta=10000.0, num_key_value_heads=None, head_dim=None, rms_norm_eps=None)
+  """The old rotary key, missing keys with default values, and a tensor that the model computes itself."""
+  change_config(
+    folder, rope_parameters=None, rope_theta=10000.0, num_key_value_heads=None, head_dim=None, rms_norm_eps=None
+  )
   extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
   store(folder, lambda tensors: tensors.update(extra))
   assert same_bits(read(folder), read(THEIRS))
 
 
 def prefixed(folder, prefix, names=None):
-  """Puts a prefix before the given tensor names of a folder, or before all."""
-  whole = load_file(folder / "model.safetensors")
-  names = whole if names is None else names
-  save_file({prefix + name if name in names else name: x for name, x in whole.items()}, folder / "model.safetensors")
+  """Adds a prefix to the given tensor names of a folder, or to all."""
+  original = load_file(folder / "model.safetensors")
+  names = original if names is None else names
+  save_file({prefix + name if name in names else name: x for name, x in original.items()}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
 @pytest.mark.parametrize("files", ["one file", "several files"])
 def test_the_prefix_of_a_wrapped_model_is_removed(folder, prefix, files):
-  """`torch.compile` and `DataParallel` put one before every name."""
+  """`torch.compile` and `DataParallel` add one to every name."""
   prefixed(folder, prefix)
   if files == "several files":
     shard(folder)
@@ -194,7 +196,7 @@ def test_the_prefix_of_a_wrapped_model_is_removed(folder, prefix, files):
 
 @pytest.mark.parametrize(("outer", "inner"), [("", "_orig_mod."), ("", "module."), ("module.", "_orig_mod.")])
 def test_a_prefix_of_some_names_is_refused(folder, outer, inner):
-  """It is not known which weights are those of the model."""
+  """It is ambiguous which weights are those of the model."""
   prefixed(folder, inner, [HEAD, Q1])
   prefixed(folder, outer)
   wrapper = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}[inner]
@@ -207,7 +209,7 @@ def test_a_prefix_of_some_names_is_refused(folder, outer, inner):
 
 def test_a_folder_without_a_maximum_length_gets_that_of_transformers(folder):
   assert huggingface.inspect_folder(folder).seq_len == 32
-  say(folder, max_position_embeddings=None)  # no such key
+  change_config(folder, max_position_embeddings=None)  # no such key
   assert huggingface.inspect_folder(folder).seq_len == 2048
   path = folder / "config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": None}))
@@ -216,7 +218,7 @@ def test_a_folder_without_a_maximum_length_gets_that_of_transformers(folder):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_json_with_a_byte_order_mark_is_read(folder, encoding):
-  """Windows editors and PowerShell write one; `json` refuses it in text, and `read_text` in other encodings."""
+  """Windows editors and PowerShell write byte order marks, which `json` does not accept in text."""
   for path in (shard(folder), folder / "config.json"):
     path.write_text(path.read_text(), encoding=encoding)
     assert path.read_bytes()[:1] != b"{"
@@ -255,8 +257,8 @@ def refused(folder, sentence):
 )
 def test_another_kind_of_model_is_refused(folder, key, value, sentence):
   if key in ("rope_theta", "rope_scaling"):
-    say(folder, rope_parameters=None)
-  say(folder, **{key: value})
+    change_config(folder, rope_parameters=None)
+  change_config(folder, **{key: value})
   refused(folder, sentence)
 
 
@@ -271,17 +273,17 @@ def test_other_tensors_are_refused_by_name(folder):
 
 
 def test_another_number_of_layers_is_refused(folder):
-  say(folder, num_hidden_layers=3)
+  change_config(folder, num_hidden_layers=3)
   refused(folder, "missing: model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight, ")
   refused(folder, "model.layers.2.self_attn.q_proj.weight and 1 more")
-  say(folder, num_hidden_layers=1)
+  change_config(folder, num_hidden_layers=1)
   refused(folder, "unexpected: model.layers.1.")
 
 
 def test_damaged_files_are_refused(folder):
   weights = folder / "model.safetensors"
-  whole = weights.read_bytes()
-  weights.write_bytes(whole[: len(whole) // 2])
+  original = weights.read_bytes()
+  weights.write_bytes(original[: len(original) // 2])
   refused(folder, "must be a safetensors file; it cannot be read")
   weights.unlink()
   refused(folder, "must hold model.safetensors or model.safetensors.index.json, and neither is there")

@@ -1,4 +1,4 @@
-"""Plain weights of a run or of a Hugging Face folder compute the function that was trained."""
+"""Plain weights of a run or of a Hugging Face folder compute the logits of the trained model."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def largest_difference(model, opened):
   return np.abs(np.asarray(jax.jit(plain.apply)({"params": model.weights}, tokens)) - ours).max()
 
 
-def test_a_run_is_read_with_its_function(run):
+def test_the_plain_weights_of_a_run_compute_its_logits(run):
   model = pretrained.load(run())
   assert (model.sizes, model.seq_len) == (SIZES, 16)
   assert model.tokenizer == run() / "tokenizer.model"
@@ -52,8 +52,8 @@ def test_a_run_is_read_with_its_function(run):
 
 
 @pytest.mark.parametrize("stored", [{"frozen_dtype": "bfloat16"}, {"param_dtype": "bfloat16"}], ids=str)
-def test_weights_stored_in_16_bits_are_merged_in_32(tmp_path, stored):
-  """Without residuals, as in the forward pass."""
+def test_weights_stored_in_bfloat16_are_merged_in_float32(tmp_path, stored):
+  """Residuals are left out, as in the forward pass."""
   workdir = saved_run(tmp_path / "run", **stored)
   model, opened = pretrained.load(workdir), pretrained.restore_weights(open_run(workdir))
   assert {str(x.dtype) for x in jax.tree.leaves(model.weights)} == {"float32"}
@@ -61,7 +61,7 @@ def test_weights_stored_in_16_bits_are_merged_in_32(tmp_path, stored):
 
 
 def test_the_residual_of_a_kernel_is_added_on_request(tmp_path):
-  """The merged kernel then is the sum of the exact kernel and the product of the adapters."""
+  """The merged kernel is then the sum of kernel, residual and adapter product."""
   opened = pretrained.restore_weights(open_run(saved_run(tmp_path / "run", steps=3, frozen_dtype="bfloat16")))
   frozen = opened.frozen["blocks"]["up"]
   assert set(frozen) == {"kernel", "kernel_tail"} and np.any(frozen["kernel_tail"])
@@ -88,7 +88,7 @@ def test_a_key_that_only_the_warm_start_needs_is_not_reported_as_damage(tmp_path
   saved["config"] |= {"method": "lora", "warm_start_steps": 3}
   del saved["config"]["warm_start_learning_rate"]
   (workdir / "config.json").write_text(json.dumps(saved))
-  shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "4")  # of the other phase
+  shutil.copytree(workdir / "checkpoints" / "0", workdir / "checkpoints" / "4")  # a step of the other phase
   with pytest.raises(UserError, match=r"^the run in .* was made by another version of the code"):
     pretrained.restore_weights(open_run(workdir), 0)
 
@@ -110,14 +110,14 @@ def test_a_hugging_face_folder_is_read():
     pretrained.load(folder)
 
 
-def test_the_tokenizer_of_a_folder_fits_its_model(run, tmp_path):
-  """Ids beyond the embeddings would be read as NaN, and text could still be sampled."""
-  folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # of 64 ids
+def test_the_tokenizer_of_a_folder_must_fit_its_model(run, tmp_path):
+  """The embeddings of larger ids would be NaN, and text could still be sampled."""
+  folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")  # 64 ids
   shutil.copy(run() / "tokenizer.model", folder)
   refused(folder, "must fit in the model's vocabulary (=64); it has 320 pieces; replace it by")
 
 
-def test_the_tokenizer_of_a_folder_ends_documents(run, tmp_path):
+def test_the_tokenizer_of_a_folder_must_have_an_end_of_sentence_piece(run, tmp_path):
   folder = shutil.copytree(GOLDEN / "huggingface", tmp_path / "model")
   options = dict(vocab_size=64, hard_vocab_limit=False, eos_id=-1, minloglevel=2)
   text = (run() / "text.txt").read_text().splitlines()
@@ -137,7 +137,7 @@ def refused(path, sentence):
   assert sorted(path.rglob("*")) == before, "the files must stay as they were"
 
 
-def test_a_path_that_is_neither_is_refused(run, tmp_path):
+def test_a_path_that_is_neither_a_run_nor_a_hugging_face_folder_is_refused(run, tmp_path):
   nowhere = "must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder"
   refused(tmp_path / "nowhere", nowhere)
   refused(tmp_path / "nowhere", "; there is no such directory")

@@ -1,4 +1,4 @@
-"""With a converted tokenizer.json, `transformers` gives the ids of SentencePiece."""
+"""With a converted tokenizer.json, `transformers` gives the token ids of SentencePiece."""
 
 import functools
 import hashlib
@@ -18,23 +18,23 @@ BPE, UNIGRAM = (GOLDEN / "huggingface" / f"{kind}.model" for kind in ("bpe", "un
 T5 = SHARED / "t5_tokenizer" / "t5_32100.model"
 SPECIAL = "</s><pad> <0x0A>"
 with_transformers = functools.partial(
-  pytest.importorskip, "transformers", reason="needs requirements-torch.txt; what it recorded is compared anyway"
+  pytest.importorskip, "transformers", reason="needs requirements-torch.txt; its recorded ids are compared anyway"
 )
 
 
 @pytest.mark.parametrize("path", [BPE, UNIGRAM], ids=["bpe", "unigram"])
-def test_the_ids_that_transformers_gave_are_sentencepieces(golden, path):
-  """The ids were recorded with these files. Unigram models differ on the text of special pieces, as a remark says."""
-  recorded, said = golden("huggingface")
+def test_the_recorded_ids_of_transformers_are_those_of_sentencepiece(golden, path):
+  """Recorded with these files. Unigram models differ for the text of special pieces, which a remark reports."""
+  recorded, meta = golden("huggingface")
   files, _ = tokenizer_json.convert(path, 32)
   for name, content in files.items():
     made = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    assert made == said["sha256"][f"{path.stem}/{name}"], "made anew, it must be recorded anew"
+    assert made == meta["sha256"][f"{path.stem}/{name}"], "the conversion has changed; record its ids again"
   model, differ = load_tokenizer(path), []
-  for number, text in enumerate(said["texts"]):
+  for number, text in enumerate(meta["texts"]):
     if model.encode(text) != recorded[f"{path.stem}/{number}"].tolist():
       differ.append(text)
-  assert len(said["texts"]) == 11 and differ == ([SPECIAL] if path == UNIGRAM else [])
+  assert len(meta["texts"]) == 11 and differ == ([SPECIAL] if path == UNIGRAM else [])
 
 
 def loaded(path, folder):
@@ -43,7 +43,7 @@ def loaded(path, folder):
   for name, content in tokenizer_json.convert(path, 512)[0].items():
     (folder / name).write_text(json.dumps(content))
   (folder / "config.json").write_text('{"model_type": "llama"}')
-  (folder / "tokenizer.model").write_bytes(path.read_bytes())  # which LLaMA's own class would prefer
+  (folder / "tokenizer.model").write_bytes(path.read_bytes())  # LLaMA's own tokenizer class would prefer this file
   return transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(path)
 
 
@@ -67,7 +67,7 @@ def test_transformers_gives_the_same_ids_for_any_text_of_a_byte_pair_model(tmp_p
 
 def test_transformers_gives_the_same_ids_for_ordinary_text_of_t5s_model(tmp_path):
   if not T5.exists():
-    pytest.skip("T5's SentencePiece model is not there; the sibling test has a unigram model of its own")
+    pytest.skip("T5's SentencePiece model is missing; another test uses a small unigram model")
   theirs, ours = loaded(T5, tmp_path)
   for text in (
     "The tide  rises;\n\n it falls. ",
@@ -80,11 +80,11 @@ def test_transformers_gives_the_same_ids_for_ordinary_text_of_t5s_model(tmp_path
     assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text), text
 
 
-# --- kinds that are not exact, or not at all ----------------------------------------------------------------------
+# --- approximate and unsupported conversions ----------------------------------------------------------------------
 
 
 def made(path, **options):
-  """A SentencePiece model made without this package."""
+  """Trains a SentencePiece model without this package."""
   model = io.BytesIO()
   settings = {"vocab_size": 60, "hard_vocab_limit": False, "model_type": "bpe", "minloglevel": 2} | options
   text = ["the tide rises and the tide falls", "waves break on the shore"] * 5
@@ -105,7 +105,7 @@ def test_special_pieces(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("said", "prefix"),
+  ("config", "prefix"),
   [
     ({"add_bos_token": True}, (1,)),
     ({"tokenizer_class": "LlamaTokenizer"}, (1,)),
@@ -114,12 +114,12 @@ def test_special_pieces(tmp_path):
     (None, ()),
   ],
 )
-def test_prefix_of_a_text(tmp_path, said, prefix):
+def test_the_prefix_that_a_folder_adds_to_texts(tmp_path, config, prefix):
   made(tmp_path / "tokenizer.model")  # its BOS is 1
   path = tmp_path / "tokenizer_config.json"
   for encoding in ("utf-8", "utf-8-sig"):  # without and with a byte order mark
-    if said is not None:
-      path.write_text(json.dumps(said), encoding=encoding)
+    if config is not None:
+      path.write_text(json.dumps(config), encoding=encoding)
     assert tokenizer_json.prefix(tmp_path) == prefix
 
 
@@ -130,7 +130,7 @@ def test_there_is_no_prefix_without_bos_or_in_our_own_folders(tmp_path):
   assert tokenizer_json.prefix(tmp_path) == ()
   files, _ = tokenizer_json.convert(made(tmp_path / "tokenizer.model"), 9)
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(files["tokenizer_config.json"]))
-  assert tokenizer_json.prefix(tmp_path) == (), "an export of ours was trained without"
+  assert tokenizer_json.prefix(tmp_path) == (), "our exports are trained without a prefix"
 
 
 def test_an_approximate_conversion_has_a_remark(tmp_path):

@@ -1,4 +1,4 @@
-"""What switching keeps, whatever the shapes, ranks, intervals, freeze times and draws."""
+"""Invariants of switching, over shapes, ranks, intervals, freeze times and random draws."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 SCALE = 0.5
 STEPS = 12
-# layers, in, out, rank: fewer spares than slots, odd ranks, one spare, as few as two slots, dozens switched at once.
+# (layers, in, out, rank): fewer spares than slots, odd ranks, one spare, two slots, dozens of switches per step.
 SHAPES = [(2, 9, 6, 4), (1, 7, 9, 5), (3, 5, 4, 3), (2, 12, 10, 8), (1, 6, 20, 2), (2, 54, 56, 36)]
 SCHEDULES = [(1, 0), (2, 1), (12, 5)]  # interval, freeze_steps
 anything = (st.sampled_from(SHAPES), st.sampled_from(SCHEDULES), st.integers(0, 2**32 - 1))
@@ -27,7 +27,7 @@ few = settings(max_examples=6, deadline=None)
 
 
 def draw_layers(shape, dtype, seed):
-  """The collections of L stacked layers, all vectors distinct, the cursors anywhere, no timer running."""
+  """The collections of L stacked layers: distinct vectors, random cursors, timers at 0."""
   layers, n, m, rank = shape
   spares, rng = min(n, m) - rank, np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal((layers, *shape)).astype(dtype)
@@ -43,12 +43,12 @@ def draw_layers(shape, dtype, seed):
 
 
 def indices_at(step, candidates, schedule):
-  """The spares that a run in random order takes at a step."""
+  """The spares that the random order draws at a step."""
   return draw_spare_indices(jax.random.fold_in(jax.random.key(1), step), candidates, schedule)
 
 
 class Traced(NamedTuple):
-  """A `SwitchSchedule` of traced times: schedules of one window share a program."""
+  """A `SwitchSchedule` with traced times: schedules with equal windows share a compiled forward_weight."""
 
   schedule: SwitchSchedule
   size: int
@@ -62,7 +62,7 @@ class Traced(NamedTuple):
 
 @partial(jax.jit, static_argnames=("window", "random"))
 def switched(layers, uniforms, step, skip, times, *, window, random):
-  """(layers, uniforms [L], step, skip, (interval, freeze_steps)) -> Switched; the rate hardly falls in these steps."""
+  """(layers, uniforms [L], step, skip, (interval, freeze_steps)) -> Switched. The rate is almost constant."""
   schedule = Traced(SwitchSchedule(*times, total_steps=10_000), window)
   indices = indices_at(step, layers["candidates"], schedule) if random else None
   plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, spare_indices=indices, skip=skip)
@@ -70,7 +70,7 @@ def switched(layers, uniforms, step, skip, times, *, window, random):
 
 
 def switcher(interval, freeze_steps, random=False):
-  """`switched` with a schedule."""
+  """`switched` for one schedule."""
 
   def run(layers, uniforms, step, skip):
     window = SwitchSchedule(interval, freeze_steps).window(*rank_and_spares(layers["candidates"], ()))
@@ -91,16 +91,16 @@ def collections(out):
 split, join = jax.jit(split_float32), jax.jit(load_kernel)
 
 
-def history(shape, times, seed, dtype=np.float32, random=False, tails=False, narrow=False):
-  """The (before, after) of each of some steps, on the host; the first draws and a third of the others are 0.
+def history(shape, times, seed, dtype=np.float32, random=False, residual=False, bfloat16_spares=False):
+  """(before, after) of each of `STEPS` steps, on the host. The first draws and a third of the others are 0.
 
-  With `tails` the kernels are stored in 16 bits and 8 more; if `narrow`, the spares in 16.
+  `residual` stores the kernels as bfloat16 and int8, `bfloat16_spares` the spares in bfloat16.
   """
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
-  if tails:
-    head, tail = split(layers["frozen"]["kernel"])
-    layers["frozen"] = {"kernel": np.asarray(head), "kernel_tail": np.asarray(tail)}
-  if narrow:
+  if residual:
+    kernel, kernel_tail = split(layers["frozen"]["kernel"])
+    layers["frozen"] = {"kernel": np.asarray(kernel), "kernel_tail": np.asarray(kernel_tail)}
+  if bfloat16_spares:
     layers["candidates"] |= {name: layers["candidates"][name].astype(jnp.bfloat16) for name in ("spare_a", "spare_b")}
   steps = []
   for t in range(STEPS):
@@ -111,16 +111,16 @@ def history(shape, times, seed, dtype=np.float32, random=False, tails=False, nar
   return steps
 
 
-def switched_rows(before, after, side):
+def switched_rows(before, after, factor):
   """[L, r] bool: the rows of a factor whose vector has changed."""
-  return np.any(before["params"][f"lora_{side}"] != after.params[f"lora_{side}"], axis=-1)
+  return np.any(before["params"][f"lora_{factor}"] != after.params[f"lora_{factor}"], axis=-1)
 
 
 def counts(before, after):
   return after.candidates["cursor"] - before["candidates"]["cursor"]
 
 
-def in_force(frozen, params):
+def merged_weight(frozen, params):
   """The merged weight W + s·BA in float64."""
   kernel = join(frozen) if "kernel_tail" in frozen else frozen["kernel"]
   kernel, a, b = (np.asarray(x, np.float64) for x in (kernel, params["lora_a"], params["lora_b"]))
@@ -128,14 +128,14 @@ def in_force(frozen, params):
 
 
 def drift(before, after):
-  """The change of `W + s·BA` in a step."""
-  return np.abs(in_force(after.frozen, after.params) - in_force(before["frozen"], before["params"])).max()
+  """The largest change of an element of `W + s·BA` in a step."""
+  return np.abs(merged_weight(after.frozen, after.params) - merged_weight(before["frozen"], before["params"])).max()
 
 
 def magnitudes(layers):
-  """The largest entries: of W, and of a product of a vector of A and one of B."""
-  both = lambda side: max(
-    np.abs(layers["params"][f"lora_{side}"]).max(), np.abs(layers["candidates"][f"spare_{side}"]).max()
+  """Largest magnitudes of an element of W, and of a product of elements of A and B, spares included."""
+  both = lambda factor: max(
+    np.abs(layers["params"][f"lora_{factor}"]).max(), np.abs(layers["candidates"][f"spare_{factor}"]).max()
   )
   return np.abs(layers["frozen"]["kernel"]).max(), both("a") * both("b")
 
@@ -152,24 +152,25 @@ def test_the_merged_weight_does_not_change_in_float64(shape, times, seed):
 @few
 @given(*anything)
 def test_bfloat16_spares_round_evicted_vectors_and_keep_the_merged_weight(shape, times, seed):
-  """A returning vector differs by a rounding of 2⁻⁹, and the kernel is corrected by the rounded one."""
+  """An evicted vector is rounded once, by 2⁻⁹ relative. The kernel is corrected with the rounded vector."""
   with jax.enable_x64(True):
-    for before, after in history(shape, times, seed, np.float64, narrow=True):
+    for before, after in history(shape, times, seed, np.float64, bfloat16_spares=True):
       kernel, product = magnitudes(before)
       assert drift(before, after) <= 1e-6 * (kernel + SCALE * shape[3] * product)
-      for side in "ab":
-        left = before["params"][f"lora_{side}"][switched_rows(before, after, side)]
-        waiting = after.candidates[f"spare_{side}"]
-        assert waiting.dtype == jnp.bfloat16
-        assert {tuple(v) for v in left.astype(jnp.bfloat16)} <= {tuple(v) for layer in waiting for v in layer}
+      for factor in "ab":
+        evicted = before["params"][f"lora_{factor}"][switched_rows(before, after, factor)]
+        spares = after.candidates[f"spare_{factor}"]
+        assert spares.dtype == jnp.bfloat16
+        assert {tuple(v) for v in evicted.astype(jnp.bfloat16)} <= {tuple(v) for layer in spares for v in layer}
 
 
 @many
 @given(*anything)
 def test_the_merged_weight_does_not_change_in_float32(shape, times, seed):
-  """Bound of a step, u = 2⁻²⁴: of 2K terms s·(old − new)·other each is rounded 2K + 2 times, their sum with W K times.
+  """Error bound of one step, with u = 2⁻²⁴ and the window K.
 
-  At most: a term is a difference, two products and a place in a sum; W is written at least two terms at a time.
+  Each of the 2K terms s·(old − new)·other is rounded at most 2K + 2 times: in a difference, two products and a sum.
+  At least two terms are added to W at a time, so that W is rounded at most K times.
   """
   window = SwitchSchedule(*times).window(shape[3], min(shape[1:3]) - shape[3])
   for before, after in history(shape, times, seed):
@@ -180,40 +181,40 @@ def test_the_merged_weight_does_not_change_in_float32(shape, times, seed):
 
 @few
 @given(*anything)
-def test_with_a_residual_the_weight_keeps_16_bits_and_the_function_8(shape, times, seed):
-  """Of W, which a switch writes once for every 32 outer products. The function is that of the bfloat16 kernel.
+def test_with_a_residual_the_merged_weight_is_kept_to_16_bits_and_the_forward_weight_to_8(shape, times, seed):
+  """A switch writes W once per 32 outer products. The forward pass uses the bfloat16 kernel without the residual.
 
-  It may jump by the rounding of W before and after, but after all the steps it is no farther away than that.
+  A step may change the forward weight by the rounding of W before and after. This error does not grow over the steps.
   """
   window = SwitchSchedule(*times).window(shape[3], min(shape[1:3]) - shape[3])
-  steps, writes = history(shape, times, seed, tails=True), -(-2 * window // 32)
-  far = 0.0
+  steps, writes = history(shape, times, seed, residual=True), -(-2 * window // 32)
+  total = 0.0
   for before, after in steps:
     kernel, product = magnitudes(before)
     largest = kernel + 2 * window * SCALE * 2 * product
     near = (2**-16 * writes + 2**-24 * 6 * window) * largest
     assert drift(before, after) <= near
-    far += near
-    head = lambda layers: {"kernel": layers["frozen"]["kernel"]}
-    function = lambda layers, head=head: in_force(head(layers), layers["params"])
+    total += near
+    kernel_only = lambda layers: {"kernel": layers["frozen"]["kernel"]}
+    forward_weight = lambda layers, kernel_only=kernel_only: merged_weight(kernel_only(layers), layers["params"])
     rounding = 2 * 2**-8 * largest
-    assert np.abs(function(collections(after)) - function(before)).max() <= near + rounding
-    assert np.abs(function(collections(after)) - function(steps[0][0])).max() <= far + rounding
+    assert np.abs(forward_weight(collections(after)) - forward_weight(before)).max() <= near + rounding
+    assert np.abs(forward_weight(collections(after)) - forward_weight(steps[0][0])).max() <= total + rounding
     assert (after.frozen["kernel"].dtype, after.frozen["kernel_tail"].dtype) == (jnp.bfloat16, jnp.int8)
   assert any(not same_bits(before["frozen"], after.frozen) for before, after in steps)
 
 
-def test_the_adapter_alone_does_change():
-  """What the two tests above hold still is moved by every switch, on both sides of the sum."""
+def test_a_switch_changes_both_the_kernel_and_the_adapter_product():
+  """The tests above find only their sum unchanged."""
   before, after = history(SHAPES[0], SCHEDULES[0], 0)[0]
-  nothing = {"kernel": np.zeros_like(before["frozen"]["kernel"])}
-  assert np.abs(in_force(nothing, after.params) - in_force(nothing, before["params"])).max() > 0.1
+  no_kernel = {"kernel": np.zeros_like(before["frozen"]["kernel"])}
+  assert np.abs(merged_weight(no_kernel, after.params) - merged_weight(no_kernel, before["params"])).max() > 0.1
   assert np.abs(after.frozen["kernel"] - before["frozen"]["kernel"]).max() > 0.1
 
 
-def rows_of(layers, side):
-  """For each layer the vectors of a side, slots and spares, as sorted bytes."""
-  stacks = zip(layers["params"][f"lora_{side}"], layers["candidates"][f"spare_{side}"], strict=True)
+def all_vectors(layers, factor):
+  """Per layer, all vectors of a factor (slots and spares) as sorted bytes."""
+  stacks = zip(layers["params"][f"lora_{factor}"], layers["candidates"][f"spare_{factor}"], strict=True)
   return [sorted(row.tobytes() for row in np.concatenate(stack)) for stack in stacks]
 
 
@@ -222,51 +223,53 @@ def rows_of(layers, side):
 def test_vectors_are_only_permuted(shape, times, seed):
   steps = history(shape, times, seed)
   first = steps[0][0]
-  for side in "ab":
-    assert len(set(rows_of(first, side)[0])) == min(shape[1:3])
+  for factor in "ab":
+    assert len(set(all_vectors(first, factor)[0])) == min(shape[1:3])
     for _, after in steps:
-      assert rows_of(collections(after), side) == rows_of(first, side)
-    assert any(np.any(switched_rows(*step, side)) for step in steps), "some vector moved"
+      assert all_vectors(collections(after), factor) == all_vectors(first, factor)
+    assert any(np.any(switched_rows(*step, factor)) for step in steps), "some vector moved"
 
 
 @few
 @given(st.sampled_from([(1, 0), (12, 5)]), st.integers(0, 2**32 - 1))
 def test_random_order_keeps_the_merged_weight_and_all_vectors(times, seed):
-  shape = SHAPES[5]  # with more spares than a step can take
+  shape = SHAPES[5]  # more spares than one step can switch
   with jax.enable_x64(True):
     steps = history(shape, times, seed, np.float64, random=True)
   for before, after in steps:
     kernel, product = magnitudes(before)
     assert drift(before, after) <= 1e-12 * (kernel + SCALE * shape[3] * product)
-    for side in "ab":
-      assert rows_of(collections(after), side) == rows_of(steps[0][0], side)
-      assert not np.any(switched_rows(before, after, side) & (before["candidates"][f"timer_{side}"] > 0))
-      np.testing.assert_array_equal(switched_rows(before, after, side).sum(-1), counts(before, after))
+    for factor in "ab":
+      assert all_vectors(collections(after), factor) == all_vectors(steps[0][0], factor)
+      assert not np.any(switched_rows(before, after, factor) & (before["candidates"][f"timer_{factor}"] > 0))
+      np.testing.assert_array_equal(switched_rows(before, after, factor).sum(-1), counts(before, after))
   assert sum(int(after.count) for _, after in steps) > 0
 
 
 def test_random_order_loads_the_drawn_spares():
-  """Evicted vectors take their places; counts and slots are those of the sequential order."""
+  """Each evicted vector is stored where its replacement was. Counts and slots are those of the sequential order."""
   shape, times = SHAPES[5], (1, 0)
   rank, schedule, differ = shape[3], SwitchSchedule(*times, 10_000), False
   in_order = history(shape, times, 5)
   for t, (before, after) in enumerate(history(shape, times, 5, random=True)):
     np.testing.assert_array_equal(counts(before, after), counts(*in_order[t]))
-    for side, offset, rows in zip("ab", (0, rank // 2), indices_at(t, before["candidates"], schedule)[()], strict=True):
-      differ = differ or np.any(after.params[f"lora_{side}"] != in_order[t][1].params[f"lora_{side}"])
+    for factor, offset, rows in zip(
+      "ab", (0, rank // 2), indices_at(t, before["candidates"], schedule)[()], strict=True
+    ):
+      differ = differ or np.any(after.params[f"lora_{factor}"] != in_order[t][1].params[f"lora_{factor}"])
       for layer, count in enumerate(counts(before, after)):
         slots = (before["candidates"]["cursor"][layer] + offset + np.arange(count)) % rank
         taken = np.asarray(rows)[layer, :count]
-        old, new = (x[f"lora_{side}"][layer][slots] for x in (before["params"], after.params))
-        np.testing.assert_array_equal(new, before["candidates"][f"spare_{side}"][layer][taken])
-        np.testing.assert_array_equal(after.candidates[f"spare_{side}"][layer][taken], old)
+        old, new = (x[f"lora_{factor}"][layer][slots] for x in (before["params"], after.params))
+        np.testing.assert_array_equal(new, before["candidates"][f"spare_{factor}"][layer][taken])
+        np.testing.assert_array_equal(after.candidates[f"spare_{factor}"][layer][taken], old)
   assert differ
 
 
 @few
 @given(*anything)
 def test_moved_is_the_norm_of_the_change_of_the_kernels(shape, times, seed):
-  """Squares of float64 sums, which may cancel; a step that switches nothing moves exactly nothing."""
+  """The tolerance allows for cancellation in float64 sums. Without a switch the norm is exactly 0."""
   with jax.enable_x64(True):
     steps = history(shape, times, seed, np.float64)
   for before, after in steps:
@@ -283,13 +286,13 @@ covered = jax.jit(coverage)
 def test_coverage_is_the_share_of_vectors_that_have_been_in_a_slot(shape, times, seed):
   layers, rng = draw_layers(shape, np.float32, seed), np.random.default_rng(seed)
   layers["candidates"]["cursor"][:] = 0
-  seen = {(side, index): set() for side in "ab" for index in range(shape[0])}
+  seen = {(factor, index): set() for factor in "ab" for index in range(shape[0])}
   for t in range(STEPS):
-    for (side, index), rows in seen.items():
-      rows |= {row.tobytes() for row in layers["params"][f"lora_{side}"][index]}
+    for (factor, index), rows in seen.items():
+      rows |= {row.tobytes() for row in layers["params"][f"lora_{factor}"][index]}
     share = covered(layers["candidates"])
-    for side in "ab":
-      shares = [len(seen[side, index]) / min(shape[1:3]) for index in range(shape[0])]
+    for factor in "ab":
+      shares = [len(seen[factor, index]) / min(shape[1:3]) for index in range(shape[0])]
       np.testing.assert_allclose(share, np.mean(shares), rtol=1e-6)
     out = switcher(*times)(layers, rng.random(shape[0], np.float32), t, bool(rng.random() < 0.2))
     layers = jax.tree.map(np.asarray, collections(out))
@@ -302,24 +305,24 @@ def test_coverage_is_complete_after_a_cycle():
   for t in range(3):
     shares.append(float(covered(layers["candidates"])))
     layers = collections(switcher(1, 0)(layers, np.zeros(2, np.float32), t, False))
-  assert shares == [np.float32(4 / 6), 1, 1], "two a step, of two spares"
+  assert shares == [np.float32(4 / 6), 1, 1], "each step switches two vectors; there are two spares"
 
 
 @many
 @given(*anything)
-def test_nothing_frozen_is_switched(shape, times, seed):
+def test_frozen_vectors_are_not_switched(shape, times, seed):
   for before, after in history(shape, times, seed):
-    for side in "ab":
-      assert not np.any(switched_rows(before, after, side) & (before["candidates"][f"timer_{side}"] > 0))
+    for factor in "ab":
+      assert not np.any(switched_rows(before, after, factor) & (before["candidates"][f"timer_{factor}"] > 0))
 
 
 @many
 @given(*anything)
-def test_slots_of_both_sides_are_disjoint_and_as_many_as_counted(shape, times, seed):
+def test_slots_of_both_factors_are_disjoint_and_match_the_counts(shape, times, seed):
   _, n, m, rank = shape
   most = min(min(n, m) - rank, rank // 2)
   for before, after in history(shape, times, seed):
-    rows_a, rows_b = (switched_rows(before, after, side) for side in "ab")
+    rows_a, rows_b = (switched_rows(before, after, factor) for factor in "ab")
     assert not np.any(rows_a & rows_b)
     np.testing.assert_array_equal(rows_a.sum(-1), counts(before, after))
     np.testing.assert_array_equal(rows_b.sum(-1), counts(before, after))
@@ -331,23 +334,23 @@ def test_slots_of_both_sides_are_disjoint_and_as_many_as_counted(shape, times, s
 @given(*anything)
 def test_the_counterparts_are_reset_and_stay_frozen_for_the_freeze_steps(shape, times, seed):
   freeze_steps = times[1]
-  since = {side: np.full((shape[0], shape[3]), 10**6) for side in "ab"}  # steps since the counterpart was switched
+  since = {factor: np.full((shape[0], shape[3]), 10**6) for factor in "ab"}  # steps since the counterpart was switched
   for before, after in history(shape, times, seed):
-    for side, other in ("ab", "ba"):
+    for factor, other in ("ab", "ba"):
       hit = switched_rows(before, after, other)
-      since[side] = np.where(hit, 0, since[side] + 1)
-      np.testing.assert_array_equal(after.reset[f"lora_{side}"][..., 0], hit)
-      np.testing.assert_array_equal(after.freeze[f"lora_{side}"][..., 0], since[side] < freeze_steps)
+      since[factor] = np.where(hit, 0, since[factor] + 1)
+      np.testing.assert_array_equal(after.reset[f"lora_{factor}"][..., 0], hit)
+      np.testing.assert_array_equal(after.freeze[f"lora_{factor}"][..., 0], since[factor] < freeze_steps)
 
 
-def test_the_largest_possible_number_of_vectors_is_switched():
+def test_a_step_can_switch_the_largest_possible_number_of_vectors():
   for shape in SHAPES:
     most = min(min(shape[1:3]) - shape[3], shape[3] // 2)
     assert max(counts(*step).max() for step in history(shape, (1, 0), 1)) == most
 
 
 def test_frozen_vectors_limit_the_number_of_switches():
-  """Rank 2, each draw asks for one vector: while one of a side is frozen the other may not be switched."""
+  """Rank 2, and every draw asks for one switch. While one vector of a factor is frozen, the other is not switched."""
   layers, done = draw_layers((1, 6, 20, 2), np.float32, 0), []
   for t in range(6):
     out = switcher(4, 2)(layers, np.zeros(1, np.float32), t, False)
@@ -368,23 +371,23 @@ def test_skip_changes_nothing(shape, times, seed):
 @many
 @given(st.sampled_from(SHAPES), st.integers(0, 2**32 - 1))
 def test_a_step_without_a_switch_changes_only_the_timers(shape, seed):
-  times = (40, 5)  # fewer than one vector a step is expected, and the largest draw declines it
+  times = (40, 5)  # less than one switch per step is expected; the largest draw rounds it down to 0
   before = collections(history(shape, times, seed)[0][1])
   out = switcher(*times)(before, np.full(shape[0], np.float32(1 - 2**-24)), 1, False)
   assert out.count == 0
-  for side in "ab":
-    timer = before["candidates"].pop(f"timer_{side}")
+  for factor in "ab":
+    timer = before["candidates"].pop(f"timer_{factor}")
     assert np.any(timer == 4)
-    np.testing.assert_array_equal(out.candidates.pop(f"timer_{side}"), np.maximum(timer - 1, 0))
+    np.testing.assert_array_equal(out.candidates.pop(f"timer_{factor}"), np.maximum(timer - 1, 0))
   assert same_bits(collections(out), before)
 
 
 def test_a_step_without_a_switch_runs_no_loop_iteration(monkeypatch):
-  """All work on vectors and kernels is in loops, which visit the layers that switch."""
-  turns = []
+  """All work on vectors and kernels is in loops over the layers that switch."""
+  iterations = []
 
   def fori_loop(lower, upper, body, value):
-    turns.append(int(upper))
+    iterations.append(int(upper))
     for index in range(lower, int(upper)):
       value = body(index, value)
     return value
@@ -392,10 +395,10 @@ def test_a_step_without_a_switch_runs_no_loop_iteration(monkeypatch):
   monkeypatch.setattr(jax.lax, "fori_loop", fori_loop)
   layers = jax.tree.map(jnp.asarray, draw_layers((3, 5, 4, 3), np.float32, 0))
   plan = dict(schedule=SwitchSchedule(12, 5), scale=SCALE, step=0)
-  quiet = switch(**layers, **plan, uniforms={(): jnp.array([0.9, 0.9, 0.9])})
-  assert turns == [0] and quiet.count == 0
-  busy = switch(**layers, **plan, uniforms={(): jnp.array([0.9, 0.0, 0.0])})
-  assert turns == [0, 1, 2] and busy.count == 2
+  idle = switch(**layers, **plan, uniforms={(): jnp.array([0.9, 0.9, 0.9])})
+  assert iterations == [0] and idle.count == 0
+  active = switch(**layers, **plan, uniforms={(): jnp.array([0.9, 0.0, 0.0])})
+  assert iterations == [0, 1, 2] and active.count == 2
 
 
 @settings(max_examples=6, deadline=None)  # each shape is compiled twice

@@ -22,17 +22,17 @@ def floats(bits):
 
 
 def finite(bits):
-  """Those of them that are finite and do not become infinite when rounded to bfloat16, below 2^127."""
+  """Those below 2^127 in magnitude: finite, also after rounding to bfloat16."""
   values = floats(bits)
   return values[np.abs(np.nan_to_num(values, nan=np.inf)) < 2.0**127]
 
 
 def padded(values):
-  """To 64 numbers, so that nothing is compiled anew."""
+  """Pads to 64 numbers, so that all calls share one compiled function."""
   return np.pad(values, (0, 64 - len(values)))
 
 
-def there_and_back(values):
+def round_trip(values):
   values = padded(values)
   kernel, residual = SPLIT(values)
   assert (kernel.dtype, residual.dtype) == (jnp.bfloat16, jnp.int8)
@@ -41,29 +41,29 @@ def there_and_back(values):
 
 @many
 @given(any_bits)
-def test_kernel_with_residual_and_kernel_alone_are_near(bits):
-  """Half of the last place kept: 2⁻¹⁶ and 2⁻⁸ of a normal number, 2⁻¹⁴² and 2⁻¹³⁴ of a subnormal one.
+def test_the_rounding_error_of_a_kernel_with_a_residual_and_alone(bits):
+  """At most half a unit in the last place: 2⁻¹⁶ and 2⁻⁸ of a normal number, 2⁻¹⁴² and 2⁻¹³⁴ of a subnormal one.
 
-  The kernel is rounded after the 24 bits were, so it may be off by half of their last place more.
+  The kernel is rounded twice, to 24 bits and then to bfloat16. The first rounding adds half a unit of the 24 bits.
   """
-  values, kernel, joined = there_and_back(finite(bits))
+  values, kernel, joined = round_trip(finite(bits))
   assert np.all(np.abs(joined - values) <= np.maximum(2.0**-16 * np.abs(values), 2.0**-142))
   assert np.all(np.abs(kernel - values) <= np.maximum(2.0**-8 * np.abs(values), 2.0**-134) * (1 + 2.0**-8))
 
 
 def test_the_bound_is_reached_with_the_residual_and_exceeded_without():
-  values, kernel, joined = there_and_back(floats(0x3F800000 + np.arange(0, 2**16, 1024) + 0x80))
+  values, kernel, joined = round_trip(floats(0x3F800000 + np.arange(0, 2**16, 1024) + 0x80))
   assert np.abs(joined / values - 1).max() > 2.0**-16 * 0.99
   assert np.abs(kernel / values - 1).max() > 2.0**-9
 
 
 @many
 @given(any_bits)
-def test_greater_numbers_do_not_become_smaller(bits):
+def test_rounding_is_monotonic(bits):
   values = np.sort(finite(bits))
   neighbours = np.sort(np.concatenate([values, np.nextafter(values, np.float32(np.inf))]))[:64]
   for ordered in (values, neighbours):
-    _, kernel, joined = (x[: len(ordered)] for x in there_and_back(ordered))
+    _, kernel, joined = (x[: len(ordered)] for x in round_trip(ordered))
     assert np.all(np.diff(kernel) >= 0) and np.all(np.diff(joined) >= 0)
 
 
@@ -77,7 +77,7 @@ def test_values_of_24_bits_are_restored_bitwise(bits):
 
 
 def test_every_bfloat16_has_a_residual_of_0():
-  """All 65,536, both zeros and infinities among them; a NaN stays one."""
+  """All 65,536 values, including both zeros and infinities. NaN stays NaN."""
   values = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
   kernel, residual = split_float32(values.astype(np.float32))
   number = ~np.isnan(values.astype(np.float32))
@@ -90,7 +90,7 @@ def test_every_bfloat16_has_a_residual_of_0():
 @many
 @given(any_bits)
 @example([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF] * 8)
-def test_nan_and_infinity_remain_so(bits):
+def test_nan_and_infinity_are_preserved(bits):
   values = floats(bits)
   kernel, residual = SPLIT(values)
   for kept in (np.asarray(kernel, np.float32), np.asarray(JOIN(kernel, residual))):
@@ -99,19 +99,20 @@ def test_nan_and_infinity_remain_so(bits):
 
 
 def test_many_roundings_are_not_biased():
-  """Adding a little 10,000 times: the mean over numbers of the error stays 0 within five standard deviations.
+  """Small numbers are added 10,000 times. The mean error of 256 sums is 0 within five standard deviations.
 
-  A tie comes once in 256 times; were it always rounded up, the mean would be 20 last places, 11 deviations.
+  One addition in 256 is a tie. If ties were always rounded up, the mean error would be 20 units in the last place,
+  11 standard deviations.
   """
   rng = np.random.default_rng(0)
-  start, little = rng.uniform(1, 1.5, 256), rng.uniform(-1, 1, (10_000, 256)) * 2.0**-12
-  last_place, little = 2.0**-15, np.round(little * 2.0**23) / 2.0**23
+  start, small = rng.uniform(1, 1.5, 256), rng.uniform(-1, 1, (10_000, 256)) * 2.0**-12
+  last_place, small = 2.0**-15, np.round(small * 2.0**23) / 2.0**23
 
   def step(parts, x):
     return split_float32(join_float32(*parts) + x), None
 
-  parts, _ = jax.jit(lambda s, xs: jax.lax.scan(step, split_float32(s), xs))(np.float32(start), np.float32(little))
-  error = (np.asarray(join_float32(*parts), np.float64) - start - little.sum(0)) / last_place
+  parts, _ = jax.jit(lambda s, xs: jax.lax.scan(step, split_float32(s), xs))(np.float32(start), np.float32(small))
+  error = (np.asarray(join_float32(*parts), np.float64) - start - small.sum(0)) / last_place
   deviation = (10_000 / 12 / 256) ** 0.5
   assert abs(error.mean()) < 5 * deviation and error.std() > 10
 
@@ -135,7 +136,7 @@ def test_a_kernel_with_a_residual_is_loaded_with_16_bits():
   assert same_bits(store_kernel(load_kernel(base), base), base)
 
 
-def test_the_layers_of_a_collection_are_found_alone_or_nested():
+def test_frozen_layers_finds_a_single_layer_and_nested_layers():
   layer, other = {"kernel": 1}, {"kernel": 2, "kernel_tail": 3}
   assert frozen_layers(layer) == {(): layer}
   assert frozen_layers({"blocks": {"q": layer, "v": other}}) == {("blocks", "q"): layer, ("blocks", "v"): other}

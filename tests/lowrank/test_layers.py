@@ -1,4 +1,4 @@
-"""Linear layers with adapters: initialisation, the merged forward, its hand-written backward."""
+"""Linear layers with adapters: initialisation, the merged forward pass, its custom backward pass."""
 
 import functools
 
@@ -55,7 +55,7 @@ def start(layer, features=16, seed=0):
 
 
 def shapes(layer, features=16):
-  """As `start`, of shapes and dtypes alone."""
+  """The shapes and dtypes of the variables that `start` returns."""
   return jax.eval_shape(layer.init, jax.random.key(0), np.ones((2, features), np.float32))
 
 
@@ -66,7 +66,7 @@ def apply(layer, variables, x):
 merged, dense = jax.jit(merge), jax.jit(merged_dense, static_argnums=4)
 
 
-def test_deviations_are_the_recorded_ones(golden):
+def test_standard_deviations_are_the_recorded_ones(golden):
   table = golden("init")[0]["table"]
   assert len(table) == 24
   for init, m, n, r, bound_a, bound_b, std_a, std_b, _ in table:
@@ -80,7 +80,7 @@ def test_scale_is_the_recorded_one(golden):
     assert LoRADense(features=int(m), rank=int(r)).scale == scale
 
 
-def test_deviations_balance_the_product():
+def test_standard_deviations_satisfy_equation_14():
   """Eq. 14: std(A)·std(B) = gain·√(r/n)."""
   std_a, std_b = adapter_std(768, 2048, 128)
   np.testing.assert_allclose(std_a * std_b, 3**-0.5 * (128 / 768) ** 0.5, rtol=1e-12)
@@ -103,10 +103,10 @@ def test_vectors_and_spares_are_uniform_within_the_bound():
   arrays += [(params["lora_b"], std_b), (candidates["spare_b"], std_b)]
   for values, std in arrays:
     assert 0.99 * 3**0.5 * std < np.abs(values).max() <= 3**0.5 * std
-    np.testing.assert_allclose(np.std(values), std, rtol=0.02)  # 8,192 or more numbers: 5 deviations are 0.02
+    np.testing.assert_allclose(np.std(values), std, rtol=0.02)  # at least 8,192 numbers: 0.02 is 5 standard deviations
     np.testing.assert_allclose(np.mean(values), 0, atol=0.06 * std)
   rows = np.concatenate([values.reshape(-1)[:64][None] for values, _ in arrays])
-  assert len(np.unique(rows / np.abs(rows).max(1, keepdims=True), axis=0)) == 4, "each array has draws of its own"
+  assert len(np.unique(rows / np.abs(rows).max(1, keepdims=True), axis=0)) == 4, "each array is drawn independently"
 
 
 def test_lora_init_has_zero_b_and_zero_spares_of_b():
@@ -142,7 +142,7 @@ def test_the_kernel_gets_no_gradient(x64):
   assert np.any(usual)
 
 
-def test_gradients_are_of_the_lora_vectors_alone():
+def test_only_the_lora_vectors_get_gradients():
   layer, x = SwitchLoRADense(features=24, rank=4), np.ones((3, 16), np.float32)
   variables = start(layer)
   loss = lambda params: layer.apply({"params": params, "frozen": variables["frozen"]}, x).sum()
@@ -151,12 +151,12 @@ def test_gradients_are_of_the_lora_vectors_alone():
   assert all(np.any(g) for g in grads.values())
 
 
-def test_lora_vectors_are_the_adapters_leaves():
+def test_lora_vectors_marks_the_leaves_of_adapters():
   params = {"blocks": {"q": {"lora_a": 0, "lora_b": 0}}, "head": {"kernel": 0}}
   assert lora_vectors(params) == {"blocks": {"q": {"lora_a": True, "lora_b": True}}, "head": {"kernel": False}}
 
 
-def test_at_one_seed_all_layers_start_from_one_function(x64):
+def test_with_one_seed_all_layers_have_the_same_initial_function(x64):
   x, kinds = draw()[0], dict(dtype=jnp.float64, param_dtype=jnp.float64)
   plain = nn.Dense(20, use_bias=False, kernel_init=KERNEL_INIT, **kinds)
   y = apply(plain, start(plain, 12, seed=5), x)
@@ -164,7 +164,9 @@ def test_at_one_seed_all_layers_start_from_one_function(x64):
     variables = start(layer, 12, seed=5)
     np.testing.assert_allclose(apply(layer, variables, x), y, rtol=0, atol=1e-12 * np.abs(y).max())
     without_base = variables | {"frozen": jax.tree.map(np.zeros_like, variables["frozen"])}
-    assert layer.adapter_init == "lora" or np.abs(apply(layer, without_base, x)).max() > 0.1, "no adapter to cancel"
+    assert layer.adapter_init == "lora" or np.abs(apply(layer, without_base, x)).max() > 0.1, (
+      "the adapter is 0, so the base kernel need not cancel it"
+    )
 
 
 def test_lora_and_switchlora_start_from_the_same_bits():
@@ -199,14 +201,14 @@ def test_spares_timers_and_cursor_have_their_shapes():
   }
 
 
-def test_bfloat16_computes_narrow_and_keeps_float32_gradients():
+def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_gradients_of_the_vectors():
   x, kernel, lora_a, lora_b, cotangent = draw(np.float32, lead=(32,))
   narrow = jnp.bfloat16
   ours, (d_x, _, d_a, d_b) = host(vjp(merged_dense, cotangent.astype(narrow), x.astype(narrow), kernel, lora_a, lora_b))
   exact, (e_x, _, e_a, e_b) = host(vjp(merged_dense, cotangent, x, kernel, lora_a, lora_b))
   assert (ours.dtype, d_x.dtype, d_a.dtype, d_b.dtype) == (narrow, narrow, jnp.float32, jnp.float32)
   for left, right in ((ours, exact), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
-    # Three or four roundings to 8 bits on the way, each of relative size 2⁻⁹ at most.
+    # Three or four roundings to 8 bits, each with a relative error of at most 2⁻⁹.
     error = np.linalg.norm(left.astype(np.float32) - right) / np.linalg.norm(right)
     assert 2**-12 < error < 2**-6
 
@@ -219,29 +221,29 @@ def test_a_layer_in_bfloat16_stores_float32():
   assert {leaf.dtype for leaf in stored} == {jnp.dtype("float32")}
 
 
-# --- the kernel in 16 bits ----------------------------------------------------------------------------------------
+# --- a bfloat16 kernel --------------------------------------------------------------------------------------------
 
 NARROW = dict(features=24, rank=4, frozen_dtype=jnp.bfloat16)
 NARROW_LAYER = SwitchLoRADense(**NARROW)
 
 
 @pytest.mark.parametrize(
-  ("layer", "tail"),
+  ("layer", "residual"),
   [
     (LoRADense(**NARROW), False),
     (LoRADense(**NARROW, kernel_residual=True), True),
     (SwitchLoRADense(**NARROW), True),
     (SwitchLoRADense(**NARROW, kernel_residual=False), False),
-    (SwitchLoRADense(**NARROW, param_dtype=jnp.bfloat16), False),  # nothing is stored more exactly
+    (SwitchLoRADense(**NARROW, param_dtype=jnp.bfloat16), False),  # the adapters are no more precise than the kernel
   ],
 )
-def test_a_bfloat16_kernel_has_a_residual_if_the_method_changes_it(layer, tail):
+def test_a_bfloat16_kernel_has_a_residual_if_the_method_changes_it(layer, residual):
   frozen = shapes(layer)["frozen"]
   kinds = {name: str(values.dtype) for name, values in frozen.items()}
-  assert kinds == {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
+  assert kinds == {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if residual else {})
 
 
-def test_kernel_and_residual_add_up_to_the_wide_kernel():
+def test_kernel_and_residual_add_up_to_the_float32_kernel():
   wide, narrow = (start(kind, seed=1) for kind in (SwitchLoRADense(24, 4), NARROW_LAYER))
   (kernel,) = wide["frozen"].values()
   base = narrow["frozen"]
@@ -250,25 +252,25 @@ def test_kernel_and_residual_add_up_to_the_wide_kernel():
   assert 2**-10 < np.abs(base["kernel"].astype(np.float32) / kernel - 1).max() < 2**-7
 
 
-def test_the_residual_does_not_affect_the_function():
+def test_the_residual_does_not_affect_the_output():
   x = draw(np.float32, n=16)[0]
   variables = start(NARROW_LAYER, seed=1)
   y = apply(NARROW_LAYER, variables, x)
   lora_a, lora_b = (variables["params"][name] for name in ("lora_a", "lora_b"))
-  head, whole = variables["frozen"]["kernel"].astype(np.float32), jax.jit(load_kernel)(variables["frozen"])
-  np.testing.assert_array_equal(y, dense(x, head, lora_a, lora_b, NARROW_LAYER.scale))
-  assert np.abs(y - np.asarray(dense(x, whole, lora_a, lora_b, NARROW_LAYER.scale))).max() > 1e-5
+  kernel, joined = variables["frozen"]["kernel"].astype(np.float32), jax.jit(load_kernel)(variables["frozen"])
+  np.testing.assert_array_equal(y, dense(x, kernel, lora_a, lora_b, NARROW_LAYER.scale))
+  assert np.abs(y - np.asarray(dense(x, joined, lora_a, lora_b, NARROW_LAYER.scale))).max() > 1e-5
   other = variables["frozen"] | {"kernel_tail": ~variables["frozen"]["kernel_tail"]}
   np.testing.assert_array_equal(apply(NARROW_LAYER, variables | {"frozen": other}, x), y)
 
 
 def shapes_in(jaxpr) -> set:
-  """(dtype, shape) of everything computed in a jaxpr."""
+  """(dtype, shape) of every value computed in a jaxpr."""
   return {(str(out.aval.dtype), out.aval.shape) for equation in equations(jaxpr) for out in equation.outvars}
 
 
 @pytest.mark.parametrize(("frozen_dtype", "widens"), [(jnp.bfloat16, False), (jnp.float32, True)])
-def test_a_computation_in_bfloat16_makes_no_float32_weight_of_a_bfloat16_kernel(frozen_dtype, widens):
+def test_a_bfloat16_computation_does_not_widen_a_bfloat16_kernel_to_float32(frozen_dtype, widens):
   layer = SwitchLoRADense(24, 4, dtype=jnp.bfloat16, frozen_dtype=frozen_dtype)
   x = np.ones((2, 16), jnp.bfloat16)
   variables = start(layer)
@@ -278,7 +280,7 @@ def test_a_computation_in_bfloat16_makes_no_float32_weight_of_a_bfloat16_kernel(
   assert (("float32", (16, 24)) in shapes_in(jaxpr)) == widens
 
 
-def test_plain_weights_of_a_narrow_kernel_are_summed_in_the_adapters_dtype():
+def test_a_bfloat16_kernel_is_merged_in_the_dtype_of_the_adapter():
   _, kernel, lora_a, lora_b, _ = draw(np.float32)
   rounded = kernel.astype(jnp.bfloat16)
   narrow = merged(rounded, lora_a, lora_b, 0.25)
@@ -287,18 +289,18 @@ def test_plain_weights_of_a_narrow_kernel_are_summed_in_the_adapters_dtype():
 
 
 def scan_outputs(jaxpr) -> set[tuple[int, ...]]:
-  """Shapes of everything that any scan in a jaxpr hands out."""
+  """Shapes of the outputs of all scans in a jaxpr."""
   return {out.aval.shape for e in equations(jaxpr) if e.primitive.name == "scan" for out in e.outvars}
 
 
 def usual_backward(x, kernel, lora_a, lora_b, scale):
-  """The merged forward without the hand-written backward: what is saved is the merged weight."""
+  """The merged forward pass with JAX's own backward pass, which saves the merged weight."""
   return x @ merge(kernel, lora_a, lora_b, scale)
 
 
 @pytest.mark.parametrize("dense, stacked", [(merged_dense, False), (usual_backward, True)])
 def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked):
-  """Between forward and backward a scan hands out what it saves: never [layers, in, out]."""
+  """What a scan saves for its backward pass is among its outputs: none has the shape [layers, in, out]."""
   layers, size, rank = 3, 16, 4
 
   def loss(params, frozen, x):
@@ -309,7 +311,7 @@ def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked)
   params = (ones(layers, rank, size), ones(layers, rank, size))
   jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ones(layers, size, size), ones(5, size)).jaxpr
   shapes = scan_outputs(jaxpr)
-  assert (layers, rank, size) in shapes, "the gradients of the vectors are there"
+  assert (layers, rank, size) in shapes, "the gradients of the vectors are outputs"
   assert ((layers, size, size) in shapes) == stacked
 
 

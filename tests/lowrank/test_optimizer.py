@@ -1,4 +1,4 @@
-"""Adam with step counts per vector, its masks, and gradient clipping; the contract of every optimizer we own."""
+"""Adam with step counts per vector, its masks, gradient clipping, and the contract of all our optimizers."""
 
 import functools
 
@@ -17,7 +17,7 @@ from switchlora_jax.methods.schedules import cosine_schedule
 
 pytestmark = pytest.mark.user_flags
 
-apply_updates = jax.jit(optax.apply_updates)  # on its own: fused with an update, it would be rounded otherwise
+apply_updates = jax.jit(optax.apply_updates)  # jitted separately: fused with an update, it is rounded differently
 
 OURS = {
   "scale_by_vector_adam of no vectors": scale_by_vector_adam(),
@@ -48,7 +48,7 @@ def masks(seed, rate=0.5):
 
 
 def run(tx, steps, mask=None):
-  """Parameters and state after a number of updates with random gradients, from a jitted update; on the host."""
+  """Host parameters and state after `steps` jitted updates with random gradients."""
   update = jax.jit(tx.update)
   params = draw(0)
   state = jax.jit(tx.init)(params)
@@ -59,16 +59,16 @@ def run(tx, steps, mask=None):
   return host((params, state))
 
 
-# --- against the authors' code ------------------------------------------------------------------------------------
+# --- compared with the authors' code ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_with_resets_is_the_recorded_one(weight_decay, golden, x64):
   arrays, meta = golden("adam")
   ref = {k.split("step64_")[1]: v for k, v in arrays.items() if k.startswith(f"wd{weight_decay}_")}
-  rows = {"lora_a": "A", "lora_b": "B", "plain": "P"}  # ours: theirs, with B's vectors in its columns
-  turned = lambda x, theirs: x.T if theirs == "B" else x
-  params = {ours: turned(arrays[f"{theirs}0"], theirs) for ours, theirs in rows.items()}
+  rows = {"lora_a": "A", "lora_b": "B", "plain": "P"}  # our name: theirs; their B has its vectors in columns
+  oriented = lambda x, theirs: x.T if theirs == "B" else x
+  params = {ours: oriented(arrays[f"{theirs}0"], theirs) for ours, theirs in rows.items()}
   learning_rate = lambda t: jnp.asarray(arrays["lr"])[t]
   tx = optax.chain(
     scale_by_vector_adam(*meta["betas"], meta["eps"], vectors=lora_vectors),
@@ -78,16 +78,16 @@ def test_adam_with_resets_is_the_recorded_one(weight_decay, golden, x64):
   state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   for t in range(20):
     hit = {"A": np.zeros((3, 1), bool), "B": np.zeros((3, 1), bool)}
-    for step, side, vectors in meta["resets"]:
-      hit[side][vectors] |= step == t
+    for step, factor, vectors in meta["resets"]:
+      hit[factor][vectors] |= step == t
     reset = {"lora_a": hit["A"], "lora_b": hit["B"], "plain": False}
-    grads = {ours: turned(arrays[f"g{theirs}"][t], theirs) for ours, theirs in rows.items()}
+    grads = {ours: oriented(arrays[f"g{theirs}"][t], theirs) for ours, theirs in rows.items()}
     updates, state = update(grads, state, params, reset=reset)
     params = apply_updates(params, updates)
     for ours, theirs in rows.items():
       expected = {"": params, "m": state[0].mu, "v": state[0].nu}
       for prefix, tree in expected.items():
-        np.testing.assert_allclose(tree[ours], turned(ref[prefix + theirs][t], theirs), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(tree[ours], oriented(ref[prefix + theirs][t], theirs), rtol=1e-12, atol=1e-14)
       np.testing.assert_array_equal(np.ravel(state[0].count[ours]), ref[f"step{theirs}"][t])
 
 
@@ -96,7 +96,7 @@ ADAM = vector_adam(0.02, vectors=lora_vectors)
 
 @pytest.mark.parametrize("freeze_steps", [5, 2, 1, -1])
 def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
-  """A constant gradient and one switch of slot 0 of A and 2 of B at step 10; -1 resets without freezing, our 0."""
+  """The gradient is constant; slots 0 of A and 2 of B are switched at step 10. Their N = -1 (no freezing) is our 0."""
   arrays, meta = golden("freeze")
   prefix = f"N{freeze_steps}_step64_"
   ref = {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}
@@ -112,19 +112,19 @@ def test_reset_and_freeze_are_the_recorded_ones(freeze_steps, golden, x64):
       reset[name], freeze[name] = hit[:, None], frozen[:, None]
     updates, state = update(grads, state, reset=reset, freeze=freeze)
     updates, adam = host((updates, state[0]))
-    for name, side in (("lora_a", "A"), ("lora_b", "B")):
+    for name, factor in (("lora_a", "A"), ("lora_b", "B")):
       after = {"d": updates[name], "m": adam.mu[name], "v": adam.nu[name]}
       if t in rows:
         for key, ours in after.items():
-          theirs = ref[key + side][rows.index(t)]
-          np.testing.assert_allclose(ours, theirs if side == "A" else theirs.T, rtol=1e-12, atol=1e-15)
-      np.testing.assert_array_equal(adam.count[name][:, 0], ref[f"step{side}"][t])
+          theirs = ref[key + factor][rows.index(t)]
+          np.testing.assert_allclose(ours, theirs if factor == "A" else theirs.T, rtol=1e-12, atol=1e-15)
+      np.testing.assert_array_equal(adam.count[name][:, 0], ref[f"step{factor}"][t])
       if freeze_steps > 0:
-        np.testing.assert_array_equal(timers[name], ref[f"fixed{side}"][t])
+        np.testing.assert_array_equal(timers[name], ref[f"fixed{factor}"][t])
 
 
-def test_the_first_live_update_is_a_warm_up(x64):
-  """0.522, 0.680, 0.776, 0.841 of the learning rate after N = 5 frozen steps, for a constant gradient."""
+def test_the_updates_after_a_freeze_are_a_warm_up(x64):
+  """With a constant gradient, 0.522, 0.680, 0.776, 0.841 of the learning rate after N = 5 frozen steps."""
   grads = {"lora_a": np.full((1, 3), 7.0)}
   state, update, sizes = jax.jit(ADAM.init)(grads), jax.jit(ADAM.update), []
   for t in range(30):
@@ -137,12 +137,12 @@ def test_the_first_live_update_is_a_warm_up(x64):
   assert sizes[19] > 0.99
 
 
-# --- Adam itself --------------------------------------------------------------------------------------------------
+# --- compared with optax.adam --------------------------------------------------------------------------------------
 
 
 @functools.cache
 def adam_of_each_vector(steps):
-  """What `run` would return of optax.adam, had every leaf, and every LoRA vector, an optimizer of its own."""
+  """What `run` returns for one separate optax.adam per leaf and per LoRA vector."""
   params, grads = draw(0), [draw(t + 1) for t in range(steps)]
 
   def train(param, *grads):
@@ -160,8 +160,8 @@ def adam_of_each_vector(steps):
 
 
 @pytest.mark.parametrize("options", [{}, {"vectors": lora_vectors}, {"count_per_element": True}])
-def test_without_masks_it_is_optax_adam_to_the_bit(options):
-  """Leaf by leaf: where leaves share one count, XLA rounds optax's quotients in another order."""
+def test_without_masks_it_is_bitwise_optax_adam(options):
+  """Compared with one optax.adam per leaf: if leaves share a count, XLA rounds optax's quotients in another order."""
   params, state = run(vector_adam(1e-2, **options), 20)
   assert same_bits((params, state[0].mu, state[0].nu), adam_of_each_vector(20))
 
@@ -186,32 +186,32 @@ def test_a_count_per_element_gives_the_same_bits():
   assert jax.tree.all(counts) and len(np.unique(state[0].count["blocks"]["q"]["lora_a"])) > 1
 
 
-def test_reset_and_freeze_touch_the_masked_vectors_alone():
+def test_reset_and_freeze_change_only_the_masked_vectors():
   tx, params = scale_by_vector_adam(vectors=lora_vectors), draw(0)
   _, state = run(tx, 3)
   hit, update = masks(0), jax.jit(tx.update)
   _, usual = host(update(draw(9), state, params))
   updates, masked = host(update(draw(9), state, params, reset=hit, freeze=hit))
-  for side in ("lora_a", "lora_b"):
-    chosen = hit["blocks"]["q"][side][..., 0]
+  for factor in ("lora_a", "lora_b"):
+    chosen = hit["blocks"]["q"][factor][..., 0]
     assert np.any(chosen) and not np.all(chosen)
     for name in ("mu", "nu"):
-      ours, other = (getattr(s, name)["blocks"]["q"][side] for s in (masked, usual))
+      ours, other = (getattr(s, name)["blocks"]["q"][factor] for s in (masked, usual))
       np.testing.assert_array_equal(ours[~chosen], other[~chosen])
       assert not np.any(ours[chosen])
-    assert not np.any(updates["blocks"]["q"][side][chosen]) and np.all(updates["blocks"]["q"][side][~chosen])
-    np.testing.assert_array_equal(masked.count["blocks"]["q"][side][..., 0], np.where(chosen, 1, 4))
+    assert not np.any(updates["blocks"]["q"][factor][chosen]) and np.all(updates["blocks"]["q"][factor][~chosen])
+    np.testing.assert_array_equal(masked.count["blocks"]["q"][factor][..., 0], np.where(chosen, 1, 4))
   assert same_bits(masked.mu["norm"], usual.mu["norm"])
 
 
-# --- the contract of every optimizer we own -----------------------------------------------------------------------
+# --- the contract of all our optimizers ----------------------------------------------------------------------------
 
 
 JITTED = {name: (jax.jit(tx.init), jax.jit(tx.update)) for name, tx in OURS.items()}
 
 
 def some_masks(name, seed):
-  """`reset` and `freeze` for an optimizer of `OURS`; only vectors have any."""
+  """`reset` and `freeze` masks for an optimizer of `OURS`; none for an optimizer without vectors."""
   return {} if "no vectors" in name else {"reset": masks(seed), "freeze": masks(seed + 100)}
 
 
@@ -246,7 +246,7 @@ def test_unknown_extra_arguments_are_ignored(name):
 @pytest.mark.parametrize("name", OURS)
 def test_updates_descend(name):
   tx, params = OURS[name], {"lora_a": np.full((2, 3), 0.5, np.float32)}
-  if name.startswith("scale_by"):  # these leave size and sign to what follows
+  if name.startswith("scale_by"):  # these do not apply the learning rate and its sign
     tx = optax.chain(tx, optax.scale_by_learning_rate(1e-2))
   state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
   for _ in range(20):
@@ -270,8 +270,8 @@ def test_clipping_is_that_of_the_authors(x64):
   np.testing.assert_allclose(ours, norm, rtol=1e-14)
   np.testing.assert_allclose(clipped["norm"]["scale"], grads["norm"]["scale"] * 0.3 / (norm + 1e-6), rtol=1e-14)
   optax_clipped, _ = host(jax.jit(optax.clip_by_global_norm(0.3).update)(grads, optax.EmptyState()))
-  apart = np.abs(clipped["norm"]["scale"] / optax_clipped["norm"]["scale"] - 1).max()
-  assert 1e-8 < apart < 1e-6, "which optax's clipping lacks"
+  difference = np.abs(clipped["norm"]["scale"] / optax_clipped["norm"]["scale"] - 1).max()
+  assert 1e-8 < difference < 1e-6, "optax's clipping has no epsilon"
 
 
 def test_small_gradients_are_not_clipped():
@@ -295,7 +295,7 @@ def test_clipping_keeps_dtypes():
     *((np.float64, size, 1e-14) for size in (1e-300, 1e-200, 1e200, 1e300)),
   ],
 )
-def test_the_norm_is_true_where_squares_overflow_or_underflow(dtype, size, rtol, x64):
+def test_the_norm_is_correct_where_squares_overflow_or_underflow(dtype, size, rtol, x64):
   grads = jax.tree.map(lambda g: (g * size).astype(dtype), draw(0, np.float64))
   flat = np.concatenate([np.ravel(g).astype(np.float64) for g in jax.tree.leaves(grads)])
   expected = np.linalg.norm(flat / size) * size
@@ -311,7 +311,7 @@ def test_the_norm_is_true_where_squares_overflow_or_underflow(dtype, size, rtol,
 
 
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e15])
-def test_the_norm_of_other_gradients_has_the_bits_of_optax(size):
+def test_without_overflow_or_underflow_the_norm_is_bitwise_that_of_optax(size):
   grads = jax.tree.map(lambda g: g * np.float32(size), draw(0))
   assert same_bits(clip(grads, 0.3)[1], jax.jit(optax.tree.norm)(grads))
 
@@ -324,7 +324,7 @@ def test_the_norm_of_other_gradients_has_the_bits_of_optax(size):
     ([-np.inf, np.nan], np.nan),
     ([np.nan, 1e30], np.nan),
     ([3e38, 3e38], np.inf),  # beyond float32
-    ([2e38, 0.0], np.inf),  # 1 / 2e38 is flushed to 0: the gradients would vanish
+    ([2e38, 0.0], np.inf),  # 1 / 2e38 is flushed to 0, which would set the gradients to 0
   ],
 )
 def test_the_norm_of_zeros_and_of_gradients_that_cannot_be_clipped(values, expected):
@@ -333,7 +333,7 @@ def test_the_norm_of_zeros_and_of_gradients_that_cannot_be_clipped(values, expec
 
 
 def test_the_argument_skip_of_earlier_versions_raises():
-  """Ignored, it would make an update of a step that was to be skipped."""
+  """If it were ignored, a step that should be skipped would make an update."""
   tx, params = vector_adam(1e-2), {"lora_a": np.ones((4, 3), np.float32)}
   with pytest.raises(TypeError, match=r"no longer has an argument skip; to skip a step, keep the old parameters"):
     tx.update(params, tx.init(params), params, skip=False)

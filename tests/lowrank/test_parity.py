@@ -1,4 +1,4 @@
-"""Whole runs against the authors' code: switched layers, and tiny LLaMAs through the real train step."""
+"""Complete runs compared with the authors' code: switched layers, and tiny LLaMAs in the real train step."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from switchlora_jax.training.anomalies import initial_spike_state
 
 pytestmark = pytest.mark.user_flags
 
-# --- switched layers, state by state ------------------------------------------------------------------------------
+# --- switched layers, every state ---------------------------------------------------------------------------------
 
 TRAJECTORIES = [
   "traj_lin_N5_step64",
@@ -30,7 +30,7 @@ TRAJECTORIES = [
 
 
 def first_state(arrays, meta):
-  """Parameters, base kernels and candidates before step 0, a layer each name."""
+  """Parameters, base kernels and candidates before step 0, one layer per name."""
   params, frozen, candidates = {}, {}, {}
   for name in meta["config"]["layers"]:
     of = lambda key, name=name: arrays[f"{name}/{key}"][0]
@@ -46,7 +46,7 @@ def first_state(arrays, meta):
 
 
 def train(arrays, meta):
-  """The 60 steps from the recorded draws: states before each step and at the end, and (loss, norm, count) of each."""
+  """Runs the 60 steps with the recorded draws; returns all states, and the loss, norm and count of each step."""
   ref, names = meta["config"], meta["config"]["layers"]
   scale = ref["scaling"][0]
   point = ref["expect_switch_descend_step"] / ref["total_steps"]
@@ -104,20 +104,22 @@ def test_a_switched_run_passes_through_the_recorded_states(name, golden, x64):
     rank, total = ref["A"].shape[1], ref["candA"].shape[1]
     for row, t in enumerate(meta["rows"]["states"]):
       np.testing.assert_allclose(frozen[layer]["kernel"][t].T, ref["W"][row], **near)
-      for key, side, turn in (("A", "lora_a", np.asarray), ("B", "lora_b", np.transpose)):
-        np.testing.assert_allclose(turn(params[layer][side][t]), ref[key][row], **near)
-        np.testing.assert_allclose(turn(adam.mu[layer][side][t]), ref[f"m{key}"][row], **near)
-        np.testing.assert_allclose(turn(adam.nu[layer][side][t]), ref[f"v{key}"][row], **near)
-        np.testing.assert_array_equal(adam.count[layer][side][t][:, 0], ref[f"step{key}"][row])
+      for key, factor, orient in (("A", "lora_a", np.asarray), ("B", "lora_b", np.transpose)):
+        np.testing.assert_allclose(orient(params[layer][factor][t]), ref[key][row], **near)
+        np.testing.assert_allclose(orient(adam.mu[layer][factor][t]), ref[f"m{key}"][row], **near)
+        np.testing.assert_allclose(orient(adam.nu[layer][factor][t]), ref[f"v{key}"][row], **near)
+        np.testing.assert_array_equal(adam.count[layer][factor][t][:, 0], ref[f"step{key}"][row])
       if "bias" in params[layer]:
         for tree, suffix in ((params, ""), (adam.mu, "/m"), (adam.nu, "/v"), (adam.count, "/step")):
           np.testing.assert_allclose(tree[layer]["bias"][t], arrays[f"other/{layer}_bias{suffix}"][row], **near)
     kept = candidates[layer]
     for row, t in enumerate(meta["rows"]["candidates"]):
       ids = spare_ids(kept["cursor"][t], rank, total)
-      for key, side in (("A", "a"), ("B", "b")):
-        assert sorted(ids) == sorted(set(range(total)) - set(ref[f"sel{key}"][t])), "the spares are what no slot holds"
-        np.testing.assert_allclose(kept[f"spare_{side}"][t], ref[f"cand{key}"][row][ids], **near)
+      for key, factor in (("A", "a"), ("B", "b")):
+        assert sorted(ids) == sorted(set(range(total)) - set(ref[f"sel{key}"][t])), (
+          "the spares are the candidates in no slot"
+        )
+        np.testing.assert_allclose(kept[f"spare_{factor}"][t], ref[f"cand{key}"][row][ids], **near)
     np.testing.assert_array_equal(kept["cursor"] % rank, ref["curA"])
     np.testing.assert_array_equal((kept["cursor"] + rank // 2) % rank, ref["curB"])
     np.testing.assert_array_equal(kept["timer_a"], ref["fixedA"])
@@ -135,9 +137,9 @@ NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_n
 
 
 def ours(weights):
-  """(params, frozen) from the recorded weights {name: array}; where there are adapters the kernels are frozen."""
-  stack = lambda kind, key, turn=np.asarray: np.stack(
-    [turn(weights[f"model.layers.{layer}.{kind}.{key}"]) for layer in range(2)]
+  """(params, frozen) from the recorded weights {name: array}; kernels with adapters are frozen."""
+  stack = lambda kind, key, orient=np.asarray: np.stack(
+    [orient(weights[f"model.layers.{layer}.{kind}.{key}"]) for layer in range(2)]
   )
   blocks, frozen = {mine: {"scale": stack(theirs, "weight")} for theirs, mine in NORMS.items()}, {}
   for theirs, mine in KINDS.items():
@@ -157,7 +159,7 @@ def ours(weights):
 
 
 def theirs(params):
-  """The recorded names and orientation of our parameters or gradients."""
+  """Our parameters or gradients with the recorded names and orientation."""
   params = jax.tree.map(np.asarray, params)
   named = {"model.embed_tokens.weight": params["embed"]["embedding"]}
   named |= {"model.norm.weight": params["norm"]["scale"], "lm_head.weight": params["head"]["kernel"].T}
@@ -206,7 +208,7 @@ def test_logits_loss_and_gradients_are_the_recorded_ones_in_float64(golden, x64)
 
 
 def initial_state(options, devices, params, frozen):
-  """The state before step 0 with these weights; the weights that `create` would draw take long to compile."""
+  """The state before step 0 with these weights. `create` would compile the random initialisation, which is slow."""
   abstract, method = small_model.phase(options, devices).abstract, METHODS[options.method].build(options)
   assert jax.tree.map(jnp.shape, (params, frozen)) == jax.tree.map(jnp.shape, (abstract.params, abstract.frozen))
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)._replace(
@@ -227,7 +229,7 @@ def test_25_updates_of_the_train_step_are_the_recorded_ones(method, devices, gol
   options = config(meta, "float64", method=method, **training)
   step, state = small_model.step(options, devices), initial_state(options, devices, *ours(part(arrays, "init/")))
   for t in range(meta["T"]):
-    rows = arrays["ids"][t].reshape(4, 16)  # of two micro-batches
+    rows = arrays["ids"][t].reshape(4, 16)  # two micro-batches
     state, metrics = step(state, small_model.shard_batch(rows, devices))
     np.testing.assert_allclose(metrics["loss"], arrays["loss"][t], **near)
     np.testing.assert_allclose(metrics["grad_norm"], arrays["grad_norm"][t], **near)
@@ -252,5 +254,5 @@ def test_25_updates_of_the_train_step_are_the_recorded_ones(method, devices, gol
   for name, ref in part(arrays, "merged/").items():
     _, _, layer, kind = name.split(".", 3)
     np.testing.assert_allclose(kernels[KINDS[kind]][int(layer)].T[::8], ref, **near, err_msg=name)
-  assert step._cache_size() == 1, "all in float64, none compiled anew"
+  assert step._cache_size() == 1, "all steps share one compiled function"
   assert {"after2/lm_head.weight", "after25/lm_head.weight"} <= arrays.keys()

@@ -1,4 +1,4 @@
-"""Switching: the recorded schedule, the rates. What always holds is in test_invariants."""
+"""Switching: the recorded schedule and rates, and rounding. Its invariants are in test_invariants."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from switchlora_jax.lowrank.switching import (
 RECORDED = "r4 r8 r32 r128 hi_r8_i10_N5 hi_r8_i4_N2 hi_r16_i10_N5 hi_r16_i2_N1 hi_r5_i10_N5 hi_r3_i2_N1 hi_r1_i10_N5"
 
 
-# --- against the authors' code ------------------------------------------------------------------------------------
+# --- compared with the authors' code ------------------------------------------------------------------------------
 
 
 def recorded_case(arrays, meta, name):
@@ -35,7 +35,7 @@ def recorded_case(arrays, meta, name):
 
 
 def replay(case, schedule, uniforms, first_a, first_b):
-  """Switch vectors that hold the ids of their candidates; a history of every step, of each vector its first number."""
+  """Switches vectors whose elements are their candidate's id; returns the first element of each after every step."""
   rank, spares = case["r"], case["c"] - case["r"]
   vectors = lambda ids: np.tile(np.asarray(ids, np.float64)[:, None], case["c"])
   zero = np.zeros(rank, np.int32)
@@ -76,20 +76,20 @@ def test_schedule_is_the_recorded_one(name, golden, x64):
   np.testing.assert_array_equal(cursor, np.cumsum(ref["num"]))
   np.testing.assert_array_equal(cursor % rank, ref["curA"][1:])
   np.testing.assert_array_equal((cursor + rank // 2) % rank, ref["curB"][1:])
-  for side, first, counterpart in (("a", ref["selA"][0], "B"), ("b", ref["selB"][0], "A")):
-    upper = side.upper()
-    held = np.concatenate([first[None], layers["params"][f"lora_{side}"][..., 0]])  # ids, before and after each step
+  for factor, first, counterpart in (("a", ref["selA"][0], "B"), ("b", ref["selB"][0], "A")):
+    upper = factor.upper()
+    ids = np.concatenate([first[None], layers["params"][f"lora_{factor}"][..., 0]])  # before and after each step
     for t in range(steps):
       slots, loaded, evicted = (ref[f"{key}{upper}"][t][: ref["num"][t]] for key in ("slots", "loaded", "evicted"))
-      expected = held[t].copy()
+      expected = ids[t].copy()
       expected[slots] = loaded
-      np.testing.assert_array_equal(held[t][slots], evicted)
-      np.testing.assert_array_equal(held[t + 1], expected)
+      np.testing.assert_array_equal(ids[t][slots], evicted)
+      np.testing.assert_array_equal(ids[t + 1], expected)
       hit = np.isin(np.arange(rank), slots)
       np.testing.assert_array_equal(masks["reset"][f"lora_{counterpart.lower()}"][t][:, 0], hit)
-    np.testing.assert_array_equal(held[[0, 10, 100, -1]], ref[f"sel{upper}"])
-    np.testing.assert_array_equal(layers["candidates"][f"timer_{side}"], ref[f"fixed{upper}"][1:])
-    np.testing.assert_array_equal(masks["freeze"][f"lora_{side}"][..., 0], ref[f"frozen{upper}"])
+    np.testing.assert_array_equal(ids[[0, 10, 100, -1]], ref[f"sel{upper}"])
+    np.testing.assert_array_equal(layers["candidates"][f"timer_{factor}"], ref[f"fixed{upper}"][1:])
+    np.testing.assert_array_equal(masks["freeze"][f"lora_{factor}"][..., 0], ref[f"frozen{upper}"])
 
 
 @pytest.mark.parametrize("name", RECORDED.split())
@@ -107,14 +107,14 @@ def test_rate_is_the_recorded_one(golden, x64):
   np.testing.assert_allclose(schedule.rate(np.arange(1000, dtype=np.int32)), arrays["r4_rate"], rtol=1e-12)
 
 
-def test_rate_falls_to_its_share_at_the_decay_point_and_stays_positive(x64):
+def test_rate_falls_to_decay_to_at_the_decay_point_and_stays_positive(x64):
   schedule = SwitchSchedule(total_steps=1000)
   np.testing.assert_allclose(schedule.rate(99), 1 / 3, rtol=1e-12)
   assert schedule.rate(10**6) == 1e-8
 
 
 def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
-  """r128: 256 vectors loaded through 32 spare rows, eight rounds; the formula, a mean over draws, says 8.3."""
+  """r128: 256 vectors are loaded through 32 spare rows: 8 cycles. The formula, a mean over draws, gives 8.3."""
   arrays, meta = golden("schedule")
   ref, case, schedule = recorded_case(arrays, meta, "r128")
   cycles = expected_cycles(schedule, case["r"], case["c"])
@@ -122,7 +122,7 @@ def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
   np.testing.assert_allclose(cycles, ref["num"].sum() / (case["c"] - case["r"]), rtol=0.1)
 
 
-def test_switch_count_rounds_up_as_often_as_the_fraction_says():
+def test_switch_count_rounds_up_with_the_probability_of_the_fraction():
   uniforms = np.linspace(0, 1, 1000, endpoint=False, dtype=np.float32)
   count = lambda expected: np.asarray(jax.jit(switch_count)(uniforms, expected))
   np.testing.assert_allclose(count(2.3).mean(), 2.3, rtol=1e-3)
@@ -133,7 +133,7 @@ def test_switch_count_rounds_up_as_often_as_the_fraction_says():
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
-def test_norm_squared_is_that_of_the_products(x64):
+def test_norm_squared_is_that_of_the_matrix_products(x64):
   rng = np.random.default_rng(0)
   left, right = rng.standard_normal((3, 5, 8)), rng.standard_normal((3, 5, 6))
   expected = np.sum(np.einsum("lkn,lkm->lnm", left, right) ** 2)
@@ -142,30 +142,32 @@ def test_norm_squared_is_that_of_the_products(x64):
   assert of(left, np.zeros((3, 5, 6))) == 0
 
 
-# --- what is and is not switched ----------------------------------------------------------------------------------
+# --- rounding, and layers that never switch ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tail", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["kernel alone", "with a residual"])
-def test_a_bfloat16_kernel_is_rounded_once_per_switch(tail, unit):
-  """To 8 bits, or with a residual to 16. The function is that of the bfloat16 kernel, rounded to 8 before and after.
+@pytest.mark.parametrize(
+  ("with_residual", "unit"), [(False, 2**-8), (True, 2**-16)], ids=["kernel alone", "with a residual"]
+)
+def test_a_bfloat16_kernel_is_rounded_once_per_switch(with_residual, unit):
+  """To 8 bits, or to 16 with a residual. The forward pass uses the bfloat16 kernel, with 8 bits before and after.
 
-  The only other error is that of 16 float32 outer products, which sum to less than 8.
+  The only other error is that of a sum of 16 float32 outer products, which is less than 8.
   """
   rng = np.random.default_rng(0)
   shapes = ((1, 40, 30), (1, 16, 40), (1, 16, 30), (1, 14, 40), (1, 14, 30))
   kernel, *vectors = (rng.standard_normal(shape, np.float32) for shape in shapes)
-  head, rest = host(jax.jit(split_float32)(kernel))
-  before = Layer(head, *vectors, rest if tail else None)
+  stored, residual = host(jax.jit(split_float32)(kernel))
+  before = Layer(stored, *vectors, residual if with_residual else None)
   after, _ = host(jax.jit(switch_layers, static_argnums=3)(before, np.zeros(1, int), np.array([8]), 8, 1 / 16))
-  assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not tail)
+  assert (after.kernel.dtype, after.kernel_tail is None) == (jnp.bfloat16, not with_residual)
   product = lambda layers: np.einsum("krn,krm->nm", np.float64(layers.lora_a), np.float64(layers.lora_b)) / 16
   old, new = (np.float64(jax.jit(load_kernel)(layers.frozen))[0] for layers in (before, after))
   moved = product(before) - product(after)
   assert np.all(np.abs(new - old - moved) <= unit * np.abs(new) + 1e-5) and np.abs(moved).max() > 1
-  assert np.abs(new - old - moved).max() > unit / 4, "which a kernel of float32 would keep"
-  old_head, new_head = (np.asarray(layers.kernel[0], np.float64) for layers in (before, after))
-  rounding = 2**-8 * (np.abs(old_head) + np.abs(new_head)) * 1.01 + 1e-5
-  assert np.all(np.abs(new_head - old_head - moved) <= rounding)
+  assert np.abs(new - old - moved).max() > unit / 4, "a float32 kernel would have a smaller error"
+  old_kernel, new_kernel = (np.asarray(layers.kernel[0], np.float64) for layers in (before, after))
+  rounding = 2**-8 * (np.abs(old_kernel) + np.abs(new_kernel)) * 1.01 + 1e-5
+  assert np.all(np.abs(new_kernel - old_kernel - moved) <= rounding)
 
 
 def test_an_interval_of_0_and_layers_without_spares_are_never_switched():

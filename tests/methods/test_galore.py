@@ -1,4 +1,4 @@
-"""GaLore against its authors' code, what a projection keeps and loses, and the real train step."""
+"""GaLore compared with its authors' code, properties of the projection, and the real train step."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.two_linear_layers
 
 
 def matrices(params):
-  """Projects whatever is a matrix or a stack of them."""
+  """Projects all matrices and stacks of matrices."""
   return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
@@ -39,7 +39,7 @@ def draw(seed, dtype=jnp.float32):
 
 
 def run(tx, grads, params):
-  """The updates for some gradients, one after the other, and the last state."""
+  """The updates for a sequence of gradients, and the final state."""
   state, update, updates = jax.jit(tx.init)(params), jax.jit(tx.update), []
   for grad in grads:
     step, state = update(grad, state, params)
@@ -47,7 +47,7 @@ def run(tx, grads, params):
   return updates, host(state)
 
 
-# --- against the authors' code ------------------------------------------------------------------------------------
+# --- compared with the authors' code ------------------------------------------------------------------------------
 
 
 def start(arrays):
@@ -70,7 +70,7 @@ def follow(arrays, hyper, directions):
   """Train on the recorded inputs and targets: (step, loss, params, GaLoreState) after each of the 25 updates.
 
   Args:
-    directions: from the number of a refresh to how it finds its directions.
+    directions: maps the number of a refresh to the function that finds its directions.
   """
 
   def galore_with(directions):
@@ -78,7 +78,7 @@ def follow(arrays, hyper, directions):
     tx = scale_by_galore(*given, projected=matrices, directions=directions)
     return optax.chain(tx, optax.scale_by_learning_rate(hyper["lr"]))
 
-  wrong = galore_with(lambda grad, rank: jnp.eye(len(grad))[:, :rank])  # would show if it were used
+  wrong = galore_with(lambda grad, rank: jnp.eye(len(grad))[:, :rank])  # must not be called; it would change the result
   keep, gradients, params = jax.jit(wrong.update), jax.jit(jax.value_and_grad(mean_square)), start(arrays)
   state = jax.jit(wrong.init)(params)
   for t in range(25):
@@ -91,17 +91,17 @@ def follow(arrays, hyper, directions):
 
 
 def test_25_updates_of_a_network_are_the_recorded_ones(golden, x64):
-  """From inputs and targets, with the recorded projectors; only the order of float64 sums differs, some 1e-16."""
+  """From inputs and targets, with the recorded projectors. Only the order of float64 sums differs, by about 1e-16."""
   arrays, meta = golden("galore")
   near, every = dict(rtol=0, atol=1e-14), meta["hyper"]["update_proj_gap"]
   given = lambda row: lambda grad, rank: recorded(arrays, "f64", row)[len(grad)]
   for t, loss, params, adam in follow(arrays, meta["hyper"], given):
     np.testing.assert_allclose(loss, arrays["f64/loss"][t], **near)
-    for i, turn in (("0", np.transpose), ("1", np.asarray)):  # theirs of layer 0 are [large, r]
+    for i, orient in (("0", np.transpose), ("1", np.asarray)):  # theirs of layer 0 are [large, r]
       np.testing.assert_allclose(params[i]["kernel"].T[::8], arrays[f"f64/W{i}"][t], **near)
       np.testing.assert_allclose(params[i]["bias"], arrays[f"f64/b{i}"][t], **near)
-      np.testing.assert_allclose(adam.mu[i]["kernel"], turn(arrays[f"f64/m{i}"][t]), **near)
-      np.testing.assert_allclose(adam.nu[i]["kernel"], turn(arrays[f"f64/v{i}"][t]), rtol=1e-12, atol=1e-18)
+      np.testing.assert_allclose(adam.mu[i]["kernel"], orient(arrays[f"f64/m{i}"][t]), **near)
+      np.testing.assert_allclose(adam.nu[i]["kernel"], orient(arrays[f"f64/v{i}"][t]), rtol=1e-12, atol=1e-18)
       if t % every == 0:
         np.testing.assert_allclose(adam.mu[i]["bias"], arrays[f"f64/mb{i}"][t // every], **near)
         np.testing.assert_allclose(adam.nu[i]["bias"], arrays[f"f64/vb{i}"][t // every], rtol=1e-12, atol=1e-18)
@@ -110,12 +110,12 @@ def test_25_updates_of_a_network_are_the_recorded_ones(golden, x64):
 
 
 def aligned(ours, ref):
-  """Our directions with the signs of those ref: the sign of a singular vector is free."""
+  """Our directions with the signs of `ref`, because the sign of a singular vector is arbitrary."""
   return ours * jnp.sign(jnp.sum(ours * ref, 0, keepdims=True))
 
 
 def test_directions_are_the_recorded_ones_up_to_their_sign(golden):
-  """From float32 gradients; a rounding of 2⁻²⁴ is amplified by σ₁ over the gap to the next σ, here at most 130."""
+  """From float32 gradients. A rounding of 2⁻²⁴ is amplified by σ₁ / (gap to the next σ), here at most 130."""
   arrays, meta = golden("galore")
   for row in range(5):
     ref = recorded(arrays, "f32", row)
@@ -124,8 +124,8 @@ def test_directions_are_the_recorded_ones_up_to_their_sign(golden):
       np.testing.assert_allclose(aligned(ours, ref[len(grad)]), ref[len(grad)], rtol=0, atol=3e-5)
 
 
-def test_a_run_that_finds_its_own_directions_stays_near_the_recorded_one(golden, x64):
-  """All that differs is the rounding of the float32 decomposition, once the free signs are taken over."""
+def test_a_run_that_computes_its_directions_stays_near_the_recorded_one(golden, x64):
+  """With the recorded signs, only the rounding of the float32 decomposition differs."""
   arrays, meta = golden("galore")
 
   def found(row):
@@ -149,7 +149,7 @@ def test_directions_are_found_in_float32_and_kept_in_the_dtype_of_the_gradient(d
 
 @pytest.mark.parametrize("sides", [(6, 9), (9, 6), (7, 7)])
 def test_the_projection_is_the_best_of_its_rank_on_the_smaller_side(sides):
-  """Eckart–Young; of a square kernel [in, out] it spans the input side, as PyTorch's Wᵀ tells the authors."""
+  """Eckart–Young. For a square kernel [in, out] it spans the input side, as the authors' code does for PyTorch's Wᵀ."""
   grad = normal(1, *sides)
   _, state = run(scale_by_galore(2, 1, 1.0, projected=matrices), [[grad]], [grad])
   left, sizes, right = np.linalg.svd(np.asarray(grad, np.float64))
@@ -165,7 +165,7 @@ def _init(params, rank):
 
 
 @pytest.mark.parametrize("sides", [(6, 9), (9, 6), (7, 7)])
-def test_the_update_lies_in_the_projection(sides):
+def test_the_update_is_in_the_span_of_the_projector(sides):
   grad = normal(2, *sides)
   (update, *_), state = run(scale_by_galore(2, 1, 1.0, projected=matrices), [[grad]], [grad])
   projector = np.asarray(state.projector[0])
@@ -174,16 +174,16 @@ def test_the_update_lies_in_the_projection(sides):
   assert np.linalg.matrix_rank(update, tol=1e-4) == 2
 
 
-def test_a_stack_is_its_layers_one_by_one():
-  """Its decompositions to the bit; the sums of its products may run in another order."""
+def test_stacked_layers_are_updated_like_single_layers():
+  """The projectors are bitwise equal. Matrix products may be summed in another order."""
   tx, grads = scale_by_galore(2, 3, 0.25, projected=matrices), [draw(t) for t in range(7)]
   together, state = run(tx, grads, draw(9))
   for layer in range(3):
     take = lambda tree, layer=layer: jax.tree.map(lambda x: x[layer] if x.ndim > 1 else x, tree)
     alone, alone_state = run(tx, [take(grad) for grad in grads], take(draw(9)))
     assert same_bits(take(state.projector), alone_state.projector)
-    apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), take(together[-1]), alone[-1])
-    assert max(jax.tree.leaves(apart)) < 1e-6
+    differences = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), take(together[-1]), alone[-1])
+    assert max(jax.tree.leaves(differences)) < 1e-6
 
 
 def test_a_rank_above_the_smaller_side_keeps_all_directions():
@@ -208,7 +208,7 @@ def test_only_the_kernels_of_the_blocks_are_projected(seven_linear_layers):
   assert jax.tree.leaves(others) == []
 
 
-# --- how near to Adam ---------------------------------------------------------------------------------------------
+# --- compared with Adam -------------------------------------------------------------------------------------------
 
 
 def adam_by_hand(grads, b1=0.9, b2=0.999, eps=1e-6):
@@ -219,17 +219,17 @@ def adam_by_hand(grads, b1=0.9, b2=0.999, eps=1e-6):
   return np.sqrt(1 - b2 ** len(grads)) / (1 - b1 ** len(grads)) * m / (np.sqrt(v) + eps)
 
 
-def test_leaves_that_are_not_projected_follow_adam_without_scale(x64):
+def test_leaves_that_are_not_projected_use_adam_without_the_scale(x64):
   grads = [normal(t, 5, dtype=jnp.float64) * 1e-5 for t in range(4)]
   updates, _ = run(scale_by_galore(2, 1, 0.25, projected=matrices), grads, grads[0])
   np.testing.assert_allclose(updates[-1], adam_by_hand([np.asarray(g) for g in grads]), rtol=1e-12)
   optax_updates, _ = run(optax.scale_by_adam(eps=1e-6), grads, grads[0])
-  assert np.abs(optax_updates[-1] / updates[-1] - 1).max() > 0.1, "whose eps is on the corrected √v"
+  assert np.abs(optax_updates[-1] / updates[-1] - 1).max() > 0.1, "optax adds eps to the bias-corrected √v"
 
 
 @pytest.mark.parametrize("sides", [(4, 6), (6, 4), (4, 4)])
-def test_in_a_permuted_basis_it_is_adam(sides, x64):
-  """Adam treats every element alike, so it commutes with permutations and signs of the axes, and with no other P."""
+def test_in_a_permuted_basis_galore_equals_adam(sides, x64):
+  """Adam treats all elements alike, so it commutes with permutations and sign changes of the axes, but no other P."""
   order, signs = np.array([2, 0, 3, 1]), np.array([1.0, -1.0, -1.0, 1.0])
   basis = jnp.asarray(np.eye(4)[:, order] * signs)
   grads = [[normal(t, *sides, dtype=jnp.float64)] for t in range(6)]
@@ -238,11 +238,11 @@ def test_in_a_permuted_basis_it_is_adam(sides, x64):
   np.testing.assert_allclose(updates[-1][0], adam_by_hand([np.asarray(g[0]) for g in grads]), rtol=1e-12)
 
 
-def test_at_the_full_rank_momentum_is_adams_and_the_step_is_not(x64):
-  """What is linear survives the rotation into singular directions; the division by √v is made along other axes.
+def test_at_full_rank_the_momentum_equals_adams_but_the_update_does_not(x64):
+  """The momentum is linear, so the rotation into singular directions keeps it. The division by √v depends on the axes.
 
-  A first step of Adam is sign(G), and ours P·sign(PᵀG): of the same length and downhill, but at an angle. Each has
-  the cosine √(2/π) to a Gaussian G at best, and 2/π to the other.
+  The first update of Adam is sign(G), that of GaLore P·sign(PᵀG). Both have the same length and are descent
+  directions. Each has at best the cosine √(2/π) with a Gaussian G, and the cosine 2/π with the other.
   """
   grads = [[normal(t, 128, 344, dtype=jnp.float64)] for t in range(4)]
   tx = scale_by_galore(128, 3, 1.0, eps=0.0, projected=matrices)
@@ -264,7 +264,7 @@ def test_at_the_full_rank_momentum_is_adams_and_the_step_is_not(x64):
 
 
 def counted(refresh_every):
-  """A transformation of rank 2 and the list that every decomposition it executes is noted in."""
+  """A transformation of rank 2, and a list with one entry per executed decomposition."""
   calls = []
 
   def directions(grad, rank):
@@ -287,25 +287,25 @@ def decompositions(refresh_every, updates):
   return ref
 
 
-def test_gradients_are_decomposed_when_a_refresh_is_due_and_not_otherwise():
+def test_gradients_are_decomposed_only_when_a_refresh_is_due():
   assert decompositions(3, 8) == [9, 0, 0, 9, 0, 0, 9, 0]
   assert decompositions(1, 2) == [9, 9]
 
 
-def test_a_refresh_that_falls_on_a_skipped_step_comes_with_the_next():
-  """In the train step, whose skipped steps do not count as updates: the gradients of step 3 are not finite."""
+def test_a_refresh_due_at_a_skipped_step_happens_at_the_next_step():
+  """A skipped train step does not count as an update. The gradients of step 3 are not finite."""
   config = small_model.config("galore", galore__refresh_every=3)
   state, step = small_model.first_state(config, 1), small_model.step(config, 1)
   projectors = []
   for t in range(8):
-    healthy = host(state.params["embed"]["embedding"])
+    embedding = host(state.params["embed"]["embedding"])
     if t == 3:
-      state = state._replace(params=state.params | {"embed": {"embedding": np.full_like(healthy, np.nan)}})
+      state = state._replace(params=state.params | {"embed": {"embedding": np.full_like(embedding, np.nan)}})
     before = host(state.opt_state)
     state, report = step(state, small_model.shard_batch(small_model.rows(config, t), 1))
     assert same_bits(before, host(state.opt_state)) == (t == 3)
     if t == 3:
-      state = state._replace(params=state.params | {"embed": {"embedding": healthy}})
+      state = state._replace(params=state.params | {"embed": {"embedding": embedding}})
     projectors.append(not same_bits(before.projector, host(state.opt_state.projector)))
   assert projectors == [True, False, False, False, True, False, False, True]
   assert (int(state.opt_state.count), int(report["skipped"])) == (7, 1)
@@ -317,13 +317,13 @@ def failing(grad, rank):
 
 
 def broken(grads):
-  """The same gradients, but that of layer 1 of `up` cannot be decomposed."""
+  """The same gradients, except that the decomposition of layer 1 of `up` fails."""
   up = grads["up"].copy()
   up[1, 0, 0] = 1e3
   return grads | {"up": up}
 
 
-def test_a_decomposition_that_fails_keeps_the_projector_and_is_due_again_alone():
+def test_a_failed_decomposition_keeps_the_projector_and_only_it_is_repeated():
   tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
   _, before = run(tx, [draw(t) for t in range(3)], params)
   updates, after = jax.jit(tx.update)(broken(draw(3)), before, params)
@@ -337,10 +337,10 @@ def test_a_decomposition_that_fails_keeps_the_projector_and_is_due_again_alone()
   others = lambda state: state.projector | {"up": state.projector["up"][::2]}
   assert same_bits(others(again), others(after))
   _, later = jax.jit(tx.update)(draw(5), again, params)
-  assert same_bits(later.projector, again.projector), "the next refresh is at its time"
+  assert same_bits(later.projector, again.projector), "the next refresh is not due yet"
 
 
-def test_a_kernel_that_has_no_projector_yet_does_not_move():
+def test_a_kernel_without_a_projector_is_not_updated():
   tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
   updates, state = jax.jit(tx.update)(broken(draw(1)), tx.init(params), params)
   moved = np.any(np.asarray(updates["up"]) != 0, axis=(1, 2))
@@ -349,7 +349,7 @@ def test_a_kernel_that_has_no_projector_yet_does_not_move():
 
 
 def test_the_moments_are_kept_at_a_refresh():
-  """After it, m is 0.9 of the old numbers and 0.1 of the new projection, whatever their axes were."""
+  """After a refresh, m = 0.9 · old m + 0.1 · new projection, without a rotation of the old m."""
   tx, params = scale_by_galore(2, 2, 0.25, projected=matrices), draw(0)
   _, before = run(tx, [draw(1), draw(2)], params)
   _, after = jax.jit(tx.update)(draw(3), before, params)
@@ -363,7 +363,7 @@ def test_the_moments_are_kept_at_a_refresh():
 
 
 def primitives(jaxpr, inside_cond=False):
-  """(name, whether a cond stands around it) of every operation of a traced program."""
+  """(name, whether it is inside a cond) of every operation of a jaxpr."""
   for equation in jaxpr.eqns:
     yield equation.primitive.name, inside_cond
     for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr))):
@@ -373,7 +373,7 @@ def primitives(jaxpr, inside_cond=False):
 
 
 def train(steps, devices, **changes):
-  """The states before each step and after the last, on the host, and the losses; always the same rows."""
+  """The host states before each step and after the last, and the losses. Every step uses the same rows."""
   config = small_model.config("galore", galore__refresh_every=3, **changes)
   state, step = small_model.first_state(config, devices), small_model.step(config, devices)
   states, losses = [host(state)], []
@@ -403,8 +403,8 @@ def test_decompositions_of_the_train_step_are_under_a_cond(seven_linear_layers):
 
 
 @pytest.mark.slow
-def test_one_device_gives_what_eight_give(x64):
-  """In float64, where gradients differ by 1e-16 and so hardly ever in the float32 that is decomposed."""
+def test_one_device_and_eight_devices_give_the_same_result(x64):
+  """In float64 the gradients differ by 1e-16, which rarely changes the float32 values that are decomposed."""
   kinds = dict(dtype="float64", param_dtype="float64")
   (one, one_losses), (eight, eight_losses) = train(7, 1, **kinds), train(7, 8, **kinds)
   near = dict(rtol=0, atol=1e-12)
@@ -422,12 +422,14 @@ def test_optimizer_memory_follows_from_the_rank(seven_linear_layers):
   low = 4 * rank * hidden + 3 * rank * inner  # a moment: r × large of the seven kernels
   projectors = 7 * hidden * rank
   others = 2 * vocab * hidden + hidden + layers * 2 * hidden  # embedding and head, norms
-  assert size("galore") == 4 * (2 * (layers * low + others) + layers * (projectors + 7) + 1)  # a mark a kernel, a count
+  assert size("galore") == 4 * (
+    2 * (layers * low + others) + layers * (projectors + 7) + 1
+  )  # one flag per kernel, one count
   full = 2 * (layers * (4 * hidden * hidden + 3 * hidden * inner) + others)
   assert 4 * full < size("full") < 4 * full + 100
 
 
-def test_its_state_is_restored_from_a_checkpoint(tmp_path):
+def test_the_state_is_restored_from_a_checkpoint(tmp_path):
   state = jax.tree.map(lambda x: x + 1, small_model.first_state(small_model.config("galore"), 1))  # not all zeros
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -461,7 +463,7 @@ def test_a_valid_config_is_accepted(tmp_path, rank):
   assert (config.learning_rate, config.min_lr_ratio) == (1e-2, 0.1)
 
 
-def test_the_cosine_ends_at_a_tenth(tmp_path):
+def test_the_cosine_ends_at_a_tenth_of_the_peak(tmp_path):
   method = galore.build(resolved(tmp_path, method="galore"))  # 2 of 12 steps are the warm-up
   np.testing.assert_allclose([method.schedule(t) for t in (0, 1, 2, 7, 12)], [0, 5e-3, 1e-2, 5.5e-3, 1e-3], rtol=1e-6)
 
@@ -474,7 +476,7 @@ def test_the_description_counts_the_refreshes(tmp_path):
 
 
 def test_failed_decompositions_are_reported(monkeypatch):
-  """None of the kernels of 2 layers moves; the rest is trained."""
+  """The kernels of the 2 layers are not updated; the other parameters are."""
   svd = jnp.linalg.svd
   monkeypatch.setattr(jnp.linalg, "svd", lambda *args, **kwargs: [x * jnp.nan for x in svd(*args, **kwargs)])
   config = small_model.config("galore")

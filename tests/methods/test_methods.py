@@ -32,7 +32,7 @@ PARTS = ("params", "frozen", "candidates")
 
 
 def drawn(path, leaf):
-  """An array of an abstract state, of a size that trains; whole numbers and moments are 0."""
+  """Random values for a leaf of an abstract state, of a trainable scale; integers and optimizer moments are 0."""
   path = jax.tree_util.keystr(path)
   if leaf.dtype == jnp.int32 or path.startswith(".opt_state"):
     return np.zeros(leaf.shape, leaf.dtype)
@@ -42,7 +42,7 @@ def drawn(path, leaf):
 
 @lru_cache
 def prepared(method, **changes):
-  """A config, a first state on the host, the same for all options of a method, and its step on one device."""
+  """A config, an initial host state (the same for all options of a method), and the step on one device."""
   config = small_model.config(method, **dict(dtype="bfloat16") | changes)
   optimizer = METHODS[method].build(config).optimizer
   shapes = jax.eval_shape(lambda: create_state(small_model.model(config), optimizer, 0, 2))
@@ -50,7 +50,7 @@ def prepared(method, **changes):
 
 
 def train(steps, method, state=None, **changes):
-  """The states before each of some steps and after the last, on the host, and the metrics."""
+  """The host states before each step and after the last, and the metrics."""
   config, first, step = prepared(method, **changes)
   states, metrics = [first if state is None else state], []
   for _ in range(steps):
@@ -68,7 +68,7 @@ def kinds(tree):
 # --- the contract -------------------------------------------------------------------------------------------------
 
 
-def test_every_module_is_in_the_table_under_its_name():
+def test_the_table_lists_every_module_under_its_name():
   modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base", "schedules"}
   assert {name: METHODS[name].__name__.split(".")[-1] for name in METHODS} == {name: name for name in modules}
 
@@ -86,7 +86,7 @@ def test_a_method_has_the_attributes_of_the_contract(method):
 
 
 @each
-def test_steps_train_in_bfloat16_and_keep_float32(method):
+def test_steps_compute_in_bfloat16_and_store_float32(method):
   states, metrics = train(3, method)
   config = prepared(method)[0]
   out = jax.eval_shape(
@@ -105,12 +105,12 @@ def test_steps_train_in_bfloat16_and_keep_float32(method):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(("method", "tail"), [("lora", False), ("switchlora", True), ("relora", True)])
-def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method, tail):
+@pytest.mark.parametrize(("method", "residual"), [("lora", False), ("switchlora", True), ("relora", True)])
+def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method, residual):
   states, metrics = train(3, method, frozen_dtype="bfloat16")
   assert all(kinds(state) == kinds(states[0]) for state in states)
   layers = states[-1].frozen["blocks"].values()
-  dtypes = {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if tail else {})
+  dtypes = {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if residual else {})
   assert len(layers) == 2
   assert all({name: str(values.dtype) for name, values in layer.items()} == dtypes for layer in layers)
   assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype("float32")}
@@ -130,26 +130,26 @@ def test_a_step_is_deterministic_and_resumes_from_any_state(method):
 
 
 @each
-def test_a_step_that_is_not_finite_changes_nothing(method):
-  """But for the counters; of ReLoRA's restarts, which come before the loss is known, none is due here."""
-  healthy = train(3, method)[0][-1]
-  embedding = np.full_like(healthy.params["embed"]["embedding"], np.nan)
-  sick = healthy._replace(params=healthy.params | {"embed": {"embedding": embedding}})
-  (_, after), (report,) = train(1, method, state=sick)
+def test_a_step_with_a_nan_loss_changes_only_the_counters(method):
+  """ReLoRA restarts before the loss is known, but no restart is due at this step."""
+  trained = train(3, method)[0][-1]
+  embedding = np.full_like(trained.params["embed"]["embedding"], np.nan)
+  with_nan = trained._replace(params=trained.params | {"embed": {"embedding": embedding}})
+  (_, after), (report,) = train(1, method, state=with_nan)
   assert np.isnan(report["loss"]) and (after.step, after.skipped, after.skipped_in_a_row) == (4, 1, 1)
-  assert all(same_bits(getattr(after, part), getattr(sick, part)) for part in PARTS)
-  assert same_bits(after.opt_state, sick.opt_state)
-  (_, cured), _ = train(1, method, state=after._replace(params=healthy.params))
-  assert (cured.skipped, cured.skipped_in_a_row) == (1, 0)
-  assert not same_bits(cured.params, healthy.params)
-  assert not same_bits(cured.opt_state, healthy.opt_state)
+  assert all(same_bits(getattr(after, part), getattr(with_nan, part)) for part in PARTS)
+  assert same_bits(after.opt_state, with_nan.opt_state)
+  (_, recovered), _ = train(1, method, state=after._replace(params=trained.params))
+  assert (recovered.skipped, recovered.skipped_in_a_row) == (1, 0)
+  assert not same_bits(recovered.params, trained.params)
+  assert not same_bits(recovered.opt_state, trained.opt_state)
 
 
-# --- a method of one's own ----------------------------------------------------------------------------------------
+# --- a custom method ----------------------------------------------------------------------------------------------
 
 
 def toy_method():
-  """A module as `switchlora_jax.methods` describes it: full rank with momentum, from a transformation of Optax."""
+  """A module as described in `switchlora_jax.methods`: full-rank training with Optax's momentum."""
 
   def check(config):
     if not 0 <= config.toy.momentum < 1:
@@ -173,7 +173,7 @@ def toy_config(momentum):
   return config
 
 
-def test_a_method_is_a_module_a_line_in_the_table_and_a_section_of_the_config(monkeypatch):
+def test_a_custom_method_needs_a_module_a_table_entry_and_a_config_section(monkeypatch):
   monkeypatch.setitem(METHODS, "toy", toy_method())
   config = resolve(toy_config(0.9), 1)
   assert (config.learning_rate, config.min_lr_ratio) == (0.1, 0.5)
@@ -192,7 +192,7 @@ def test_a_method_is_a_module_a_line_in_the_table_and_a_section_of_the_config(mo
 # --- SwitchLoRA's options -----------------------------------------------------------------------------------------
 
 
-def test_it_warns_that_bfloat16_kernels_drift():
+def test_switchlora_warns_that_bfloat16_kernels_drift():
   warnings = lambda **changes: switchlora.warnings(small_model.config("switchlora", **changes))
   (warning,) = warnings(param_dtype="bfloat16")
   assert warning.startswith("switching rounds bfloat16 base kernels")
@@ -202,8 +202,8 @@ def test_it_warns_that_bfloat16_kernels_drift():
 
 
 @pytest.mark.parametrize("kernels", [{}, dict(frozen_dtype="bfloat16")], ids=["float32", "bfloat16"])
-def test_an_interval_of_0_is_lora_to_the_bit(kernels):
-  """At equal learning rate; the candidates are there, and stay where they are."""
+def test_switchlora_with_interval_0_is_bitwise_lora(kernels):
+  """At equal learning rates. The candidates exist and do not change."""
   never, reports_never = train(4, "switchlora", switch__interval=0, **kernels)
   lora, reports_lora = train(4, "lora", **kernels)
   for ours, theirs in zip(never, lora, strict=True):
@@ -214,10 +214,11 @@ def test_an_interval_of_0_is_lora_to_the_bit(kernels):
   assert not same_bits(train(4, "switchlora", **kernels)[0][-1].params, lora[-1].params)
 
 
-def layers_alone(**changes):
-  """Train two stacked layers without a model for four steps, with the method's switch and optimizer.
+def train_without_a_model(**changes):
+  """Trains two stacked layers for four steps with only the method's switch and optimizer.
 
-  The gradients are the parameters. Returns the states before and after each step, the metrics, and the masks' names.
+  The gradients are the parameters. Returns the initial state and that after each step, the metrics, and the names of
+  the masks.
   """
   method = METHODS["switchlora"].build(small_model.config("switchlora", **changes))
   draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal((2, *shape)), jnp.float32)
@@ -249,16 +250,16 @@ def clocks(state):
   return [state.candidates["q"][name] for name in ("cursor", "timer_a", "timer_b")]
 
 
-REFUSED = {
+INCOMPATIBLE = {
   "switchlora": (optax.chain(optax.scale_by_adam()), r"must be or contain scale_by_vector_adam"),
   "relora": (optax.trace(0.9), r"must be a NamedTuple with the moments mu and nu, .*; it is a TraceState; use "),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_an_optimizer_that_the_hooks_cannot_use_is_refused_when_the_phase_is_built(name):
-  """One that ignores the masks of a switch, or has no moments that a restart can prune."""
-  config, (tx, sentence) = small_model.config(name), REFUSED[name]
+@pytest.mark.parametrize("name", INCOMPATIBLE)
+def test_an_optimizer_incompatible_with_the_hooks_raises_when_the_phase_is_built(name):
+  """It ignores the masks of a switch, or has no moments that a restart can prune."""
+  config, (tx, sentence) = small_model.config(name), INCOMPATIBLE[name]
   method = METHODS[name].build(config)
   with pytest.raises(ValueError, match=sentence):
     assemble_phase(config, method._replace(optimizer=tx), small_model.mesh(1))
@@ -268,8 +269,11 @@ def test_an_optimizer_that_the_hooks_cannot_use_is_refused_when_the_phase_is_bui
     method.check_optimizer(accepted.init(params))
 
 
-def test_without_reset_the_optimizer_gets_no_reset_mask():
-  (reset, reports, masks), (kept, reports_kept, masks_kept) = layers_alone(), layers_alone(switch__reset=False)
+def test_with_reset_off_the_optimizer_gets_no_reset_mask():
+  (reset, reports, masks), (kept, reports_kept, masks_kept) = (
+    train_without_a_model(),
+    train_without_a_model(switch__reset=False),
+  )
   assert masks == {"freeze", "reset"} and masks_kept == {"freeze"}
   for one, other in zip(reports, reports_kept, strict=True):
     assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
@@ -279,15 +283,18 @@ def test_without_reset_the_optimizer_gets_no_reset_mask():
   assert not same_bits(reset[-1].params, kept[-1].params)
 
 
-def test_random_order_takes_other_spares_at_the_same_times():
-  (order, reports, _), (random, reports_random, _) = layers_alone(), layers_alone(switch__order="random")
-  assert same_bits(layers_alone(switch__order="random")[:2], (random, reports_random))
+def test_random_order_loads_other_spares_at_the_same_steps():
+  (order, reports, _), (random, reports_random, _) = (
+    train_without_a_model(),
+    train_without_a_model(switch__order="random"),
+  )
+  assert same_bits(train_without_a_model(switch__order="random")[:2], (random, reports_random))
   for one, other in zip(reports, reports_random, strict=True):
     assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
   assert reports[0]["switched"] > 0 and same_bits(clocks(order[-1]), clocks(random[-1]))
   assert not same_bits(order[-1].params, random[-1].params)
   assert "coverage" in reports[0] and "coverage" not in reports_random[0], (
-    "which is known where they are taken in order"
+    "coverage is known only for the sequential order"
   )
 
 
@@ -313,7 +320,7 @@ def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
 
 
 def test_metrics_of_the_switch():
-  """Rank 4 in 4 layers; the counterparts of switched vectors are frozen in this step and the next (N = 2)."""
+  """Rank 4, 4 layers. The counterparts of switched vectors are frozen at this step and the next (N = 2)."""
   states, metrics = train(6, "switchlora")
   loads = [sum(layer["cursor"].sum() for layer in state.candidates["blocks"].values()) for state in states]
   before = 0
@@ -330,7 +337,7 @@ def test_metrics_of_the_switch():
 
 
 def test_candidates_are_cycled_less_often_after_a_warm_start():
-  """Against the sum of the schedule's own rates over the steps that switch."""
+  """Compared with the sum of the schedule's rates over the steps that switch."""
   for start in (0, 200):
     config = small_model.config("switchlora", steps=1000, warm_start_steps=start)
     rates = np.asarray(switchlora.schedule(config).rate(np.arange(start, 1000)), np.float64)

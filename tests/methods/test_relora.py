@@ -1,4 +1,4 @@
-"""ReLoRA: the authors' recorded runs and schedules, and what a restart does inside the real train step."""
+"""ReLoRA: the authors' recorded runs and schedules, and restarts in the real train step."""
 
 from functools import lru_cache, partial
 
@@ -23,7 +23,7 @@ from switchlora_jax.training.anomalies import initial_spike_state
 
 pytestmark = pytest.mark.two_linear_layers
 
-# --- against the authors' code: schedules -------------------------------------------------------------------------
+# --- compared with the authors' code: schedules -------------------------------------------------------------------
 
 
 def schedule_of(**changes):
@@ -46,7 +46,7 @@ def test_the_schedule_is_the_recorded_one(name, restarts, golden, x64):
     steps=ref["num_training_steps"], warmup_steps=ref["warmup_steps"], min_lr_ratio=ref["min_lr_ratio"],
     relora__restart_every=every, relora__restart_warmup_steps=ref.get("restart_warmup_steps", 0),
   )  # fmt: skip
-  steps = np.arange(ref["num_training_steps"])  # one later, at no update of a run, theirs begins another cycle
+  steps = np.arange(ref["num_training_steps"])  # their schedule starts another cycle after the last update
   np.testing.assert_allclose(ours[steps], arrays[name][steps], rtol=0, atol=1e-12)
   if restarts:
     assert not np.any(ours[::every]) and np.all(np.delete(ours, slice(None, None, every)) > 0)
@@ -55,7 +55,7 @@ def test_the_schedule_is_the_recorded_one(name, restarts, golden, x64):
 @pytest.mark.parametrize(
   ("start", "restarts"), [(0, (10, 20, 30)), (9, (10, 20, 30)), (10, (20, 30)), (11, (20, 30)), (14, (20, 30))]
 )
-def test_the_method_begins_with_a_warm_up_of_its_own_and_restarts_at_later_multiples(start, restarts, x64):
+def test_after_a_warm_start_there_is_a_warm_up_and_restarts_are_at_later_multiples(start, restarts, x64):
   shape = dict(steps=40, warmup_steps=3, relora__restart_every=10, relora__restart_warmup_steps=5)
   expected = rates(cosine_schedule(1.0, 3, 40, final_ratio=0.1), 41)
   expected[start : start + 3] = expected[start + 3] * np.arange(3) / 3
@@ -65,14 +65,14 @@ def test_the_method_begins_with_a_warm_up_of_its_own_and_restarts_at_later_multi
   np.testing.assert_allclose(ours[start:40], expected[start:40], rtol=0, atol=1e-12)
 
 
-# --- against the authors' code: an MLP of two adapted layers ------------------------------------------------------
+# --- compared with the authors' code: an MLP of two adapted layers ------------------------------------------------
 
 LAYERS = ("0", "1")
 
 
 def ours(ref, row):
-  """(params, frozen, (mu, nu) of the adapters) of a recorded state, each layer a stack of one."""
-  stack = lambda key, turn=np.asarray: turn(ref[key][row])[None]
+  """(params, frozen, (mu, nu) of the adapters) of a recorded state; each layer is a stack of one."""
+  stack = lambda key, orient=np.asarray: orient(ref[key][row])[None]
   adapters = lambda kind: {
     n: {"lora_a": stack(f"{kind}A{n}"), "lora_b": stack(f"{kind}B{n}", np.transpose)} for n in LAYERS
   }
@@ -103,7 +103,7 @@ def recorded_config(ref):
 
 
 def train_recorded(ref, merges, method):
-  """The 30 recorded updates and the A's recorded at merges: the state after each of them, and their losses."""
+  """Repeats the 30 recorded updates, with the recorded A at each merge; returns all states and losses."""
   params, frozen, _ = ours(ref, 0)
   opt_state, states, losses = jax.jit(method.optimizer.init)(params), [], []
   update, learning_rates = jax.jit(method.optimizer.update), rates(method.schedule, 30)
@@ -125,7 +125,7 @@ def train_recorded(ref, merges, method):
 
 
 def test_a_run_with_restarts_passes_through_the_recorded_states(golden, x64):
-  """None of the authors' moments outlived a merge in this run, though 0.1% might have."""
+  """The authors' pruning keeps 0.1% of the moments at random; in this run it kept none."""
   arrays, meta = golden("relora")
   ref, near = part(arrays, "reset"), dict(rtol=0, atol=1e-12)
   method = METHODS["relora"].build(recorded_config(meta["restarts"]))
@@ -138,13 +138,13 @@ def test_a_run_with_restarts_passes_through_the_recorded_states(golden, x64):
     jax.tree.map(partial(np.testing.assert_allclose, **near), (params, frozen), (expected_params, expected_frozen))
     for tree, expected in zip((adam.mu, adam.nu), moments, strict=True):
       for name in LAYERS:
-        for side in ("lora_a", "lora_b"):
-          np.testing.assert_allclose(tree[name][side], expected[name][side], **near)
-    assert {int(count) for count in jax.tree.leaves(adam.count)} == {t}, "which goes on over a merge"
+        for factor in ("lora_a", "lora_b"):
+          np.testing.assert_allclose(tree[name][factor], expected[name][factor], **near)
+    assert {int(count) for count in jax.tree.leaves(adam.count)} == {t}, "a merge does not reset the count"
 
 
 def test_a_merge_is_the_recorded_one(golden, x64):
-  """The update at a restart has learning rate 0: A and B are merged as the update before left them."""
+  """The update before a merge has learning rate 0, so A and B are merged as the previous update left them."""
   arrays, meta = golden("relora")
   ref, rows = part(arrays, "reset"), meta["rows"]["reset"]
   scale = meta["restarts"]["alpha"] / meta["restarts"]["rank"]
@@ -158,7 +158,7 @@ def test_a_merge_is_the_recorded_one(golden, x64):
 
 @pytest.mark.parametrize("group", ["magnitude0.9", "magnitude0.8"])
 def test_pruning_by_magnitude_is_the_recorded_one_tensor_by_tensor(group, golden, x64):
-  """The authors prune m and v by masks of their own; 0.8 of 96 elements leaves the threshold right on one of them."""
+  """The authors prune m and v with separate masks. At 0.8 of 96 elements, one element equals the threshold."""
   arrays, meta = golden("relora")
   ref, inputs, ratio = part(arrays, group), part(arrays, "reset"), float(group.removeprefix("magnitude"))
   scale = meta["restarts"]["alpha"] / meta["restarts"]["rank"]
@@ -176,15 +176,15 @@ def test_pruning_by_magnitude_is_the_recorded_one_tensor_by_tensor(group, golden
     _, adam = update(grads, adam)
     pruned = {"m": adam.mu, "v": adam.nu}
     for name in LAYERS:
-      for side, turn in (("lora_a", np.asarray), ("lora_b", np.transpose)):
+      for factor, orient in (("lora_a", np.asarray), ("lora_b", np.transpose)):
         for kind, tree in pruned.items():
-          x, expected = tree[name][side][0], turn(ref[f"pruned/{kind}{side[-1].upper()}{name}"][row])
+          x, expected = tree[name][factor][0], orient(ref[f"pruned/{kind}{factor[-1].upper()}{name}"][row])
           mask = np.asarray(magnitude_mask(x, ratio))
           np.testing.assert_array_equal(mask, expected != 0)
           np.testing.assert_allclose(np.where(mask, x, 0), expected, rtol=1e-10)
-        m, v = (ref[f"pruned/{kind}{side[-1].upper()}{name}"][row] for kind in "mv")
+        m, v = (ref[f"pruned/{kind}{factor[-1].upper()}{name}"][row] for kind in "mv")
         lone_moments += np.sum((m != 0) & (v == 0))
-  assert lone_moments > 0, "which is what our single mask avoids"
+  assert lone_moments > 0, "their masks keep some m without v; our single mask does not"
 
 
 # --- pruning ------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def unpruned():
 
 
 def pruned_state(prune, ratio):
-  """Adam states of two stacked adapters and a norm, before and after."""
+  """Adam states of two stacked adapters and a norm, before and after pruning."""
   config = small_model.config("relora", relora__prune=prune, relora__prune_ratio=ratio)
   params, before = unpruned()
   keep = partial(relora.survivors, jax.random.key(3), config.relora)
@@ -218,19 +218,19 @@ def pruned_state(prune, ratio):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("prune", relora.PRUNES)
-def test_one_mask_prunes_the_share_that_is_asked_for(prune, ratio):
+def test_one_mask_prunes_the_configured_share_of_both_moments(prune, ratio):
   before, after = pruned_state(prune, ratio)
-  for side in ("lora_a", "lora_b"):
-    mu, nu = (np.asarray(getattr(after, name)["q"][side]) for name in ("mu", "nu"))
+  for factor in ("lora_a", "lora_b"):
+    mu, nu = (np.asarray(getattr(after, name)["q"][factor]) for name in ("mu", "nu"))
     np.testing.assert_array_equal(mu != 0, nu != 0)
     for name, left in (("mu", mu), ("nu", nu)):
-      old = np.asarray(getattr(before, name)["q"][side])
+      old = np.asarray(getattr(before, name)["q"][factor])
       np.testing.assert_array_equal(left[left != 0], old[left != 0])
     for layer in mu:
       share, size = np.mean(layer == 0), layer.size
-      if prune == "magnitude":  # elements right on the threshold go
+      if prune == "magnitude":  # elements equal to the threshold are pruned
         assert ratio <= share < ratio + 1.5 / size
-      else:  # six standard deviations
+      else:  # within six standard deviations
         assert abs(share - ratio) <= 6 * (ratio * (1 - ratio) / size) ** 0.5
   for name in ("mu", "nu"):
     assert same_bits(getattr(after, name)["norm"], getattr(before, name)["norm"])
@@ -246,7 +246,7 @@ def test_magnitude_keeps_the_largest_first_moments_of_each_layer():
 
 def test_random_draws_differ_from_leaf_to_leaf_and_layer_to_layer():
   _, after = pruned_state("random", 0.5)
-  masks = [np.asarray(layer != 0).ravel() for side in ("lora_a", "lora_b") for layer in after.mu["q"][side]]
+  masks = [np.asarray(layer != 0).ravel() for factor in ("lora_a", "lora_b") for layer in after.mu["q"][factor]]
   agreement = [np.mean(x == y) for i, x in enumerate(masks) for y in masks[:i]]
   np.testing.assert_allclose(agreement, 0.5, atol=0.1)
 
@@ -258,14 +258,14 @@ SMALL = dict(relora__restart_every=4, relora__restart_warmup_steps=2, relora__pr
 
 @lru_cache
 def prepared():
-  """A config, its first state on the host, its step and its `prepare`: compiled once for the tests of this file."""
+  """A config, its initial host state, its step and its `before_gradients`, compiled once for this file."""
   config = small_model.config("relora", **SMALL)
-  prepare = jax.jit(METHODS["relora"].build(config).before_gradients)
-  return config, host(small_model.first_state(config, 1)), small_model.step(config, 1), prepare
+  before_gradients = jax.jit(METHODS["relora"].build(config).before_gradients)
+  return config, host(small_model.first_state(config, 1)), small_model.step(config, 1), before_gradients
 
 
 def train(steps, state=None, rows=None):
-  """The states before each of some steps and after the last, on the host, and the metrics."""
+  """The host states before each step and after the last, and the metrics."""
   config, first, step, _ = prepared()
   states, metrics = [first if state is None else state], []
   for _ in range(steps):
@@ -278,14 +278,14 @@ def train(steps, state=None, rows=None):
 
 
 def at_a_restart():
-  """The state before step 5, whose restart is still to come, and after `prepare`."""
+  """The state before step 5, at which a restart is due, and the state after `before_gradients`."""
   before = train(5)[0][-1]
   return before, host(prepared()[3](before))
 
 
-def adapters(tree, side):
-  """{kind of layer: [layers, r, …]}"""
-  return {name: layer[side] for name, layer in tree["blocks"].items() if side in layer}
+def adapters(tree, factor):
+  """{kind of layer: [layers, r, …]} of one factor of the adapters."""
+  return {name: layer[factor] for name, layer in tree["blocks"].items() if factor in layer}
 
 
 def logits(config, state):
@@ -294,7 +294,7 @@ def logits(config, state):
   return np.asarray(apply({"params": state.params, "frozen": state.frozen}, rows))
 
 
-def check_that_the_function_is_kept(tolerance, **changes):
+def check_that_a_restart_keeps_the_logits(tolerance, **changes):
   config = small_model.config("relora", **SMALL | changes)
   state = small_model.first_state(config, 1)
   random_b = lambda path, x: (0.02 * draw(0, *x.shape)).astype(x.dtype) if path[-1].key == "lora_b" else x
@@ -302,30 +302,32 @@ def check_that_the_function_is_kept(tolerance, **changes):
   after = host(jax.jit(METHODS["relora"].build(config).before_gradients)(before))
   kept = logits(config, before)
   np.testing.assert_allclose(logits(config, after), kept, rtol=0, atol=tolerance)
-  without = before._replace(params=after.params)  # what the merge would lose, were it left out
+  without = before._replace(params=after.params)  # as if the merge were missing
   assert np.abs(logits(config, without) - kept).max() > 1e-2
   assert not same_bits(before.frozen, after.frozen)
 
 
-def test_a_restart_keeps_the_function():
-  """Logits of 0.1 and kernels of 0.02, each rounded once at 2⁻²⁴."""
-  check_that_the_function_is_kept(1e-6)
+def test_a_restart_keeps_the_logits():
+  """Logits of about 0.1 and kernels of about 0.02 are rounded once, by 2⁻²⁴ relative."""
+  check_that_a_restart_keeps_the_logits(1e-6)
 
 
-def test_a_restart_keeps_the_function_in_float64(x64):
-  check_that_the_function_is_kept(1e-12, dtype="float64", param_dtype="float64")
+def test_a_restart_keeps_the_logits_in_float64(x64):
+  check_that_a_restart_keeps_the_logits(1e-12, dtype="float64", param_dtype="float64")
 
 
-def test_a_restart_keeps_the_function_to_the_rounding_of_a_bfloat16_kernel():
-  """Kernels of 0.05 rounded to 8 bits, before and after, and two blocks of width 16 to the logits of 0.1."""
-  check_that_the_function_is_kept(5e-3, frozen_dtype="bfloat16")
+def test_a_restart_keeps_the_logits_up_to_the_rounding_of_a_bfloat16_kernel():
+  """Kernels of about 0.05 have 8 bits before and after. Two blocks of width 16 give logits of about 0.1."""
+  check_that_a_restart_keeps_the_logits(5e-3, frozen_dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("tail", "unit"), [(True, 2**-16), (False, 2**-8)], ids=["with a tail", "head alone"])
-def test_a_merge_is_as_exact_as_the_storage_of_the_kernel(tail, unit):
+@pytest.mark.parametrize(
+  ("with_residual", "unit"), [(True, 2**-16), (False, 2**-8)], ids=["with a residual", "kernel alone"]
+)
+def test_the_error_of_a_merge_is_the_rounding_of_the_stored_kernel(with_residual, unit):
   state, _ = small_layers(small_model.config("relora", **SMALL))
-  head, rest = split_float32(state.frozen["q"]["kernel"])
-  base = {"kernel": head} | ({"kernel_tail": rest} if tail else {})
+  kernel, residual = split_float32(state.frozen["q"]["kernel"])
+  base = {"kernel": kernel} | ({"kernel_tail": residual} if with_residual else {})
   frozen, draw = {"q": base}, lambda _, shape: jnp.zeros(shape)
   _, after = jax.jit(lambda *trees: relora.merge_adapters(*trees, draw, 0.5))(state.params, frozen)
   expected = np.float64(load_kernel(base)) + 0.5 * np.einsum(
@@ -347,20 +349,20 @@ def test_a_restart_redraws_a_and_zeroes_b():
   assert len(layers) == 4
   scaled = [layer.ravel()[:64] for layer in layers]
   assert all(np.abs(np.corrcoef(x, y)[0, 1]) < 0.6 for i, x in enumerate(scaled) for y in scaled[:i]), (
-    "draws of its own"
+    "each layer is drawn independently"
   )
   assert all(np.any(b) for b in adapters(before.params, "lora_b").values())
   assert not any(np.any(b) for b in adapters(after.params, "lora_b").values())
 
 
-def test_a_restart_prunes_the_moments_of_the_adapters_alone():
+def test_a_restart_prunes_only_the_moments_of_the_adapters():
   before, after = at_a_restart()
   for name in ("mu", "nu"):
     old, new = getattr(before.opt_state, name), getattr(after.opt_state, name)
     rest = lambda tree: [tree["embed"], tree["norm"], tree["head"], tree["blocks"]["mlp_norm"]]
     assert same_bits(rest(old), rest(new)) and all(np.any(leaf) for leaf in jax.tree.leaves(rest(new)))
-    for side in ("lora_a", "lora_b"):
-      old_all, new_all = (np.concatenate([x.ravel() for x in adapters(t, side).values()]) for t in (old, new))
+    for factor in ("lora_a", "lora_b"):
+      old_all, new_all = (np.concatenate([x.ravel() for x in adapters(t, factor).values()]) for t in (old, new))
       assert np.all(old_all != 0) and 0.4 < np.mean(new_all == 0) < 0.6
       np.testing.assert_array_equal(new_all[new_all != 0], old_all[new_all != 0])
   assert jax.tree.all(jax.tree.map(lambda m, v: np.array_equal(m != 0, v != 0), *after.opt_state[1:]))
@@ -370,7 +372,7 @@ def test_a_restart_prunes_the_moments_of_the_adapters_alone():
 
 
 def small_layers(config):
-  """A state of three stacked layers of one kind, without a model, and the `prepare` of a config."""
+  """A state of three stacked layers of one kind, without a model, and the method's `before_gradients`."""
   method = METHODS["relora"].build(config)
   params, frozen = {"q": {"lora_a": draw(0, 3, 4, 6), "lora_b": draw(1, 3, 4, 5)}}, {"q": {"kernel": draw(2, 3, 6, 5)}}
   zero = np.zeros((), np.int32)
@@ -381,17 +383,17 @@ def small_layers(config):
 
 def restarts_at(config, steps):
   """The steps before which the method of a config restarts."""
-  state, prepare = small_layers(config)
+  state, before_gradients = small_layers(config)
   before = [state._replace(step=np.int32(t)) for t in range(steps)]
-  return [t for t in range(steps) if not same_bits(prepare(before[t]), before[t])]
+  return [t for t in range(steps) if not same_bits(before_gradients(before[t]), before[t])]
 
 
 @pytest.mark.parametrize(("warm_start", "expected"), [(0, [5, 9, 13]), (6, [9, 13]), (8, [13])])
-def test_it_restarts_after_every_multiple_reached_by_the_method(warm_start, expected):
+def test_restarts_follow_every_multiple_of_restart_every_after_the_warm_start(warm_start, expected):
   assert restarts_at(small_model.config("relora", **SMALL, warm_start_steps=warm_start), 15) == expected
 
 
-def test_it_restarts_where_the_recorded_runs_do(golden):
+def test_restarts_are_at_the_recorded_steps(golden):
   ref = golden("relora")[1]["restarts"]
   assert restarts_at(recorded_config(ref), 30) == ref["merges_after_update"]
 
@@ -408,8 +410,8 @@ def test_the_learning_rate_is_0_right_before_a_merge():
   assert [same_bits(states[t].frozen, states[t + 1].frozen) for t in range(6)] == [True] * 5 + [False]
 
 
-def test_without_a_restart_nothing_is_computed():
-  """Outside the loop of 0 or 1 iterations there are only scalars, and no conditional, which XLA would copy through."""
+def test_steps_without_a_restart_only_compute_scalars():
+  """Outside the loop of 0 or 1 iterations all values are scalars. A conditional would make XLA copy its operands."""
   config, state, _, _ = prepared()
   equations = jax.make_jaxpr(METHODS["relora"].build(config).before_gradients)(state).eqns
   assert [e.primitive.name for e in equations].count("while") == 1
@@ -426,15 +428,15 @@ def test_it_compiles_once():
   assert step._cache_size() == 1
 
 
-def test_a_step_that_is_skipped_restarts_all_the_same():
-  before, prepared_state = at_a_restart()
+def test_a_skipped_step_still_restarts():
+  before, restarted = at_a_restart()
   embedding = np.full_like(before.params["embed"]["embedding"], np.nan)
-  spoilt = before._replace(params={**before.params, "embed": {"embedding": embedding}})
-  (_, after), _ = train(1, state=spoilt)
+  with_nan = before._replace(params={**before.params, "embed": {"embedding": embedding}})
+  (_, after), _ = train(1, state=with_nan)
   assert after.skipped == 1 and after.step == 6
-  assert same_bits(after.params["blocks"], prepared_state.params["blocks"])
-  assert same_bits(after.opt_state, prepared_state.opt_state)
-  jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-7), after.frozen, prepared_state.frozen)
+  assert same_bits(after.params["blocks"], restarted.params["blocks"])
+  assert same_bits(after.opt_state, restarted.opt_state)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-7), after.frozen, restarted.frozen)
   assert not same_bits(after.frozen, before.frozen)
 
 
@@ -445,11 +447,11 @@ def test_a_run_resumes_bitwise_from_a_saved_state():
 
 
 @pytest.mark.parametrize("prune", relora.PRUNES)
-def test_draws_follow_from_seed_and_step_on_any_number_of_devices(prune):
+def test_draws_depend_on_seed_and_step_but_not_on_the_number_of_devices(prune):
   config = small_model.config("relora", **SMALL, relora__prune=prune)
-  state, prepare = small_layers(config)
-  restart = lambda step, prepare=prepare, devices=1: host(
-    prepare(jax.device_put(state._replace(step=np.int32(step)), replicated(small_model.mesh(devices))))
+  state, before_gradients = small_layers(config)
+  restart = lambda step, before_gradients=before_gradients, devices=1: host(
+    before_gradients(jax.device_put(state._replace(step=np.int32(step)), replicated(small_model.mesh(devices))))
   )
   first = restart(5)
   assert same_bits(first, restart(5)) and same_bits(first, restart(5, devices=8))
@@ -466,7 +468,7 @@ def test_the_loss_falls():
   assert losses[0] - 0.1 > losses[10] > losses[20] > losses[-1]
 
 
-def test_it_starts_with_the_function_of_the_plain_model():
+def test_the_initial_logits_are_those_of_the_plain_model():
   config, state, _, _ = prepared()
   plain = small_model.config("full")
   start = small_model.first_state(plain, 1)
@@ -503,7 +505,7 @@ def test_an_invalid_config_raises_an_error_with_a_remedy(name):
   assert sentence in str(caught.value)
 
 
-def test_the_defaults_are_the_authors():
+def test_the_defaults_are_those_of_the_authors():
   config = small_model.config("relora", learning_rate=None, min_lr_ratio=None, rank=128, steps=40_000)
   config = resolve(config, devices=8)
   assert (config.learning_rate, config.min_lr_ratio) == (1e-3, 0.1)
@@ -515,7 +517,9 @@ def test_a_description_counts_the_restarts_and_warns():
   warnings = lambda **changes: relora.warnings(small_model.config("relora", **SMALL | changes))
   count = lambda **changes: int(lines(**changes)[0].split()[4].rstrip(","))
   assert lines(steps=14) == ["restarts in the run: 3, every 4 steps"]
-  assert [count(steps=steps) for steps in (4, 5, 6, 13, 14)] == [0, 0, 1, 2, 3], "a merge needs a step after it"
+  assert [count(steps=steps) for steps in (4, 5, 6, 13, 14)] == [0, 0, 1, 2, 3], (
+    "a merge happens only if a step follows"
+  )
   assert [count(steps=14, warm_start_steps=start) for start in (3, 4, 8, 14)] == [3, 2, 1, 0]
   unwarmed, lora = "full-rank warm start", "without a restart this is LoRA"
   assert len(warnings()) == 1 and unwarmed in warnings()[0]

@@ -1,4 +1,4 @@
-"""The learning-rate schedules against the authors' recorded ones, and the meaning of `min_lr_ratio`."""
+"""The learning-rate schedules compared with the authors' recorded ones, and the meaning of `min_lr_ratio`."""
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ def test_cosine_schedule_is_the_recorded_one(golden, x64):
   )
 
 
-def test_the_authors_floor_is_a_maximum_with_our_cosine(golden, x64):
-  """SwitchLoRA's authors stop a cosine to 0 at `min_lr`; our cosine ends at `final_ratio`. Both end at a tenth here."""
+def test_the_authors_min_lr_is_a_lower_bound_on_our_cosine(golden, x64):
+  """The authors bound a cosine to 0 from below by `min_lr`; our cosine ends at `final_ratio`. Both end at 0.1 here."""
   recorded = golden("schedulers")[0]["switchlora_cosine_with_min_lr"]
   steps = jnp.arange(101, dtype=jnp.int32)
   cosine = jax.vmap(cosine_schedule(1.0, 10, 100))(steps)
@@ -36,7 +36,7 @@ def test_the_first_update_has_learning_rate_0_and_the_warm_up_ends_at_the_peak()
 
 @pytest.mark.parametrize("method", METHODS)
 def test_min_lr_ratio_is_the_end_of_the_cosine_for_every_method(method):
-  """Final / peak learning rate, with the same values in between for all methods that do not restart."""
+  """It is the final / peak learning rate. All methods without restarts have the same schedule."""
   config = small_model.config(method, learning_rate=0.5, min_lr_ratio=0.2, warmup_steps=10)
   schedule = METHODS[method].build(config).schedule
   expected = [0.0, 0.25, 0.5, 0.5 * (0.2 + 0.8 * 0.5), 0.5 * 0.2, 0.5 * 0.2]

@@ -1,4 +1,4 @@
-"""Generation with a cache is generation without one; draws follow the truncated distribution; text comes whole."""
+"""Generation: with and without a cache, draws from the truncated distribution, and streamed text."""
 
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, 
 
 
 def llama(dense=None):
-  """A small model whose tokens see each other, which at the small start of training they hardly do; its variables."""
+  """A small model and its variables, drawn large enough that tokens affect each other's logits."""
   model = make_model(SIZES, dense)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
   draws = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def continued(model, variables, prompt, **changes):
 
 
 def without_cache(model, variables, prompt, new_tokens=20):
-  """The likeliest tokens, the whole row run again for each."""
+  """The most likely tokens, each from a forward pass over the full row."""
   row = np.array([prompt + [0] * new_tokens])
   run = jax.jit(model.apply)
   for position in range(len(prompt), row.size):
@@ -57,26 +57,26 @@ def without_cache(model, variables, prompt, new_tokens=20):
 @pytest.mark.parametrize(
   ("made", "prompt"), [(PLAIN, [5]), (ADAPTED, SEVEN)], ids=["plain, one token", "adapters, seven"]
 )
-def test_with_a_cache_the_tokens_are_those_without(made, prompt):
+def test_the_cache_does_not_change_the_tokens(made, prompt):
   found = continued(*made, prompt)
   assert found == without_cache(*made, prompt)
   assert len(set(found)) > 5, "the tokens vary"
 
 
-WHOLE = jax.jit(PLAIN[0].apply)
-IN_PARTS = jax.jit(partial(PLAIN[0].clone(cache_length=15).apply, mutable="cache"))
+FULL_ROW = jax.jit(PLAIN[0].apply)
+CACHED = jax.jit(partial(PLAIN[0].clone(cache_length=15).apply, mutable="cache"))
 
 
 @pytest.mark.parametrize("parts", [[12], [1] * 12, [3, 1, 5, 2, 1], [11, 1]], ids=str)
-def test_a_row_in_any_parts_has_the_logits_of_the_whole(parts):
+def test_a_row_in_parts_has_the_logits_of_the_full_row(parts):
   _, variables = PLAIN
   row = np.random.default_rng(1).integers(0, 64, (1, 12))
-  whole, cache, found = np.asarray(WHOLE(variables, row)), {}, []
+  expected, cache, found = np.asarray(FULL_ROW(variables, row)), {}, []
   for part in np.split(row, np.cumsum(parts)[:-1], axis=1):
-    logits, cache = IN_PARTS({**variables, **cache}, part)
+    logits, cache = CACHED({**variables, **cache}, part)
     found.append(logits)
-  np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-5 * np.abs(whole).max())
-  assert np.std(whole) > 1
+  np.testing.assert_allclose(np.concatenate(found, 1), expected, atol=1e-5 * np.abs(expected).max())
+  assert np.std(expected) > 1
 
 
 def test_adapters_generate_the_same_tokens_as_merged_weights():
@@ -87,9 +87,12 @@ def test_adapters_generate_the_same_tokens_as_merged_weights():
 
 def test_sharded_arrays_generate_the_same_tokens():
   model, variables = ADAPTED
-  lies = Placement(small_model.mesh(4, 2), trained=True, frozen=True)
-  specs = {"params": lies.specs(variables["params"], "trained"), "frozen": lies.specs(variables["frozen"], "frozen")}
-  placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(lies.mesh, spec)), variables, specs)
+  placement = Placement(small_model.mesh(4, 2), trained=True, frozen=True)
+  specs = {
+    "params": placement.specs(variables["params"], "trained"),
+    "frozen": placement.specs(variables["frozen"], "frozen"),
+  }
+  placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(placement.mesh, spec)), variables, specs)
   assert any(not x.is_fully_replicated for x in jax.tree.leaves(placed))
   assert continued(model, placed, SEVEN) == continued(*ADAPTED, SEVEN)
 
@@ -102,7 +105,7 @@ def test_two_functions_are_compiled_for_any_number_of_tokens():
   assert advance._cache_size() == before + 2
 
 
-def test_it_ends_before_the_end_token():
+def test_generation_stops_before_the_end_token():
   tokens = continued(*PLAIN, [5])
   end = tokens[7]
   assert continued(*PLAIN, [5], end=end) == tokens[: tokens.index(end)]
@@ -110,10 +113,10 @@ def test_it_ends_before_the_end_token():
   assert continued(*PLAIN, [5], new_tokens=0) == []
 
 
-def test_draws_follow_the_seed_and_are_of_the_tokenizers_pieces():
-  warm = lambda seed: continued(*PLAIN, [5], sampling=Sampling(2.0), pieces=30, seed=seed)
-  assert warm(1) == warm(1) != warm(2)
-  assert max(warm(1) + warm(2)) < 30 <= max(continued(*PLAIN, [5], sampling=Sampling(2.0)))
+def test_draws_depend_on_the_seed_and_stay_within_the_pieces_of_the_tokenizer():
+  sample = lambda seed: continued(*PLAIN, [5], sampling=Sampling(2.0), pieces=30, seed=seed)
+  assert sample(1) == sample(1) != sample(2)
+  assert max(sample(1) + sample(2)) < 30 <= max(continued(*PLAIN, [5], sampling=Sampling(2.0)))
 
 
 # --- draws --------------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def softmax(logits):
 
 
 def reference(logits, top_k, top_p):
-  """The probabilities left, in float64: the likeliest first, until the mass is there; and how nearly it was there."""
+  """The truncated probabilities in float64, and the smallest distance of a cumulative probability from `top_p`."""
   ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: top_k or None]
   masses = np.cumsum(softmax(logits[ranked]))
   count = int(np.searchsorted(masses[:-1], top_p)) + 1 if top_p < 1 else len(ranked)
@@ -141,16 +144,16 @@ def reference(logits, top_k, top_p):
   st.one_of(st.just(1.0), st.floats(1e-3, 0.999)),
 )
 def test_truncation_is_that_of_the_reference(halves, top_k, top_p):
-  """Many logits are equal, so that it matters which of them is kept."""
+  """Many logits are equal, so that the order of ties matters."""
   logits = np.array(halves) / 2
   expected, nearest = reference(logits, top_k, top_p)
-  assume(nearest > 1e-5)  # where rounding does not decide
+  assume(nearest > 1e-5)  # else rounding may decide which tokens are kept
   found = softmax(np.asarray(truncated(jnp.asarray(logits, jnp.float32), top_k, top_p), np.float64))
   np.testing.assert_array_equal(found > 0, expected > 0)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_the_likeliest_is_always_left():
+def test_the_most_likely_token_is_always_kept():
   logits = jnp.array([0.0, 3.0, 1.0])
   for options in ((1, 1.0), (0, 1e-6), (1, 1e-6)):
     assert np.isfinite(truncated(logits, *options)).tolist() == [False, True, False]
@@ -158,7 +161,7 @@ def test_the_likeliest_is_always_left():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.5), Sampling(2.0, 4), Sampling(1.5, 0, 0.8)], ids=str)
-def test_draws_are_as_frequent_as_they_are_likely(sampling):
+def test_frequencies_of_draws_match_the_probabilities(sampling):
   logits, count = np.array([0.5, 2.0, -1.0, 1.5, 0.0, 1.9], np.float32), 20_000
   keys = jax.random.split(jax.random.key(0), count)
   tokens = np.asarray(jax.jit(jax.vmap(lambda key: draw(jnp.asarray(logits), key, sampling)))(keys))
@@ -196,7 +199,7 @@ def test_valid_sampling_is_accepted():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  """A tokenizer of 300 pieces; what it does not know it spells in bytes."""
+  """A tokenizer of 300 pieces with byte fallback."""
   folder = tmp_path_factory.mktemp("tokenizer")
   train_tokenizer([Path(write_text(folder)).read_text()], 300, folder / "some.model")
   return sentencepiece.SentencePieceProcessor(model_file=str(folder / "some.model"))
@@ -204,9 +207,9 @@ def tokenizer(tmp_path_factory):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_text_comes_in_whole_characters(tokenizer, text):
+def test_text_is_streamed_in_complete_characters(tokenizer, text):
   tokens = tokenizer.encode(text)
-  assume(tokenizer.decode(tokens) == text)  # not so for a few characters that SentencePiece takes for its own
+  assume(tokenizer.decode(tokens) == text)  # false for a few characters that SentencePiece uses itself
   parts = list(stream_text(tokenizer, tokens))
   assert "".join(parts) == text
   assert ("\ufffd" in text) or all("\ufffd" not in part for part in parts)
@@ -214,21 +217,21 @@ def test_text_comes_in_whole_characters(tokenizer, text):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 299), max_size=30))
-def test_any_tokens_come_as_the_text_of_all(tokenizer, tokens):
-  """Bytes that make no character, too."""
+def test_any_tokens_are_streamed_as_their_decoded_text(tokenizer, tokens):
+  """Also for bytes that are not valid UTF-8."""
   assert "".join(stream_text(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
-def test_text_comes_as_soon_as_its_tokens(tokenizer):
+def test_text_is_streamed_as_soon_as_its_tokens(tokenizer):
   tokens = tokenizer.encode("the model é!")
   seen = []
 
-  def noted():
+  def observed():
     for token in tokens:
       seen.append("".join(parts))
       yield token
 
   parts = []
-  for part in stream_text(tokenizer, noted()):
+  for part in stream_text(tokenizer, observed()):
     parts.append(part)
   assert seen == [tokenizer.decode(tokens[:count]).rstrip("\ufffd") for count in range(len(tokens))]

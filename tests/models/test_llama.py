@@ -1,4 +1,4 @@
-"""The model: what it may look at, what it costs to compile, how many parameters it has."""
+"""The model: causality, compilation, rematerialisation, number of parameters."""
 
 import functools
 
@@ -25,7 +25,7 @@ def tokens_of(config):
 
 @functools.cache
 def variables(config):
-  """The variables at the start, on the host."""
+  """The initial variables, on the host."""
   return small_model.host(jax.jit(small_model.model(config).init)(jax.random.key(0), tokens_of(config)))
 
 
@@ -42,7 +42,7 @@ def logits_of(model):
 
 
 def shapes(config):
-  """As `start`, of shapes alone."""
+  """As `start`, but only the shapes."""
   model, tokens = small_model.model(config), tokens_of(config)
   variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
   return model, variables["params"], variables.get("frozen", {}), tokens
@@ -59,7 +59,7 @@ def gradients(model, tokens):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_program_does_not_grow_with_depth(method):
+def test_the_traced_function_does_not_grow_with_depth(method):
   def size(layers):
     model, *state, tokens = shapes(small_model.config(method, model__num_layers=layers))
     traced = gradients(model, tokens).trace(*state)
@@ -76,18 +76,18 @@ def test_later_tokens_do_not_change_earlier_logits():
   changed[:, 5] = (tokens[:, 5] + 1) % 64
   before, after = (np.asarray(logits_of(model)({"params": params}, rows)) for rows in (tokens, changed))
   np.testing.assert_array_equal(before[:, :5], after[:, :5])
-  assert np.all(np.any(before[:, 5:] != after[:, 5:], -1)), "and every later one sees the change"
+  assert np.all(np.any(before[:, 5:] != after[:, 5:], -1)), "all later logits change"
 
 
 def test_the_order_of_earlier_tokens_matters():
-  """Rotary positions: the last logits know not only which tokens came before, but where."""
+  """With rotary embeddings, the last logits depend on the positions of earlier tokens."""
   model, params, _, tokens = start(small_model.config("full"))
   swapped = tokens[:, [1, 0, *range(2, tokens.shape[1])]]
   last = lambda tokens: np.asarray(logits_of(model)({"params": params}, tokens))[:, -1]
   assert np.abs(last(tokens) - last(swapped)).max() > 1e-7
 
 
-def test_rotation_depends_on_the_distance_alone(x64):
+def test_rotary_scores_depend_only_on_the_distance(x64):
   angles, rotated = np.asarray(rotary_angles(12, 8, jnp.float64)), jax.jit(rotate)
   q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 8))
   at = lambda x, position: np.ravel(rotated(x, angles[position : position + 1]))
@@ -101,27 +101,27 @@ def test_attention_of_the_first_token_is_its_own_value():
   np.testing.assert_allclose(np.asarray(jax.jit(causal_attention)(q, k, v))[:, 0], v[:, 0], rtol=1e-6)
 
 
-def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
-  """The call that a GPU gets, answered here by JAX's own attention: the same scale, mask and order of axes."""
-  theirs, asked = jax.nn.dot_product_attention, []
+def test_fused_attention_passes_the_scale_mask_and_axes_of_our_own(monkeypatch):
+  """The call that uses cuDNN on a GPU is answered by JAX's own attention here."""
+  jax_attention, implementations = jax.nn.dot_product_attention, []
 
   def answer(*qkv, implementation, **options):
-    asked.append(implementation)
-    return theirs(*qkv, implementation="xla", **options)
+    implementations.append(implementation)
+    return jax_attention(*qkv, implementation="xla", **options)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
   attention = jax.jit(lambda *qkv, fused=False: causal_attention(*qkv, fused), static_argnames="fused")
   q, k, v = np.random.default_rng(0).standard_normal((3, 2, 12, 3, 16)).astype(jnp.bfloat16)
   wide = lambda x: np.asarray(x, np.float32)
   np.testing.assert_allclose(wide(attention(q, k, v, fused=True)), wide(attention(q, k, v)), atol=2**-6)
-  assert asked == ["cudnn"]
+  assert implementations == ["cudnn"]
   q, k, v = (x.astype(np.float32) for x in (q, k, v))
   np.testing.assert_array_equal(attention(q, k, v, fused=True), attention(q, k, v))
-  assert asked == ["cudnn"], "which does not take float32"
+  assert implementations == ["cudnn"], "cuDNN does not support float32"
 
 
 @pytest.mark.parametrize(
-  ("dtype", "length", "head_size", "taken"),
+  ("dtype", "length", "head_size", "supported"),
   [
     ("bfloat16", 512, 64, True),
     ("float16", 100, 128, True),
@@ -133,11 +133,11 @@ def test_of_what_cudnn_computes_only_the_kernel_differs(monkeypatch):
     ("float64", 512, 64, False),
   ],
 )
-def test_what_cudnn_takes(dtype, length, head_size, taken):
-  assert supports_fused(jnp.dtype(dtype), length, head_size) == taken
+def test_cudnn_supports_some_dtypes_lengths_and_head_sizes(dtype, length, head_size, supported):
+  assert supports_fused(jnp.dtype(dtype), length, head_size) == supported
 
 
-def test_without_a_head_it_ends_in_what_the_head_takes():
+def test_without_a_head_the_model_returns_the_input_of_the_head():
   model, params, frozen, tokens = start(small_model.config("switchlora"))
   of = lambda model: np.asarray(logits_of(model)({"params": params, "frozen": frozen}, tokens))
   hidden = of(model.clone(head=False))
@@ -145,12 +145,12 @@ def test_without_a_head_it_ends_in_what_the_head_takes():
   np.testing.assert_allclose(hidden @ params["head"]["kernel"][None], of(model), rtol=0, atol=1e-6)
 
 
-# --- what is kept for the backward pass ---------------------------------------------------------------------------
+# --- rematerialisation --------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def first_gradients(remat):
-  """The loss of SwitchLoRA at the start and its gradients, on the host."""
+  """The initial loss of SwitchLoRA and its gradients, on the host."""
   model, *state, tokens = start(small_model.config("switchlora", remat=remat))
   return small_model.host(gradients(model, tokens)(*state))
 
@@ -162,8 +162,8 @@ def test_remat_gives_the_same_numbers(remat):
 
 
 @pytest.mark.parametrize("method", ["full", "switchlora"])
-def test_what_is_recomputed(method):
-  """`linear`: attention; `full`: the linear layers too, but for the last of a block, whose output nothing needs."""
+def test_the_operations_that_remat_recomputes(method):
+  """`linear`: attention. `full`: also the linear layers, except the last of a block, whose output is not needed."""
 
   def work(remat):
     model, *state, tokens = shapes(small_model.config(method, remat=remat))
@@ -177,17 +177,17 @@ def test_what_is_recomputed(method):
   assert work("full") - work("none") == attention + 2 * tokens * weights + merging
 
 
-def kept(method, remat, **changes) -> list[tuple]:
-  """Shapes of all that the scan over three layers stacks: gradients, and what forward hands to backward."""
+def stacked_shapes(method, remat, **changes) -> list[tuple]:
+  """Shapes that the scan over three layers stacks: gradients, and what is saved for the backward pass."""
   model, *state, tokens = shapes(small_model.config(method, remat=remat, model__num_layers=3, **changes))
   traced = equations(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
-  handed_out = [out.aval.shape for e in traced if e.primitive.name == "scan" for out in e.outvars]
-  return [shape for shape in handed_out if shape[:1] == (3,)]
+  outputs = [out.aval.shape for e in traced if e.primitive.name == "scan" for out in e.outvars]
+  return [shape for shape in outputs if shape[:1] == (3,)]
 
 
-def test_what_is_kept():
-  """Of a block with 16 rows of 8 tokens: its input; `linear`: q, k, v, o, gate and up besides."""
-  of_activations = lambda remat: sorted(s[1:] for s in kept("switchlora", remat) if s[1:3] == (16, 8))
+def test_the_activations_that_remat_saves():
+  """For a block with 16 rows of 8 tokens. `full`: its input. `linear`: also q, k, v, o, gate and up."""
+  of_activations = lambda remat: sorted(s[1:] for s in stacked_shapes("switchlora", remat) if s[1:3] == (16, 8))
   assert of_activations("full") == [(16, 8, 16)]
   assert of_activations("linear") == [(16, 8, 16)] * 5 + [(16, 8, 24)] * 2
   assert len(of_activations("none")) > 12
@@ -195,25 +195,25 @@ def test_what_is_kept():
 
 @pytest.mark.parametrize("remat", REMAT)
 def test_no_copy_of_the_frozen_kernels_is_stacked(remat):
-  """What the layer scan hands from forward to backward has no [layers, in, out] beside the kernels themselves."""
+  """What the layer scan saves for the backward pass includes no [layers, in, out] array."""
   kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}
   for dtype in ("float32", "bfloat16"):
-    assert not set(kept("switchlora", remat, dtype=dtype)) & kernels
-  assert kernels <= set(kept("full", remat)), "where they are trained, their gradients are"
+    assert not set(stacked_shapes("switchlora", remat, dtype=dtype)) & kernels
+  assert kernels <= set(stacked_shapes("full", remat)), "full-rank training stacks their gradients"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parameters_are_as_many_as_the_formula_says(method):
+def test_the_number_of_parameters_matches_the_formula(method):
   config = small_model.config(method, model__num_layers=3, rank=5)
   params, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in shapes(config)[1:3])
   vocabulary, hidden, inner, layers, rank = 64, 16, 24, 3, 5
   kernels = layers * (4 * hidden**2 + 3 * hidden * inner)
   vectors = layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
-  whole = 2 * vocabulary * hidden + (2 * layers + 1) * hidden  # embedding, head, norms
-  assert (params, frozen) == ((whole + kernels, 0) if method == "full" else (whole + vectors, kernels))
+  others = 2 * vocabulary * hidden + (2 * layers + 1) * hidden  # embedding, head, norms
+  assert (params, frozen) == ((others + kernels, 0) if method == "full" else (others + vectors, kernels))
 
 
-def test_at_one_seed_all_methods_start_from_one_function():
+def test_with_one_seed_all_methods_have_the_same_initial_function():
   losses = {}
   for method in METHODS:
     model, params, frozen, tokens = start(small_model.config(method))
@@ -225,8 +225,8 @@ def test_at_one_seed_all_methods_start_from_one_function():
   assert abs(loss(no_adapter, frozen) - losses["full"]) > 1e-3
 
 
-def test_the_default_layers_start_as_those_of_full_rank_training():
-  """With a standard deviation of 0.02; that of Flax's own initialisation would be 1/√64."""
+def test_the_default_layers_are_initialised_as_in_full_rank_training():
+  """The standard deviation is 0.02; Flax's default initialisation would give 1/√64."""
   layer = make_model(small_model.config("full").model).dense(64)
   params = small_model.host(jax.jit(layer.init)(jax.random.key(0), np.zeros((1, 64), np.float32))["params"])
   assert params.keys() == {"kernel"}
@@ -240,7 +240,7 @@ def test_all_linear_layers_of_a_block_have_adapters_and_nothing_else():
   assert set(params) == {"embed", "blocks", "norm", "head"} and set(params["head"]) == {"kernel"}
 
 
-def test_bfloat16_computes_narrow_and_stores_wide():
+def test_a_bfloat16_model_computes_in_bfloat16_and_stores_float32():
   model, *state, tokens = shapes(small_model.config("switchlora", dtype="bfloat16"))
   assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
   _, params, frozen, _ = start(small_model.config("switchlora"))
@@ -252,7 +252,7 @@ def test_bfloat16_computes_narrow_and_stores_wide():
 
 
 def test_the_embeddings_gradient_is_summed_in_its_own_dtype():
-  """… not in bfloat16, where a sum of ones ends at 256."""
+  """In bfloat16 a sum of ones would stop at 256."""
   model, *state, tokens = shapes(small_model.config("full", dtype="bfloat16"))
   traced = equations(jax.make_jaxpr(gradients(model, tokens))(*state).jaxpr)
   summed = {e.outvars[0].aval.dtype for e in traced if e.primitive.name == "scatter-add"}

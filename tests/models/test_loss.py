@@ -1,4 +1,4 @@
-"""The loss in chunks: the numbers and gradients of the plain one, without its largest array."""
+"""The chunked loss: the values and gradients of the unchunked one, without its largest array."""
 
 import math
 import re
@@ -15,18 +15,18 @@ from switchlora_jax.planning import cost
 
 pytestmark = pytest.mark.two_linear_layers
 
-TOKENS, HIDDEN, VOCABULARY = 2500, 8, 41  # three chunks, the last of them filled up
+TOKENS, HIDDEN, VOCABULARY = 2500, 8, 41  # three chunks, the last one padded
 
 
-def plain(x, kernel, targets):
-  """What `token_losses` stands for, all tokens at once."""
+def unchunked(x, kernel, targets):
+  """The losses that `token_losses` computes, without chunks."""
   logits = x @ kernel.astype(x.dtype)
   wide = logits.astype(jnp.promote_types(x.dtype, jnp.float32))
   return optax.softmax_cross_entropy_with_integer_labels(wide, targets)
 
 
-def plain_mean(x, kernel, targets):
-  return plain(x, kernel, targets).mean()
+def unchunked_mean(x, kernel, targets):
+  return unchunked(x, kernel, targets).mean()
 
 
 def drawn(tokens=TOKENS, dtype=jnp.float32):
@@ -45,10 +45,10 @@ def value_and_gradients(function):
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, CHUNK - 1, CHUNK, CHUNK + 1, TOKENS])
-def test_losses_and_gradients_are_the_plain_ones(tokens, x64):
+def test_losses_and_gradients_are_the_unchunked_ones(tokens, x64):
   args = drawn(tokens, jnp.float64)
-  np.testing.assert_allclose(jax.jit(token_losses)(*args), jax.jit(plain)(*args), rtol=0, atol=1e-12)
-  found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, plain_mean))
+  np.testing.assert_allclose(jax.jit(token_losses)(*args), jax.jit(unchunked)(*args), rtol=0, atol=1e-12)
+  found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, unchunked_mean))
   assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float64")}
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), found, expected)
   loss, last = jax.jit(mean_token_loss), np.arange(tokens) == tokens - 1
@@ -56,47 +56,47 @@ def test_losses_and_gradients_are_the_plain_ones(tokens, x64):
   assert abs(loss(*args[:2], (args[2] + last) % VOCABULARY) - found[0]) > 1e-6, "the last token counts"
 
 
-def test_in_float32_too():
-  """The sums are of 2,500 terms in another order: some 2⁻²⁴ of the largest entry."""
+def test_losses_and_gradients_are_the_unchunked_ones_in_float32():
+  """Sums of 2,500 terms in another order differ by a few times 2⁻²⁴ of the largest entry."""
   args = drawn()
-  found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, plain_mean))
+  found, expected = (value_and_gradients(function)(*args) for function in (mean_token_loss, unchunked_mean))
   for x, y in zip(*map(jax.tree.leaves, small_model.host((found, expected))), strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=2**-20 * np.abs(y).max())
 
 
-def test_the_gradient_is_that_of_what_follows(x64):
+def test_the_gradient_is_scaled_by_that_of_a_function_of_the_loss(x64):
   args = drawn(dtype=jnp.float64)
   found, expected = (
     jax.jit(jax.grad(lambda *args, of=of: jnp.sin(3 * of(*args)), argnums=(0, 1)))(*args)
-    for of in (mean_token_loss, plain_mean)
+    for of in (mean_token_loss, unchunked_mean)
   )
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-12), found, expected)
 
 
-def test_bfloat16_is_nearer_to_the_truth_than_the_plain_loss():
+def test_in_bfloat16_the_loss_is_more_exact_than_the_unchunked_one():
   """The kernel's gradient is summed in float32."""
   x, kernel, targets = drawn(dtype=jnp.bfloat16)
   narrow = kernel.astype(jnp.bfloat16).astype(np.float32)
-  truth = small_model.host(value_and_gradients(plain_mean)(x.astype(np.float32), narrow, targets))
+  exact = small_model.host(value_and_gradients(unchunked_mean)(x.astype(np.float32), narrow, targets))
   errors = []
-  for function in (mean_token_loss, plain_mean):
+  for function in (mean_token_loss, unchunked_mean):
     found = value_and_gradients(function)(x, kernel, targets)
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [jnp.float32, jnp.bfloat16, jnp.float32]
-    far = lambda x, y: float(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64)))
-    errors.append([far(x, y) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)])
-  chunked, usual = errors
-  assert all(mine <= theirs for mine, theirs in zip(chunked, usual, strict=True)), errors
-  assert chunked[2] < 2**-9 * np.linalg.norm(truth[1][1]), "the kernel's gradient"
+    distance = lambda x, y: float(np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64)))
+    errors.append([distance(x, y) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)])
+  chunked, without_chunks = errors
+  assert all(mine <= theirs for mine, theirs in zip(chunked, without_chunks, strict=True)), errors
+  assert chunked[2] < 2**-9 * np.linalg.norm(exact[1][1]), "the kernel's gradient"
 
 
 def test_no_product_is_rounded_to_bfloat16():
-  """Of the compiled program one cannot say: where a rounding is asked for, XLA may leave it out."""
+  """Checked in the jaxpr, because XLA may remove roundings when it compiles."""
   traced = jax.make_jaxpr(value_and_gradients(mean_token_loss))(*drawn(dtype=jnp.bfloat16))
   products = [e.outvars[0].aval.dtype for e in small_model.equations(traced.jaxpr) if e.primitive.name == "dot_general"]
   assert products == [jnp.dtype("float32")] * 3
 
 
-# --- what it costs ------------------------------------------------------------------------------------------------
+# --- memory and operations ----------------------------------------------------------------------------------------
 
 
 def float_arrays(compiled) -> set[tuple[int, ...]]:
@@ -105,17 +105,17 @@ def float_arrays(compiled) -> set[tuple[int, ...]]:
   return {tuple(int(n) for n in shape.split(",")) for shape in found}
 
 
-def test_the_logits_of_all_tokens_are_never_alive():
+def test_no_array_of_the_loss_has_the_logits_of_all_tokens():
   args = drawn()
   largest = {}
-  for function in (mean_token_loss, plain_mean):
+  for function in (mean_token_loss, unchunked_mean):
     shapes = float_arrays(value_and_gradients(function).lower(*args).compile())
     largest[function] = max(math.prod(shape) for shape in shapes)
-  assert largest[plain_mean] == TOKENS * VOCABULARY
+  assert largest[unchunked_mean] == TOKENS * VOCABULARY
   assert largest[mean_token_loss] <= CHUNK * VOCABULARY
 
 
-def test_nor_are_they_in_a_step():
+def test_no_array_of_a_train_step_has_the_logits_of_all_tokens():
   config = small_model.config("switchlora", model__vocab_size=61, batch_size=12, seq_len=256)
   phase = small_model.phase(config, 1)
   tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
@@ -124,15 +124,15 @@ def test_nor_are_they_in_a_step():
   assert max(math.prod(shape) for shape in of_vocabulary) in range(16 * 61 + 1, CHUNK * 61 + 1)
 
 
-def test_no_product_is_done_twice_and_none_for_nothing():
+def test_the_loss_and_its_gradients_need_no_more_operations_than_the_unchunked_ones():
   args = drawn(2 * CHUNK)
-  one = 2 * 2 * CHUNK * HIDDEN * VOCABULARY
-  assert cost.operations(mean_token_loss, *args) == one
-  assert cost.operations(value_and_gradients(mean_token_loss), *args) == 3 * one
-  assert cost.operations(value_and_gradients(plain_mean), *args) == 3 * one
+  forward = 2 * 2 * CHUNK * HIDDEN * VOCABULARY
+  assert cost.operations(mean_token_loss, *args) == forward
+  assert cost.operations(value_and_gradients(mean_token_loss), *args) == 3 * forward
+  assert cost.operations(value_and_gradients(unchunked_mean), *args) == 3 * forward
 
 
-# --- of a model ---------------------------------------------------------------------------------------------------
+# --- in a model ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["full", "switchlora"])

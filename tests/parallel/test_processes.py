@@ -1,4 +1,4 @@
-"""Agreement between processes, with threads as processes and a dictionary as their store."""
+"""Communication between processes, simulated by threads that share a dictionary as their store."""
 
 import itertools
 import json
@@ -23,38 +23,38 @@ class Store:
 
   def key_value_set(self, key, value, allow_overwrite):
     with self._changed:
-      assert key not in self._values and not allow_overwrite, "the real one refuses this"
+      assert key not in self._values and not allow_overwrite, "the real store raises an error"
       self._values[key] = value
       self._changed.notify_all()
 
   def blocking_key_value_get(self, key, timeout_in_ms):
     with self._changed:
       if not self._changed.wait_for(lambda: key in self._values, min(20, timeout_in_ms / 1000)):
-        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: nobody set {key}")
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: no value for {key}")
       return self._values[key]
 
 
 def run_on(count, main):
-  """Return what `main(process)` recalls, or the exception that it raises, for each of `count` processes."""
-  here = threading.local()
+  """Return the result of `main(process)`, or the exception it raises, for each of `count` processes."""
+  local = threading.local()
 
   class Calls:
     def __next__(self):
-      return next(here.calls)
+      return next(local.calls)
 
   class State:
     client, num_processes = Store(), count
-    process_id = property(lambda _: here.process)
+    process_id = property(lambda _: local.process)
 
   def start(process):
-    here.process, here.calls = process, itertools.count()
+    local.process, local.calls = process, itertools.count()
     try:
       return main(process)
     except Exception as error:
       return error
 
   with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(count) as pool:
-    patch.setattr(jax, "process_index", lambda: here.process)
+    patch.setattr(jax, "process_index", lambda: local.process)
     patch.setattr(jax, "process_count", lambda: count)
     patch.setattr(processes, "_calls", Calls())
     patch.setattr(processes.distributed, "global_state", State())
@@ -83,7 +83,7 @@ def test_a_failure_of_one_process_is_raised_on_all(failing):
     assert {str(error) for error in found} == {f"process {first}: {first} is full; empty it"}
 
 
-def test_a_mistake_of_all_processes_names_none():
+def test_an_error_of_all_processes_names_no_process():
   found = run_on(3, lambda _: processes.on_all_processes(lambda: fail(UserError("rank is too large"))))
   assert {str(error) for error in found} == {"rank is too large"}
 
@@ -94,7 +94,7 @@ def test_an_unexpected_error_keeps_its_type_on_its_own_process():
   assert type(found[1]) is UserError and str(found[1]) == "process 0: ZeroDivisionError: division by zero"
 
 
-def test_on_first_process_runs_on_process_0_alone():
+def test_on_first_process_runs_only_on_process_0():
   done = []
   assert run_on(3, lambda process: processes.on_first_process(lambda: done.append(process) or "here")) == [
     "here",
@@ -117,7 +117,7 @@ def test_the_others_do_not_run_if_process_0_fails():
   assert {str(error) for error in found} == {"process 0: no text"} and done == []
 
 
-def test_equal_facts_pass():
+def test_check_same_accepts_equal_facts():
   assert run_on(3, lambda _: processes.check_same({"rank": 4, "data.path": "é"})) == [None] * 3
 
 
@@ -132,16 +132,16 @@ def test_a_difference_is_named_on_all_processes():
 
 
 @pytest.mark.parametrize(
-  ("held", "message"),
+  ("device_kinds", "message"),
   [
     ([["H100"] * 2, ["H100"] * 2], None),
     ([["H100"] * 2, ["H100"]], "found 2 × H100 on process 0, 1 × H100 on process 1; give"),
     ([["H100"] * 2, ["H100", "A100"]], "found 2 × H100 on process 0, 2 × A100/H100 on process 1; give"),
   ],
 )
-def test_check_devices(monkeypatch, held, message):
+def test_check_devices(monkeypatch, device_kinds, message):
   device = lambda process, kind: SimpleNamespace(process_index=process, device_kind=kind)
-  devices = [device(process, kind) for process, kinds in enumerate(held) for kind in kinds]
+  devices = [device(process, kind) for process, kinds in enumerate(device_kinds) for kind in kinds]
   monkeypatch.setattr(jax, "devices", lambda: devices)
   found = run_on(2, lambda _: processes.check_devices())
   assert found == [None, None] if message is None else all(message in str(error) for error in found)

@@ -1,4 +1,4 @@
-"""Shardings: every placement trains the same run, has its share of the arrays, and moves no more than needed."""
+"""Shardings: every layout trains the same run, and devices have only their shards."""
 
 import math
 from functools import lru_cache
@@ -29,8 +29,8 @@ LAYOUTS = {
   "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
   "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded", remat="full"),
 }
-# Other reductions have another order of sums, and Adam amplifies the differences in rounding.
-SUMS_ALIKE = ("candidates over 8 devices", "candidates on the host")
+# Other layouts change the order of sums, and Adam amplifies the differences in rounding.
+SAME_SUMS = ("candidates over 8 devices", "candidates on the host")
 
 
 def config(method="switchlora", **layout):
@@ -61,15 +61,15 @@ def without_padding(state):
 # --- the same run -------------------------------------------------------------------------------------------------
 
 
-# The quick ones are compiled for other tests as well, or have most properties of the others.
-@pytest.mark.parametrize("name", slowly(LAYOUTS, quick=(*SUMS_ALIKE, "all over 4 of 8 devices")))
+# The quick layouts are compiled for other tests too, or combine most properties of the others.
+@pytest.mark.parametrize("name", slowly(LAYOUTS, quick=(*SAME_SUMS, "all over 4 of 8 devices")))
 def test_every_layout_trains_the_same_run(name):
   _, expected, last, losses = trained(**REPLICATED)
   _, found, state, found_losses = trained(**LAYOUTS[name])
   assert sum(int(report["switched"]) for report in expected) > 0
   assert [int(report["switched"]) for report in found] == [int(report["switched"]) for report in expected]
   state, last = without_padding(state), without_padding(last)
-  if name in SUMS_ALIKE:
+  if name in SAME_SUMS:
     assert same_bits(state, last) and same_bits(found_losses, losses)
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
   jax.tree.map(close, (state, found_losses), (last, losses))
@@ -78,7 +78,7 @@ def test_every_layout_trains_the_same_run(name):
 
 @pytest.mark.parametrize("name", [None, "all over 4 of 8 devices"])
 def test_the_first_state_is_the_same_in_every_layout(name):
-  """Merged weights are rounded once more where the rank is split. All other tests place a state made on one device."""
+  """A sharded rank adds one rounding to the merged weights. Other tests place a state made on one device."""
   settings = config(**LAYOUTS.get(name, REPLICATED))
   mesh = small_model.mesh(8, settings.sharding.fsdp)
   created, expected = (build(settings, mesh).create() for build in (build_phase.__wrapped__, build_phase))
@@ -93,7 +93,7 @@ OTHERS = {"full": {}, "relora": dict(relora__restart_every=2, relora__restart_wa
 
 
 @pytest.mark.parametrize("method", slowly(OTHERS, quick=[]))
-def test_the_other_methods_train_the_same_run_split_over_8_devices(method):
+def test_the_other_methods_train_the_same_run_sharded_over_8_devices(method):
   """ReLoRA merges after its third update, GaLore decomposes at its first."""
   options = dict(method=method, steps=5, **OTHERS[method])
   _, expected, last, losses = trained(**options)
@@ -111,7 +111,7 @@ def test_padding_exists_and_stays_zero():
 
 @pytest.mark.parametrize("remat", ["none", "linear", "full"])
 def test_gathered_arrays_are_not_kept_for_the_backward_pass(remat):
-  """In the trace of a step no loop over the layers returns full kernels, as it does without sharding."""
+  """In the jaxpr of a step no scan over layers returns complete kernels, unlike without sharding."""
 
   def stacked(**layout):
     settings = config("full", batch_size=8, model__num_layers=3, model__vocab_size=56, **layout)
@@ -122,7 +122,7 @@ def test_gathered_arrays_are_not_kept_for_the_backward_pass(remat):
 
   kernels = {(3, 16, 24), (3, 24, 16)}
   assert not stacked(sharding__fsdp=8, sharding__frozen="sharded", remat=remat) & kernels
-  assert stacked() & kernels == kernels, "their gradients, at the least"
+  assert stacked() & kernels == kernels, "at least their gradients"
 
 
 # --- arrays per device --------------------------------------------------------------------------------------------
@@ -133,23 +133,23 @@ def size_per_device(tree) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def test_a_device_has_its_share():
+def test_a_device_has_only_its_shard():
   abstract = lambda layout: small_model.phase(config(**layout), 8).abstract
-  whole, layouts = abstract(REPLICATED), {name: abstract(layout) for name, layout in LAYOUTS.items()}
+  full, layouts = abstract(REPLICATED), {name: abstract(layout) for name, layout in LAYOUTS.items()}
   spares = lambda state: [{n: x for n, x in c.items() if "spare" in n} for c in state.candidates["blocks"].values()]
-  assert size_per_device(spares(layouts["candidates over 8 devices"])) * 8 == size_per_device(spares(whole)) * 16 / 11
+  assert size_per_device(spares(layouts["candidates over 8 devices"])) * 8 == size_per_device(spares(full)) * 16 / 11
   for part in ("params", "frozen", "opt_state"):
-    assert size_per_device(getattr(layouts["candidates over 8 devices"], part)) == size_per_device(getattr(whole, part))
+    assert size_per_device(getattr(layouts["candidates over 8 devices"], part)) == size_per_device(getattr(full, part))
   split = layouts["optimizer over 8 devices"]
   assert (size_per_device(split.params), size_per_device(split.frozen)) == (
-    size_per_device(whole.params),
-    size_per_device(whole.frozen),
+    size_per_device(full.params),
+    size_per_device(full.frozen),
   )
-  vectors_of_5 = 2 * 7 * 2 * 5  # their counts in Adam's state, which cannot be split
-  assert size_per_device(split.opt_state) < size_per_device(whole.opt_state) / 8 + vectors_of_5 + 10
-  assert size_per_device(layouts["trained over 8 devices"].params) == size_per_device(whole.params) / 8
-  assert size_per_device(layouts["trained over 8 devices"].frozen) == size_per_device(whole.frozen)
-  assert size_per_device(layouts["all over 4 of 8 devices"].frozen) == size_per_device(whole.frozen) / 4
+  vectors_of_5 = 2 * 7 * 2 * 5  # their counts in Adam's state, which cannot be sharded
+  assert size_per_device(split.opt_state) < size_per_device(full.opt_state) / 8 + vectors_of_5 + 10
+  assert size_per_device(layouts["trained over 8 devices"].params) == size_per_device(full.params) / 8
+  assert size_per_device(layouts["trained over 8 devices"].frozen) == size_per_device(full.frozen)
+  assert size_per_device(layouts["all over 4 of 8 devices"].frozen) == size_per_device(full.frozen) / 4
 
 
 def test_candidates_on_the_host_are_in_its_pinned_memory():
@@ -157,13 +157,13 @@ def test_candidates_on_the_host_are_in_its_pinned_memory():
     (path[-1].key, x.sharding.memory_kind)
     for path, x in jax.tree.leaves_with_path(small_model.phase(config(**layout), 8).abstract.candidates)
   }
-  there = {("spare_a", "pinned_host"), ("spare_b", "pinned_host")}
-  assert kinds(LAYOUTS["candidates on the host"]) & there == there
+  spares_on_host = {("spare_a", "pinned_host"), ("spare_b", "pinned_host")}
+  assert kinds(LAYOUTS["candidates on the host"]) & spares_on_host == spares_on_host
   assert all(kind == "device" for _, kind in kinds(REPLICATED))
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 5, 8, 16, 24, 40]), min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_arrays_are_split_evenly_and_never_along_the_layers(shape, in_blocks, vectors):
+def test_arrays_are_sharded_evenly_and_never_along_the_layers(shape, in_blocks, vectors):
   name = "lora_a" if vectors else "kernel"
   tree = {"blocks": {"q": {name: np.zeros(shape)}}} if in_blocks else {"head": {name: np.zeros(shape)}}
   placement = Placement(small_model.mesh(8, 8), trained=True)
@@ -175,13 +175,13 @@ def test_arrays_are_split_evenly_and_never_along_the_layers(shape, in_blocks, ve
   axis = tuple(spec).index(FSDP)
   assert axis in axes
   if vectors and len(shape) - 2 in axes:
-    assert axis == len(shape) - 2, "between LoRA vectors, not across them"
+    assert axis == len(shape) - 2, "LoRA vectors are not divided"
   else:
     assert shape[axis] == max(shape[a] for a in axes)
 
 
 def test_operations_per_device_do_not_grow_with_devices():
-  """The same number of sequences per device, on one device and on eight, needs the same number of operations."""
+  """With equal sequences per device, one device and each of eight need the same number of operations."""
 
   def operations(devices, **layout):
     settings = config(batch_size=2 * devices, **layout)
@@ -217,8 +217,8 @@ def test_a_checkpoint_of_one_layout_restores_in_another(saved, restored_as, tmp_
   assert place(restored) == place(abstract)
 
 
-def test_a_checkpoint_of_other_shapes_is_not_filled_up_with_zeros(tmp_path):
-  """Padding alone may differ: not the rank, the size of the model or the vocabulary."""
+def test_a_checkpoint_of_other_shapes_is_not_padded_with_zeros(tmp_path):
+  """Only the padding of spares may differ, not the rank or the sizes of the model."""
   state = {"blocks": {"lora_a": np.ones((2, 4, 16), np.float32), "spare_a": np.ones((2, 12, 16), np.float32)}}
   on_one = replicated(small_model.mesh(1))
   with Checkpoints(tmp_path, 1) as checkpoints:

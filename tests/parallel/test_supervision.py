@@ -1,6 +1,6 @@
 """Supervision: exchange of statuses, agreement on the last step, hangs, lost and failed processes, signals.
 
-Most tests replace the store by a dictionary, and time by a number of seconds; the last ones use real processes.
+Most tests replace the store by a dictionary and the clock by a number of seconds. The last ones use real processes.
 """
 
 import json
@@ -43,7 +43,7 @@ class Store:
 
 
 def supervisors(count: int = 1, hang: float = HANG, **options) -> list[Supervisor]:
-  """Return the supervisors of `count` processes, whose threads do not run, and which share a store."""
+  """Return the supervisors of `count` processes, which share a store. Their threads do not run."""
   values, made = {}, []
   for process in range(count):
     made.append(Supervisor(hang, LOST, **options))
@@ -52,7 +52,7 @@ def supervisors(count: int = 1, hang: float = HANG, **options) -> list[Superviso
 
 
 def share(group, readers=None):
-  """Let every supervisor post its status; then `readers`, or all, read the statuses."""
+  """Let every supervisor post its status. Then `readers` (default: all) read the statuses."""
   before = {one: one._statuses for one in group}
   for one in group:
     one._exchange()
@@ -92,7 +92,7 @@ def test_every_process_receives_all_statuses(pair):
   wait_for(lambda: first._statuses[1]["beat"] > beat and first._statuses[1]["doing"] == "step 4")
 
 
-def test_the_last_status_has_the_error_and_the_end(monkeypatch):
+def test_the_last_status_has_the_error_and_is_marked_as_ended(monkeypatch):
   monkeypatch.setattr(supervision, "BEAT", 0.05)
   first, second = supervisors(2)
   with first:
@@ -101,7 +101,7 @@ def test_the_last_status_has_the_error_and_the_end(monkeypatch):
     wait_for(lambda: first._statuses.get(1, {}).get("ended") and first._statuses[1]["failed"] == "KeyError: 5")
 
 
-def test_without_an_answer_of_process_0_the_statuses_stay(pair):
+def test_without_a_reply_of_process_0_the_statuses_do_not_change(pair):
   first, _ = pair
   wait_for(lambda: first._statuses)
   first._store.broken = True
@@ -130,8 +130,8 @@ def agree(group, readers=None):
 
 
 @given(st.data())
-def test_all_stop_after_the_same_step_which_none_has_finished(data):
-  """Processes are some steps apart, since devices lag behind, and read the statuses at different moments."""
+def test_all_stop_after_the_same_step_which_no_process_has_finished(data):
+  """Processes may be some steps apart, because steps are dispatched asynchronously, and read statuses at any time."""
   count, start = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 100))
   group = in_training(count, start)
   done = [start + data.draw(st.integers(0, 5)) for _ in group]
@@ -148,7 +148,7 @@ def test_all_stop_after_the_same_step_which_none_has_finished(data):
 
 
 def test_no_process_continues_during_the_agreement():
-  """It might pass the last step meanwhile."""
+  """Otherwise it could continue beyond the agreed last step."""
   group, answers = in_training(2), []
   group[0]._request_stop("SIGTERM")
   agree(group, group[:1])
@@ -178,7 +178,7 @@ def test_the_cause_names_the_process_that_received_the_signal():
 @pytest.mark.parametrize("receiver", [0, 1, 2])
 @pytest.mark.parametrize("ahead", [None, 0, 2])
 def test_sigterm_during_the_set_up_of_one_process_ends_all(receiver, ahead):
-  """Also if another one has begun to train: it cannot have finished a step without this one."""
+  """Also if another process has begun training, because no step can finish without all processes."""
   ends, group = {}, supervisors(3)
   for one in group:
     process = one._store.process
@@ -268,22 +268,22 @@ def test_set_up_is_not_checked_for_hangs():
 def test_a_silent_process_is_lost(here, silent):
   one = marked(here, 3)
   assert failure_within(one, 50) is None
-  unheard = {silent} if silent else {0, 1, 2}  # all statuses pass through process 0
-  assert failure_within(one, LOST - 2, unheard) is None
-  assert failure_within(one, 5, unheard).startswith(
+  silent_processes = {silent} if silent else {0, 1, 2}  # all statuses pass through process 0
+  assert failure_within(one, LOST - 2, silent_processes) is None
+  assert failure_within(one, 5, silent_processes).startswith(
     f"process {silent} of 3 is lost: no heartbeat for 30 s (--peer_timeout); it was last at: s"
   )
 
 
 @pytest.mark.parametrize("here", [1, 2])
-def test_no_other_process_is_blamed_if_process_0_does_not_answer(here):
-  """Even if the last status of the other one is a little older."""
+def test_if_process_0_does_not_reply_no_other_process_is_reported_as_lost(here):
+  """Even if the last status of the other process is slightly older."""
   one = marked(here, 3)
   assert failure_within(one, 3, {3 - here}) is None
   assert failure_within(one, LOST + 1, {0, 1, 2}).startswith("process 0 of 3 is lost")
 
 
-def test_process_0_is_lost_if_it_never_answered():
+def test_process_0_is_lost_if_it_never_replied():
   (_, one) = supervisors(2)
   assert failure_within(one, LOST - 1) is None
   assert one.find_failure(3)[0].startswith("process 0 of 2 is lost: no heartbeat for 30 s")
@@ -295,15 +295,15 @@ def test_a_process_that_has_ended_is_not_lost():
   assert failure_within(one, HANG - 5, {1}) is None
 
 
-def test_a_failed_process_ends_those_that_do_not_end_by_themselves():
+def test_a_failed_process_ends_the_processes_that_do_not_end_by_themselves():
   one = marked(0, 2)
   update(one, 1, failed="KeyError: 5", ended=True)
   assert failure_within(one, int(GRACE)) is None
   assert failure_within(one, 2).startswith("process 1 has failed (KeyError: 5), see its output; the same command")
 
 
-@pytest.mark.parametrize("error", [KeyError(5), KeyboardInterrupt()])  # the latter: Ctrl-C during set-up
-def test_an_error_is_reported_to_the_others_at_once(error):
+@pytest.mark.parametrize("error", [KeyError(5), KeyboardInterrupt()])  # Ctrl-C during set-up
+def test_an_error_is_reported_to_the_others_immediately(error):
   one = marked(1, 2)
   with pytest.raises(type(error)), one.report_errors():
     raise error
@@ -311,7 +311,7 @@ def test_an_error_is_reported_to_the_others_at_once(error):
 
 
 def test_the_message_has_the_earlier_error_of_the_process():
-  """Its exception has not reached anyone: the process waited for a save."""
+  """The exception was not reported, because the process was waiting for a save."""
   one, ends = marked(1, 2), []
   one._on_failure = lambda *end: ends.append(end)
   with pytest.raises(KeyError), one.report_errors():
@@ -345,7 +345,7 @@ def test_an_error_that_another_process_may_have_caused_waits_for_its_status(erro
     JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
   ],
 )
-def test_an_error_of_this_process_alone_is_reported_at_once(error, monkeypatch):
+def test_an_error_that_only_this_process_can_cause_is_reported_immediately(error, monkeypatch):
   monkeypatch.setattr(supervision, "time", None)
   one = marked(1, 2)
   with pytest.raises(type(error)), one.report_errors():
@@ -353,7 +353,7 @@ def test_an_error_of_this_process_alone_is_reported_at_once(error, monkeypatch):
   assert one._status["failed"].startswith(type(error).__name__)
 
 
-def test_a_single_process_waits_for_no_status(monkeypatch):
+def test_a_single_process_does_not_wait_for_a_status(monkeypatch):
   monkeypatch.setattr(supervision, "time", None)
   with pytest.raises(JaxRuntimeError), marked().report_errors():
     raise GLOO
@@ -366,11 +366,11 @@ def test_a_stopped_run_has_not_failed():
   assert "failed" not in one._status
 
 
-# --- without a command that ends the process ------------------------------------------------------------------------
+# --- exceptions in the main thread ----------------------------------------------------------------------------------
 
 
 def test_a_hang_raises_in_the_main_thread(capfd):
-  """… of a notebook, for example, whose process goes on."""
+  """For example in a notebook, whose process must not end."""
   with (
     pytest.raises(RunFailed, match=r"has hung since .* at: step 1; no progress for 0.1 s"),
     Supervisor(0.1, LOST) as one,
@@ -380,21 +380,21 @@ def test_a_hang_raises_in_the_main_thread(capfd):
   assert "has hung since" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("goes_on", [lambda one: one.mark("step 2"), Supervisor.should_stop])
-def test_a_failure_that_code_catches_is_raised_again(goes_on):
-  """A prompt of a notebook, at a breakpoint for example, catches every Exception while it waits."""
-  ways = []
+@pytest.mark.parametrize("continues", [lambda one: one.mark("step 2"), Supervisor.should_stop])
+def test_a_failure_that_code_catches_is_raised_again(continues):
+  """A notebook prompt, for example at a breakpoint, catches every Exception while it waits."""
+  events = []
   with pytest.raises(RunFailed, match=r"has hung since .* at: step 1"), Supervisor(0.1, LOST) as one:
     one.mark("step 1")
     one.begin_steps()
     try:
       time.sleep(60)
     except Exception as error:
-      ways.append(error)
-    time.sleep(1)  # two checks, which do not find it again
-    goes_on(one)
-    ways.append("went on")
-  assert [type(way) for way in ways] == [RunFailed]
+      events.append(error)
+    time.sleep(1)  # two checks, which do not report the failure again
+    continues(one)
+    events.append("continued")
+  assert [type(event) for event in events] == [RunFailed]
 
 
 def test_ctrl_c_ends_a_prompt_that_caught_a_failure():
@@ -418,8 +418,8 @@ def test_sigterm_during_set_up_raises_in_the_main_thread():
     time.sleep(60)
 
 
-def test_an_exception_is_raised_although_its_first_signal_interrupts_nothing(monkeypatch):
-  """As when the signal arrives right before the main thread blocks."""
+def test_an_exception_is_raised_even_if_its_first_signal_interrupts_nothing(monkeypatch):
+  """This happens if the signal arrives just before the main thread blocks."""
   kill, sent = signal.pthread_kill, []
   monkeypatch.setattr(signal, "pthread_kill", lambda *args: sent.append(args) or (len(sent) > 1 and kill(*args)))
   began = time.monotonic()
@@ -429,7 +429,7 @@ def test_an_exception_is_raised_although_its_first_signal_interrupts_nothing(mon
   assert len(sent) == 2 and time.monotonic() - began < 10
 
 
-def test_ctrl_c_once_more_raises_in_the_main_thread():
+def test_a_second_ctrl_c_raises_in_the_main_thread():
   with pytest.raises(KeyboardInterrupt), Supervisor(HANG, LOST) as one:
     one.begin_steps()
     os.kill(os.getpid(), signal.SIGINT)
@@ -439,18 +439,18 @@ def test_ctrl_c_once_more_raises_in_the_main_thread():
 
 
 def wait_in_exit(one):
-  """Raise an error that leaves the context of the supervisor, whose exit waits for the cause."""
+  """Raise an error that leaves the supervisor's context. Its exit waits for the cause."""
   raise GLOO
 
 
 def wait_in_run(one):
-  """The same, and the error first leaves the context of the run."""
+  """The same, but the error first leaves the context of `report_errors`."""
   with one.report_errors():
     raise GLOO
 
 
 def wait_elsewhere(one):
-  """The cause is found while this process handles the error in another way."""
+  """The cause is found while this process handles the error in another event."""
   try:
     raise GLOO
   except JaxRuntimeError:
@@ -458,7 +458,7 @@ def wait_elsewhere(one):
 
 
 def wrap(one):
-  """… and another exception replaces the cause."""
+  """The same, and the cause is wrapped in another exception."""
   try:
     wait_elsewhere(one)
   except RunFailed as error:
@@ -485,7 +485,7 @@ def test_the_cause_of_a_communication_error_ends_the_wait_and_the_supervision(fa
 
 
 def test_nothing_is_raised_after_the_end(capfd):
-  """Of a failure that is found at the same time: SIGTERM has its old handler then, which may end the process."""
+  """A failure may be found as the supervisor ends. SIGTERM has its old handler then, which may end the process."""
   with Supervisor(HANG, LOST) as one:
     pass
   one._raise_in_main_thread("too late", HUNG)
@@ -528,7 +528,7 @@ with Supervisor(hang, 60, end_process) as supervisor:
   print("ready", flush=True)
   if phase == "blocked":
     mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
-    lock(mutex), lock(mutex)  # for ever
+    lock(mutex), lock(mutex)  # forever
   for step in range(11, 10_000):
     time.sleep(0.2)
     if supervisor.should_stop():
@@ -548,7 +548,7 @@ def start(phase: str, hang: float = 0, **environment):
 
 @pytest.mark.parametrize("number", supervision.SIGNALS)
 def test_a_signal_stops_after_a_step(number):
-  """… also if it arrives twice, at the same time."""
+  """Also if it arrives twice within a step."""
   process = start("steps")
   process.send_signal(number)
   time.sleep(0.05)
@@ -559,7 +559,7 @@ def test_a_signal_stops_after_a_step(number):
   assert output.endswith("closed\n") and process.returncode == 0 and error == ""
 
 
-def test_ctrl_c_once_more_ends_a_blocked_process_at_once_and_sigterm_does_not():
+def test_a_second_ctrl_c_ends_a_blocked_process_immediately_but_sigterm_does_not():
   process = start("blocked")
   for _ in range(2):
     process.send_signal(signal.SIGTERM)
@@ -571,7 +571,7 @@ def test_ctrl_c_once_more_ends_a_blocked_process_at_once_and_sigterm_does_not():
   assert error == "\nstopped at once by Ctrl-C; the same command continues from the last save\n"
 
 
-def test_sigterm_during_set_up_ends_a_process_at_once():
+def test_sigterm_during_set_up_ends_a_process_immediately():
   process = start("set-up")
   process.send_signal(signal.SIGTERM)
   _, error = process.communicate(timeout=120)
@@ -586,7 +586,7 @@ def test_a_run_stops_after_the_end_of_its_parent():
   assert output.startswith("the end of the process that started it, ") and output.endswith("closed\n")
 
 
-def test_a_run_does_not_stop_while_its_parent_lives():
+def test_a_run_does_not_stop_while_its_parent_runs():
   process = start("steps", **{PARENT: str(os.getpid())})
   time.sleep(3)
   assert process.poll() is None

@@ -1,4 +1,4 @@
-"""Collectives in the text of compiled programs: compiled here for the CPU, and as XLA prints them for GPUs."""
+"""Collectives in the text of compiled functions: compiled here for CPUs, and as XLA prints them for GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def reduced(x):
 
 
 def test_one_reduction():
-  """Each device holds 3 of 24 numbers and receives 3."""
+  """Each of 8 devices has 3 of 24 float32 numbers: 12 bytes."""
   assert compiled(reduced, jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 1, True)]
 
 
@@ -43,7 +43,7 @@ def test_trip_counts_of_nested_loops_multiply():
   assert compiled(loop(3, loop(7, reduced)), jnp.ones(24)) == [Collective("all-reduce", 12, EIGHT, 21, True)]
 
 
-def test_gather_and_scatter_count_the_whole_array():
+def test_gather_and_scatter_count_the_complete_array():
   """[16, 4] in float32: gathered from 2 rows per device; reduced and scattered from 16 rows on every device."""
   x = jnp.ones((16, 4))
   (gather,) = compiled(lambda x: jax.lax.all_gather(x, "data"), x)
@@ -84,7 +84,7 @@ def test_both_branches_of_a_conditional_count():
   assert sorted(one.size for one in compiled(local, jnp.ones(24))) == [12, 24]
 
 
-def test_a_program_without_communication_has_no_collectives():
+def test_a_function_without_communication_has_no_collectives():
   assert compiled(jnp.tanh, jnp.ones(24), out_specs=SHARDED) == []
 
 
@@ -142,5 +142,5 @@ def test_bytes_sent_per_device(kind, sent):
   assert Collective(kind, 100, ((0,),), 1, True).sent == 0
 
 
-def test_a_permutation_sends_the_whole_array():
+def test_a_permutation_sends_the_complete_array():
   assert Collective("collective-permute", 100, ((0, 1), (1, 0)), 2, True).sent == 200

@@ -1,4 +1,4 @@
-"""Costs of a step: operations against arithmetic, memory against the sizes of the arrays."""
+"""Costs of a step: operations compared with formulas, memory with the sizes of the arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,19 @@ def test_a_product_counts_once_per_loop_iteration_and_call():
   assert cost.operations(lambda x: x + 1, x) == 0
 
 
-def test_operations_of_full_rank_and_lora_match_arithmetic(tmp_path):
+def test_operations_of_full_rank_and_lora_match_the_formulas(tmp_path):
   """Per token: full rank 6P, merged 4P + 4p, in the adapted layers; merging itself 2 × 2·r·in·out per step."""
   shape = dict(model__hidden_size=64, model__intermediate_size=96, rank=8, model__vocab_size=320, seq_len=32)
   mesh = make_mesh()
   count = {}
   for method in ("full", "lora"):
     config = resolved(tmp_path, method=method, **shape)
-    program = build_phase(config, mesh)
+    phase = build_phase(config, mesh)
     rows = jax.ShapeDtypeStruct((config.batch_size // 8, config.seq_len), jnp.int32)
-    state = program.abstract
+    state = phase.abstract
 
-    def loss(params, frozen, rows, program=program):
-      logits = program.model.apply({"params": params, "frozen": frozen}, rows)
+    def loss(params, frozen, rows, phase=phase):
+      logits = phase.model.apply({"params": params, "frozen": frozen}, rows)
       return logits.sum()
 
     count[method] = cost.operations(jax.grad(loss), state.params, state.frozen, rows)
@@ -41,7 +41,7 @@ def test_operations_of_full_rank_and_lora_match_arithmetic(tmp_path):
   assert count["full"] - count["lora"] == tokens * (2 * kernels - 4 * factors) - 2 * 2 * 8 * kernels
 
 
-def test_memory_of_a_program_with_a_donated_argument():
+def test_memory_of_a_function_with_a_donated_argument():
   """The argument has 40,000 bytes; the outputs have 40,004, of which 40,000 use the buffer of the argument."""
   compiled = jax.jit(lambda x: (x * 2, jnp.float32(1)), donate_argnums=0).lower(jnp.ones((1000, 10))).compile()
   memory = cost.memory(compiled)

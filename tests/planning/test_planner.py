@@ -1,4 +1,4 @@
-"""The plan of a run: bytes against arithmetic and against a run, traffic, roofline, largest micro-batch."""
+"""The plan of a run: memory compared with formulas and a run, traffic, roofline, largest micro-batch."""
 
 import importlib
 import itertools
@@ -57,7 +57,7 @@ def by_hand(method: str, model, rank: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", ["full", "lora", "switchlora"])
-def test_state_bytes_match_arithmetic(name, method):
+def test_state_bytes_match_the_formula(name, method):
   config = ConfigDict(importlib.import_module(f"configs.{name}").get_config())
   config.method = method
   state = build_phase(resolve(config, devices=8), make_mesh()).abstract
@@ -78,7 +78,7 @@ def test_a_device_holds_its_shard():
   assert planner.device_bytes({}) == 0
 
 
-def test_bytes_on_the_host_are_those_pinned_there():
+def test_host_bytes_are_those_in_pinned_host_memory():
   tree = {"device": abstract((16, 3)), "host": abstract((16, 5), (DATA,), kind="pinned_host")}
   assert planner.host_bytes(tree) == 2 * 5 * 4
   assert planner.host_bytes(tree["device"]) == 0
@@ -99,7 +99,7 @@ def plan(method: str, accumulation: int, devices: int = 8):
   return planner.plan_step(phase, config, small_model.mesh(devices), HOST), phase.abstract, config
 
 
-CASES = itertools.product(("full", "switchlora"), (1, 4))  # a method, and the batches that it accumulates
+CASES = itertools.product(("full", "switchlora"), (1, 4))  # (method, accumulation)
 
 
 @pytest.mark.parametrize("case", slowly(CASES, quick=[("full", 1), ("switchlora", 4)]))
@@ -118,8 +118,8 @@ def test_switchlora_reduces_only_its_trainable_parameters():
   )
 
 
-def test_the_parts_of_a_plan_add_up():
-  """The peak excludes bytes on the host. The rest, below 16 bytes per array, is metrics and the table of outputs."""
+def test_the_peak_of_a_plan_is_the_sum_of_its_parts():
+  """The peak excludes bytes on the host. Metrics and the table of outputs add less than 16 bytes per array."""
   found, state, config = plan("switchlora", 1)
   counters = planner.device_bytes([state.step, state.skipped, state.skipped_in_a_row, state.spikes])
   state_bytes = found.trainable + found.frozen + found.candidates + found.optimizer + counters
@@ -142,7 +142,7 @@ def test_operations_per_token_do_not_depend_on_the_number_of_devices():
   assert sum(collective.sent for collective in alone.traffic) == 0
 
 
-# --- against a run ------------------------------------------------------------------------------------------------
+# --- compared with a run ------------------------------------------------------------------------------------------
 
 RUN = ROOT / "tests" / "helpers" / "measured_step.py"
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -150,10 +150,10 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux reports the memory of a process")
 def test_a_run_uses_the_planned_memory():
-  """The live arrays of the state match to the byte; resident memory grows in a step by the temporaries, to 10%.
+  """The bytes of live arrays match exactly. In a step, resident memory grows by the temporaries, within 10%.
 
-  The tolerance covers workspaces of threads for products (18 of 418 MB here), and pages that are never written and
-  therefore not resident.
+  The tolerance covers workspaces of threads for matrix products (18 of 418 MB here), and pages that are never
+  written and therefore not resident.
   """
   done = subprocess.run([sys.executable, RUN], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -174,7 +174,7 @@ def reduction(*groups, size=1000):
   return Collective("all-reduce", size, groups, 1, True)
 
 
-def test_an_estimate_is_the_maximum_of_products_and_memory_plus_links():
+def test_an_estimate_is_the_maximum_of_compute_and_memory_plus_links():
   estimate = planner.estimate(BLANK._replace(traffic=[reduction((0, 1))]), GPU, "float32", per_host=2)
   assert estimate == Estimate(products=10.0, memory=3.0, links=20.0)
   assert (estimate.step, estimate.link_share, estimate.peak_share) == (30.0, 20 / 30, 10 / 30)
@@ -203,22 +203,22 @@ def test_a_link_is_as_fast_as_its_slowest_part(groups, per_host, speed):
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 20_000))
 def test_the_largest_micro_batch_is_found_in_three_probes_if_memory_is_linear(rows, most, base, slope, limit):
   rows = min(rows, most)
-  known = planner.search_micro_batch(lambda n: base + slope * n, rows, most, limit)
-  assert len(known) <= 3 and max(known) <= max(most, rows)
-  assert planner.largest_fitting(known, limit) == max(
+  peaks = planner.search_micro_batch(lambda n: base + slope * n, rows, most, limit)
+  assert len(peaks) <= 3 and max(peaks) <= max(most, rows)
+  assert planner.largest_fitting(peaks, limit) == max(
     (n for n in range(1, most + 1) if base + slope * n <= limit), default=0
   )
 
 
 @given(st.integers(1, 100), st.integers(1, 400), st.integers(0, 10**6))
 def test_the_found_micro_batch_fits_if_memory_is_quadratic(rows, most, limit):
-  rows, asked = min(rows, most), []
+  rows, probes = min(rows, most), []
 
   def peak_of(n):
-    asked.append(n)
+    probes.append(n)
     return 100 + 40 * n + n * n
 
-  known = planner.search_micro_batch(peak_of, rows, most, limit)
-  found = planner.largest_fitting(known, limit)
-  assert asked == list(known) and len(asked) <= 5 and min(asked) >= 1
+  peaks = planner.search_micro_batch(peak_of, rows, most, limit)
+  found = planner.largest_fitting(peaks, limit)
+  assert probes == list(peaks) and len(probes) <= 5 and min(probes) >= 1
   assert found == 0 or peak_of(found) <= limit

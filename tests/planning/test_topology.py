@@ -56,7 +56,7 @@ def test_without_gpus_keeps_variables_that_are_set(monkeypatch):
 
 
 def clean_environment() -> dict[str, str]:
-  """The environment without variables that select devices of JAX."""
+  """The environment without variables that select JAX's devices."""
   return {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "CUDA"))}
 
 
@@ -95,8 +95,8 @@ topology.without_gpus()
 mesh, _ = topology.gpu_mesh("h100") or exit("no GPU compiler")
 for remat in ("none", "linear", "full"):
   config = small_model.config(dtype="bfloat16", remat=remat, model__hidden_size=32)
-  program = build_phase(resolve(config, 1), mesh)
-  step = program.step.lower(program.abstract, jax.ShapeDtypeStruct((16, 8), jnp.int32)).compile().as_text()
+  phase = build_phase(resolve(config, 1), mesh)
+  step = phase.step.lower(phase.abstract, jax.ShapeDtypeStruct((16, 8), jnp.int32)).compile().as_text()
   print(remat, *(step.count(f'custom_call_target="__cudnn$fmhaSoftmax{end}"') for end in ("", "Backward")))
 """
 

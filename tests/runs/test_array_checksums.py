@@ -27,9 +27,9 @@ def test_the_checksum_is_the_documented_sum(shape, dtype):
   values = np.random.default_rng(0).integers(-99, 99, shape).astype(jnp.dtype(dtype))
   bits = np.atleast_1d(values).view(f"u{values.dtype.itemsize}").astype(np.uint64)
   strides = (1, 1_000_003, 2_654_435_761, 2_246_822_519)
-  places = sum(
+  positions = sum(
     index.astype(np.uint64) * stride for index, stride in zip(np.indices(bits.shape)[::-1], strides, strict=False)
   )
-  expected = int(np.sum(bits * (2 * places + 1))) % 2**32
+  expected = int(np.sum(bits * (2 * positions + 1))) % 2**32
   for x in (values, jnp.array(values)):
     assert array_checksums({"x": x}) == {"['x']": [expected, *shape]}

@@ -1,4 +1,4 @@
-"""A restored state equals the saved one bit by bit, or the checkpoint is refused by name."""
+"""A restored state is bitwise the saved one, or the checkpoint is refused with an error."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.user_flags
 
 
 def some_state(seed: int):
-  """A tree with what a train state holds: nesting, empty dicts, float32, bfloat16, int8 and int32 arrays."""
+  """A tree like a train state: nested and empty dicts, and float32, bfloat16, int8 and int32 arrays."""
   keys = jax.random.split(jax.random.key(seed), 2)
   state = {
     "params": {"a": jax.random.normal(keys[0], (300, 40)), "b": jax.random.normal(keys[1], (7,), jnp.bfloat16)},
@@ -48,7 +48,7 @@ def assert_same(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def test_the_newest_state_comes_back_bit_by_bit(directory):
+def test_the_newest_state_is_restored_bitwise(directory):
   with Checkpoints(directory, keep=3) as checkpoints:
     assert checkpoints.steps() == [2, 3, 4]
     restored = checkpoints.restore(lambda _: abstract(some_state(0)))
@@ -83,7 +83,7 @@ def test_arrays_without_a_sharding_are_restored_as_numpy_arrays(directory):
 
 
 def test_a_partial_state_that_the_checkpoint_does_not_have_is_refused(directory):
-  """A missing, an additional and a renamed array in the part that is read; the rest is not compared."""
+  """The part that is read has a missing, an additional or a renamed array. Other parts are not compared."""
   state = abstract(some_state(0))
   leaf = state["params"]["b"]
   for params in ({"a": state["params"]["a"]}, state["params"] | {"c": leaf}, {"a": state["params"]["a"], "c": leaf}):
@@ -103,7 +103,7 @@ def test_a_damaged_array_in_the_part_that_is_read_is_refused(directory):
   assert (directory / "4").exists(), "a checkpoint of another run must stay"
 
 
-def test_another_shape_is_refused_by_name(directory):
+def test_an_array_of_another_shape_is_named(directory):
   like = abstract(some_state(0))
   like["params"]["a"] = jax.ShapeDtypeStruct((300, 41), jnp.float32, sharding=like["params"]["a"].sharding)
   sentence = r"\['params'\]\['a'\] has the shape \[300, 40\] there and \[300, 41\] in this code's state"
@@ -128,7 +128,7 @@ def truncate(path):
 @pytest.mark.parametrize(
   "damage", [flip_a_bit, truncate, lambda path: path.unlink()], ids=["flip", "truncate", "delete"]
 )
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(directory, caplog, damage):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(directory, caplog, damage):
   damage(largest_file(directory / "4"))
   with Checkpoints(directory, keep=3) as checkpoints:
     restored = checkpoints.restore(lambda _: abstract(some_state(0)))
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(directory, caplog, d
     assert_same(checkpoints.restore(lambda _: abstract(some_state(0))), some_state(40))
 
 
-def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(directory):
+def test_if_all_checkpoints_are_damaged_the_run_does_not_start_again(directory):
   for step in (2, 3, 4):
     truncate(largest_file(directory / str(step)))
   with (
@@ -152,8 +152,8 @@ def test_if_all_checkpoints_are_damaged_the_run_does_not_start_over(directory):
 
 
 @pytest.mark.parametrize("end", [Stopped, RunFailed])
-def test_the_end_of_a_run_during_a_restore_is_not_damage(directory, monkeypatch, end):
-  """A signal or a hang is reported while the main thread reads: the checkpoint stays where it is."""
+def test_a_run_that_ends_during_a_restore_does_not_report_damage(directory, monkeypatch, end):
+  """A signal or a hang is reported while the main thread reads. The checkpoint is not moved."""
 
   def interrupted(*_):
     raise end("why")
@@ -183,7 +183,7 @@ def test_an_unfinished_save_is_not_a_checkpoint(directory):
 
 @contextlib.contextmanager
 def no_file_larger_than(size: int):
-  """Larger files fail as on a full disk."""
+  """Larger files fail, as on a full disk."""
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
   try:
     yield
@@ -195,7 +195,7 @@ FULL = r"step 5 could not be saved in \S+: File too large; that of step 4 is com
 
 
 def test_a_failed_save_is_reported_at_the_next_check(directory, caplog):
-  """Before the next save is due; the earlier checkpoints stay, and with space the next save succeeds."""
+  """Before the next save. The earlier checkpoints remain, and once there is space the next save succeeds."""
   with Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.check()
     with no_file_larger_than(20_000), pytest.raises(UserError, match=FULL):
@@ -212,15 +212,15 @@ def test_a_failed_save_is_reported_at_the_next_check(directory, caplog):
 
 
 def test_a_failure_of_the_last_save_is_reported(directory):
-  """No later step would check it."""
+  """No later step checks it."""
   with pytest.raises(UserError, match=FULL), no_file_larger_than(20_000), Checkpoints(directory, keep=3) as checkpoints:
     checkpoints.save(5, some_state(5))
 
 
 def test_a_failure_of_the_first_save_is_reported(tmp_path):
   (tmp_path / "checkpoints").touch()
-  said = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
-  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, said:
+  error = pytest.raises(UserError, match=r"step 5 .*there is none before it; .* continues from the start$")
+  with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints, error:
     checkpoints.save(5, some_state(5))
 
 
@@ -231,8 +231,8 @@ def test_a_failed_save_does_not_hide_the_exception_that_ended_the_run(directory,
   assert "checkpoint of step 5 could not be saved" in caplog.text
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(directory, caplog, monkeypatch):
-  """The new checkpoint is saved, and the remainder of the old one is not taken for a checkpoint."""
+def test_an_old_checkpoint_that_cannot_be_removed_gives_a_warning(directory, caplog, monkeypatch):
+  """The new checkpoint is saved. What remains of the old one is not treated as a checkpoint."""
 
   def busy(*_, **__):
     raise OSError(39, "Directory not empty")
@@ -261,7 +261,7 @@ def test_an_old_checkpoint_is_removed_after_the_directory_is_synced(directory, m
 
 
 @pytest.mark.parametrize("error", [MemoryError, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
-def test_running_out_of_memory_is_not_taken_for_damage(directory, monkeypatch, error):
+def test_running_out_of_memory_is_not_treated_as_damage(directory, monkeypatch, error):
   def fail(*_):
     raise error
 
@@ -283,7 +283,7 @@ def test_a_manifest_that_cannot_be_written_fails_the_save(directory, monkeypatch
 
 
 def test_array_checksums_find_what_file_checksums_cannot(directory, caplog):
-  """The files match their checksums, but hold another state than the devices did."""
+  """The files match their checksums, but contain another state than the devices had."""
   shutil.rmtree(directory / "4" / "state")
   shutil.copytree(directory / "3" / "state", directory / "4" / "state")
   manifest.write(directory / "4", 4, manifest.read(directory / "4").arrays)
@@ -293,7 +293,7 @@ def test_array_checksums_find_what_file_checksums_cannot(directory, caplog):
 
 
 def test_checkpoints_of_another_run_are_not_modified(directory):
-  """Not even half-written ones: their save may still be running."""
+  """Not even incomplete ones, because their save may still be running."""
   (directory / "5.orbax-checkpoint-tmp").mkdir()
   (directory / "6").mkdir()
   before = {path: path.stat().st_mtime_ns for path in [directory, *directory.rglob("*")]}

@@ -44,7 +44,7 @@ def test_config_and_tokenizer_are_recorded(tmp_path, dataset):
   assert (tmp_path / "run" / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_keys_without_effect_on_results_may_change(tmp_path, dataset, caplog):
+def test_keys_that_do_not_affect_results_may_change(tmp_path, dataset, caplog):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   start(tmp_path / "run", resolved(tmp_path, eval_every=3, checkpoint_every=2, hang_seconds=9.0), dataset)
   assert caplog.records == []
@@ -70,7 +70,7 @@ def test_micro_batches_may_change_and_the_global_batch_may_not(tmp_path, dataset
     run_directory.prepare(tmp_path / "run", resolved(tmp_path, batch_size=16, accumulation=2))
 
 
-def test_prepared_data_may_move_and_text_may_not(tmp_path, dataset):
+def test_the_path_of_prepared_data_may_change_but_not_that_of_text(tmp_path, dataset):
   for source in ("prepared", "text"):
     first, second = (resolved(tmp_path, data__source=source, data__path=path) for path in ("here", "there"))
     start(tmp_path / source, first, dataset)
@@ -83,7 +83,7 @@ def test_prepared_data_may_move_and_text_may_not(tmp_path, dataset):
 
 @pytest.mark.parametrize(("method", "ratio"), [("lora", 0.1), ("lora", 0.0), ("galore", 0.1)])
 def test_a_run_whose_learning_rate_had_a_lower_bound_is_refused(tmp_path, dataset, method, ratio):
-  """Runs from before `schedule` was recorded; only a lower bound above 0 makes a difference."""
+  """Runs made before `schedule` was recorded. Only a lower bound above 0 affects results."""
   workdir, config = tmp_path / "run", resolved(tmp_path, method=method, min_lr_ratio=ratio)
   start(workdir, config, dataset)
   start(workdir, config, dataset)
@@ -165,7 +165,7 @@ def test_other_data_are_refused(tmp_path, dataset):
     run_directory.record(tmp_path / "run", resolved(tmp_path), dataset)
 
 
-def test_other_package_versions_are_a_warning(tmp_path, dataset, caplog):
+def test_other_package_versions_give_a_warning(tmp_path, dataset, caplog):
   start(tmp_path / "run", resolved(tmp_path), dataset)
   path = tmp_path / "run" / "config.json"
   path.write_text(path.read_text().replace('"optax": "', '"optax": "0.'))
@@ -233,7 +233,7 @@ def git(folder, *words):
 
 
 def test_the_git_revision_is_that_of_the_code_and_not_of_an_enclosing_repository(tmp_path, monkeypatch):
-  """Installed into the .venv of another project, the package is in that project's repository, untracked."""
+  """If installed into the .venv of another project, the package is untracked in that project's repository."""
   code = tmp_path / "site-packages" / "directory.py"
   code.parent.mkdir()
   code.touch()
@@ -260,7 +260,7 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_is_runnin
 
 
 def test_a_surviving_process_of_an_earlier_run_prevents_a_new_one(tmp_path, monkeypatch):
-  """Process 2 of an earlier run holds its lock: process 2 and process 0 of a new run are refused."""
+  """Process 2 of an earlier run still holds its lock. Processes 2 and 0 of a new run are refused."""
   as_process = lambda number: monkeypatch.setattr(jax, "process_index", lambda: number)
   as_process(2)
   refused = lambda: pytest.raises(UserError, match=rf"another run trains .* \(process {os.getpid()} on ")

@@ -39,7 +39,7 @@ def take(folder):
     return (folder / ".lock").read_text()
 
 
-def test_a_lock_that_is_taken_names_its_holder(tmp_path, holder):
+def test_the_error_of_a_taken_lock_names_its_holder(tmp_path, holder):
   for _ in range(2):  # an attempt must not erase the description of the holder
     with pytest.raises(LockTaken, match=rf"^process {holder.pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d$"):
       take(tmp_path)
@@ -51,7 +51,7 @@ def test_a_killed_process_releases_its_lock(tmp_path, holder):
   assert take(tmp_path).startswith(f"process {os.getpid()} on ")
 
 
-def test_a_lock_can_be_taken_repeatedly_but_not_twice_at_a_time(tmp_path):
+def test_a_lock_can_be_taken_repeatedly_but_not_twice_at_once(tmp_path):
   take(tmp_path)
   with exclusive_lock(tmp_path, wait=False), pytest.raises(LockTaken):
     take(tmp_path)
@@ -68,7 +68,7 @@ def test_on_a_full_disk_a_lock_works_without_the_description_of_its_holder(tmp_p
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_waiting_for_a_lock(tmp_path, holder):
+def test_a_lock_is_taken_after_waiting_for_its_holder(tmp_path, holder):
   holder.stdin.close()
   with exclusive_lock(tmp_path, wait=True):
     assert holder.wait() == 0

@@ -1,4 +1,4 @@
-"""A checkpoint matches its manifest, or the file that differs is named."""
+"""Verifying a checkpoint against its manifest names the file that differs."""
 
 import errno
 import json
@@ -42,16 +42,16 @@ def test_a_manifest_describes_its_checkpoint(folder):
 
 
 def test_a_flipped_bit_in_any_file_is_found(folder):
-  places = random.Random(0)
+  rng = random.Random(0)
   for path in [*folder.glob("state/**/*"), folder / "manifest.json"]:
-    whole = path.read_bytes() if path.is_file() else b""
-    for position in places.sample(range(len(whole)), min(len(whole), 20)):
-      damaged = bytearray(whole)
-      damaged[position] ^= 1 << places.randrange(8)
+    contents_before = path.read_bytes() if path.is_file() else b""
+    for position in rng.sample(range(len(contents_before)), min(len(contents_before), 20)):
+      damaged = bytearray(contents_before)
+      damaged[position] ^= 1 << rng.randrange(8)
       path.write_bytes(damaged)
       with pytest.raises(Damaged, match=f"{path.relative_to(folder)} is not what was written"):
         manifest.verify(folder)
-      path.write_bytes(whole)
+      path.write_bytes(contents_before)
   manifest.verify(folder)
 
 
@@ -80,7 +80,7 @@ def test_a_difference_is_described(folder, damage, message):
     manifest.verify(folder)
 
 
-def test_a_step_under_the_name_of_another_is_refused(folder):
+def test_a_step_in_a_directory_named_after_another_is_refused(folder):
   with pytest.raises(Damaged, match=r"manifest.json is that of step 5"):
     manifest.verify(folder.rename(folder.with_name("6")))
 
@@ -108,7 +108,7 @@ def test_a_file_that_is_temporarily_unreadable_is_read_again(folder, monkeypatch
     manifest.verify(folder)
 
 
-def test_processes_verify_disjoint_shares(folder):
+def test_processes_verify_disjoint_sets_of_files(folder):
   """Each process reads only its own files."""
   for path in folder.glob("state/**/*"):
     if path.is_file():
@@ -128,7 +128,7 @@ def test_a_step_without_a_manifest_is_incomplete(folder):
 
 
 def test_a_manifest_whose_write_was_interrupted_does_not_exist(folder, monkeypatch):
-  """It gets its name when it is complete."""
+  """It is renamed to its final name only when complete."""
   (folder / "manifest.json").unlink()
   monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
   with pytest.raises(OSError, match="killed"):

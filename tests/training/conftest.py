@@ -7,13 +7,13 @@ from switchlora_jax.training import trainer
 
 
 def scales(first):
-  """Stands in for the effective rank, which takes long to compile: returns the two scales that it is given."""
+  """Replaces the effective rank, which compiles slowly; returns a number that encodes the two scales it gets."""
   return lambda params, frozen, scale: 100 * (first.scale or 0) + (scale or 0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A folder with the text of all runs of a module; they use one device, and compute no effective rank."""
+  """A folder with the text of all runs of a module. The runs use one device and compute no effective rank."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "make_mesh", lambda **_: small_model.mesh(1))
     patch.setattr(trainer, "make_learnt_rank", scales)

@@ -1,4 +1,4 @@
-"""Validation is a mean over all its tokens, whatever the batch, and says how sure it is."""
+"""Validation: a mean over all tokens, independent of the batch size, and its standard error."""
 
 import math
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.two_linear_layers
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  """(program, state) of a small model."""
+  """(phase, state) of a small model."""
   phase = build_phase(resolved(tmp_path_factory.mktemp("text")), make_mesh())
   return phase, phase.create()
 
@@ -40,23 +40,23 @@ def test_evaluation_reads_the_first_eval_tokens(model, tmp_path, monkeypatch):
   config, (phase, state) = resolved(tmp_path, eval_tokens=16 * 8), model
   monkeypatch.setattr(trainer, "make_learnt_rank", lambda _: lambda *_: 0.0)
   rows = np.random.default_rng(0).integers(0, 320, (40, 16))
-  wanted = validate(phase, state, rows[:8], 8, 3.0)
+  expected = validate(phase, state, rows[:8], 8, 3.0)
   data = Dataset(train=None, valid=rows, tokenizer_path="", fingerprint="", bytes_per_token=3.0, summary={})
   found = trainer.make_evaluate(config, phase, data)(phase, state)
-  assert {key: found[key] for key in wanted} == wanted
-  assert wanted != validate(phase, state, rows, 8, 3.0)
+  assert {key: found[key] for key in expected} == expected
+  assert expected != validate(phase, state, rows, 8, 3.0)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (16, 1), (31, 1), (32, 2), (10_000, 5)])
-def test_the_first_tokens_are_whole_rows_and_one_at_least(tokens, expected):
+def test_the_first_tokens_are_complete_rows_and_at_least_one(tokens, expected):
   rows = np.arange(5 * 16).reshape(5, 16)
   np.testing.assert_array_equal(first(rows, tokens), rows[:expected])
 
 
 def test_a_run_that_has_diverged_has_an_infinite_perplexity(model):
   phase, state = model
-  far = phase._replace(eval_step=lambda params, frozen, rows: np.full(len(rows), 1000.0))
-  found = validate(far, state, np.zeros((8, 16)), 8, bytes_per_token=2.0)
+  diverged = phase._replace(eval_step=lambda params, frozen, rows: np.full(len(rows), 1000.0))
+  found = validate(diverged, state, np.zeros((8, 16)), 8, bytes_per_token=2.0)
   assert (found["val_loss"], found["val_ppl"], found["val_loss_se"]) == (1000.0, math.inf, 0.0)
   assert summary(np.array([1.0, math.inf]), 1.0)["val_bpb"] == math.inf
 
@@ -75,8 +75,8 @@ def test_the_standard_error_is_that_of_a_mean():
   assert found["val_ppl_se"] == pytest.approx((nearby[1] - nearby[0]) / 2, rel=1e-2), "to first order"
 
 
-def test_samples_scatter_as_the_standard_error_says():
-  """Means of 2,000 samples of 40 rows: their own scatter is known to 1/√4000, that is 1.6%."""
+def test_the_standard_error_is_the_scatter_of_samples():
+  """Means of 2,000 samples of 40 rows. Their scatter is known to 1/√4000 = 1.6%."""
   samples = np.random.default_rng(2).exponential(1.0, (2000, 40))
   found = [summary(sample, 1.0) for sample in samples]
   scatter = np.std([each["val_loss"] for each in found], ddof=1)
@@ -92,14 +92,14 @@ def test_one_row_has_no_standard_error():
 
 
 def test_a_uniform_guess_among_bytes_is_8_bits_per_byte():
-  """A token that is b bytes, each of which could be any: ln 256^b nats."""
+  """A token of b bytes, with all byte values equally likely, has a loss of ln 256^b nats."""
   for size in (1.0, 2.5, 4.0):
     found = summary(np.full(3, size * math.log(256)), bytes_per_token=size)
     assert found["val_bpb"] == pytest.approx(8, rel=1e-12)
 
 
-def test_bits_per_byte_can_be_compared_where_perplexities_cannot(tmp_path):
-  """One model of a text, that knows how often each letter comes, said in the tokens of two tokenizers."""
+def test_bits_per_byte_do_not_depend_on_the_tokenizer_but_perplexities_do(tmp_path):
+  """One model of a text, the frequencies of its letters, is evaluated on the tokens of two tokenizers."""
   text = " ".join(f"{i} apples and {i * 7} pears lie under tree number {i % 13}" for i in range(3000))
   letters, counts = np.unique(list(text), return_counts=True)
   nats = dict(zip(letters, -np.log(counts / counts.sum()), strict=True))

@@ -1,4 +1,4 @@
-"""The log of a run: complete, readable, and without what a continued run will write again."""
+"""Metrics of a run: complete, readable, and without the steps that a continued run repeats."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from switchlora_jax.training import metrics, writers
 from switchlora_jax.training.writers import JsonLinesWriter, TensorBoardWriter
 
 
-def test_lines_are_json_and_not_finite_is_null(tmp_path):
+def test_lines_are_json_and_values_that_are_not_finite_are_null(tmp_path):
   log = JsonLinesWriter(tmp_path, start=0)
   log.write([{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}])
   log.close()
@@ -23,7 +23,7 @@ def test_lines_are_json_and_not_finite_is_null(tmp_path):
   assert rows == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
 
 
-def test_continuing_drops_later_lines_and_half_lines(tmp_path):
+def test_continuing_drops_later_and_incomplete_lines(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
   log = JsonLinesWriter(tmp_path, start=1)
   log.write([{"step": 2, "loss": 4.0}])
@@ -32,11 +32,11 @@ def test_continuing_drops_later_lines_and_half_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "hurt", [b'{"step": 2, "loss": \xff}', b'{"loss": 2.0}', b'{"step": "2"}', b"2", b'{"step": 2,, }']
+  "damaged", [b'{"step": 2, "loss": \xff}', b'{"loss": 2.0}', b'{"step": "2"}', b"2", b'{"step": 2,, }']
 )
-def test_a_damaged_line_is_said_and_left_out(tmp_path, caplog, hurt):
+def test_a_damaged_line_is_reported_and_left_out(tmp_path, caplog, damaged):
   path = tmp_path / "metrics.jsonl"
-  path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + hurt + b'\n{"step": 3, "loss": 3.0}\n')
+  path.write_bytes(b'{"step": 1, "loss": 1.0}\n' + damaged + b'\n{"step": 3, "loss": 3.0}\n')
   JsonLinesWriter(tmp_path, start=3).close()
   assert "metrics.jsonl: 1 damaged lines are left out" in caplog.text
   assert [row["loss"] for row in metrics.read(path)] == [1.0, 3.0]
@@ -50,11 +50,11 @@ def test_tensorboard_has_the_numbers(tmp_path):
   assert b"loss" in events.read_bytes() and b"nothing" not in events.read_bytes()
 
 
-# A disk that fails.
+# --- disk errors -------------------------------------------------------------------------------------------------
 
 
 class Full:
-  """In place of a file that takes only some bytes, once, and then no more until there is room again."""
+  """A file that accepts some bytes once, and then none until `room` is set."""
 
   def __init__(self, file):
     self.file, self.room = file, False
@@ -68,8 +68,8 @@ class Full:
     return getattr(self.file, name)
 
 
-def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
-  """None is lost, none is there twice or in half, and a checkpoint must wait."""
+def test_lines_are_kept_in_memory_while_the_disk_is_full(tmp_path, caplog):
+  """No line is lost, duplicated or incomplete. A checkpoint raises an error meanwhile."""
   log = JsonLinesWriter(tmp_path, start=0)
   log.write([{"step": 1, "loss": 1.0}])
   log._file = Full(log._file)
@@ -88,7 +88,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, caplog):
   log.close()
 
 
-def test_what_a_checkpoint_needs_is_on_the_disk_with_it(tmp_path, monkeypatch):
+def test_a_checkpoint_syncs_the_lines_before_it_to_disk(tmp_path, monkeypatch):
   log, synced = JsonLinesWriter(tmp_path, start=0), []
   log.write([{"step": 1}])
   monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number), log.path.read_text())))
@@ -99,7 +99,7 @@ def test_what_a_checkpoint_needs_is_on_the_disk_with_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("action", ["remove", "replace", "move"])
-def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
+def test_a_directory_that_is_removed_or_moved_raises_a_clear_error(tmp_path, action):
   (tmp_path / "run").mkdir()
   log = JsonLinesWriter(tmp_path / "run", start=0)
   log.write([{"step": 1}])
@@ -110,16 +110,16 @@ def test_a_directory_that_is_taken_away_is_a_sentence(tmp_path, action):
   if action == "replace":
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-  for what in (log.sync, lambda: log.write([{"step": 2}])):
+  for call in (log.sync, lambda: log.write([{"step": 2}])):
     with pytest.raises(
       UserError, match=r"run/metrics.jsonl was removed, moved or replaced while the run wrote it; put"
     ):
-      what()
+      call()
   log.close()
 
 
-def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, caplog, monkeypatch):
-  """`tensorboardX.SummaryWriter` would block at the eleventh number. metrics.jsonl remains complete."""
+def test_tensorboard_that_cannot_be_written_gives_one_warning(tmp_path, caplog, monkeypatch):
+  """`tensorboardX.SummaryWriter` would block at the eleventh value. metrics.jsonl is complete."""
   log = writers.default_writers(tmp_path, 0)
 
   def full(*_):
@@ -137,7 +137,7 @@ def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, caplog, mon
   assert len(metrics.read(tmp_path / "metrics.jsonl")) == 29
 
 
-def test_tensorboard_hides_what_is_done_again(tmp_path):
+def test_tensorboard_hides_the_steps_that_are_repeated(tmp_path):
   board = TensorBoardWriter(tmp_path / "tensorboard", start=4)
   board.close()
   (events,) = (tmp_path / "tensorboard").iterdir()
@@ -146,7 +146,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path):
 
 
 def records(contents: bytes) -> list[bytes]:
-  """The records of an event file: each has its length in 8 bytes, a checksum in 4, itself, and a checksum."""
+  """The records of an event file. Layout: length (8 bytes), checksum (4), record, checksum (4)."""
   found = []
   while contents:
     length = int.from_bytes(contents[:8], "little")
@@ -174,7 +174,7 @@ class ListWriter(metrics.Writer):
     self.calls.append("close")
 
 
-def test_all_are_closed_once_if_one_cannot_be(monkeypatch):
+def test_all_writers_are_closed_once_if_one_cannot_be_closed(monkeypatch):
   toys = [ListWriter(), ListWriter(), ListWriter()]
 
   def refuse():

@@ -1,4 +1,4 @@
-"""The phases of a run: which phase trains which step and belongs to which state."""
+"""The phases of a run: which phase makes a step, and which phase a state belongs to."""
 
 import jax
 import numpy as np
@@ -18,17 +18,17 @@ pytestmark = pytest.mark.two_linear_layers
 
 
 def named(name, start):
-  """A phase with a start and, in place of its model, a name."""
+  """A phase with only a start, and a name in place of its model."""
   return Phase(name, *[None] * (len(Phase._fields) - 2), start)
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_a_state_belongs_to_the_phase_of_the_step_before(warm_start_steps, steps):
-  """Step t makes the state before step t + 1: full rank does so for t < K, the low-rank method from t = K on."""
+  """Step t makes the state before step t + 1. Steps t < K are full rank, later ones use the low-rank method."""
   both = [named("full", 0), named("main", warm_start_steps)]
   trained = ["full" if t < warm_start_steps else "main" for t in range(steps)]
   assert [phase_at(both, t + 1).model for t in range(steps)] == trained
-  assert phase_at(both, 0).model == "full", "which creates the state before step 0"
+  assert phase_at(both, 0).model == "full", "the first phase creates the state before step 0"
 
 
 @given(st.integers(0, 30))
@@ -37,7 +37,7 @@ def test_without_a_warm_start_all_states_belong_to_one_phase(step):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
-def test_a_warm_start_is_a_phase_of_its_own(method, tmp_path):
+def test_a_warm_start_is_a_separate_phase(method, tmp_path):
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3)
   config = resolved(tmp_path, **shape, warm_start_steps=5)
   first, main = build_phases(config, make_mesh())
@@ -50,8 +50,8 @@ def test_a_warm_start_is_a_phase_of_its_own(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
-def test_the_first_phase_is_the_full_method_with_a_learning_rate_of_its_own(method, tmp_path):
-  """… and a warm-up of its own, over the same horizon; in all else that full rank reads, the run is the same."""
+def test_the_first_phase_is_the_full_method_with_its_own_learning_rate(method, tmp_path):
+  """It also has its own warm-up, over the same horizon. All other keys of full rank are those of the run."""
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
   config = resolved(tmp_path, **shape)
   assert full_rank_config(config).to_dict() == resolved(tmp_path, method="full").to_dict()
@@ -84,8 +84,10 @@ def test_each_device_gets_its_shard_of_the_batch(tmp_path):
 
 @pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
 def test_the_handed_over_state_has_the_shardings_of_the_next_phase(layout, tmp_path, monkeypatch):
-  """Shapes, dtypes, and place on each of eight devices: no step is compiled for the state handed over alone."""
-  monkeypatch.setattr(phases, "build_phase", build_phase.__wrapped__)  # whose `create` is the program itself
+  """Shapes, dtypes and shardings on eight devices, so that the step is not compiled again for this state."""
+  monkeypatch.setattr(
+    phases, "build_phase", build_phase.__wrapped__
+  )  # the original; its `create` is the compiled function
   keys = {f"sharding__{key}": value for key, value in layout.items()}
   first, main = build_phases(resolved(tmp_path, warm_start_steps=2, **keys), make_mesh(fsdp=layout.get("fsdp", 1)))
   kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)

@@ -1,4 +1,4 @@
-"""The loss curve, and that only drawing it imports Matplotlib."""
+"""The loss plot. Matplotlib is imported only to draw it."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_the_picture_is_drawn(tmp_path):
   assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
+def test_a_picture_that_cannot_be_written_gives_a_warning(tmp_path, caplog):
   plot_loss([{"step": 1, "loss": 5}], tmp_path / "nowhere" / "loss.png", "a title")
   assert "loss.png cannot be written" in caplog.text and "loss.svg cannot be written" in caplog.text
 
@@ -74,6 +74,6 @@ print(*sorted({"matplotlib", "datasets"} & sys.modules.keys()))
 
 
 def test_neither_building_a_step_nor_training_imports_matplotlib():
-  """In a process of its own. TensorBoard is imported by the trainer, which writes its events."""
+  """Runs in a subprocess. The trainer imports TensorBoard to write its events."""
   done = subprocess.run([sys.executable, "-c", BUILD], cwd=ROOT, capture_output=True, text=True)
   assert (done.returncode, done.stdout) == (0, "\n\n"), done.stdout + done.stderr

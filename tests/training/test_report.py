@@ -1,4 +1,4 @@
-"""What is printed says what is."""
+"""The printed descriptions of runs, data and results."""
 
 import sys
 
@@ -20,13 +20,13 @@ def test_sizes_are_counted():
   assert report.size_line("optimizer", tree) == "optimizer: 4.7 MiB (4,936,006 bytes)"
 
 
-def test_a_kernel_and_its_tail_are_one_number_of_three_bytes():
+def test_a_kernel_with_a_residual_counts_as_one_parameter_of_three_bytes():
   tree = {"q": {"kernel": jnp.zeros((10, 20), jnp.bfloat16), "kernel_tail": jnp.zeros((10, 20), jnp.int8)}}
   assert report.parameters_line("frozen", tree) == "frozen parameters: 0.0M (200)"
   assert report.size_line("frozen", tree).endswith("(600 bytes)")
 
 
-def test_a_description_has_the_sizes_and_the_cycles(tmp_path):
+def test_the_description_of_a_run_has_its_sizes_and_cycles(tmp_path):
   config = resolved(tmp_path)
   text = report.describe_run(config, build_phase(config, make_mesh()).abstract)
   assert text.startswith("learning_rate: 0.02\ndtype: float32\n") and "switch.interval" not in text
@@ -46,7 +46,7 @@ def test_data_are_described():
   )
 
 
-def test_numbers_that_are_missing_or_not_finite_do_not_end_in_an_exception():
+def test_metrics_that_are_missing_or_not_finite_do_not_raise():
   assert report._validation_lines([]) == report._training_lines([]) == []
   rows = [{"step": 3, "tokens_per_second": 5.0}, {"step": 3, "val_loss": None, "val_ppl": None}]
   assert report._validation_lines(rows) == [
@@ -55,7 +55,7 @@ def test_numbers_that_are_missing_or_not_finite_do_not_end_in_an_exception():
   assert report._training_lines(rows) == ["tokens per second: 5 (median)"]
 
 
-def test_the_last_perplexity_stands_beside_bits_per_byte():
+def test_the_last_perplexity_is_printed_with_bits_per_byte():
   rows = [{"step": step, "val_loss": 3.5, "val_ppl": 33.12 + step, "val_bpb": 1.23456} for step in (1, 2)]
   assert report._validation_lines(rows) == [
     "validation perplexity: 35.12 (loss 3.5000 nats per token, step 2)",
@@ -69,7 +69,7 @@ def test_spikes_are_counted_including_rolled_back_ones():
   assert report._training_lines([*rows, {"step": 3, "spike": 0, "rollbacks": 2}])[-1] == "loss spikes: 3"
 
 
-def test_the_command_that_continues_is_this_one_with_more_steps(monkeypatch):
+def test_the_command_to_continue_is_the_current_one_with_more_steps(monkeypatch):
   monkeypatch.setattr(
     sys, "argv", ["pretrain.py", "--config.data.path=a/*.txt", "--config.steps=10", "--workdir=runs/a"]
   )

@@ -1,4 +1,4 @@
-"""Restoring a checkpoint of another run with its compiled phase: its weights, or its whole state."""
+"""Restoring a checkpoint of another run with its compiled phase: only its weights, or its complete state."""
 
 import json
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.two_linear_layers
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """(directory, state after step 7) of a run that made no step; its full-rank phase ends at step 5."""
+  """(directory, state after step 7) of a saved run without training. Its full-rank phase ends at step 5."""
   folder = tmp_path_factory.mktemp("run")
   config = resolved(folder, warm_start_steps=5, candidates_dtype="bfloat16")
   saved = {"config": config.to_dict(), "data_fingerprint": "abc", "devices": "8 × cpu"}
@@ -41,11 +41,11 @@ def test_only_the_weights_are_restored(run, devices):
   assert set(state._fields) == {"step", "params", "frozen"}
 
 
-def test_the_whole_state_is_restored_on_request(run):
+def test_the_complete_state_is_restored_on_request(run):
   _, state = restore_phase(open_run(run[0]), None, make_mesh(), whole=True)
   assert same_bits(state, run[1]._replace(step=run[1].step + 7))
 
 
-def test_a_step_of_the_full_rank_phase_comes_with_that_phase(run):
+def test_a_step_of_the_full_rank_phase_is_restored_with_that_phase(run):
   phase, state = restore_phase(open_run(run[0]), 4, make_mesh())
   assert (int(state.step), phase.start, phase.scale, state.frozen) == (4, 0, None, {})

@@ -1,4 +1,4 @@
-"""The compiled step: its collectives, replay, skipped steps, and any Optax optimizer in it."""
+"""The compiled step: collectives, replay, skipped steps, loss spikes, and optimizers of Optax."""
 
 from functools import lru_cache
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.user_flags, pytest.mark.two_linear_layers]
 
 @lru_cache
 def prepared(method, devices=8, **changes):
-  """A config, its first state on the host and its step: compiled once for the tests of this file."""
+  """A config, its initial host state and its step, compiled once for this file."""
   config = small_model.config(method, **changes)
   return config, host(small_model.first_state(config, devices)), small_model.step(config, devices)
 
@@ -39,7 +39,7 @@ def on_mesh(state, devices=8):
 
 
 def train(steps, method, devices=8, state=None, **changes):
-  """The states before each of some steps and after the last, on the host, and the metrics."""
+  """The host states before each step and after the last, and the metrics."""
   config, first, step = prepared(method, devices, **changes)
   states, metrics = [first if state is None else state], []
   for _ in range(steps):
@@ -50,12 +50,12 @@ def train(steps, method, devices=8, state=None, **changes):
   return states, metrics
 
 
-# --- what is sent -------------------------------------------------------------------------------------------------
+# --- collectives --------------------------------------------------------------------------------------------------
 
 
 @lru_cache
-def sent(**changes):
-  """The number of elements of each collective in a SwitchLoRA step on 8 devices: outside of loops, and inside."""
+def collective_sizes(**changes):
+  """The number of elements of each collective in a SwitchLoRA step on 8 devices: (outside loops, inside loops)."""
   config = small_model.config("switchlora", **changes)
   phase = small_model.phase(config, 8)
   rows = small_model.shard_batch(small_model.rows(config, 0), 8)
@@ -67,7 +67,7 @@ def sent(**changes):
 
 
 def test_one_reduction_of_the_trainable_parameters_for_any_accumulation():
-  once, often = (sent(accumulation=n) for n in (1, 2))
+  once, often = (collective_sizes(accumulation=n) for n in (1, 2))
   assert once[0] and once[1] == often[1] == [], "none in a loop"
   assert len(once[0]) == len(often[0])
   trained = sum(leaf.size for leaf in jax.tree.leaves(prepared("switchlora")[1].params))
@@ -76,8 +76,8 @@ def test_one_reduction_of_the_trainable_parameters_for_any_accumulation():
 
 def test_sharded_candidates_communicate_only_switched_rows():
   """In the loop of the switch, with at most one iteration: K = 2 spares per factor of each layer of 2 kinds."""
-  outside, inside = sent(sharding__candidates="sharded")
-  assert sum(outside) == sum(sent()[0])
+  outside, inside = collective_sizes(sharding__candidates="sharded")
+  assert sum(outside) == sum(collective_sizes()[0])
   assert inside == [2 * 2 * (16 + 24)] * 2
 
 
@@ -105,8 +105,8 @@ def test_the_loss_falls():
   assert losses[-1] < losses[0] - 0.3
 
 
-def test_one_device_gives_what_eight_give():
-  """Only the order of sums differs: some roundings of 2⁻²⁴, which four steps of Adam amplify."""
+def test_one_device_and_eight_devices_give_the_same_result():
+  """Only the order of sums differs. Four steps of Adam amplify roundings of 2⁻²⁴."""
   (one, reports_by_one), (eight, reports_by_eight) = (train(4, "switchlora", devices=devices) for devices in (1, 8))
   for left, right in zip(reports_by_one, reports_by_eight, strict=True):
     assert left["switched"] == right["switched"]
@@ -119,7 +119,7 @@ def test_one_device_gives_what_eight_give():
 # --- switching ----------------------------------------------------------------------------------------------------
 
 
-def test_switching_changes_what_it_should():
+def test_steps_that_switch_change_the_kernels_and_the_candidates():
   states, metrics = train(6, "switchlora")
   assert sum(int(report["switched"]) for report in metrics) > 0
   for t, report in enumerate(metrics):
@@ -128,13 +128,13 @@ def test_switching_changes_what_it_should():
   assert not same_bits(states[0].candidates, states[-1].candidates)
 
 
-def test_lora_leaves_the_base_weights_alone():
+def test_lora_does_not_change_the_base_weights():
   states, metrics = train(4, "lora")
   assert same_bits(states[0].frozen, states[-1].frozen) and states[-1].candidates == {}
   assert "switched" not in metrics[0] and not same_bits(states[0].params, states[-1].params)
 
 
-def test_draws_follow_from_the_seed_and_the_step():
+def test_draws_are_determined_by_the_seed_and_the_step():
   states, metrics = train(4, "switchlora")
   config = prepared("switchlora")[0]
   for t, (state, report) in enumerate(zip(states, metrics, strict=False)):
@@ -152,7 +152,7 @@ def test_draws_follow_from_the_seed_and_the_step():
 
 
 def test_a_run_resumes_bitwise_from_a_saved_state():
-  """Nothing that a step uses lives outside the state: draws, schedules and data follow from `step`."""
+  """A step uses only the state: draws, schedules and data are derived from `step`."""
   straight, _ = train(6, "switchlora")
   resumed, _ = train(3, "switchlora", state=straight[3])
   assert same_bits(resumed[-1], straight[6])
@@ -172,7 +172,7 @@ def with_infinity_in_the_head(params):
 
 
 def with_large_gradients(params):
-  """B = 0, so that neither output nor loss sees A, whose size is that of B's gradient."""
+  """B = 0, so output and loss do not depend on A. The gradient of B is proportional to A."""
   adapter = {"lora_a": params["blocks"]["up"]["lora_a"] * np.float32(1e25)}
   adapter["lora_b"] = np.zeros_like(params["blocks"]["up"]["lora_b"])
   return {**params, "blocks": {**params["blocks"], "up": adapter}}
@@ -182,28 +182,30 @@ POISONS = [with_nan_in_the_embedding, with_infinity_in_the_head]
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_a_step_that_is_not_finite_changes_nothing(poison):
-  """… but `step`, the counters of skipped steps and the schedule's: the data goes on."""
-  healthy = train(2, "switchlora")[0][-1]
-  assert any(np.any(timer) for timer in jax.tree.leaves(healthy.candidates)), "a freeze is under way"
-  sick = healthy._replace(params=poison(healthy.params))
-  states, (first, second) = train(2, "switchlora", state=sick)
+def test_a_step_that_is_not_finite_changes_only_the_counters(poison):
+  """`step` advances, so the next step has the next batch and learning rate. Skipped steps are counted."""
+  trained = train(2, "switchlora")[0][-1]
+  assert any(np.any(timer) for timer in jax.tree.leaves(trained.candidates)), "some vectors are frozen"
+  poisoned = trained._replace(params=poison(trained.params))
+  states, (first, second) = train(2, "switchlora", state=poisoned)
   assert not np.isfinite(first["loss"]) and not np.isfinite(first["grad_norm"])
   for part in ("params", "frozen", "candidates"):
-    assert same_bits(getattr(states[-1], part), getattr(sick, part))
-  assert same_bits(states[-1].opt_state, sick.opt_state)
+    assert same_bits(getattr(states[-1], part), getattr(poisoned, part))
+  assert same_bits(states[-1].opt_state, poisoned.opt_state)
   assert (first["skipped"], first["skipped_in_a_row"], second["skipped"], second["skipped_in_a_row"]) == (1, 1, 2, 2)
   assert (first["switched"], second["switched"]) == (0, 0)
-  assert states[-1].step == sick.step + 2
+  assert states[-1].step == poisoned.step + 2
 
-  cured, (report,) = train(1, "switchlora", state=states[-1]._replace(params=healthy.params))
+  recovered, (report,) = train(1, "switchlora", state=states[-1]._replace(params=trained.params))
   assert (report["skipped"], report["skipped_in_a_row"]) == (2, 0) and np.isfinite(report["loss"])
-  assert not same_bits(cured[-1].params, healthy.params) and not same_bits(cured[-1].candidates, healthy.candidates)
+  assert not same_bits(recovered[-1].params, trained.params) and not same_bits(
+    recovered[-1].candidates, trained.candidates
+  )
 
 
-def test_a_step_with_finite_gradients_whose_squares_overflow_is_made():
-  healthy = train(2, "switchlora")[0][-1]
-  large = healthy._replace(params=with_large_gradients(healthy.params))
+def test_a_step_with_finite_gradients_whose_squares_overflow_is_not_skipped():
+  trained = train(2, "switchlora")[0][-1]
+  large = trained._replace(params=with_large_gradients(trained.params))
   (_, after), (report,) = train(1, "switchlora", state=large)
   assert report["skipped"] == 0 and 1e20 < report["grad_norm"] < 1e30
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.params, after.frozen, after.opt_state)))
@@ -230,11 +232,11 @@ def test_a_step_is_broken_if_an_optimizer_would_get_numbers_that_overflow(loss, 
   assert bool(is_broken(np.float32(loss), np.float32(norm), clip_norm)) == broken
 
 
-SPIKY = dict(spike__window=4, switch__interval=1)  # of all tests with `poison.loss`, which share a program
+SPIKY = dict(spike__window=4, switch__interval=1)  # for all tests with `poison.loss`, which share a compiled step
 
 
-def everywhere(state):
-  """Every device's copies or parts of all that a skipped step must not touch."""
+def shards_on_all_devices(state):
+  """The shards on every device of the arrays that a skipped step must not change."""
   arrays = jax.tree.leaves((state.params, state.frozen, state.candidates, state.opt_state))
   return [[np.array(part.data) for part in array.addressable_shards] for array in arrays]
 
@@ -244,21 +246,21 @@ LAYOUTS = {"replicated": {}, "sharded": dict(sharding__fsdp=2, sharding__frozen=
 
 @pytest.mark.parametrize("kind", ["gradient", "nan"])
 @pytest.mark.parametrize("layout", slowly(LAYOUTS, quick=["replicated"]))
-def test_a_gradient_not_finite_on_one_device_is_skipped_on_all(monkeypatch, kind, layout):
-  """The batch of one device is damaged; no array changes on any device, replicated or sharded."""
+def test_a_gradient_that_is_not_finite_on_one_device_skips_the_update_on_all(monkeypatch, kind, layout):
+  """The batch of one device is damaged. No array changes on any device, replicated or sharded."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
   config = small_model.config("switchlora", **SPIKY, **LAYOUTS[layout])
   phase = small_model.phase(config, 8)
   state = phase.create()
   for t in range(3):
     state, report = phase.step(state, phase.shard_batch(small_model.rows(config, t)))
-  assert int(report["switched"]) > 0, "a freeze is under way"
-  before = everywhere(state)
+  assert int(report["switched"]) > 0, "some vectors are frozen"
+  before = shards_on_all_devices(state)
   state, report = phase.step(state, phase.shard_batch(poison.mark(small_model.rows(config, 3), kind)))
   assert np.isfinite(report["loss"]) == (kind == "gradient") and not np.isfinite(report["grad_norm"])
-  assert int(state.skipped) == 1 and same_bits(everywhere(state), before)
+  assert int(state.skipped) == 1 and same_bits(shards_on_all_devices(state), before)
   state, report = phase.step(state, phase.shard_batch(small_model.rows(config, 4)))
-  assert int(report["skipped_in_a_row"]) == 0 and not same_bits(everywhere(state), before)
+  assert int(report["skipped_in_a_row"]) == 0 and not same_bits(shards_on_all_devices(state), before)
 
 
 # --- skipped steps around any optimizer ---------------------------------------------------------------------------
@@ -267,7 +269,7 @@ adam_of_vectors = scale_by_vector_adam(vectors=lora_vectors)
 
 
 def with_extra_arguments():
-  """An optimizer that uses an extra argument, as those with line searches or masks of their own do."""
+  """An optimizer with an extra argument, as for a line search or masks."""
 
   def update(updates, state, params=None, *, factor=1.0, **_):
     del params
@@ -285,7 +287,7 @@ def masks(seed):
   return {"q": {"lora_a": jnp.asarray(hit), "lora_b": jnp.asarray(~hit)}, "norm": False}
 
 
-OPTIMIZERS = {  # and the keyword arguments that a method might give
+OPTIMIZERS = {  # with the keyword arguments that a method may pass
   "adam": (optax.scale_by_adam(), {}),
   "adamw": (optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)), {}),
   "schedule": (optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda count: 1 / (1 + count))), {}),
@@ -304,7 +306,7 @@ def drawn_params(seed):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
-  """… bitwise, with gradients that are not finite; a step that is not skipped is that of the optimizer itself."""
+  """Bitwise, with gradients that are not finite. A step that is not skipped is that of the optimizer itself."""
   tx, extra = OPTIMIZERS[name]
   method = Method(dense=None, optimizer=tx, schedule=lambda step: 0.1)
   update = jax.jit(lambda state, grads, skip: train_step.apply_optimizer(method, state, grads, extra, skip)[0])
@@ -321,11 +323,11 @@ def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
   grads = jax.tree.map(lambda g: g.at[..., 0].set(jnp.nan).at[..., 1].set(jnp.inf), drawn_params(9))
   skipped = update(state, grads, jnp.array(True))
   assert same_bits(skipped, state)
-  live = update(skipped, drawn_params(9), jnp.array(False))
-  assert not same_bits(live.params, state.params) and not same_bits(live.opt_state, state.opt_state)
+  next_state = update(skipped, drawn_params(9), jnp.array(False))
+  assert not same_bits(next_state.params, state.params) and not same_bits(next_state.opt_state, state.opt_state)
 
 
-def test_an_optimizer_is_never_given_gradients_that_are_not_finite():
+def test_an_optimizer_never_gets_gradients_that_are_not_finite():
   seen = []
   note = lambda grads: jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(grads))
   tx = optax.stateless(lambda updates, _: (note(updates), updates)[1])
@@ -356,19 +358,19 @@ def test_a_method_with_an_optimizer_of_optax_trains_and_skips(method):
     usual = train(3, method, devices=1)[0][-1]
     near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     jax.tree.map(near, host(state.params), usual.params)
-  sick = host(state)
-  sick = sick._replace(params=with_nan_in_the_embedding(sick.params))
-  after, report = phase.step(on_mesh(sick, 1), phase.shard_batch(small_model.rows(config, 3)))
+  poisoned = host(state)
+  poisoned = poisoned._replace(params=with_nan_in_the_embedding(poisoned.params))
+  after, report = phase.step(on_mesh(poisoned, 1), phase.shard_batch(small_model.rows(config, 3)))
   assert (int(report["skipped"]), int(after.step)) == (1, 4)
   for part in ("params", "frozen", "candidates", "opt_state"):
-    assert same_bits(getattr(after, part), getattr(sick, part))
+    assert same_bits(getattr(after, part), getattr(poisoned, part))
 
 
 # --- loss spikes --------------------------------------------------------------------------------------------------
 
 
 def spiked(monkeypatch, action):
-  """The state before a batch whose loss is three times what it was, after it, both on the host, and its numbers."""
+  """The host states before and after a batch with about three times the usual loss, and the metrics of that step."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
   config = small_model.config("switchlora", **SPIKY, spike__action=action)
   phase = small_model.phase(config, 8)
@@ -383,7 +385,7 @@ def spiked(monkeypatch, action):
 
 
 def test_a_spike_is_skipped_if_configured(monkeypatch):
-  """It enters the window, and `step` advances; it does not count as a step that is not finite."""
+  """The loss enters the window and `step` advances. The step is not counted as one that is not finite."""
   before, after, report = spiked(monkeypatch, "skip")
   assert same_bits(before._replace(step=0, spikes=0), after._replace(step=0, spikes=0))
   assert (after.step, report["switched"], report["skipped_in_a_row"]) == (5, 0, 0)
@@ -391,8 +393,8 @@ def test_a_spike_is_skipped_if_configured(monkeypatch):
 
 
 @pytest.mark.parametrize("action", slowly(["report", "rollback"], quick=["report"]))
-def test_a_spike_is_not_skipped_otherwise(monkeypatch, action):
-  """A rollback discards the update anyway."""
+def test_a_spike_is_not_skipped_with_other_actions(monkeypatch, action):
+  """With `rollback`, the run discards the update later."""
   before, after, report = spiked(monkeypatch, action)
   for part in ("params", "frozen", "candidates", "opt_state"):
     assert not same_bits(getattr(before, part), getattr(after, part))

@@ -1,4 +1,4 @@
-"""A run that is stopped and continued is, bit by bit, the run that was never stopped; killed: faults/test_kills.py."""
+"""A stopped and continued run is bitwise equal to an uninterrupted one. For kills, see faults/test_kills.py."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.user_flags, pytest.mark.two_linear_layers]
 
 
 def lines(workdir):
-  """metrics.jsonl without the one thing that is a matter of time."""
+  """metrics.jsonl without the throughput, which varies."""
   return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
@@ -65,11 +65,11 @@ def counting(monkeypatch):
 def finished(request, tmp_path_factory):
   """(folder with the text, method, workdir, outcome) of an uninterrupted run of 12 steps."""
   folder = tmp_path_factory.mktemp(request.param)
-  outcome = trainer.train(resolved(folder, method=request.param), folder / "whole")
-  return folder, request.param, folder / "whole", outcome
+  outcome = trainer.train(resolved(folder, method=request.param), folder / "uninterrupted")
+  return folder, request.param, folder / "uninterrupted", outcome
 
 
-def test_a_run_leaves_what_it_says(finished):
+def test_a_run_writes_its_files_metrics_and_checkpoints(finished):
   _, _, workdir, outcome = finished
   assert {p.name for p in workdir.iterdir()} == {
     ".lock",
@@ -87,15 +87,15 @@ def test_a_run_leaves_what_it_says(finished):
   assert int(outcome.state.step) == 12
 
 
-def test_training_learns(finished):
+def test_the_validation_loss_falls(finished):
   rows = [row["val_loss"] for row in lines(finished[2]) if "val_loss" in row]
   assert rows[-1] < rows[0]
 
 
 @pytest.mark.parametrize("stop", [4, 5, 8, 11])
-def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
-  """Stopped after `stop` steps, at a checkpoint or between two, as by a kill; metrics.jsonl is ahead of the save."""
-  folder, method, whole, outcome = finished
+def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
+  """An exception after step `stop` + 1 stops the run like a kill. metrics.jsonl is ahead of the checkpoint."""
+  folder, method, uninterrupted, outcome = finished
   workdir = folder / f"stopped-{stop}"
   config = resolved(folder, method=method)
   original = metrics.Metrics.add
@@ -114,44 +114,44 @@ def test_a_stopped_run_continues_bit_by_bit(finished, stop, monkeypatch):
     trainer.train(config, workdir)
   again = trainer.train(config, workdir)
   assert again.first_step == stop // 4 * 4
-  assert lines(workdir) == lines(whole)
+  assert lines(workdir) == lines(uninterrupted)
   assert_same(again.state, outcome.state)
 
 
-def test_a_finished_run_is_not_run_again(finished):
-  folder, method, whole, outcome = finished
-  before = (whole / "metrics.jsonl").read_bytes()
-  again = trainer.train(resolved(folder, method=method), whole)
+def test_a_finished_run_is_not_trained_again(finished):
+  folder, method, uninterrupted, outcome = finished
+  before = (uninterrupted / "metrics.jsonl").read_bytes()
+  again = trainer.train(resolved(folder, method=method), uninterrupted)
   assert again.first_step == 12
-  assert (whole / "metrics.jsonl").read_bytes() == before
+  assert (uninterrupted / "metrics.jsonl").read_bytes() == before
   assert_same(again.state, outcome.state)
 
 
 def test_another_config_in_the_workdir_is_refused(finished):
-  folder, method, whole, _ = finished
+  folder, method, uninterrupted, _ = finished
   with pytest.raises(UserError, match=r"holds a run with another config \(seed: 0 → 1\)"):
-    trainer.train(resolved(folder, method=method, seed=1), whole)
+    trainer.train(resolved(folder, method=method, seed=1), uninterrupted)
 
 
-def test_a_run_that_goes_nowhere_stops_with_a_sentence(tmp_path, monkeypatch, counting):
+def test_a_run_that_skips_too_many_updates_stops_with_an_error(tmp_path, monkeypatch, counting):
   build = phases.build_phase
 
   def broken(config, mesh):
-    whole = build(config, mesh)
+    phase = build(config, mesh)
 
     def create():
-      state = whole.create()
+      state = phase.create()
       norm = {"scale": state.params["norm"]["scale"] * np.nan}
       return state._replace(params=state.params | {"norm": norm})
 
-    return whole._replace(create=create)
+    return phase._replace(create=create)
 
   monkeypatch.setattr(phases, "build_phase", broken)
   with pytest.raises(UserError, match=r"stopped after step 6: 6 updates in a row .* lower --config.learning_rate"):
     trainer.train(resolved(tmp_path, max_skipped=5), tmp_path / "run")
   assert [row["loss"] for row in lines(tmp_path / "run") if "loss" in row] == [None] * 6
   (writer,) = counting
-  assert writer.closed == 1 and writer.rows == 7  # with an evaluation
+  assert writer.closed == 1 and writer.rows == 7  # 6 steps and an evaluation
 
 
 def test_writers_are_closed_once_when_a_run_ends(tmp_path, counting):
@@ -161,7 +161,7 @@ def test_writers_are_closed_once_when_a_run_ends(tmp_path, counting):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("pressed"), RunFailed("lost"), OSError("full")])
 def test_writers_are_closed_once_after_an_exception(tmp_path, monkeypatch, counting, caplog, error):
-  """… which stays the one that ends the run if a writer cannot be closed either."""
+  """The run raises this exception even if a writer cannot be closed."""
 
   def fail(self, rows):
     raise error
@@ -199,7 +199,7 @@ def test_a_signal_during_a_flush_stops_after_that_step(tmp_path, monkeypatch, st
 
 
 def test_a_signal_between_flushes_stops_after_that_step_with_its_metrics(tmp_path, monkeypatch):
-  """A step after which nothing else is due is flushed before it is saved; `should_stop` is called once per step."""
+  """Although no log is due, the step is flushed before it is saved. `should_stop` is called once per step."""
   step, should_stop, calls = trainer.Run.step, Supervisor.should_stop, []
 
   def interrupted(self):
@@ -216,20 +216,20 @@ def test_a_signal_between_flushes_stops_after_that_step_with_its_metrics(tmp_pat
 
 
 def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
-  """… and not only when the next save, four steps later, asks what became of it."""
+  """The error is raised at the next step, not only at the next save four steps later."""
   save = trainer.Run.save
 
   def full(self):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  def save_and_see_it_end(self):
+  def save_and_wait(self):
     save(self)
     for thread in threading.enumerate():
       if thread.name == "async_save":
         thread.join()
 
   monkeypatch.setattr(Checkpoints, "finish", full)
-  monkeypatch.setattr(trainer.Run, "save", save_and_see_it_end)
+  monkeypatch.setattr(trainer.Run, "save", save_and_wait)
   config = resolved(tmp_path, log_every=1)
   with pytest.raises(
     UserError, match=r"step 4 could not be saved in .*: No space left on device; there is none before"
@@ -239,7 +239,7 @@ def test_a_save_that_fails_ends_the_run_at_its_next_step(tmp_path, monkeypatch):
 
 
 def test_the_step_compiles_once(tmp_path):
-  """Of a program of its own: what it gives has the layout of what it takes."""
+  """With a separate phase: the step returns a state with the layout of its input."""
   config = resolved(tmp_path)
   built = phases.build_phase.__wrapped__(config, make_mesh())
   state = built.create()
@@ -249,33 +249,33 @@ def test_the_step_compiles_once(tmp_path):
 
 
 def test_a_run_compiles_its_step_once(finished):
-  """… over the whole run, and all that the tests above made of it."""
+  """All runs of the tests above share one compiled step."""
   assert finished[-1].phase.step._cache_size() == 1
 
 
-# --- back from a loss spike ---------------------------------------------------------------------------------------
+# --- rollbacks after a loss spike ---------------------------------------------------------------------------------
 
-BACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval_every=12, log_every=1)
+ROLLBACK = dict(spike__window=4, spike__action="rollback", checkpoint_every=12, eval_every=12, log_every=1)
 
 
 @pytest.fixture
-def asked(monkeypatch):
-  """The numbers of the batches that runs took; those of numbers 5 and 11 make the loss jump."""
+def batch_numbers(monkeypatch):
+  """The numbers of the batches that runs read. Batches 5 and 11 cause loss spikes."""
   monkeypatch.setattr(train_step, "mean_loss", poison.loss)
   marked, numbers = poison.make_batch_fn("spike", (5, 11)), []
 
-  def noted(train, config):
+  def recorded(train, config):
     batch_of = marked(train, config)
     return lambda number: numbers.append(number) or batch_of(number)
 
-  monkeypatch.setattr(loader, "make_batch_fn", noted)
+  monkeypatch.setattr(loader, "make_batch_fn", recorded)
   return numbers
 
 
-def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monkeypatch):
-  """Twice: step 5 takes batch 5, then batch 11. It ends as a run whose data begin behind both."""
-  back = trainer.train(resolved(tmp_path, **BACK), tmp_path / "back")
-  assert asked == [*range(6), *range(6, 12), *range(12, 24)]
+def test_a_run_without_a_checkpoint_rolls_back_to_the_start(tmp_path, batch_numbers, monkeypatch):
+  """Twice: step 5 reads batch 5, then batch 11. The result is that of a run whose data start after both."""
+  back = trainer.train(resolved(tmp_path, **ROLLBACK), tmp_path / "back")
+  assert batch_numbers == [*range(6), *range(6, 12), *range(12, 24)]
   assert (int(back.state.spikes.rollbacks), int(back.state.spikes.offset)) == (2, 12)
   assert [row["step"] for row in lines(tmp_path / "back") if "loss" in row] == list(range(1, 13))
 
@@ -286,40 +286,40 @@ def test_a_run_without_a_checkpoint_goes_back_to_the_start(tmp_path, asked, monk
     return lambda number: batch_of(number + 12)
 
   monkeypatch.setattr(loader, "make_batch_fn", later)
-  behind = trainer.train(resolved(tmp_path, **BACK), tmp_path / "behind")
+  behind = trainer.train(resolved(tmp_path, **ROLLBACK), tmp_path / "behind")
   assert int(behind.state.spikes.rollbacks) == 0
   np.testing.assert_array_equal(back.state.spikes.losses, behind.state.spikes.losses)
   assert_same(back.state._replace(spikes=None), behind.state._replace(spikes=None))
 
 
 @pytest.mark.parametrize(
-  ("every", "said", "lost"),
+  ("every", "message", "repeated"),
   [(4, "SIGTERM after step 4, which is saved; the same", 2), (12, "SIGTERM before anything was saved; the same", 6)],
 )
-def test_a_run_that_is_told_to_stop_at_a_spike_goes_back_and_stops(tmp_path, asked, monkeypatch, every, said, lost):
-  """It does not first come to that step again; what continues goes back from it as if nothing had been."""
-  config = resolved(tmp_path, **BACK | dict(checkpoint_every=every))
-  whole = trainer.train(config, tmp_path / "whole")
-  number, step = len(asked), trainer.Run.step
+def test_a_run_stopped_at_a_spike_rolls_back_and_stops(tmp_path, batch_numbers, monkeypatch, every, message, repeated):
+  """It does not first repeat the steps up to the spike. The continued run is bitwise equal to an uninterrupted one."""
+  config = resolved(tmp_path, **ROLLBACK | dict(checkpoint_every=every))
+  uninterrupted = trainer.train(config, tmp_path / "uninterrupted")
+  number, step = len(batch_numbers), trainer.Run.step
 
-  def told(run):
-    if len(asked) == 5:
+  def signalled(run):
+    if len(batch_numbers) == 5:
       os.kill(os.getpid(), signal.SIGTERM)
-      time.sleep(2)  # until it is heard
+      time.sleep(2)  # until it is received
     step(run)
 
-  asked.clear()
-  with monkeypatch.context() as once, pytest.raises(Stopped, match=said):
-    once.setattr(trainer.Run, "step", told)
+  batch_numbers.clear()
+  with monkeypatch.context() as once, pytest.raises(Stopped, match=message):
+    once.setattr(trainer.Run, "step", signalled)
     trainer.train(config, tmp_path / "stopped")
-  assert asked == list(range(6))
+  assert batch_numbers == list(range(6))
   again = trainer.train(config, tmp_path / "stopped")
-  assert len(asked) == number + lost and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
-  assert_same(again.state, whole.state)
+  assert len(batch_numbers) == number + repeated and lines(tmp_path / "stopped") == lines(tmp_path / "uninterrupted")
+  assert_same(again.state, uninterrupted.state)
 
 
-def test_a_signal_during_the_flush_of_a_spike_rolls_back_and_stops(tmp_path, asked, monkeypatch):
-  """Step 6 has the spike, and the last checkpoint is that of step 4: no step of the repetition begins."""
+def test_a_signal_during_the_flush_of_a_spike_rolls_back_and_stops(tmp_path, batch_numbers, monkeypatch):
+  """Step 6 has the spike, and the last checkpoint is of step 4. No step is repeated before the run stops."""
   flush = metrics.Metrics.flush
 
   def interrupted(self):
@@ -331,29 +331,29 @@ def test_a_signal_during_the_flush_of_a_spike_rolls_back_and_stops(tmp_path, ask
 
   monkeypatch.setattr(metrics.Metrics, "flush", interrupted)
   with pytest.raises(Stopped, match="stopped by SIGTERM after step 4, which is saved"):
-    trainer.train(resolved(tmp_path, **BACK | dict(checkpoint_every=4)), tmp_path / "run")
-  assert asked == list(range(6))
+    trainer.train(resolved(tmp_path, **ROLLBACK | dict(checkpoint_every=4)), tmp_path / "run")
+  assert batch_numbers == list(range(6))
 
 
-def test_a_run_goes_back_only_so_often_and_may_be_given_more(tmp_path, asked, counting):
+def test_a_run_stopped_by_max_rollbacks_continues_with_a_higher_limit(tmp_path, batch_numbers, counting):
   with pytest.raises(UserError, match=r"stopped at step 6, a loss spike, after 1 rollbacks"):
-    trainer.train(resolved(tmp_path, **BACK, spike__max_rollbacks=1), tmp_path / "run")
-  assert asked == list(range(12)) and [row["spike"] for row in lines(tmp_path / "run") if "loss" in row] == [0] * 5 + [
-    1
-  ]
+    trainer.train(resolved(tmp_path, **ROLLBACK, spike__max_rollbacks=1), tmp_path / "run")
+  assert batch_numbers == list(range(12)) and [row["spike"] for row in lines(tmp_path / "run") if "loss" in row] == [
+    0
+  ] * 5 + [1]
   assert [writer.closed for writer in counting] == [1, 1]
-  again = trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
+  again = trainer.train(resolved(tmp_path, **ROLLBACK), tmp_path / "run")
   assert int(again.state.spikes.offset) == 12
 
 
-def test_the_rows_must_last_for_a_run_that_goes_back(tmp_path, asked, monkeypatch):
-  """12 steps of 8 rows, 6 left out: 144 rows."""
+def test_the_rows_must_suffice_for_the_skipped_batches(tmp_path, batch_numbers, monkeypatch):
+  """12 steps and 6 skipped batches of 8 rows: 144 rows."""
   prepare = trainer.prepare_data
   few = lambda config, quiet: (data := prepare(config, quiet))._replace(train=data.train[:100])
   monkeypatch.setattr(trainer, "prepare_data", few)
   with pytest.raises(
     UserError, match=r"skips 6 batches .* needs 144 rows; the text has 100 rows .* --config.data.epochs=2"
   ):
-    trainer.train(resolved(tmp_path, **BACK), tmp_path / "run")
-  again = trainer.train(resolved(tmp_path, **BACK, data__epochs=3), tmp_path / "run")
+    trainer.train(resolved(tmp_path, **ROLLBACK), tmp_path / "run")
+  again = trainer.train(resolved(tmp_path, **ROLLBACK, data__epochs=3), tmp_path / "run")
   assert int(again.state.spikes.offset) == 12

@@ -1,4 +1,4 @@
-"""Warm starts: what the hand-over keeps, what starts afresh, and resuming on either side of it."""
+"""Warm starts: what the hand-over keeps and initialises, and resuming before and after it."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ K = 5  # steps of the full-rank phase
 
 @pytest.fixture(scope="module")
 def runs(folder):
-  """From a method to its run, which has a full-rank phase of K steps unless it is full; it saves every step."""
+  """Maps a method to its run, which saves every step. All but `full` have a full-rank phase of K steps."""
   phase = lambda method: {} if method == "full" else PHASE
   return functools.cache(lambda method: train(folder, method, method=method, checkpoint_every=1, **phase(method)))
 
@@ -36,12 +36,12 @@ PHASE = dict(warm_start_steps=K)
 each = pytest.mark.parametrize("method", slowly(LOW_RANK, quick=["switchlora"]))
 
 
-# --- within a run: what is handed over ----------------------------------------------------------------------------
+# --- within a run: the hand-over -----------------------------------------------------------------------------------
 
 
 @each
-def test_the_function_is_handed_over(runs, method):
-  """Kernels below 1 are rounded once at 2⁻²⁴ as W - s·BA and once in the sum; logits are below 1."""
+def test_the_hand_over_keeps_the_logits(runs, method):
+  """Kernels are below 1 and are rounded twice by 2⁻²⁴: as W - s·BA and in the sum. Logits are below 1."""
   ((before, full), (after, low)), *more = runs(method).handed
   assert not more and (full.scale, low.start) == (None, K)
   expected = logits(full, before, runs(method))
@@ -52,7 +52,7 @@ def test_the_function_is_handed_over(runs, method):
 
 
 @each
-def test_optimizer_state_starts_afresh_and_other_parameters_are_kept(runs, method):
+def test_the_optimizer_state_is_initialised_and_other_parameters_are_kept(runs, method):
   ((before, _), (after, _)), *_ = runs(method).handed
   assert any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
@@ -73,18 +73,18 @@ def test_adapters_and_candidates_are_those_of_a_run_without_a_warm_start(runs):
 
 def test_counters_of_skipped_steps_are_kept(runs):
   ((before, full), (_, low)), *_ = runs("switchlora").handed
-  known = before.spikes._replace(rollbacks=np.int32(1), offset=np.int32(4))
-  counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2), spikes=known)
+  spikes = before.spikes._replace(rollbacks=np.int32(1), offset=np.int32(4))
+  counted = before._replace(skipped=np.int32(3), skipped_in_a_row=np.int32(2), spikes=spikes)
   after = warm_start.hand_over(counted, full, low)
   assert (after.step, after.skipped, after.skipped_in_a_row) == (K, 3, 2)
-  assert same_bits(after.spikes, known)
+  assert same_bits(after.spikes, spikes)
 
 
 # --- within a run: steps and data ---------------------------------------------------------------------------------
 
 
 @each
-def test_the_first_steps_are_those_of_a_full_run(runs, method):
+def test_the_first_steps_are_those_of_a_full_rank_run(runs, method):
   """They have the full method's learning rate over the same horizon; later steps differ."""
   ours, full = lines(runs(method)), lines(runs("full"))
   assert ours[:K] == full[:K] and ours[K + 2]["loss"] != full[K + 2]["loss"]
@@ -101,7 +101,7 @@ def test_data_do_not_depend_on_a_warm_start(runs, method):
 
 @each
 def test_the_learning_rate_warms_up_again(runs, method):
-  """From 0 in as many steps as at the start (2); ReLoRA also restarts at 8."""
+  """From 0 within 2 steps, as at the start of the run. ReLoRA also restarts at step 8."""
   rates = [line["learning_rate"] for line in lines(runs(method))]
   assert rates[0] == rates[K] == 0 < rates[K + 1] < rates[K + 2]
   np.testing.assert_allclose(rates[K + 1], rates[K + 2] / 2, rtol=1e-5)
@@ -110,27 +110,29 @@ def test_the_learning_rate_warms_up_again(runs, method):
 
 
 def test_the_full_rank_phase_does_not_depend_on_the_warm_up_of_the_method(folder, runs):
-  """The method's own warm-up, here none, applies at the hand-over only."""
-  run = train(folder, "at-once", method="lora", warmup_steps=0, warm_start_warmup_steps=2, checkpoint_every=K, **PHASE)
+  """The method's own warm-up, here 0 steps, applies only after the hand-over."""
+  run = train(
+    folder, "no-warm-up", method="lora", warmup_steps=0, warm_start_warmup_steps=2, checkpoint_every=K, **PHASE
+  )
   assert lines(run)[:K] == lines(runs("full"))[:K] and same_bits(run.saved[K], runs("full").saved[K])
   rates = [line["learning_rate"] for line in lines(run)]
   assert rates[0] == 0 and rates[K] == max(rates[K:]) > rates[2] == max(rates[:K])
 
 
 def adam_direction(state):
-  """Adam's direction for the head, which has no LoRA vectors and no projection; from the moments after the step."""
+  """Adam's direction for the head, from the moments after the step. The head has no LoRA vectors or projection."""
   adam = state.opt_state
   count = adam.count["head"]["kernel"] if isinstance(adam.count, dict) else adam.count
   m, v = (np.asarray(moment["head"]["kernel"], np.float64) for moment in (adam.mu, adam.nu))
-  if hasattr(adam, "projector"):  # GaLore's eps stands on the uncorrected √v
+  if hasattr(adam, "projector"):  # GaLore adds eps to the uncorrected √v
     return m / (np.sqrt(v) + 1e-6) * np.sqrt(1 - 0.999**count) / (1 - 0.9**count)
   return m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
 
 
 @each
-def test_the_learning_rate_that_is_logged_is_the_one_that_is_used(runs, method):
-  """Measured as the multiple of Adam's direction by which the head moved."""
-  run, used = runs(method), [0.0]  # the first is 0; what was before it is not saved
+def test_the_logged_learning_rate_is_the_applied_one(runs, method):
+  """Measured as the change of the head divided by Adam's direction."""
+  run, used = runs(method), [0.0]  # the first is 0; the state before it is not saved
   for t in range(2, STEPS + 1):
     before, after = run.handed[0][1][0] if t == K + 1 else run.saved[t - 1], run.saved[t]
     moved = np.asarray(after.params["head"]["kernel"], np.float64) - before.params["head"]["kernel"]
@@ -163,25 +165,25 @@ def test_evaluations_use_the_scale_of_their_phase(runs, method):
 # --- within a run: stopped and continued --------------------------------------------------------------------------
 
 
-def continued(folder, whole, method, step):
-  """Continues a copy of a run that was killed right after a checkpoint, with the lines of later steps still there."""
+def continued(folder, uninterrupted, method, step):
+  """Continues a copy of a run as if killed right after a checkpoint. Its metrics.jsonl has later steps."""
   workdir = folder / f"{method}-{step}"
-  shutil.copytree(whole.workdir, workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+  shutil.copytree(uninterrupted.workdir, workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
   for kept in (step - 1, step):
-    shutil.copytree(whole.workdir / "checkpoints" / str(kept), workdir / "checkpoints" / str(kept))
+    shutil.copytree(uninterrupted.workdir / "checkpoints" / str(kept), workdir / "checkpoints" / str(kept))
   return train(folder, workdir.name, method=method, **PHASE)
 
 
 @each
 @pytest.mark.parametrize("step", [K - 1, K, K + 1])
-def test_a_stopped_run_continues_bit_by_bit(folder, runs, method, step):
+def test_a_stopped_run_continues_bitwise(folder, runs, method, step):
   """Before, at and after the hand-over."""
-  whole = runs(method)
-  again = continued(folder, whole, method, step)
+  uninterrupted = runs(method)
+  again = continued(folder, uninterrupted, method, step)
   assert again.outcome.first_step == step and len(again.handed) == (step <= K)
   for kind in ("loss", "val_loss"):
-    assert lines(again, kind) == lines(whole, kind)
-  assert same_bits(again.outcome.state, whole.outcome.state)
+    assert lines(again, kind) == lines(uninterrupted, kind)
+  assert same_bits(again.outcome.state, uninterrupted.outcome.state)
 
 
 @each
@@ -196,7 +198,7 @@ def test_steps_compile_once_per_phase(runs, method):
 
 @pytest.fixture(scope="module")
 def sources(folder, runs):
-  """{name: (directory, phase, newest state)} of full rank, of LoRA, and of LoRA still in its full-rank phase."""
+  """{name: (directory, phase, newest state)} of a full-rank run, a LoRA run, and one still in its full-rank phase."""
   full, lora = runs("full"), runs("lora")
   half = folder / "half"
   shutil.copytree(lora.workdir, half, ignore=shutil.ignore_patterns("checkpoints"))
@@ -206,8 +208,8 @@ def sources(folder, runs):
 
 
 @pytest.mark.parametrize(("source", "method"), [("full", "switchlora"), ("lora", "galore"), ("half", "galore")])
-def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, method):
-  """The function of its newest checkpoint; everything else is as at step 0."""
+def test_the_initial_logits_are_those_of_the_other_run(folder, runs, sources, source, method):
+  """Those of its newest checkpoint. Everything else is as at step 0."""
   workdir, theirs, saved = sources[source]
   config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(workdir))
   ours = phases.build_phase(config, small_model.mesh(1))
@@ -222,17 +224,17 @@ def test_the_function_is_that_of_the_other_run(folder, runs, sources, source, me
   )
 
 
-def test_weights_of_another_run_are_sharded_as_the_new_run_shards_them(folder, runs, monkeypatch):
-  """On eight devices, with fsdp=4; no device is sent more than its share, and the weights are those on one device."""
+def test_weights_of_another_run_get_the_shardings_of_the_new_run(folder, runs, monkeypatch):
+  """On eight devices with fsdp=4, a device receives only its shard. The weights are those on one device."""
   options = dict(SHAPE, method="lora", warm_start_from=str(runs("lora").workdir))
-  shares, place = [], warm_start._place
+  shards, place = [], warm_start._place
 
-  def watched(mesh, array, spec):
+  def recorded(mesh, array, spec):
     placed = place(mesh, array, spec)
-    shares.append((array.size, placed.addressable_shards[0].data.size))
+    shards.append((array.size, placed.addressable_shards[0].data.size))
     return placed
 
-  monkeypatch.setattr(warm_start, "_place", watched)
+  monkeypatch.setattr(warm_start, "_place", recorded)
   states = []
   for mesh, layout in (
     (small_model.mesh(1), dict(devices=1)),
@@ -248,9 +250,9 @@ def test_weights_of_another_run_are_sharded_as_the_new_run_shards_them(folder, r
   for one, other in zip(*map(jax.tree.leaves, (left.frozen, right.frozen)), strict=True):
     np.testing.assert_allclose(
       one, other, rtol=0, atol=2**-22
-    )  # sums over the rank, which is split, of kernels below 1
-  alone, sharded = shares[: len(shares) // 2], shares[len(shares) // 2 :]
-  assert all(share == size for size, share in alone) and all(4 * share == size for size, share in sharded)
+    )  # kernels below 1; the rank is sharded, so its sums have another order
+  alone, sharded = shards[: len(shards) // 2], shards[len(shards) // 2 :]
+  assert all(shard == size for size, shard in alone) and all(4 * shard == size for size, shard in sharded)
 
 
 def test_a_run_of_another_version_is_refused_with_the_missing_key(folder, runs, tmp_path):
@@ -263,11 +265,11 @@ def test_a_run_of_another_version_is_refused_with_the_missing_key(folder, runs, 
   refused(folder, tmp_path, f"the run in {tmp_path} was made by another version of the code: a key of its config is")
 
 
-def test_a_run_from_another_begins_at_step_0(folder, runs):
-  """It starts with the first batch and learning rate, has a horizon of its own, and is resumed like any run."""
+def test_a_run_from_another_run_starts_at_step_0(folder, runs):
+  """It starts with the first batch and learning rate, has its own horizon, and resumes like any run."""
   source = runs("full")
-  begun = dict(method="full", warm_start_from=str(source.workdir))
-  run = train(folder, "begun", **begun, checkpoint_every=1)
+  options = dict(method="full", warm_start_from=str(source.workdir))
+  run = train(folder, "from-full", **options, checkpoint_every=1)
   assert run.outcome.first_step == 0 and same_bits(run.batches, source.batches)
   rates = [[line["learning_rate"] for line in lines(r)] for r in (run, source)]
   assert rates[0] == rates[1]
@@ -278,14 +280,14 @@ def test_a_run_from_another_begins_at_step_0(folder, runs):
 
   for later in range(8, STEPS + 1):
     shutil.rmtree(run.workdir / "checkpoints" / str(later))
-  again = train(folder, "begun", **begun)
+  again = train(folder, "from-full", **options)
   assert again.outcome.first_step == 7 and same_bits(again.outcome.state, run.outcome.state)
   assert lines(again) == lines(run)
 
 
 @pytest.mark.parametrize("dtype", slowly(["bfloat16", "float32"], quick=["bfloat16"]))
 def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dtype):
-  """The weights are cast, and the other run is needed only until the first checkpoint."""
+  """The weights are cast. The other run is needed only until the first checkpoint."""
   others = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
   other = train(folder, f"other-than-{dtype}", method="full", param_dtype=others)
   options = dict(method="switchlora", param_dtype=dtype, warm_start_from=str(other.workdir), checkpoint_every=4)
@@ -301,30 +303,30 @@ def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dt
   assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
 
 
-def test_a_run_with_kernels_in_16_bits_resumes_bit_by_bit_and_hands_on_its_exact_weights(folder):
+def test_a_run_with_bfloat16_kernels_resumes_bitwise_and_passes_on_its_residuals(folder):
   options = dict(method="switchlora", frozen_dtype="bfloat16", warm_start_steps=K, checkpoint_every=4)
   run = train(folder, "narrow", **options)
   (before, _), (after, phase_after) = run.handed[0]
   plain = weights.merged(after.params, after.frozen, phase_after.scale)
   for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(before.params), strict=True):
-    np.testing.assert_allclose(left, right, rtol=0, atol=2**-16)  # of kernels below 1
+    np.testing.assert_allclose(left, right, rtol=0, atol=2**-16)  # kernels are below 1
   assert {str(x.dtype) for x in jax.tree.leaves(run.outcome.state.frozen)} == {"bfloat16", "int8"}
   shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
   assert same_bits(train(folder, "narrow", **options).outcome.state, run.outcome.state)
-  heir = train(folder, "heir", method="full", warm_start_from=str(run.workdir), checkpoint_every=1)
+  successor = train(folder, "successor", method="full", warm_start_from=str(run.workdir), checkpoint_every=1)
   ends = run.outcome.state
-  plain = (weights.merged(ends.params, ends.frozen, run.outcome.phase.scale), heir.saved[1].params)
+  plain = (weights.merged(ends.params, ends.frozen, run.outcome.phase.scale), successor.saved[1].params)
   for left, right in zip(*map(jax.tree.leaves, plain), strict=True):
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
 def test_a_run_killed_during_its_first_save_starts_from_its_source_again(folder, runs):
-  """An incomplete save is no checkpoint, and the run must not start from its seed."""
-  begun = dict(method="full", warm_start_from=str(runs("full").workdir))
-  whole = train(folder, "whole", **begun)
-  shutil.copytree(whole.workdir, folder / "cut", ignore=shutil.ignore_patterns("checkpoints"))
+  """An incomplete save is not a checkpoint. The run must not start from a random initialisation."""
+  options = dict(method="full", warm_start_from=str(runs("full").workdir))
+  uninterrupted = train(folder, "uninterrupted", **options)
+  shutil.copytree(uninterrupted.workdir, folder / "cut", ignore=shutil.ignore_patterns("checkpoints"))
   (folder / "cut" / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-  assert same_bits(train(folder, "cut", **begun).outcome.state, whole.outcome.state)
+  assert same_bits(train(folder, "cut", **options).outcome.state, uninterrupted.outcome.state)
 
 
 def test_a_damaged_checkpoint_of_the_source_is_not_moved(folder, runs, tmp_path, caplog):
@@ -342,7 +344,7 @@ def test_a_damaged_checkpoint_of_the_source_is_not_moved(folder, runs, tmp_path,
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_a_run_is_refused(folder, runs, tmp_path):
+def test_a_path_that_is_not_a_run_is_refused(folder, runs, tmp_path):
   named = lambda path: f"--config.warm_start_from: {path} must be the directory of a run"
   either = " that has saved a checkpoint, or a Hugging Face LLaMA folder (config.json, model.safetensors); "
   refused(folder, tmp_path, named(tmp_path) + either + "it is neither")
@@ -359,7 +361,7 @@ def test_a_run_that_has_saved_nothing_is_refused(folder, runs, tmp_path):
 
 @pytest.mark.parametrize("source", ["full", "lora"])
 def test_other_sizes_are_refused_with_an_array_and_the_flags_that_set_them(folder, runs, source):
-  """So is another number of heads, which changes the function but no shape."""
+  """Another number of heads is refused too: it changes the logits but no shape."""
   short_runs.check_sizes_are_refused(folder, runs(source).workdir)
 
 

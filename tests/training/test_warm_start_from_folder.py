@@ -1,4 +1,4 @@
-"""Warm starts from a Hugging Face folder; from other runs: test_warm_start.py."""
+"""Warm starts from a Hugging Face folder. For those from other runs, see test_warm_start.py."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def hugging_face(folder, full):
 
 
 @pytest.mark.parametrize("method", slowly(("lora", "switchlora", "relora", "galore"), quick=["switchlora"]))
-def test_the_function_is_that_of_the_hugging_face_folder(folder, full, hugging_face, method):
+def test_the_initial_logits_are_those_of_the_hugging_face_folder(folder, full, hugging_face, method):
   config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(hugging_face))
   ours = phases.build_phase(config, small_model.mesh(1))
   state = warm_start.Source(config, ours, small_model.mesh(1)).state()
@@ -46,8 +46,8 @@ def test_the_function_is_that_of_the_hugging_face_folder(folder, full, hugging_f
   assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.opt_state, state.step, state.skipped)))
 
 
-def test_a_run_from_a_hugging_face_folder_is_the_run_from_the_run(folder, full, hugging_face):
-  """Bit by bit, if the folder holds the weights of the run; it is needed only until the first checkpoint."""
+def test_a_run_from_a_hugging_face_folder_equals_one_from_the_exported_run(folder, full, hugging_face):
+  """Bitwise, if the folder has the weights of the run. The folder is needed only until the first checkpoint."""
   other = train(folder, "from-the-run", method="full", warm_start_from=str(full.workdir))
   there = shutil.copytree(hugging_face, folder / "gone")
   options = dict(method="full", warm_start_from=str(there))
@@ -64,7 +64,7 @@ def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp
   refused(folder, other, "attention_bias is True there, False here")
 
 
-def test_a_hugging_face_folder_needs_the_same_tokenizer_or_one_that_is_named(folder, full, hugging_face, tmp_path):
+def test_a_hugging_face_folder_needs_the_same_tokenizer_or_an_explicit_one(folder, full, hugging_face, tmp_path):
   other = shutil.copytree(hugging_face, tmp_path / "other")
   (other / "tokenizer.model").write_bytes(b"other pieces")
   refused(folder, other, f"trained with another tokenizer than this run would be; pass --config.data.tokenizer={other}")
