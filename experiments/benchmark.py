@@ -27,7 +27,7 @@ from experiments.common import cli
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
-from switchlora_jax.methods import METHODS, keys_for, lora
+from switchlora_jax.methods import LOW_RANK, METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
 from switchlora_jax.planning import cost, topology
@@ -104,8 +104,10 @@ def make_cases(vocabulary: int, mesh) -> dict[tuple[str, int], BenchmarkCase]:
   """{(program, rank): case}, full rank first."""
   if unknown := set(NAMES.value) - set(PROGRAMS):
     raise UserError(f"--methods has {', '.join(sorted(unknown))}; expected some of {', '.join(PROGRAMS)}")
-  low_rank = [name for name in NAMES.value if name != "full"]
-  names = [("full", 0), *((name, rank) for rank in RANKS.value or [CONFIG.value.rank] for name in low_rank)]
+  without_rank = [name for name in NAMES.value if name in METHODS and name not in LOW_RANK]
+  names = dict.fromkeys((name, 0) for name in ("full", *without_rank))
+  for rank in RANKS.value or [CONFIG.value.rank]:
+    names |= dict.fromkeys((name, rank) for name in NAMES.value if name not in without_rank)
   return {name: make_case(*name, vocabulary, mesh) for name in names}
 
 

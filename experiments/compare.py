@@ -20,7 +20,7 @@ from experiments.common import cli, results, sweep
 from experiments.common.children import environment
 from experiments.common.sweep import BaseConfig, Variant
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS, keys_for
+from switchlora_jax.methods import LOW_RANK, METHODS, keys_for
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
@@ -44,8 +44,8 @@ def method_variants(config) -> list[Variant]:
   ranks = sweep.parse_numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
     keys = keys_for(config, method)
-    if method == "full":
-      found.append(Variant("full", keys, rates.get("full", ())))
+    if method not in LOW_RANK:
+      found.append(Variant(method, keys, rates.get(method, ())))
       continue
     for rank in ranks:
       found.append(Variant(f"{method}, rank {rank}", keys | {"rank": rank}, rates.get(method, ())))
@@ -58,9 +58,10 @@ def learning_rates() -> dict[str, tuple[float, ...]]:
   for text in LEARNING_RATES.value:
     names, colon, rates = text.rpartition(":")
     rates = tuple(sweep.parse_numbers("learning_rates", rates.split(","), float))
-    if unknown := set(names.split(",") if colon else ()) - set(METHODS):
+    if unknown := set(names.split(",") if colon else ()) - set(METHOD_NAMES.value):
       raise UserError(
-        f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}"
+        f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected some of --methods, which are "
+        f"{', '.join(METHOD_NAMES.value)}"
       )
     (for_named if colon else for_all).update(dict.fromkeys(names.split(",") if colon else METHODS, rates))
   return for_all | for_named
@@ -86,7 +87,7 @@ def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
   for (program, rank), ratio in ratios.items():
     if program == "galore":
       ratios[program, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
-  return {name if name == "full" else f"{name}, rank {rank}": ratio for (name, rank), ratio in ratios.items()}
+  return {f"{name}, rank {rank}" if rank else name: ratio for (name, rank), ratio in ratios.items()}
 
 
 def main():

@@ -178,9 +178,22 @@ def _exit_on_errors(main, continues: bool = False):
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     _exit_with_error(f"a device is out of memory: {str(error)[:200]}; experiments.plan shows which settings fit")
+  except (RuntimeError, AssertionError) as error:
+    if not _is_backend_failure(error):
+      raise
+    wanted, found = os.environ.get("JAX_PLATFORMS", ""), str(error).partition(" (set JAX_PLATFORMS")[0]
+    _exit_with_error(
+      f"JAX must find a device of JAX_PLATFORMS (={wanted!r}); {found.rstrip('.') or 'it finds none'}; for a GPU, "
+      "install requirements-gpu.txt and check nvidia-smi; for any device that JAX finds, unset JAX_PLATFORMS"
+    )
   except KeyboardInterrupt:
     to_stderr("stopped; the same command continues from the last saved state, if any" if continues else "interrupted")
     sys.exit(130)
+
+
+def _is_backend_failure(error: Exception) -> bool:
+  """Whether JAX could not set up the platform that is asked for; it raises a bare AssertionError if there is no GPU."""
+  return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
 
 
 def _report_unraisable(unraisable):

@@ -17,6 +17,7 @@ from experiments.common.results import markdown
 from switchlora_jax.analysis.ranks import KINDS, effective_ranks, ranks, singular_values
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop.pretrained import full_precision, restore_weights
+from switchlora_jax.methods import LOW_RANK
 from switchlora_jax.models import weights
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.progress import progress_bar
@@ -52,7 +53,7 @@ def measure_spectra(run: SavedRun) -> dict[str, Any]:
   return {
     "run": run.directory.name,
     "method": config.method,
-    "rank": None if config.method == "full" else config.rank,
+    "rank": config.rank if config.method in LOW_RANK else None,
     "step": step,
     "weights": {kind: spectrum_entry(values) for kind, values in found.items()},
     "learnt": learnt,

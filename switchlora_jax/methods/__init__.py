@@ -1,7 +1,7 @@
 """The training methods, one module per method, and the table from which `config.method` selects one.
 
-To add a method, write `methods/NAME.py`, add a line to `METHODS` and, if the method has settings of its own, add a
-section `config.NAME` to `configs/base.py`. The module has:
+To add a method, write `methods/NAME.py`, and add it to `METHODS`, and to `FREEZING` and `LOW_RANK` where it belongs. If
+the method has settings of its own, add a section `config.NAME` to `configs/base.py`. The module has:
 
   LEARNING_RATE, MIN_LR_RATIO   the defaults of `config.learning_rate` and `config.min_lr_ratio`
   check(config)                 raises `UserError` if a setting of the method is invalid
@@ -18,6 +18,7 @@ from switchlora_jax.methods import full, galore, lora, relora, switchlora
 
 METHODS = {"full": full, "lora": lora, "switchlora": switchlora, "relora": relora, "galore": galore}
 FREEZING = ("lora", "switchlora", "relora")  # the methods with frozen base kernels
+LOW_RANK = (*FREEZING, "galore")  # the methods that use `config.rank`
 
 
 def keys_for(config, method: str) -> dict:

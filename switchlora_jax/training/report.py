@@ -16,6 +16,7 @@ from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs.directory import flatten
 
+LARGE_ERROR = 0.05  # standard error of a perplexity, relative to it, that is reported
 PROMPT_ROWS = 100  # validation rows that are searched for the start of a document
 
 
@@ -136,6 +137,12 @@ def _validation_lines(rows: list[dict]) -> list[str]:
   lines = [f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})"]
   if "val_bpb" in last:
     lines.append(f"validation bits per byte: {shown('val_bpb', 4)} (perplexity is per token; this compares tokenizers)")
+  error, value = last.get("val_ppl_se", 0), last["val_ppl"]
+  if value is not None and (error is None or error > LARGE_ERROR * value):
+    lines.append(
+      f"WARNING: few validation rows; the standard error of the perplexity is {shown('val_ppl_se', 2)}; set "
+      "--config.data.eval_path to more text, or raise --config.eval_tokens"
+    )
   return lines
 
 

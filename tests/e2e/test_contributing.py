@@ -102,7 +102,7 @@ EXTENSIONS = {
           "from switchlora_jax.training import metrics",
           "from switchlora_jax.training import metrics\nfrom switchlora_jax.training.csv_writer import CsvWriter",
         ),
-        ("  return [JsonLinesWriter(", "  return [CsvWriter(workdir), JsonLinesWriter("),
+        ("  return [JsonLinesWriter(", "  return [CsvWriter(workdir, start), JsonLinesWriter("),
       ],
     },
   ),

@@ -10,12 +10,12 @@ from grids import command, imported
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import LoRADense
+from switchlora_jax.methods import FREEZING, METHODS
 
 SMALL = [
   *(f"--config.model.{key}" for key in ("hidden_size=32", "intermediate_size=48", "num_heads=2", "num_layers=1")),
   *("--config.batch_size=2", "--config.seq_len=16", "--config.model.vocab_size=64", "--rank=4"),
 ]
-METHODS = ["full", "lora", "switchlora", "relora", "galore"]
 
 
 def rows_of(folder, *flags, **how):
@@ -77,7 +77,8 @@ def test_what_each_program_is():
   refreshes = {name: case.config.galore.refresh_every for (name, _), case in found.items()}
   assert refreshes["galore refreshing"] == 1 and refreshes["galore"] == 7
   assert {case.config.accumulation for case in found.values()} == {1}
-  assert [case.config.method for case in found.values()] == [*METHODS, "lora", "galore"]
+  assert {case.config.method for case in found.values()} == {*METHODS}
+  assert [found[name, 4].config.method for name in ("two products", "galore refreshing")] == ["lora", "galore"]
 
 
 def test_a_program_leaves_the_config_as_it_was_for_the_next():
@@ -88,7 +89,7 @@ def test_a_program_leaves_the_config_as_it_was_for_the_next():
 def test_a_base_in_16_bits_is_for_the_methods_that_freeze_one():
   found = cases("--config.frozen_dtype=bfloat16", "--config.dtype=bfloat16")
   wide = {name for (name, _), case in found.items() if case.config.frozen_dtype == "float32"}
-  assert wide == {"full", "galore", "galore refreshing"}
+  assert wide == {*METHODS, "galore refreshing"} - {*FREEZING}
   assert {case.config.dtype for case in found.values()} == {"bfloat16"}
 
 

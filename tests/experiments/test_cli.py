@@ -37,13 +37,24 @@ def test_errors_that_a_user_can_fix_are_one_sentence(capsys, name):
   assert ended.value.code == 2 and capsys.readouterr().err == f"{sentence}\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), jax.errors.JaxRuntimeError("INTERNAL: another")])
+@pytest.mark.parametrize(
+  "error", [ValueError("a bug"), AssertionError(), jax.errors.JaxRuntimeError("INTERNAL: another")]
+)
 def test_bugs_keep_their_traceback(error):
   def main():
     raise error
 
   with pytest.raises(type(error)):
     cli._exit_on_errors(main)
+
+
+def test_a_platform_without_devices_is_one_sentence(capsys, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  with pytest.raises(SystemExit) as ended:
+    cli._exit_on_errors(lambda: jax.devices("cuda"))
+  sentence = capsys.readouterr().err
+  assert ended.value.code == 2 and sentence.startswith("error: JAX must find a device of JAX_PLATFORMS (='cuda'); ")
+  assert sentence.count("\n") == 1 and "install requirements-gpu.txt" in sentence
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tiny import ONE_DEVICE_QUICK
 from experiments.common import sweep
 from experiments.common.sweep import Variant
 from switchlora_jax.errors import UserError
+from switchlora_jax.methods import LOW_RANK, METHODS
 from switchlora_jax.runs import directory as run_directory
 
 TRIALS = ["full_lr=0.001_seed=0", *(f"lora-rank-4_lr={rate}_seed=0" for rate in ("0.01", "0.02"))]
@@ -164,7 +165,11 @@ MISTAKES = {
   "no methods": (["--methods="], "--methods has none; expected some of full"),
   "unknown method of rates": (
     ["--learning_rates=loar:1e-3"],
-    r"--learning_rates=loar:1e-3 names loar; expected some of full",
+    r"--learning_rates=loar:1e-3 names loar; expected some of --methods, which are full",
+  ),
+  "rates of a method that is not trained": (
+    ["--methods=full,lora", "--learning_rates=galore:1e-2"],
+    "--learning_rates=galore:1e-2 names galore; expected some of --methods, which are full, lora",
   ),
   "no number": (["--learning_rates=full:fast"], "--learning_rates must be a list of numbers .*fast"),
   "no colon": (["--learning_rates=full,lora"], "--learning_rates must be a list of numbers .*full"),
@@ -197,7 +202,7 @@ def test_one_variant_per_method_and_rank():
     "--methods=full,lora,galore",
     "--ranks=8,4",
     "--learning_rates=1e-4,1e-3",
-    "--learning_rates=lora,relora:0.5",
+    "--learning_rates=lora:0.5",
   ]
   with imported("compare", *flags) as compare:
     assert compare.method_variants(compare.CONFIG.value) == [
@@ -229,7 +234,7 @@ def test_defaults_are_all_methods_the_configs_rank_and_the_methods_rates():
     found = compare.method_variants(compare.CONFIG.value)
   assert [variant.label for variant in found] == [
     "full",
-    *(f"{m}, rank 16" for m in ("lora", "switchlora", "relora", "galore")),
+    *(f"{method}, rank 16" if method in LOW_RANK else method for method in METHODS if method != "full"),
   ]
   assert {variant.learning_rates for variant in found} == {()}
 

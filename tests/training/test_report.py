@@ -63,6 +63,14 @@ def test_the_last_perplexity_is_printed_with_bits_per_byte():
   ]
 
 
+@pytest.mark.parametrize(("error", "warned"), [(2.0, True), (None, True), (1.0, False)])
+def test_an_inexact_perplexity_is_reported(error, warned):
+  """`None` is NaN, of a single validation row."""
+  rows = [{"step": 1, "val_loss": 3.5, "val_ppl": 33.1, "val_ppl_se": error}]
+  warnings = [line for line in report._validation_lines(rows) if line.startswith("WARNING: few validation rows")]
+  assert len(warnings) == warned and all("--config.data.eval_path" in line for line in warnings)
+
+
 def test_spikes_are_counted_including_rolled_back_ones():
   rows = [{"step": 1, "spike": 0, "loss": 2.0}, {"step": 1, "val_loss": None, "val_ppl": None}, {"step": 2, "spike": 1}]
   assert report._training_lines(rows)[-1] == "loss spikes: 1"
