@@ -61,7 +61,7 @@ def _config_key_error(error: Exception) -> str:
   if isinstance(error, AttributeError) and error.name == "get_config":
     return "the config file must define get_config(), but does not; see configs/llama_tiny.py"
   if isinstance(error, AttributeError | KeyError):  # the message is quoted once or twice
-    found = str(error).replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
+    found = str(error).replace("\\n", "; ").replace("\\'", "").replace("'", "").strip('"')
     return f"unknown config key: {found}; configs/base.py lists all keys"
   cause = error.__cause__ if "earlier failure to load" in str(error) else error
   return (
