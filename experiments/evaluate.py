@@ -18,7 +18,7 @@ from configs.base import get_config
 from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.data import shards as packed
-from switchlora_jax.data.readers import RowOptions
+from switchlora_jax.data.readers import BAD_ROWS, RowOptions
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import SavedRun, flatten, open_run
@@ -37,17 +37,22 @@ DATA = flags.DEFINE_string(
 TOKENS = flags.DEFINE_integer(
   "tokens", None, "maximum number of tokens, at least one sequence; default: the run's eval_tokens", lower_bound=1
 )
+FIELD_NAME = flags.DEFINE_string("field", None, "JSON key or Parquet column of the text; default: the run's data.field")
+ROWS_WITHOUT_TEXT = flags.DEFINE_enum(
+  "bad_rows", None, BAD_ROWS, "what to do with rows without text, see --config.data.bad_rows; default: as the run"
+)
 JSON = flags.DEFINE_string("json", None, "also write the results to this file")
 cli.define_quiet()
 
 
 class EvalText(NamedTuple):
-  """The text to evaluate: token sequences `rows` [n, seq_len] and their origin."""
+  """The text to evaluate: token sequences `rows` [n, seq_len] and their origin; `bad_rows` had no text."""
 
   name: str
   rows: packed.PackedSequences
   bytes_per_token: float
   fingerprint: str
+  bad_rows: int = 0
 
 
 def open_flagged_run() -> SavedRun:
@@ -117,19 +122,19 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
 def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
   """All text of the files that match a glob, tokenized with the run's tokenizer and packed into its cache."""
   data = run.config.data
-  options = RowOptions(data.field, data.bad_rows, flags="")
+  options = RowOptions(FIELD_NAME.value or data.field, ROWS_WITHOUT_TEXT.value or data.bad_rows, flags="--")
   files = tuple(corpus.LocalFile(file, options) for file in corpus.matching_files(pattern, "--data"))
   origin = [file.origin() for file in files]
-  request = preparation.Request(
-    origin, str(run.tokenizer), run.config.seq_len, field=data.field, bad_rows=data.bad_rows
-  )
+  rows_of = dict(field=options.field, bad_rows=options.bad_rows)
+  request = preparation.Request(origin, str(run.tokenizer), run.config.seq_len, **rows_of)
   read, progress = lambda: corpus.Corpus(files, None), not flags.FLAGS.quiet
   folder = dataset.cached_folder(data.cache_dir, "evaluate", request, read, progress=progress)
   manifest = packed.read_manifest(folder)
   packed.verify_checksums(folder, manifest, progress=progress)
   found = manifest["train"]
   rows = packed.open_sequences(folder, found)
-  return EvalText(pattern, rows, found["bytes"] / max(1, found["tokens"]), packed.fingerprint(manifest))
+  bytes_per_token = found["bytes"] / max(1, found["tokens"])
+  return EvalText(pattern, rows, bytes_per_token, packed.fingerprint(manifest), found.get("bad_rows", 0))
 
 
 def evaluate_text(run: SavedRun, text: EvalText) -> dict:
@@ -144,7 +149,8 @@ def evaluate_text(run: SavedRun, text: EvalText) -> dict:
   rows, seq_len = text.rows.shape
   sizes = {"rows": rows, "tokens": rows * seq_len, "bytes": round(rows * seq_len * text.bytes_per_token)}
   names = {"run": str(run.directory), "method": config.method, "step": int(state.step)}
-  return names | {"data": text.name, "fingerprint": text.fingerprint} | sizes | numbers
+  origin = {"data": text.name, "fingerprint": text.fingerprint, "bad_rows": text.bad_rows}
+  return names | origin | sizes | numbers
 
 
 def evaluation_report(found: dict) -> str:
@@ -159,6 +165,7 @@ def evaluation_report(found: dict) -> str:
       f"run: {found['run']}, {found['method']}, step {found['step']:,}",
       f"data: {found['data']}, fingerprint {found['fingerprint']}",
       f"  {found['rows']:,} rows, {found['tokens']:,} tokens, about {found['bytes']:,} bytes of text",
+      *([f"  {found['bad_rows']:,} rows without text were left out"] if found["bad_rows"] else []),
       f"loss: {with_error('val_loss', 4)} nats per token",
       f"perplexity: {with_error('val_ppl', 2)}",
       f"bits per byte: {with_error('val_bpb', 4)}",

@@ -14,6 +14,7 @@ experiments/paper/items.py defines the runs of each item and holds the paper's n
 the same files as experiments.compare to --workdir.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,17 +26,22 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from experiments.common import cli, results, spectra, sweep
 from experiments.common.sweep import BaseConfig, Trial, TrialResult, Variant
 from experiments.paper import items, studies
-from switchlora_jax.data.shards import read_manifest
+from switchlora_jax.data.corpus import matching_files
+from switchlora_jax.data.shards import TOKENIZER, read_manifest
+from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError, to_stderr
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.runs.directory import open_run
+from switchlora_jax.runs.files import file_sha256
 
 ITEM = flags.DEFINE_string("item", None, f"table or figure to reproduce, one of {', '.join(items.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE: set a config key for all runs; repeatable")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of each run, and run nothing")
 sweep.define_sweep_flags(seeds=1)
-SOURCE_KEYS = ("data.path", "data.eval_path", "data.tokenizer")  # of the text that C4 is prepared from
+# Of the text that C4 is prepared from: flags of experiments.prepare_data.
+SOURCE_KEYS = tuple(f"data.{flag}" for flag in ("path", "eval_path", "tokenizer", "field", "bad_rows"))
+T5_PIECES = 32_000  # in T5's SentencePiece model
 
 
 def set_keys() -> dict:
@@ -127,24 +133,50 @@ def item_title(item: items.Item, configs: list[FrozenConfigDict], keys: dict) ->
 
 def preparation_commands(configs: list[FrozenConfigDict], keys: dict) -> dict[str, str]:
   """{folder: the command that prepares it} of the C4 that runs at the paper's scale read."""
-  documents = {}
-  for config in configs:
-    documents[config.seq_len] = max(documents.get(config.seq_len, 0), items.c4_documents(config))
-  local = [f"--{flag}={keys[f'data.{flag}']}" for flag in ("path", "eval_path") if keys.get(f"data.{flag}")]
-  options = [*local, f"--tokenizer={keys.get('data.tokenizer') or 't5.model'}"]
+  given = {"data.tokenizer": "t5.model"} | {key: keys[key] for key in SOURCE_KEYS if keys.get(key)}
+  options = [f"--{key.removeprefix('data.')}={value}" for key, value in given.items()]
   command = [sys.executable, "-m", "experiments.prepare_data", "--source=c4", *options]
   found = {}
-  for seq_len, take in documents.items():
+  for seq_len in dict.fromkeys(config.seq_len for config in configs):
+    take = items.c4_documents([config for config in configs if config.seq_len == seq_len])
     folder = items.c4_folder(seq_len)
     found[folder] = shlex.join([*command, f"--seq_len={seq_len}", f"--take={take}", f"--out={folder}"])
   return found
 
 
+def check_prepared(folder: Path, manifest: dict, configs: list[FrozenConfigDict], keys: dict):
+  """Raise `UserError` unless a finished folder is the paper's data for these runs, or those of the keys of --set."""
+  train, valid = manifest["train"], manifest["valid"]
+  needed = max(config.steps * config.batch_size for config in configs)
+  pieces, given = load_tokenizer(folder / TOKENIZER).get_piece_size(), keys.get("data.tokenizer")
+  faults = {
+    "it has no validation split": valid is None,
+    f"it has {train['rows']:,} training rows, and a run needs {needed:,}": train["rows"] < needed,
+    f"its tokenizer has {pieces:,} pieces, not T5's {T5_PIECES:,}": not (given or pieces == T5_PIECES),
+  }
+  if given:
+    faults["its tokenizer is not data.tokenizer"] = manifest["tokenizer"] != file_sha256(Path(given).expanduser())
+  for number, key in enumerate(("data.path", "data.eval_path")):
+    if pattern := keys.get(key):
+      wanted = [os.path.abspath(file) for file in matching_files(pattern, f"--set={key}")]
+      faults[f"it was not made of the files of {key}"] = [o[0] for o in manifest["request"]["text"][number]] != wanted
+  if found := [fault for fault, holds in faults.items() if holds]:
+    raise UserError(
+      f"{folder} must hold C4 as the paper uses it: {'; '.join(found)}; move it away and prepare the data again "
+      f"(--dry_run prints the command), or pass --set=data.source=prepared --set=data.path={folder} to use it as it is"
+    )
+
+
 def missing_data(configs: list[FrozenConfigDict], keys: dict) -> str | None:
   """The sentence that names the missing command or flag if the runs have no data yet; else None."""
   if prepares_c4(keys):
-    commands = preparation_commands(configs, keys)
-    missing = [command for folder, command in commands.items() if read_manifest(Path(folder)) is None]
+    missing = []
+    for folder, command in preparation_commands(configs, keys).items():
+      if (manifest := read_manifest(Path(folder))) is None:
+        missing.append(command)
+      else:
+        readers = [config for config in configs if items.c4_folder(config.seq_len) == folder]
+        check_prepared(Path(folder), manifest, readers, keys)
     return f"prepare the data first, by: {'; then by: '.join(missing)}" if missing else None
   config = configs[0]
   if config.data.source == "docs" or config.data.path:

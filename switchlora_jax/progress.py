@@ -27,14 +27,20 @@ class LineFile:
 
 
 class LineBar(tqdm):
-  """A bar in a `LineFile`: no line repeats the count of the line before it."""
+  """A bar in a `LineFile`: no line repeats the count of the line before it.
 
+  Attributes:
+    rate: units per second, if known; by default, their mean since the start, since lines are rare.
+  """
+
+  rate: float | None = None
   _drawn = None
 
   @property
   def format_dict(self):
     """See tqdm. A total that is unknown, or that was estimated too low, has no time left."""
     found = super().format_dict
+    found |= {"rate": self.rate} if self.rate else {}
     known = found["total"] is not None and found["n"] <= found["total"]
     return found | {"bar_format": LINE if known else LINE_WITHOUT_TOTAL}
 
@@ -66,11 +72,19 @@ def progress_bar(
     **options: of tqdm, such as `total`, `initial` and `unit_scale`.
   """
   style = dict(desc=desc, unit=unit, smoothing=0.05, disable=not shown)
+  if sys.stderr is None:  # closed by the shell
+    return tqdm(iterable, disable=True, **options)
   if sys.stderr.isatty():
     return tqdm(iterable, **style, **_size(sys.stderr), **options)
   # With position 0, tqdm does not move the cursor. With miniters 1, its thread does not redraw the bar.
   lines = dict(mininterval=seconds, delay=seconds, miniters=1, position=0)
   return LineBar(iterable, file=LineFile(sys.stderr), **style, **options | lines)
+
+
+def set_rate(bar: tqdm, rate: float) -> None:
+  """Set the units per second that lines show; a bar at a terminal has a moving average of its own."""
+  if isinstance(bar, LineBar):
+    bar.rate = rate
 
 
 def _size(terminal) -> dict:

@@ -114,10 +114,15 @@ def c4_folder(seq_len: int) -> str:
   return f"data/c4_{seq_len}"
 
 
-def c4_documents(config) -> int:
-  """Number of documents of C4 to prepare for a run: the paper's, or more if the run needs more tokens."""
-  tokens = config.steps * config.batch_size * config.seq_len
-  return max(DOCUMENTS, math.ceil(tokens / TOKENS_PER_DOCUMENT / 1e6) * 10**6)
+def c4_documents(configs) -> int:
+  """Number of documents of C4 to prepare for runs of one sequence length, and for all models of Table 1 that have it.
+
+  It is the paper's, or more if a run needs more tokens. 5% are added, since a prepared folder cannot be extended.
+  """
+  (seq_len,) = {config.seq_len for config in configs}
+  models = [config for config in map(load_config, CONFIGS.values()) if config.seq_len == seq_len]
+  tokens = max(config.steps * config.batch_size * seq_len for config in (*configs, *models))
+  return max(DOCUMENTS, math.ceil(1.05 * tokens / TOKENS_PER_DOCUMENT / 1e6) * 10**6)
 
 
 def size_keys(size: str, scale: str) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import fsspec.compression
+
 from switchlora_jax.data import readers
 from switchlora_jax.data.readers import DEFAULT_ROWS, BadRow, Document, RowOptions
 from switchlora_jax.errors import UserError
 
 HUB = "hub:"  # prefix of the name of a hub dataset
 C4 = "hub:allenai/c4:en"  # the paper's corpus
-FSSPEC = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}  # its names of compressions
 
 
 class Corpus(NamedTuple):
@@ -69,7 +70,7 @@ def open_corpus(path: str, eval_path: str, rows: RowOptions) -> Corpus:
 
 
 def matching_files(pattern: str, flag: str) -> tuple[str, ...]:
-  """The files that a glob matches, sorted. A pattern that is the name of a file matches this file as well.
+  """The files that a glob matches, sorted. A pattern that is the name of a file is that file.
 
   Raises:
     UserError: there are none. The message names `flag`.
@@ -77,11 +78,12 @@ def matching_files(pattern: str, flag: str) -> tuple[str, ...]:
   if not pattern:
     raise UserError(f"{flag} must be a glob of text files; it is empty; pass e.g. {flag}='c4/*.json.gz'")
   name = os.path.expanduser(pattern)
-  found = ([name] if os.path.exists(name) else []) + ([] if os.path.isdir(name) else glob.glob(name, recursive=True))
+  found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
   files = tuple(sorted({file for file in found if os.path.isfile(file)}))  # `**/**` matches some files twice
   if not files:
     fault = f"it matches no file; check it with ls, and quote it in the shell: {flag}='c4/*.json.gz'"
-    fault = _folder_fault(name, sorted(found), flag) if found else fault
+    folders = sorted(filter(os.path.isdir, found))
+    fault = _folder_fault(name, folders, flag) if folders else fault
     raise UserError(f"{flag} (={pattern!r}) must match text, JSON lines or Parquet files; {fault}")
   return files
 
@@ -168,7 +170,7 @@ def _hub(path: str, eval_path: str, rows: RowOptions) -> Corpus:
       f"{rows.flags}eval_path (={eval_path!r}) is not used with {path}, which has its own validation split; leave it "
       "out"
     )
-  _register_decompressors()
+  _register_zstandard()
   try:
     splits = datasets.load_dataset(name, subset or None, streaming=True)
   except Exception as error:
@@ -183,14 +185,17 @@ def _hub(path: str, eval_path: str, rows: RowOptions) -> Corpus:
   return Corpus(shards("train"), shards("validation") if "validation" in splits else None)
 
 
-def _register_decompressors():
-  """Makes `datasets` decompress as `readers` does. The reader of fsspec for .zst loses all frames but the first."""
-  from fsspec.compression import register_compression
+def _register_zstandard():
+  """Makes fsspec, with which `datasets` opens files, read all frames of a .zst file.
 
-  for suffix, name in FSSPEC.items():
-    opened = partial(_decompressed_for_fsspec, suffix=suffix)
-    register_compression(name, opened, suffix.removeprefix("."), force=True)
+  Its own reader loses all frames but the first.
+  """
+  opened = fsspec.compression.compr.get("zstd")
+  if getattr(opened, "func", None) is not _open_zstandard:
+    opener = partial(_open_zstandard, opened=opened)
+    fsspec.compression.register_compression("zstd", opener, "zst", force=True)
 
 
-def _decompressed_for_fsspec(file, mode="rb", *, suffix: str, **_):
-  return readers.decompressed(file, suffix)
+def _open_zstandard(file, mode="rb", *, opened, **options):
+  """A file that is read with `readers.decompressed`, or in another mode as by the function `opened` of fsspec."""
+  return readers.decompressed(file, ".zst") if mode == "rb" else opened(file, mode=mode, **options)

@@ -70,9 +70,10 @@ def check_data_config(config) -> None:
     raise UserError(f"data.epochs (={data.epochs}) must be at least 1; set --config.data.epochs")
   if data.bad_rows not in BAD_ROWS:
     raise UserError(f"data.bad_rows (={data.bad_rows!r}) must be {' or '.join(BAD_ROWS)}; set --config.data.bad_rows")
-  unused = {"docs": ("path", "eval_path", "field"), "prepared": ("eval_path", "field")}.get(data.source, ())
+  rows = {"field": FIELD, "bad_rows": BAD_ROWS[0]}
+  unused = {"docs": ("path", "eval_path", *rows), "prepared": ("eval_path", *rows)}.get(data.source, ())
   for key in unused:
-    if data[key] != (FIELD if key == "field" else ""):
+    if data[key] != rows.get(key, ""):
       raise UserError(
         f"--config.data.{key} (={data[key]!r}) is not used when --config.data.source is {data.source}; "
         "leave it out, or add --config.data.source=text to train on your files"

@@ -86,14 +86,16 @@ def read_chunks(parts: Parts, start: Position = START) -> Iterator[Chunk]:
   """Reads the documents from `start` on. Empty documents are skipped.
 
   Documents longer than `GROUP` characters are cut, after a newline where possible. Rows without text are counted, and
-  each part that has some is logged.
+  the first one of each part is logged.
   """
   for part in range(start.part, len(parts)):
     first = start.document if part == start.part else 0
-    bad, reported, first_bad = 0, 0, None
+    bad, reported = 0, 0
     for number, document in enumerate(itertools.islice(parts[part], first, None), first):
       if isinstance(document, BadRow):
-        bad, first_bad = bad + 1, first_bad or document
+        if not bad:
+          log.warning("%s: found %s; such rows are left out and counted", document.where, document.found)
+        bad += 1
         continue
       at = start.character if (part, number) == start[:2] else 0
       for text, ends in _cut(document, at):
@@ -102,8 +104,6 @@ def read_chunks(parts: Parts, start: Position = START) -> Iterator[Chunk]:
         reported = bad
     if bad > reported:
       yield Chunk("", False, Position(part + 1), bad - reported)
-    if first_bad:
-      log.warning("%s: found %s; rows without text skipped here: %d", first_bad.where, first_bad.found, bad)
 
 
 def _cut(document: Document, start: int) -> Iterator[tuple[str, bool]]:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 # when the same text would give other sequences: after a change of what is read from files (`corpus`) or docstrings
 # (`documentation`), of how a tokenizer is trained (`tokenizer`), or of how tokens are packed and stored (`packing`,
 # `preparation`, `shards`). The digests in tests/data/test_format_version.py detect such changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 PROGRESS = "progress.json"
 SPLITS = ("train", "valid")

@@ -13,6 +13,8 @@ import json
 import lzma
 import os
 import re
+import resource
+import shlex
 import shutil
 import tempfile
 import zlib
@@ -31,7 +33,7 @@ FIELD = "text"  # default of `data.field`
 BAD_ROWS = ("stop", "skip")  # values of `data.bad_rows`
 READ_BATCH = 32  # Parquet rows per read
 PIECE = 1 << 18  # characters of plain text per read
-BLOCK = 1 << 11  # compressed bytes per read, so that their content is at most some megabytes
+BLOCK = 1 << 11  # compressed bytes per read; ordinary text in them has some kilobytes, repeated text some megabytes
 TEXT = "UTF-8 text (compressed as its suffix says)"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -54,7 +56,7 @@ class RowOptions(NamedTuple):
   def describe_field(self, names: Iterable[str]) -> str:
     """The remedy if the field is missing but one of `names` may be meant; else empty."""
     guess = next(iter(names), None)
-    return f"pass {self.flags}field={guess}, or " if self.flags and guess else ""
+    return f"pass {self.flags}field={shlex.quote(guess)}, or " if self.flags and guess else ""
 
 
 DEFAULT_ROWS = RowOptions()
@@ -133,11 +135,11 @@ def _json_row(line: bytes, where: str, rows: RowOptions) -> str | BadRow:
   """The document of a line of JSON."""
   remedy = "write one such object per line, or name plain text .txt"
   try:
-    row = json.loads(line.decode())
+    row = json.loads(line.decode(), parse_int=float)  # which accepts any number of digits
     if isinstance(row, dict) and isinstance(row.get(rows.field), str):
       return clean_text(row[rows.field])
     if isinstance(row, dict) and rows.field not in row:
-      found = f"the fields {sorted(row)}"
+      found = f"the fields {sorted(row)!s:.300}"
       remedy = rows.describe_field(_longest(row)) + remedy
     else:
       found = f"{line.decode(errors='replace').strip():.60}"
@@ -173,7 +175,7 @@ def _parquet(path: str, rows: RowOptions) -> Iterator[str | BadRow]:
     _check_column(path, what, table.schema_arrow, rows)
     number = 0
     for batch in table.iter_batches(READ_BATCH, columns=[rows.field], use_threads=False):
-      column = batch.column(0)
+      column = batch.column(rows.field)
       if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
       for value in column.cast(pyarrow.large_binary()).to_pylist():
@@ -210,6 +212,8 @@ def _plain_text(path: str, rows: RowOptions) -> Iterator[Document]:
   """The whole file is one document."""
   pieces = _text_pieces(path)
   first, second = next(pieces, ""), next(pieces, None)
+  if first[:1000].count("\0") > len(first[:1000]) // 4:  # ASCII in UTF-16 is valid UTF-8
+    raise UserError(f"{path} must be {TEXT}; it has many NUL characters, as UTF-16 and binary files do; convert it")
   yield first if second is None else LongText(path)
 
 
@@ -237,6 +241,9 @@ def _text_pieces(path: str) -> Iterator[str]:
 
 def _invalid_line(path: str) -> str | None:
   """The first line that is not UTF-8, and why."""
+  with open_decompressed(path) as file:
+    if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+      return "it is UTF-16"
   with open_decompressed(path) as file:
     for number, line in enumerate(file, 1):
       try:
@@ -305,17 +312,28 @@ def _lz4_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 
 class _Blocks(io.RawIOBase):
-  """A binary file whose content is an iterable of bytes, read from another file."""
+  """A binary file whose content is an iterable of bytes, read from another file.
+
+  An exception of the iterable is raised again by every later read: a generator ends with its first exception, and a
+  caller that tries again, as `datasets` does after a timeout, would take that for the end of the file.
+  """
 
   def __init__(self, file: BinaryIO, blocks: Iterator[bytes]):
-    self._file, self._blocks, self._left = file, blocks, memoryview(b"")
+    self._file, self._blocks, self._left, self._failure = file, blocks, memoryview(b""), None
 
   def readable(self) -> bool:
     return True
 
   def readinto(self, buffer) -> int:
     while not self._left:
-      if (block := next(self._blocks, None)) is None:
+      if self._failure:
+        raise self._failure
+      try:
+        block = next(self._blocks, None)
+      except Exception as error:
+        self._failure = error
+        raise
+      if block is None:
         return 0
       self._left = memoryview(block)
     size = min(len(buffer), len(self._left))
@@ -343,12 +361,25 @@ def _errors_named(path: str, what: str) -> Iterator[None]:
   except UserError:
     raise
   except Exception as error:
-    if isinstance(error, OSError) and error.errno == errno.EIO:
-      raise UserError(f"{path} could not be read ({error.strerror}); check the disk or the network drive") from error
+    if isinstance(error, OSError) and error.errno:  # of the system; that of bz2 for damaged data has no number
+      raise UserError(f"{path} could not be read ({error.strerror}); {_remedy(error.errno)}") from error
     raise UserError(
       f"{path} must be {what}; reading it failed with {one_line(error)}; "
       "copy it again if it may be cut, convert or rename it, or leave it out of the glob"
     ) from error
+
+
+def _remedy(number: int) -> str:
+  """What to do about an error of the system."""
+  match number:
+    case errno.EMFILE | errno.ENFILE:
+      return f"the process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} files; raise it with ulimit -n"
+    case errno.ENOSPC:
+      return f"make room, also in {tempfile.gettempdir()}, where a compressed Parquet file is unpacked"
+    case errno.ENOENT | errno.EACCES | errno.EPERM:
+      return "check that it exists and that you may read it, or leave it out of the glob"
+    case _:
+      return "check the disk or the network drive"
 
 
 def one_line(error: Exception) -> str:

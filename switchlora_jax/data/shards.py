@@ -120,7 +120,7 @@ def fingerprint(manifest: dict) -> str:
 
 def open_sequences(folder: Path, split: dict) -> PackedSequences:
   """The sequences of a split. `split` is its entry in the manifest."""
-  paths = [folder / file for file, _, _ in split["shards"]]
+  paths = [folder.resolve() / file for file, _, _ in split["shards"]]
   shards = [_map_shard(path) for path in paths]
   files = [MappedFile(path, path.stat().st_size) for path in paths]
   return PackedSequences(shards, 0, split["rows"], files)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from switchlora_jax.parallel import processes
-from switchlora_jax.progress import print_line, progress_bar
+from switchlora_jax.progress import print_line, progress_bar, set_rate
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class Metrics:
     last = rows[-1]
     shown = {"loss": f"{last['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
     self._bar.set_postfix(shown | ({"skipped": last["skipped"]} if last["skipped"] else {}), refresh=False)
+    set_rate(self._bar, len(rows) / seconds)
     self._bar.update(len(rows))
     self._pending, self._since = [], time.monotonic()
     return rows

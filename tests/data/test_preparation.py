@@ -389,8 +389,8 @@ def test_a_folder_of_another_request_is_a_user_error(text, stage, changes, messa
 
 
 OTHER_VERSIONS = [
-  ((preparation, "FORMAT_VERSION", 7), r"format 1 and SentencePiece [\d.]+ and would be continued with format 7 and"),
-  ((preparation.sentencepiece, "__version__", "9.9"), r"and would be continued with format 1 and SentencePiece 9\.9"),
+  ((preparation, "FORMAT_VERSION", 7), r"format 2 and SentencePiece [\d.]+ and would be continued with format 7 and"),
+  ((preparation.sentencepiece, "__version__", "9.9"), r"and would be continued with format 2 and SentencePiece 9\.9"),
 ]
 
 

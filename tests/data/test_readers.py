@@ -1,6 +1,8 @@
 import bz2
+import errno
 import gc
 import gzip
+import io
 import json
 import lzma
 import os
@@ -171,12 +173,13 @@ def test_long_text_is_read_in_pieces(tmp_path, monkeypatch, suffix):
   ("name", "content", "message"),
   [
     ("a.txt", b"one\ncaf\xe9\n", r"a\.txt must be UTF-8 text .*; line 2 is not \('utf-8' codec .*\); convert it, or"),
-    ("a.txt", "é".encode("utf-16"), r"a\.txt must be UTF-8 text .*; line 1 is not"),
     ("a.json.gz", b'{"text": "x"}', r"a\.json\.gz must be .*compressed as its suffix says\).*incorrect header"),
     ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 20, r"a\.txt\.gz must be .*: Error -3"),
     ("a[1].gz", gzip.compress(b"x", mtime=0)[:-1], r"a\[1\]\.gz must be .*EOFError: the file ends before its"),
     ("a.tar.gz", gzip.compress(b"x", mtime=0), r"a\.tar\.gz must be .*; it is an archive; unpack it, or leave it out"),
     ("a.zip", b"PK\x03\x04", r"a\.zip must be .*; it is an archive"),
+    ("a.txt", "hello".encode("utf-16"), r"a\.txt must be UTF-8 text .*; it is UTF-16; convert it"),
+    ("a.txt", "hello".encode("utf-16-le"), r"a\.txt must be UTF-8 text .*; it has many NUL characters, as UTF-16 and"),
     ("a.parquet", b"PAR1", r"a\.parquet must be a Parquet file with a column `text` of strings; .*ArrowInvalid"),
     ("a.parquet", b"", r"a\.parquet must be a Parquet file"),
     ("a.parquet", parquet({"n": [1], "body": ["x"]}), r"found none among the columns \['n', 'body'\]; pass --config"),
@@ -189,6 +192,52 @@ def test_a_file_that_is_no_text_is_a_user_error_whatever_happens_to_bad_rows(rea
     with pytest.raises(UserError, match=message) as caught:
       read(name, content, rows)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", readers.COMPRESSED)
+def test_a_read_that_failed_fails_again(suffix, read):
+  """`datasets` reads again after a timeout. The file must not seem to end there."""
+
+  class Flaky(io.BytesIO):
+    reads = 0
+
+    def read(self, size=-1):
+      self.reads += 1
+      if self.reads == 2:
+        raise TimeoutError
+      return super().read(size)
+
+  text = os.urandom(100_000)
+  packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+  packed[".lz4"] = lambda text: pyarrow.compress(text, "lz4", asbytes=True)
+  file = readers.decompressed(Flaky(packed[suffix](text)), suffix)
+  for _ in range(3):
+    with pytest.raises(TimeoutError):
+      file.read()
+
+
+@pytest.mark.parametrize(
+  ("error", "sentence"),
+  [
+    (
+      OSError(errno.EMFILE, "Too many open files"),
+      r"could not be read \(Too many open files\); the process may",
+    ),
+    (
+      PermissionError(errno.EACCES, "Permission denied"),
+      r"could not be read \(Permission denied\); check that it exists",
+    ),
+    (OSError(errno.EIO, "Input/output error"), r"could not be read \(Input/output error\); check the disk"),
+    (OSError(errno.ENOSPC, "No space left on device"), r"could not be read \(No space left on device\); make room"),
+  ],
+)
+def test_an_error_of_the_system_has_its_own_remedy(read, monkeypatch, error, sentence):
+  def fails(path):
+    raise error
+
+  monkeypatch.setattr(readers, "open_decompressed", fails)
+  with pytest.raises(UserError, match=sentence):
+    read("a.txt", b"text")
 
 
 # Rows.
@@ -226,6 +275,10 @@ def test_a_null_or_invalid_cell_is_named_and_may_be_skipped(read):
     assert found[:40] == ["x"] * 40 and found[42] == "y"
     assert "row 42" in str(found[41]) and "not UTF-8" in str(found[41])
   assert len(read("a.parquet", parquet({"text": pyarrow.nulls(3)}), SKIP)) == 3
+
+
+def test_a_number_of_any_length_may_stand_beside_the_text(read):
+  assert read("a.jsonl", b'{"n": ' + b"1" * 5000 + b', "text": "one"}\n') == ["one"]
 
 
 @pytest.mark.parametrize("rows", [RowOptions(), SKIP])

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from grids import command, fake_runs, imported
+from paths import GOLDEN
 
 from experiments.common import children, sweep
 from experiments.paper import items
+from switchlora_jax.data import preparation
+from switchlora_jax.data.corpus import open_corpus
+from switchlora_jax.data.readers import RowOptions
 from switchlora_jax.errors import UserError
 
 
@@ -139,7 +143,7 @@ def test_the_papers_scale_has_the_papers_data(capsys):
   prepared = [{k: v for k, v in found.items() if k != "--take"} for found in parsed("prepare_data", text)]
   shared = {"--source": "c4", "--tokenizer": "t5.model"}
   assert prepared == [shared | {"--seq_len": str(n), "--out": f"data/c4_{n}"} for n in (256, 512)]
-  assert [found["--take"] for found in parsed("prepare_data", text)] == ["46000000", "48000000"]
+  assert [found["--take"] for found in parsed("prepare_data", text)] == ["46000000", "67000000"]
   for trial in parsed("pretrain", text):
     assert trial["--config.data.source"] == "prepared"
     assert trial["--config.data.path"] == f"data/c4_{trial.get('--config.seq_len', 512)}"
@@ -147,7 +151,7 @@ def test_the_papers_scale_has_the_papers_data(capsys):
 
 
 def test_a_local_copy_of_c4_is_prepared_in_the_same_way(capsys):
-  given = {"path": "c4/train*", "eval_path": "c4/valid*", "tokenizer": "own/t5.model"}
+  given = {"path": "c4/train*", "eval_path": "c4/valid*", "tokenizer": "own/t5.model", "field": "content"}
   flags = ["--item=table3", "--scale=paper", *(f"--set=data.{key}={value}" for key, value in given.items())]
   text = said(capsys, *flags, "--dry_run").splitlines()[1:]
   (found,) = parsed("prepare_data", text)
@@ -155,6 +159,37 @@ def test_a_local_copy_of_c4_is_prepared_in_the_same_way(capsys):
   assert {(t["--config.data.source"], t["--config.data.path"]) for t in parsed("pretrain", text)} == {
     ("prepared", "data/c4_512")
   }
+
+
+def test_all_items_prepare_a_folder_in_the_same_way(capsys):
+  """A folder cannot be extended."""
+  commands = {}
+  for name in ("table2", "table3", "table5", "figure10"):
+    for found in parsed("prepare_data", said(capsys, f"--item={name}", "--scale=paper", "--dry_run").splitlines()):
+      assert commands.setdefault(found["--out"], found) == found
+  assert len(commands) == 2
+
+
+def test_a_prepared_folder_must_have_the_papers_data(tmp_path, monkeypatch):
+  for name in ("train.txt", "valid.txt"):
+    (tmp_path / name).write_text("".join(f"{n}: a sentence of the {name} is here\n" for n in range(200)))
+  text = open_corpus(f"{tmp_path}/train.txt", f"{tmp_path}/valid.txt", RowOptions())
+  origin = [[part.origin() for part in parts] for parts in (text.train, text.valid)]
+  request = preparation.Request(origin, "train:300", 16)
+  manifest = preparation.fill_folder(tmp_path / "c4", request, lambda: text, wait=False, progress=False)
+  own, enough = {"data.tokenizer": f"{tmp_path}/c4/tokenizer.model"}, [SimpleNamespace(steps=4, batch_size=2)]
+  with imported("reproduce", "--item=table3") as reproduce:
+    check = lambda configs, keys, found=manifest: reproduce.check_prepared(tmp_path / "c4", found, configs, keys)
+    check(enough, own | {"data.path": f"{tmp_path}/t*.txt", "data.eval_path": f"{tmp_path}/v*.txt"})
+    for configs, keys, found, sentence in (
+      (enough, {}, manifest, r"its tokenizer has 300 pieces, not T5's 32,000; move it away"),
+      (enough, own, manifest | {"valid": None}, "it has no validation split"),
+      ([SimpleNamespace(steps=9999, batch_size=2)], own, manifest, "training rows, and a run needs 19,998"),
+      (enough, {"data.tokenizer": str(GOLDEN / "huggingface" / "bpe.model")}, manifest, r"is not data\.tokenizer"),
+      (enough, own | {"data.path": f"{tmp_path}/*.txt"}, manifest, r"it was not made of the files of data\.path"),
+    ):
+      with pytest.raises(UserError, match=sentence):
+        check(configs, keys, found)
 
 
 def test_c4_that_is_not_prepared_is_an_error_with_the_command(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ that a test kills may leave half an entry there; whole entries are kept. The nam
 program, of the compiler's version and of its flags, so that code which changes a program is compiled anew.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -22,26 +23,34 @@ if _VARIABLE not in os.environ:
   _session = tempfile.TemporaryDirectory(prefix="compiled-")
   os.environ[_VARIABLE] = _session.name
   for file in KEPT.glob(ENTRIES):
-    shutil.copy2(file, _session.name)
+    with contextlib.suppress(OSError):  # it is compiled again
+      shutil.copy2(file, _session.name)
 
 FOLDER = os.environ[_VARIABLE]
 
 
 def keep():
-  """Keep what the session has compiled. The oldest entries are deleted beyond `LIMIT` bytes. No-op in workers."""
+  """Keep what the session has compiled. Beyond `LIMIT` bytes, what was kept first is deleted. No-op in workers."""
   if _session is None:
     return
-  KEPT.mkdir(parents=True, exist_ok=True)
-  for file in Path(FOLDER).glob(ENTRIES):
-    if not (KEPT / file.name).exists() and _is_whole(file):
-      partial = KEPT / f"{Path(FOLDER).name}.partial"
-      shutil.copy2(file, partial)
-      partial.replace(KEPT / file.name)
+  try:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for file in Path(FOLDER).glob(ENTRIES):
+      if not (KEPT / file.name).exists() and _is_whole(file):
+        partial = KEPT / f"{Path(FOLDER).name}.partial"
+        shutil.copy2(file, partial)
+        partial.replace(KEPT / file.name)
+    _evict()
+  except OSError as error:  # a full disk, a folder that is not ours, or another session that evicts
+    print(f"compiled programs are not kept for the next session: {error}")
+
+
+def _evict():
   left = LIMIT
-  for file in sorted(KEPT.glob(ENTRIES), key=lambda file: file.stat().st_mtime, reverse=True):
-    left -= file.stat().st_size
+  for path, status in sorted(((path, path.stat()) for path in KEPT.iterdir()), key=lambda at: -at[1].st_mtime):
+    left -= status.st_size
     if left < 0:
-      file.unlink()
+      path.unlink(missing_ok=True)
 
 
 def _is_whole(file: Path) -> bool:

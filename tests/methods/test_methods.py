@@ -1,6 +1,7 @@
 """The contract of every method, and the options of SwitchLoRA."""
 
 import pkgutil
+import re
 import zlib
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import small_model
 from small_model import host, same_bits
 
+from configs.base import get_config
 from switchlora_jax import methods
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
@@ -179,7 +181,8 @@ def test_a_custom_method_needs_a_module_a_table_entry_and_a_config_section(monke
   assert (config.learning_rate, config.min_lr_ratio) == (0.1, 0.5)
   phase = small_model.phase(config, 1)
   text = run_report.describe_run(config, phase.abstract)
-  assert "toy.momentum: 0.9" in text and text.endswith("momentum: 0.9\nWARNING: momentum is a toy")
+  assert text.endswith("\nmomentum: 0.9\nWARNING: momentum is a toy")
+  assert re.search(r"^  toy\.momentum +0\.9 \(default None\)$", run_report.describe_changes(config, get_config()), re.M)
   state, losses = phase.create(), []
   for _ in range(8):
     state, metrics = phase.step(state, phase.shard_batch(small_model.rows(config, 0)))
