@@ -17,9 +17,9 @@ class LineFile:
     self._stream = stream
 
   def write(self, text: str) -> None:
-    """Write the text of a bar as a line; the blanks with which tqdm erases a bar are dropped."""
-    if text := text.strip():
-      self._stream.write(f"{text}\n")
+    """Write the text of a bar as a line, without the blanks with which tqdm erases a bar and aligns numbers."""
+    if words := text.split():
+      self._stream.write(f"{' '.join(words)}\n")
 
   def flush(self) -> None:
     """Flush the file."""

@@ -28,7 +28,7 @@ def test_a_file_gets_whole_lines(capsys):
         tqdm.write("error: another line")
   out, err = capsys.readouterr()
   assert "\r" not in out + err and "\x1b" not in out + err and "\n\n" not in err
-  rate = r"\s*[\d.]+step/s, 00:0\d elapsed, 00:00 left"
+  rate = r"[\d.]+step/s, 00:0\d elapsed, 00:00 left"
   wanted = [rf"train: 5 of 10, {rate}, loss=1\.000", rf"train: 10 of 10, {rate}, loss=0\.500"]
   assert [bool(re.fullmatch(*pair)) for pair in zip(wanted, err.splitlines(), strict=True)] == [True, True], err
   assert out.count("\n") == 4
@@ -45,6 +45,15 @@ def test_lines_are_few_and_short_work_prints_none(capsys):
   lines = capsys.readouterr().err.splitlines()
   assert 2 <= len(lines) <= 4 and lines[-1].startswith("tokenize: 120k, ") and "left" not in lines[-1]
   assert len(set(lines)) == len(lines)
+
+
+def test_lines_show_the_rate_that_is_set(capsys):
+  """The mean since the start would contain compilation."""
+  with progress_bar(total=100, desc="train", seconds=math.inf) as bar:
+    progress.set_rate(bar, 12.5)
+    bar.update(50)
+    bar.refresh()
+    assert re.fullmatch(r"train: 50 of 100, 12\.50step/s, 00:00 elapsed, 00:04 left\n", capsys.readouterr().err)
 
 
 def test_nothing_is_printed_if_it_is_not_shown(capsys):
