@@ -41,7 +41,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the command of each run, an
 sweep.define_sweep_flags(seeds=1)
 # Of the text that C4 is prepared from: flags of experiments.prepare_data.
 SOURCE_KEYS = tuple(f"data.{flag}" for flag in ("path", "eval_path", "tokenizer", "field", "bad_rows"))
-T5_PIECES = 32_000  # in T5's SentencePiece model
+T5_PIECES = (32_000, 32_100)  # of T5's SentencePiece model, without and with its 100 sentinels
 
 
 def set_keys() -> dict:
@@ -152,7 +152,7 @@ def check_prepared(folder: Path, manifest: dict, configs: list[FrozenConfigDict]
   faults = {
     "it has no validation split": valid is None,
     f"it has {train['rows']:,} training rows, and a run needs {needed:,}": train["rows"] < needed,
-    f"its tokenizer has {pieces:,} pieces, not T5's {T5_PIECES:,}": not (given or pieces == T5_PIECES),
+    f"its tokenizer has {pieces:,} pieces, not T5's {T5_PIECES[0]:,}": not (given or pieces in T5_PIECES),
   }
   if given:
     faults["its tokenizer is not data.tokenizer"] = manifest["tokenizer"] != file_sha256(Path(given).expanduser())
