@@ -7,8 +7,8 @@ python -m experiments.reproduce --item=table2 --scale=paper --workdir=runs/table
     --set=data.tokenizer=t5.model                                               # from a local copy of C4
 
 At the paper's scale, runs train on folders of prepared C4, data/c4_SEQ_LEN, with T5's vocabulary and C4's validation
-split. --dry_run prints the commands that prepare them as well. `data.path`, `data.eval_path` and `data.tokenizer`
-belong to these commands, unless --set=data.source selects other data.
+split. --dry_run prints the commands that prepare them as well. The keys of `SOURCE_KEYS` then describe the text that is
+prepared. With --set=data.source they describe the text of the runs, as elsewhere.
 
 experiments/paper/items.py defines the runs of each item and holds the paper's numbers. Items that are trained write
 the same files as experiments.compare to --workdir.
@@ -80,7 +80,7 @@ def item_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Varian
     return variants
   folders = [items.c4_folder(config.seq_len) for config in changed_configs(base.config, variants)]
   data = [{"data.source": "prepared", "data.path": folder} for folder in folders]
-  return [v._replace(overrides=v.overrides | keys) for v, keys in zip(variants, data, strict=True)]
+  return [variant._replace(overrides=variant.overrides | own) for variant, own in zip(variants, data, strict=True)]
 
 
 def trained_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Variant]:
@@ -118,7 +118,9 @@ def changed_configs(config, variants: list[Variant]) -> list[ConfigDict]:
 
 
 def item_title(item: items.Item, configs: list[FrozenConfigDict], keys: dict) -> str:
-  """The item, what is trained for it, and where its results are read, unless that is the paper's.
+  """The title of the results: the item, the models that are trained, and the step whose perplexity is compared.
+
+  At the paper's scale, models and step are the paper's. The step is then given only if --set changes it.
 
   Args:
     configs: the resolved config of each run.
@@ -168,15 +170,19 @@ def check_prepared(folder: Path, manifest: dict, configs: list[FrozenConfigDict]
 
 
 def missing_data(configs: list[FrozenConfigDict], keys: dict) -> str | None:
-  """The sentence that names the missing command or flag if the runs have no data yet; else None."""
+  """The sentence that names the missing command or flag if the runs have no data yet; else None.
+
+  Raises:
+    UserError: a folder is prepared, but not as these runs need it.
+  """
   if prepares_c4(keys):
     missing = []
     for folder, command in preparation_commands(configs, keys).items():
       if (manifest := read_manifest(Path(folder))) is None:
         missing.append(command)
       else:
-        readers = [config for config in configs if items.c4_folder(config.seq_len) == folder]
-        check_prepared(Path(folder), manifest, readers, keys)
+        trained_on_it = [config for config in configs if items.c4_folder(config.seq_len) == folder]
+        check_prepared(Path(folder), manifest, trained_on_it, keys)
     return f"prepare the data first, by: {'; then by: '.join(missing)}" if missing else None
   config = configs[0]
   if config.data.source == "docs" or config.data.path:

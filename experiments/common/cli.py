@@ -192,7 +192,7 @@ def _exit_on_errors(main, continues: bool = False):
 
 
 def _is_backend_failure(error: Exception) -> bool:
-  """Whether JAX could not set up the platform that is asked for; it raises a bare AssertionError if there is no GPU."""
+  """Whether JAX failed to find a device of JAX_PLATFORMS. Without a GPU, it raises an AssertionError without text."""
   return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
 
 

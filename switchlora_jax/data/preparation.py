@@ -37,7 +37,7 @@ from switchlora_jax.runs.files import (
 log = logging.getLogger(__name__)
 
 # Version of the packed sequences, part of the name of a cache folder and of the progress of an unfinished one. Raise it
-# when the same text would give other sequences: after a change of what is read from files (`corpus`) or docstrings
+# when the same text would give other sequences: after a change of what is read from files (`readers`) or docstrings
 # (`documentation`), of how a tokenizer is trained (`tokenizer`), or of how tokens are packed and stored (`packing`,
 # `preparation`, `shards`). The digests in tests/data/test_format_version.py detect such changes.
 FORMAT_VERSION = 2

@@ -63,7 +63,7 @@ DEFAULT_ROWS = RowOptions()
 
 
 class BadRow(UserError):
-  """A row that is no text. Raised, or with `bad_rows=skip` yielded in place of the document.
+  """A row without a text in the field. `bad_rows=stop` raises it; `bad_rows=skip` yields it in place of the document.
 
   Attributes:
     where: file and line or row.
@@ -80,7 +80,7 @@ def read_documents(path: str, rows: RowOptions) -> Iterator[Document | BadRow]:
   """The documents of a file. Empty ones are included.
 
   Raises:
-    UserError: the file cannot be read, or a row is no text and `rows.bad_rows` is `stop`.
+    UserError: the file cannot be read, or a row has no text and `rows.bad_rows` is `stop`.
   """
   suffix = file_format(path)
   if suffix in ARCHIVES:
