@@ -130,6 +130,9 @@ def test_kills_during_saves_lose_no_other_step(uninterrupted_run, tmp_path):
   assert all(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
 
 
+LIMIT = 20_000  # bytes: every save has a larger file, while metrics.jsonl has 5,000 at step 15
+
+
 def fill_the_disk(when: str):
   """`STEP,SIZE`: from the save of this step on, no file can grow beyond this number of bytes."""
   step, size = map(int, when.split(","))
@@ -148,7 +151,7 @@ def test_a_full_disk_is_reported_before_the_next_save_and_loses_one_save(uninter
   """Case 7. The run ends before its next save with an error; with free space, the same command continues."""
   folder, uninterrupted = uninterrupted_run
   workdir = tmp_path / "full"
-  run = start(small_config(folder), workdir, fault="test_checkpoint_faults:fill_the_disk=10,50000")
+  run = start(small_config(folder), workdir, fault=f"test_checkpoint_faults:fill_the_disk=10,{LIMIT}")
   assert run.exit_code() == 2
   assert re.search(
     r"error: the checkpoint of step 10 could not be saved in \S+: File too large; that of step 5 is complete; "
