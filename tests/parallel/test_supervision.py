@@ -426,7 +426,7 @@ def test_an_exception_is_raised_even_if_its_first_signal_interrupts_nothing(monk
   with pytest.raises(Stopped), Supervisor(HANG, LOST):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
-  assert len(sent) == 2 and time.monotonic() - began < 10
+  assert len(sent) >= 2 and time.monotonic() - began < 10  # more, if the main thread is slow to run the handler
 
 
 def test_a_second_ctrl_c_raises_in_the_main_thread():
