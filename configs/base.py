@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
   config.param_dtype = "float32"  # of stored parameters and optimizer state; the authors train in bfloat16
   config.frozen_dtype = placeholder(str)  # of stored base kernels: float32 | bfloat16; None: param_dtype
   config.candidates_dtype = placeholder(str)  # of stored spare vectors: float32 | bfloat16; None: param_dtype
-  config.remat = "none"  # recompute in the backward pass: none | linear (all but linear layers) | full (whole blocks)
+  config.remat = "none"  # recompute in the backward pass: none (cheap functions alone) | linear (and attention) | full
   config.count_per_element = False  # lora, switchlora: store Adam's step counts per element (App. D); same updates
 
   config.eval_every = 1000  # steps between evaluations; another one follows the last step
@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
   config.keep_checkpoints = 3  # number of newest checkpoints to keep
   config.log_every = 10  # steps between writes to metrics.jsonl, which has a line per step
   config.max_skipped = 20  # abort after this number of consecutive steps with a loss or gradient that is not finite
+  config.profile_steps = 0  # steps of each command to trace for TensorBoard's profiler, after the first two; 0: none
   config.hang_seconds = 1800.0  # abort when one restore, step, evaluation or save takes more seconds; 0: never
 
   config.spike = ConfigDict()  # loss spikes: losses above mean + threshold · standard deviation of the window

@@ -1,19 +1,25 @@
 """Benchmark training steps of each method relative to full rank: time, optimizer size and peak memory.
 
-The timed steps of all programs alternate in one process. The table has medians and ratios to full rank. The peak is the
-compiler's for the timed device. With --memory the steps are only compiled: for a GPU if XLA's GPU compiler is
-installed, which needs no GPU, else for the CPU.
+The timed steps of all programs alternate. The table has medians and ratios to full rank. With --peers=torch, the steps
+of PyTorch's libraries alternate with them in a process of their own, and `peer_ratio` is relative to PyTorch's full
+rank. `share` is the step's share of the speed of one large matrix product, which is measured in the same run: the model
+FLOPs of the step (`throughput.model_flops`, the same for every method) per second, divided by those of the product.
+On a GPU it is about the MFU. The peak is the compiler's for the timed device. With --memory the steps are only
+compiled: for a GPU if XLA's GPU compiler is installed, which needs no GPU, else for the CPU.
 
 python -m experiments.benchmark                      # the 350M shape cut to 2 layers, vocabulary 2,048
 python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
 python -m experiments.benchmark --config=configs/llama_tiny.py --methods=full,switchlora
+python -m experiments.benchmark --peers=torch        # needs requirements-torch.txt
 python -m experiments.benchmark --memory --config.model.num_layers=24
                                  # compile only; see switchlora_jax/planning/topology.py
 """
 
+import contextlib
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, torch_peers
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
@@ -34,8 +40,9 @@ from switchlora_jax.planning import cost, topology
 from switchlora_jax.progress import progress_bar
 from switchlora_jax.training.phases import Phase, assemble_phase
 from switchlora_jax.training.report import bytes_of
+from switchlora_jax.training.throughput import model_flops
 
-TWO_PRODUCTS, REFRESH = "two products", "galore refreshing"
+TWO_PRODUCTS, REFRESH, PRODUCT = "two products", "galore refreshing", "one matrix product"
 PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
 CONFIG = cli.define_config("llama_350m_cut")
 flags.declare_key_flag("config")
@@ -46,6 +53,7 @@ VOCABULARIES = flags.DEFINE_multi_integer("vocabulary", [], "vocabulary size; de
 RANKS = flags.DEFINE_multi_integer(
   "rank", [], "rank of the low-rank methods; default: the config's; repeatable", lower_bound=1
 )
+PEERS = flags.DEFINE_enum("peers", None, ["torch"], "also time the same steps in PyTorch; needs requirements-torch.txt")
 REPEATS = flags.DEFINE_integer("repeats", 5, "number of timed steps per program", lower_bound=1)
 MEMORY = flags.DEFINE_bool("memory", False, "only compile, and print the memory of each step")
 JSON = flags.DEFINE_string("json", None, "also write the results to this file")
@@ -114,10 +122,12 @@ def make_cases(vocabulary: int, mesh) -> dict[tuple[str, int], BenchmarkCase]:
 def time_in_turns(calls: dict, what: str) -> dict:
   """{name: seconds of each timed call}; runs each call once untimed, then alternates between all calls."""
   seconds = {name: [] for name in calls}
+  pause = 0.02 if PEERS.value else 0  # until the threads of the other process sleep
   total = (REPEATS.value + 1) * len(calls)
   with progress_bar(total=total, desc=what, unit="step", shown=not flags.FLAGS.quiet) as bar:
     for repeat in range(REPEATS.value + 1):
       for name, call in calls.items():
+        time.sleep(pause)
         start = time.perf_counter()
         jax.block_until_ready(call())
         if repeat:
@@ -162,24 +172,53 @@ def switch_call(case: BenchmarkCase, step: int):
   return call
 
 
+def product_call(config, mesh):
+  """A function that multiplies two large matrices in the compute dtype, and its FLOPs."""
+  size = 8192 if mesh.devices.flat[0].platform == "gpu" else 2048
+  matrix, product = jnp.ones((size, size), config.dtype), jax.jit(jnp.matmul)
+  return lambda: product(matrix, matrix), 2 * size**3
+
+
+def peer_calls(peers: torch_peers.Peers | None) -> dict:
+  """{(peer, rank): a function that does its next step}."""
+  if peers is None:
+    return {}
+  ranks = RANKS.value or [CONFIG.value.rank]
+  found = {(peer, rank): None for peer in torch_peers.installed() for rank in ranks if peer != torch_peers.FULL}
+  return {name: partial(peers.step, *name) for name in {(torch_peers.FULL, 0): None} | found}
+
+
+def start_peers(config, rows):
+  """The context of the process of the peers; None without --peers."""
+  if PEERS.value is None:
+    return contextlib.nullcontext()
+  torch_peers.installed()
+  return torch_peers.Peers(config.model.to_dict(), rows.tolist(), config.dtype, config.clip_norm)
+
+
 def benchmark(vocabulary: int) -> list[dict]:
   """One row per program, on one device: median seconds per step, and ratios to full rank."""
   mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
   cases = make_cases(vocabulary, mesh)
   shape = (batch_size(), CONFIG.value.seq_len)
   rows = np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), start_peers(cases[full].config, rows) as peers:
     steps = {name: compile_step(case.phase, mesh) for name, case in cases.items()}
     calls = {name: step_call(case.phase, steps[name], rows) for name, case in cases.items()}
+    whole_steps = {**calls, **peer_calls(peers)}
+    calls[PRODUCT, 0], product_flops = product_call(cases[full].config, mesh)
     for (name, rank), case in cases.items():
       if name == "switchlora":
         calls["switching alone, first steps", rank] = switch_call(case, 0)
         calls["switching alone, last steps", rank] = switch_call(case, case.config.steps)
-    seconds = time_in_turns(calls, f"vocabulary {vocabulary}")
+    seconds = time_in_turns(whole_steps | calls, f"vocabulary {vocabulary}")
     work = {name: cost.operations(case.phase.step, case.phase.abstract, rows) for name, case in cases.items()}
   optimizer = {name: bytes_of(case.phase.abstract.opt_state) for name, case in cases.items()}
   peak = {name: cost.memory(step)["peak"] for name, step in steps.items()}
   relative = {"operations_ratio": work, "optimizer_ratio": optimizer, "peak_ratio": peak}
+  ratio = lambda times, other: statistics.median(a / b for a, b in zip(times, seconds[other], strict=True))
+  flops = dict.fromkeys(whole_steps, model_flops(cases[full].config.model, *shape)) | {(PRODUCT, 0): product_flops}
+  speed = product_flops / statistics.median(seconds[PRODUCT, 0])
   return [
     {
       "vocabulary": vocabulary,
@@ -187,7 +226,10 @@ def benchmark(vocabulary: int) -> list[dict]:
       "rank": name[1],
       "dtype": cases[name].config.dtype if name in cases else None,
       "seconds": statistics.median(times),
-      "time_ratio": statistics.median(a / b for a, b in zip(times, seconds[full], strict=True)),
+      "gflops": flops[name] / 1e9 if name in flops else None,
+      "share": flops[name] / statistics.median(times) / speed if name in flops else None,
+      "time_ratio": ratio(times, full),
+      "peer_ratio": ratio(times, (torch_peers.FULL, 0)) if peers else None,
     }
     | {key: found[name] / found[full] if name in found else None for key, found in relative.items()}
     for name, times in seconds.items()

@@ -18,6 +18,7 @@ from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import make_mesh
+from switchlora_jax.planning import topology
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
 from switchlora_jax.training import report, trainer
@@ -44,7 +45,8 @@ def main():
     sizes = report.describe_run(config, *(phase.abstract for phase in phases))
     processes.print_once(f"{changes}\n{sizes}")
     return
-  options = dict(heading=changes, quiet=flags.FLAGS.quiet)
+  peak_flops = topology.peak_flops(jax.devices()[0].device_kind, config.dtype)
+  options = dict(heading=changes, quiet=flags.FLAGS.quiet, peak_flops=peak_flops)
   outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout, distributed.end_process, **options)
   processes.print_once(report.conclude(config, workdir, outcome, comparison(config)))
   processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")

@@ -153,6 +153,8 @@ def _check_training(config, devices: int):
     raise UserError(
       f"hang_seconds (={config.hang_seconds}) must be greater than 0, or 0 for never; set --config.hang_seconds"
     )
+  if config.profile_steps < 0:
+    raise UserError(f"profile_steps (={config.profile_steps}) must not be negative; set --config.profile_steps")
   if config.seed < 0:
     raise UserError(f"seed (={config.seed}) must not be negative; set --config.seed")
   if config.remat not in REMAT:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 
-from experiments.common import cli
+from experiments.common import cli, compiled_programs
 from switchlora_jax.parallel.supervision import PARENT
 
 
@@ -59,6 +59,6 @@ def share_cores(pid: int, number: int, total: int):
 
 
 def environment() -> dict[str, str]:
-  """The environment variables of this process, with `experiments` importable from any directory."""
+  """The environment variables for a child, in which `experiments` is importable from any directory."""
   path = os.pathsep.join(filter(None, [str(cli.ROOT), os.environ.get("PYTHONPATH")]))
-  return os.environ | {"PYTHONPATH": path}
+  return os.environ | {"PYTHONPATH": path} | compiled_programs.variables()

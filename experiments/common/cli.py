@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from configs import base
-from experiments.common import distributed
+from experiments.common import compiled_programs, distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
 
 flags.disclaim_key_flags()  # the flags that this module defines are listed by --help of the command that calls it
@@ -113,9 +113,16 @@ def run(main, continues: bool = False):
   Args:
     continues: whether the same command continues where it stopped; if so, the message on Ctrl-C mentions it.
   """
+  compiled_programs.define_flag()
   if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook
     sys.stdout.reconfigure(line_buffering=True)  # a log of stdout and stderr has the lines in the order of printing
-  app.run(lambda _: _end_process(lambda: _exit_on_errors(main, continues)), flags_parser=_parse_flags)
+  app.run(lambda _: _end_process(lambda: _exit_on_errors(lambda: _start(main), continues)), flags_parser=_parse_flags)
+
+
+def _start(main):
+  config = flags.FLAGS.config if "config" in flags.FLAGS else base.get_config()
+  compiled_programs.enable(config.data.cache_dir)
+  main()
 
 
 def _parse_flags(argv):

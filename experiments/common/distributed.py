@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
+from experiments.common import compiled_programs
 from experiments.common.rendezvous import wait_for_all
 from switchlora_jax.errors import HUNG, STOPPED, UserError, to_stderr
 from switchlora_jax.parallel import processes
@@ -53,6 +54,7 @@ def initialize() -> None:
   if placement is None or placement.count == 1:
     return
   wait_for_all(*placement, values.coordinator_timeout)
+  compiled_programs.only_if_asked()
   jax.config.update("jax_enable_preemption_service", False)  # see switchlora_jax/parallel/supervision.py
   # JAX aborts a process without naming the lost one, so its timeout is longer than that of the supervision.
   timeouts = dict(heartbeat_timeout_seconds=values.peer_timeout + 30, shutdown_timeout_seconds=60)

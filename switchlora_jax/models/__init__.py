@@ -20,12 +20,19 @@ def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32,
       weights of `models.weights`.
     dtype: dtype of the computation.
     param_dtype: dtype of embedding, norms, head and, by default, of the linear layers.
-    device: the device that runs the model; it selects the attention kernel. None: the portable kernel.
+    device: the device that runs the model; it selects the attention kernel. None: a CPU.
     options: `remat` and `head`, see `LLaMA`.
   """
   dense = dense or partial(nn.Dense, use_bias=False, kernel_init=INIT, dtype=dtype, param_dtype=param_dtype)
-  fused = device is not None and supports_fused_attention(device)
-  return LLaMA(**sizes, dense=dense, fused_attention=fused, dtype=dtype, param_dtype=param_dtype, **options)
+  kernel = "loop" if device is None else attention_kernel(device)
+  return LLaMA(**sizes, dense=dense, attention_kernel=kernel, dtype=dtype, param_dtype=param_dtype, **options)
+
+
+def attention_kernel(device) -> str:
+  """The kernel of `llama.causal_attention` for a device."""
+  if device.platform == "cpu":
+    return "loop"
+  return "cudnn" if supports_fused_attention(device) else "batched"
 
 
 def supports_fused_attention(device) -> bool:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from switchlora_jax.lowrank.layers import ADAPTER
@@ -17,7 +16,6 @@ from switchlora_jax.lowrank.spares import SPARES
 
 DATA, FSDP = "data", "fsdp"
 BOTH = (DATA, FSDP)
-GATHERED = "gathered"  # checkpoint name of the arrays that `gather` returns, for rematerialisation policies
 
 
 def make_mesh(devices=None, fsdp: int = 1) -> jax.sharding.Mesh:
@@ -136,7 +134,7 @@ def gather(tree, specs, removed_axes: int = 0):
     if FSDP not in tuple(spec):
       return part
     axis = tuple(spec).index(FSDP) - removed_axes
-    return checkpoint_name(jax.lax.all_gather(part, FSDP, axis=axis, tiled=True), GATHERED)
+    return jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
 
   return jax.tree.map(gather_one, tree, specs)
 
@@ -152,10 +150,15 @@ def reduce(grads, param_specs, grad_specs):
 
   def reduce_one(grad, param_spec, grad_spec):
     if FSDP in tuple(param_spec):
-      return jax.lax.psum(grad, DATA)
+      return psum(grad, DATA)
     if FSDP in tuple(grad_spec):
       grad = jax.lax.psum_scatter(grad, FSDP, scatter_dimension=tuple(grad_spec).index(FSDP), tiled=True)
-      return jax.lax.psum(grad, DATA)
-    return jax.lax.psum(grad, BOTH)
+      return psum(grad, DATA)
+    return psum(grad, BOTH)
 
   return jax.tree.map(reduce_one, grads, param_specs, grad_specs)
+
+
+def psum(x, axes):
+  """`jax.lax.psum` inside a `shard_map`; over one device x itself, which XLA would copy."""
+  return x if jax.lax.axis_size(axes) == 1 else jax.lax.psum(x, axes)

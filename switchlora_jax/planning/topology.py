@@ -59,6 +59,16 @@ def read_gpu(gpu: str) -> Gpu:
   return Gpu(**tomllib.loads((DESCRIPTIONS / "gpus.toml").read_text())[gpu])
 
 
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Peak operations per second of a device in a dtype, as an SXM board; None if its type has no description.
+
+  Args:
+    device_kind: the name that JAX gives the type, such as "NVIDIA H100 80GB HBM3".
+  """
+  found = [gpu for gpu in known_gpus() if gpu in device_kind.lower()]
+  return read_gpu(found[0]).peak.get(dtype) if found else None
+
+
 def parse_topology(shape: str) -> tuple[int, int]:
   """(number of GPUs, GPUs per host) of a topology: `1x2x8`, 1 slice of 2 hosts with 8 GPUs each, is (16, 8).
 

@@ -31,7 +31,7 @@ KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": st
 SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 
 # Config keys that earlier runs do not have, with the values that they trained with.
-ADDED = {"data": {"field": "text", "bad_rows": "stop"}}
+ADDED = {"profile_steps": 0, "data": {"field": "text", "bad_rows": "stop"}}
 
 # Config keys that distribute a step of `batch_size` sequences over devices and micro-batches: only the order of sums
 # changes with them.
@@ -46,6 +46,7 @@ FREE = (
   "max_skipped",
   "spike.max_rollbacks",
   "hang_seconds",
+  "profile_steps",
   "data.cache_dir",
   "data.epochs",
   "data.bad_rows",
@@ -172,9 +173,11 @@ def read(workdir: Path) -> dict | None:
       raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r:.40}")
     if not re.match(r"\d+ ", saved["devices"]):
       raise ValueError(f"devices is {saved['devices']!r:.40}, without their number")
-    for section, keys in ADDED.items():
-      if isinstance(found := saved["config"].get(section), dict):
-        saved["config"][section] = keys | found
+    for key, value in ADDED.items():
+      if not isinstance(value, dict):
+        saved["config"].setdefault(key, value)
+      elif isinstance(found := saved["config"].get(key), dict):
+        saved["config"][key] = value | found
     return saved
   except ValueError as error:
     raise UserError(

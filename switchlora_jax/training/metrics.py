@@ -13,8 +13,11 @@ import numpy as np
 
 from switchlora_jax.parallel import processes
 from switchlora_jax.progress import print_line, progress_bar, set_rate
+from switchlora_jax.training.throughput import model_flops, peak_memory
 
 log = logging.getLogger(__name__)
+# Metrics of a step that depend on the machine and its load; all others of a run are the same whenever it is repeated.
+TIMED = ("tokens_per_second", "model_tflops_per_second", "mfu", "data_wait_share", "peak_memory_bytes")
 
 
 class Writer:
@@ -46,10 +49,15 @@ class Metrics:
     start: number of steps done before the first one that is added.
     writers: destinations of the rows, in the order in which they are called.
     quiet: whether to show no progress and no results of evaluations.
+    peak_flops: operations per second that all devices reach at most, for MFU; None: not known.
   """
 
-  def __init__(self, config, start: int, writers: Sequence[Writer] = (), quiet: bool = False):
+  def __init__(
+    self, config, start: int, writers: Sequence[Writer] = (), quiet: bool = False, peak_flops: float | None = None
+  ):
     self._tokens_per_step = config.batch_size * config.seq_len
+    self._flops_per_step = model_flops(config.model, config.batch_size, config.seq_len)
+    self._peak_flops, self._waited = peak_flops, 0.0
     self._writers, self._open = tuple(writers), contextlib.ExitStack()
     for writer in self._writers:
       self._open.callback(writer.close)
@@ -73,15 +81,33 @@ class Metrics:
       return []
     rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._pending)]
     seconds = max(time.monotonic() - self._since, 1e-9)  # a coarse clock may not have advanced
-    speed = len(rows) * self._tokens_per_step / seconds
-    self._write([row | {"tokens_per_second": round(speed, 1)} for row in rows])
+    timed = self._timed(len(rows), seconds)
+    self._write([row | timed for row in rows])
     last = rows[-1]
-    shown = {"loss": f"{last['loss']:.3f}", "tokens/s": f"{speed:,.0f}"}
+    shown = {"loss": f"{last['loss']:.3f}", "tokens/s": f"{timed['tokens_per_second']:,.0f}"}
     self._bar.set_postfix(shown | ({"skipped": last["skipped"]} if last["skipped"] else {}), refresh=False)
     set_rate(self._bar, len(rows) / seconds)
     self._bar.update(len(rows))
-    self._pending, self._since = [], time.monotonic()
+    self._pending, self._waited, self._since = [], 0.0, time.monotonic()
     return rows
+
+  def _timed(self, steps: int, seconds: float) -> dict[str, float | int]:
+    """The metrics of `TIMED` for the steps since the last flush."""
+    flops = steps * self._flops_per_step / seconds
+    timed = {
+      "tokens_per_second": round(steps * self._tokens_per_step / seconds, 1),
+      "model_tflops_per_second": float(f"{flops / 1e12:.4g}"),
+      "data_wait_share": round(self._waited / seconds, 4),
+      "peak_memory_bytes": peak_memory(),
+    }
+    return timed | ({"mfu": round(flops / self._peak_flops, 4)} if self._peak_flops else {})
+
+  @contextlib.contextmanager
+  def reading_batch(self) -> Iterator[None]:
+    """Count the time inside this context as time in which the host waits for data."""
+    begin = time.monotonic()
+    yield
+    self._waited += time.monotonic() - begin
 
   def print_progress(self) -> None:
     """Print the progress as of the last flush as a line, if the output is not a terminal, which shows a bar anyway."""

@@ -112,6 +112,7 @@ def conclude(config, workdir: Path, outcome, comparison: str | None = None) -> s
     *_validation_lines(outcome.rows),
     *([comparison] if comparison else []),
     *_training_lines(outcome.rows),
+    *_start_line(outcome.start_seconds),
     f"updates skipped as not finite: {int(outcome.state.skipped)}",
     f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",
@@ -156,9 +157,19 @@ def _training_lines(rows: list[dict]) -> list[str]:
       lines.append(f"hand-over of the warm start after step {before['step']}: loss {' before, '.join(shown)} after")
   if speeds := sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row):
     lines.append(f"tokens per second: {speeds[len(speeds) // 2]:,.0f} (median)")
+  if utilisations := sorted(row["mfu"] for row in rows if row.get("mfu")):
+    lines.append(f"model FLOPs utilisation: {utilisations[len(utilisations) // 2]:.1%} (median)")
+  if peaks := [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]:
+    lines.append(f"peak memory: {max(peaks) / 2**20:,.0f} MiB")
   if steps := [row for row in rows if "spike" in row]:  # rolled-back steps are not in metrics.jsonl
     lines.append(f"loss spikes: {sum(row['spike'] for row in steps) + steps[-1].get('rollbacks', 0)}")
   return lines
+
+
+def _start_line(seconds: float | None) -> list[str]:
+  return (
+    [] if seconds is None else [f"seconds from the start of the command to the end of its first step: {seconds:.1f}"]
+  )
 
 
 def continue_command(steps: int) -> str:

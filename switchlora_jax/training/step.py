@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from switchlora_jax.lowrank.optimizer import clip_by_global_norm
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models.loss import mean_loss, on_parts, zeros_accumulator
-from switchlora_jax.parallel.sharding import BOTH, Placement, by_rows, reduce, replicated
+from switchlora_jax.parallel.sharding import BOTH, Placement, by_rows, psum, reduce, replicated
 from switchlora_jax.training import anomalies
 
 
@@ -27,7 +27,7 @@ def accumulated_gradients(model, placement: Placement, state, accumulation: int)
     value_and_grad = jax.value_and_grad(lambda p, tokens: loss_of(p, frozen, tokens))
     total = _summed(value_and_grad, params, rows.reshape(accumulation, -1, rows.shape[-1]))
     loss, grads = jax.tree.map(lambda x: x / (accumulation * placement.mesh.size), total)
-    return jax.lax.psum(loss, BOTH), reduce(grads, param_specs, grad_specs)
+    return psum(loss, BOTH), reduce(grads, param_specs, grad_specs)
 
   in_specs, out_specs = (param_specs, frozen_specs, PartitionSpec(BOTH)), (PartitionSpec(), grad_specs)
   return jax.shard_map(local, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -22,6 +22,7 @@ from switchlora_jax.training import anomalies, metrics, report, warm_start
 from switchlora_jax.training.evaluation import first, validate
 from switchlora_jax.training.metrics import Metrics, due
 from switchlora_jax.training.phases import Phase, build_phases, phase_at
+from switchlora_jax.training.throughput import StepTracer, seconds_since_start
 from switchlora_jax.training.writers import default_writers
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Outcome(NamedTuple):
     phase: the last phase. state: the trained state. data: the dataset.
     rows: all rows of metrics.jsonl.
     first_step: number of steps that were done before this command continued the run; 0 for a new run.
+    start_seconds: from the start of the process to the end of its first step; None if it did none.
   """
 
   phase: Phase
@@ -41,10 +43,17 @@ class Outcome(NamedTuple):
   data: dataset.Dataset
   rows: list[dict]
   first_step: int
+  start_seconds: float | None
 
 
 def train(
-  config, workdir: Path, peer_seconds: float = 60, on_failure=None, heading: str = "", quiet: bool = False
+  config,
+  workdir: Path,
+  peer_seconds: float = 60,
+  on_failure=None,
+  heading: str = "",
+  quiet: bool = False,
+  peak_flops: float | None = None,
 ) -> Outcome:
   """Train a resolved config in `workdir`, from its newest valid checkpoint if there is one.
 
@@ -55,6 +64,7 @@ def train(
     on_failure: see `Supervisor`; by default a failure is raised in the main thread.
     heading: text to print above the sizes of the run, once the data are ready.
     quiet: whether to print warnings alone: no description of the run, no progress, no results of evaluations.
+    peak_flops: operations per second that a device reaches at most, for the metric `mfu`; None: it is not logged.
   Raises:
     UserError: config, data and directory do not match (raised before anything expensive); too many updates in a row
       were not finite; the run used up its rollbacks from loss spikes.
@@ -65,10 +75,12 @@ def train(
     processes.on_all_processes(lambda: dataset.check_data_config(config))
     processes.on_first_process(lambda: run_directory.prepare(workdir, config))
     processes.first_then_others(lambda: stack.enter_context(run_directory.locked(workdir)))
-    return _train(config, workdir, supervisor, heading, quiet)
+    return _train(config, workdir, supervisor, heading, quiet, peak_flops)
 
 
-def _train(config, workdir: Path, supervisor: Supervisor, heading: str, quiet: bool) -> Outcome:
+def _train(
+  config, workdir: Path, supervisor: Supervisor, heading: str, quiet: bool, peak_flops: float | None
+) -> Outcome:
   mesh = make_mesh(fsdp=config.sharding.fsdp)
   phases = build_phases(config, mesh)
   source = processes.on_all_processes(lambda: find_source(config, workdir, phases[0], mesh))
@@ -82,7 +94,7 @@ def _train(config, workdir: Path, supervisor: Supervisor, heading: str, quiet: b
   if shown:  # after all errors in the data
     processes.print_once("\n".join(shown))
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", config.keep_checkpoints) as checkpoints:
-    run = Run(config, workdir, phases, data, checkpoints, supervisor, quiet)
+    run = Run(config, workdir, phases, data, checkpoints, supervisor, quiet, peak_flops)
     # Inside Checkpoints, whose exit waits for a save that may need the others. The metrics are closed first, because
     # the process may be ended while `report_errors` waits.
     with supervisor.report_errors(), run:
@@ -110,7 +122,7 @@ def _train(config, workdir: Path, supervisor: Supervisor, heading: str, quiet: b
     saved = f"after step {run.done}, which is saved; the same command continues"
     unsaved = "before anything was saved; the same command starts again"  # also after a rollback to the start
     raise Stopped(f"stopped by {supervisor.cause} {saved if run.done else unsaved}")
-  return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step)
+  return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step, run.start_seconds)
 
 
 class Run:
@@ -121,6 +133,7 @@ class Run:
     state: the train state after them.
     phase: the phase that `state` belongs to.
     metrics: collects and writes the metrics of the steps.
+    start_seconds: from the start of the process to the end of its first step; None before that.
   """
 
   def __init__(
@@ -132,17 +145,21 @@ class Run:
     checkpoints: Checkpoints,
     supervisor: Supervisor,
     quiet: bool,
+    peak_flops: float | None,
   ):
     self._config, self._workdir, self._phases, self._checkpoints = config, workdir, phases, checkpoints
     self._supervisor, self._quiet = supervisor, quiet
     self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
     self._validate = make_evaluate(config, phases[0], data, quiet)
-    self.metrics = None
+    self._peak_flops = peak_flops and peak_flops * jax.device_count()
+    self._tracer = StepTracer(workdir / "tensorboard", config.profile_steps)
+    self.metrics, self.start_seconds = None, None
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, *_):
+    self._tracer.close()
     try:
       if self.metrics:
         self.metrics.close()
@@ -190,7 +207,7 @@ class Run:
     dataset.check_length_after_skips(self._data, self._config, self._offset)
     self.phase = phase_at(self._phases, self.done)
     writers = default_writers(self._workdir, self.done) if processes.is_first() else []
-    self.metrics = Metrics(self._config, self.done, writers, self._quiet)
+    self.metrics = Metrics(self._config, self.done, writers, self._quiet, self._peak_flops)
     self._supervisor.mark("start of training")
 
   def step(self) -> None:
@@ -202,10 +219,17 @@ class Run:
       if processes.is_first() and not self._quiet:
         print_line(f"step {self.done}: hand-over from full rank to {self._config.method}")
     self._supervisor.mark(f"step {self.done + 1}, reading its batch")
-    batch = self.phase.shard_batch(self._batch_of(self.done + self._offset))
-    self._supervisor.mark(f"step {self.done + 1}, on the devices")
-    self.state, values = self.phase.step(self.state, batch)
+    self._tracer.before_step()
+    with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
+      with self.metrics.reading_batch():
+        batch = self.phase.shard_batch(self._batch_of(self.done + self._offset))
+      self._supervisor.mark(f"step {self.done + 1}, on the devices")
+      self.state, values = self.phase.step(self.state, batch)
+    self._tracer.after_step(values)
     self.done += 1
+    if self.start_seconds is None:
+      jax.block_until_ready(values)
+      self.start_seconds = seconds_since_start()
     self.metrics.add(self.done, values | ({"hand_over": 1} if hand_over else {}))
 
   def report(self) -> int | None:

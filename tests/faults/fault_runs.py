@@ -136,8 +136,8 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def metrics_rows(workdir: Path) -> list[dict]:
-  """Returns the rows of metrics.jsonl without tokens per second, which depend on time."""
-  return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
+  """Returns the rows of metrics.jsonl without those that depend on time."""
+  return [{k: v for k, v in row.items() if k not in metrics.TIMED} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
 def saved_arrays(workdir: Path) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ def resident(key: str) -> int:
 
 
 config = get_config()
-config.update(method="full", batch_size=64, seq_len=128)  # quick to compile; temporaries to measure by
+config.update(method="full", batch_size=144, seq_len=128)  # quick to compile; temporaries to measure by
 config.model.update(vocab_size=8192, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4)
 config = resolve(config, devices=1)
 mesh = make_mesh()

@@ -57,9 +57,9 @@ def train(folder, name, **changes):
 
 
 def lines(run, kind="loss"):
-  """Return the lines of metrics.jsonl of training (`loss`) or evaluation (`val_loss`), without tokens_per_second."""
+  """Return the lines of metrics.jsonl of training (`loss`) or evaluation (`val_loss`), without those of `TIMED`."""
   rows = [row for row in metrics.read(run.workdir / "metrics.jsonl") if kind in row]
-  return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+  return [{name: value for name, value in row.items() if name not in metrics.TIMED} for row in rows]
 
 
 _forwards = {}  # by the scale of the adapters and the kind of block, in which alone the models differ

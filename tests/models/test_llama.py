@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 from small_model import equations
 
 from switchlora_jax.lowrank.layers import lora_vectors
-from switchlora_jax.models import make_model
+from switchlora_jax.models import attention_kernel, llama, make_model
 from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, rotate, supports_fused
 from switchlora_jax.models.loss import mean_loss
 from switchlora_jax.planning import cost
@@ -96,9 +96,92 @@ def test_rotary_scores_depend_only_on_the_distance(x64):
   assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def plain_attention(q, k, v, angles):
+  """Softmax attention with rotary positions in NumPy and float64, all scores at once; [batch, heads, length, size]."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  cos, sin = np.cos(angles), np.sin(angles)
+
+  def rotated(x):
+    first, second = np.split(x, 2, -1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+  scores = rotated(q) @ rotated(k).swapaxes(-1, -2) / q.shape[-1] ** 0.5
+  scores = np.where(np.tri(q.shape[2], dtype=bool), scores, -np.inf)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def heads_of(length: int, *, batch=2, heads=3, size=8, dtype=np.float64):
+  """q, k, v [batch, heads, length, size], and the angles of the positions; float64 needs the fixture `x64`."""
+  q, k, v = np.random.default_rng(length).standard_normal((3, batch, heads, length, size)).astype(dtype)
+  return q, k, v, np.asarray(rotary_angles(length, size, jnp.promote_types(dtype, np.float32)))
+
+
+# With blocks of four queries and at most three of them: one query, one block, an odd length, several blocks with a
+# shorter last one, and more queries than three blocks of four.
+LENGTHS = (1, 3, 4, 5, 9, 12, 13, 50)
+
+
+@pytest.mark.parametrize("kernel", ["batched", "loop"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention_in_blocks_is_that_of_all_scores(x64, monkeypatch, kernel, length):
+  monkeypatch.setattr(llama, "BLOCK", 4)
+  monkeypatch.setattr(llama, "BLOCKS", 3)
+  monkeypatch.setattr(llama, "SCORES", 2 * llama.block_size(length) * length)  # two of six heads at a time
+  *qkv, angles = heads_of(length)
+  found = causal_attention(*qkv, angles, kernel)
+  np.testing.assert_allclose(found, plain_attention(*qkv, angles), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kernel", ["batched", "loop"])
+def test_the_gradients_of_attention_in_blocks(x64, monkeypatch, kernel):
+  """Against finite differences in a random direction."""
+  monkeypatch.setattr(llama, "BLOCK", 4)
+  monkeypatch.setattr(llama, "BLOCKS", 3)
+  *qkv, angles = heads_of(9)
+  draw = np.random.default_rng(0).standard_normal
+  towards, out = [draw(x.shape) for x in qkv], draw(qkv[0].shape)
+  value = jax.jit(lambda qkv: jnp.sum(causal_attention(*qkv, angles, kernel) * out))
+  at = lambda t: float(value([x + t * d for x, d in zip(qkv, towards, strict=True)]))
+  slope = sum(np.sum(g * d) for g, d in zip(jax.jit(jax.grad(value))(qkv), towards, strict=True))
+  np.testing.assert_allclose(slope, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-7)
+
+
+def test_masked_scores_are_not_computed(x64, monkeypatch):
+  """Four blocks of four: 10 of 16 blocks of scores, each with two products of 4 × 4 × 8."""
+  monkeypatch.setattr(llama, "BLOCK", 4)
+  for kernel in ("batched", "loop"):
+    work = cost.operations(lambda *args, kernel=kernel: causal_attention(*args, kernel), *heads_of(16))
+    assert work == 2 * 3 * 10 * 2 * (2 * 4 * 4 * 8)
+
+
+@pytest.mark.parametrize("kernel", ["batched", "loop"])
+def test_attention_in_16_bits_has_scores_in_32(monkeypatch, kernel):
+  monkeypatch.setattr(llama, "BLOCK", 16)
+  *qkv, angles = heads_of(40, size=16, dtype=np.float32)
+  qkv = [x.astype(jnp.bfloat16) for x in qkv]
+  traced = equations(jax.make_jaxpr(lambda *args: causal_attention(*args, kernel))(*qkv, angles).jaxpr)
+  assert {e.outvars[0].aval.dtype for e in traced if e.primitive.name == "exp"} == {jnp.dtype("float32")}
+  found = causal_attention(*qkv, angles, kernel)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(found, np.float64), plain_attention(*qkv, angles), atol=0.02)
+
+
+def test_the_loop_takes_as_many_heads_as_the_limit_allows(x64, monkeypatch):
+  """A divisor of the number of heads, of all rows of the batch."""
+  for most, expected in ((1, 1), (3, 3), (5, 3), (6, 6), (100, 6)):
+    monkeypatch.setattr(llama, "SCORES", most * llama.block_size(5) * 5)
+    jaxpr = jax.make_jaxpr(lambda *args: causal_attention(*args, "loop"))(*heads_of(5)).jaxpr
+    (loop,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    assert loop.params["length"] == 6 // expected
+
+
 def test_attention_of_the_first_token_is_its_own_value():
-  q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 2, 4), np.float32)
-  np.testing.assert_allclose(np.asarray(jax.jit(causal_attention)(q, k, v))[:, 0], v[:, 0], rtol=1e-6)
+  *qkv, angles = heads_of(5, dtype=np.float32)
+  np.testing.assert_allclose(np.asarray(causal_attention(*qkv, angles))[:, :, 0], qkv[2][:, :, 0], rtol=1e-6)
 
 
 def test_fused_attention_passes_the_scale_mask_and_axes_of_our_own(monkeypatch):
@@ -110,14 +193,23 @@ def test_fused_attention_passes_the_scale_mask_and_axes_of_our_own(monkeypatch):
     return jax_attention(*qkv, implementation="xla", **options)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
-  attention = jax.jit(lambda *qkv, fused=False: causal_attention(*qkv, fused), static_argnames="fused")
-  q, k, v = np.random.default_rng(0).standard_normal((3, 2, 12, 3, 16)).astype(jnp.bfloat16)
+  attention = jax.jit(causal_attention, static_argnames="kernel")
+  *qkv, angles = heads_of(12, size=16, dtype=np.float32)
+  narrow = [x.astype(jnp.bfloat16) for x in qkv]
   wide = lambda x: np.asarray(x, np.float32)
-  np.testing.assert_allclose(wide(attention(q, k, v, fused=True)), wide(attention(q, k, v)), atol=2**-6)
+  ours = wide(attention(*narrow, angles, kernel="batched"))
+  np.testing.assert_allclose(wide(attention(*narrow, angles, kernel="cudnn")), ours, atol=2**-6)
   assert implementations == ["cudnn"]
-  q, k, v = (x.astype(np.float32) for x in (q, k, v))
-  np.testing.assert_array_equal(attention(q, k, v, fused=True), attention(q, k, v))
+  other = attention(*qkv, angles, kernel="batched")
+  np.testing.assert_array_equal(attention(*qkv, angles, kernel="cudnn"), other)
   assert implementations == ["cudnn"], "cuDNN does not support float32"
+
+
+def test_the_kernel_of_a_device():
+  device = lambda platform, capability="": type("", (), dict(platform=platform, compute_capability=capability))
+  assert attention_kernel(device("cpu")) == "loop" and make_model(small_model.config().model).attention_kernel == "loop"
+  kernels = [attention_kernel(device("gpu", capability)) for capability in ("7.5", "8.0", "9.0")]
+  assert kernels == ["batched", "cudnn", "cudnn"]
 
 
 @pytest.mark.parametrize(
@@ -186,11 +278,12 @@ def stacked_shapes(method, remat, **changes) -> list[tuple]:
 
 
 def test_the_activations_that_remat_saves():
-  """For a block with 16 rows of 8 tokens. `full`: its input. `linear`: also q, k, v, o, gate and up."""
-  of_activations = lambda remat: sorted(s[1:] for s in stacked_shapes("switchlora", remat) if s[1:3] == (16, 8))
+  """For a block with 16 rows of 8 tokens. `full`: its input. `linear`: also q, k, v, o, gate and up. `none`: also
+  the result of attention, of two heads."""
+  of_activations = lambda remat: sorted(s[1:] for s in stacked_shapes("switchlora", remat) if s[1] == 16 and len(s) > 3)
   assert of_activations("full") == [(16, 8, 16)]
   assert of_activations("linear") == [(16, 8, 16)] * 5 + [(16, 8, 24)] * 2
-  assert len(of_activations("none")) > 12
+  assert of_activations("none") == sorted([*of_activations("linear"), (16, 2, 8, 8)])
 
 
 @pytest.mark.parametrize("remat", REMAT)

@@ -14,6 +14,9 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.training import metrics, writers
 from switchlora_jax.training.writers import JsonLinesWriter, TensorBoardWriter
 
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
+CONFIG = dict(steps=4, batch_size=2, seq_len=8, model=SIZES)
+
 
 def test_lines_are_json_and_values_that_are_not_finite_are_null(tmp_path):
   log = JsonLinesWriter(tmp_path, start=0)
@@ -182,7 +185,7 @@ def test_all_writers_are_closed_once_if_one_cannot_be_closed(monkeypatch):
     raise OSError("refused")
 
   monkeypatch.setattr(toys[1], "close", refuse)
-  log = metrics.Metrics(ConfigDict(dict(steps=4, batch_size=2, seq_len=8)), 0, toys)
+  log = metrics.Metrics(ConfigDict(CONFIG), 0, toys)
   with pytest.raises(OSError, match="refused"):
     log.close()
   log.close()
@@ -191,7 +194,7 @@ def test_all_writers_are_closed_once_if_one_cannot_be_closed(monkeypatch):
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_is_shown_unless_quiet(capsys, quiet):
-  log = metrics.Metrics(ConfigDict(dict(steps=40, batch_size=2, seq_len=8)), 0, quiet=quiet)
+  log = metrics.Metrics(ConfigDict(CONFIG | dict(steps=40)), 0, quiet=quiet)
   for step in range(1, 41):
     log.add(step, {"loss": jnp.float32(4 / step), "skipped": jnp.int32(step > 30)})
     log.flush()
@@ -210,7 +213,7 @@ def test_progress_is_shown_unless_quiet(capsys, quiet):
 
 def test_every_writer_gets_all_rows():
   toys = [ListWriter(), ListWriter()]
-  log = metrics.Metrics(ConfigDict(dict(steps=4, batch_size=2, seq_len=8)), 0, toys)
+  log = metrics.Metrics(ConfigDict(CONFIG), 0, toys)
   for step in (1, 2):
     log.add(step, {"loss": jnp.float32(step / 2), "skipped": jnp.int32(0)})
   assert toys[0].rows == []
@@ -221,6 +224,6 @@ def test_every_writer_gets_all_rows():
   log.close()
   for toy in toys:
     *steps, evaluation = toy.rows
-    assert [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in steps] == found
+    assert [{k: v for k, v in row.items() if k not in metrics.TIMED} for row in steps] == found
     assert all(row["tokens_per_second"] > 0 for row in steps)
     assert evaluation == {"step": 2, "val_loss": 1.5, "val_ppl": 4.5} and toy.calls == ["sync", "close"]

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.user_flags, pytest.mark.two_linear_layers]
 
 def lines(workdir):
   """metrics.jsonl without the throughput, which varies."""
-  return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics.read(workdir / "metrics.jsonl")]
+  return [{k: v for k, v in row.items() if k not in metrics.TIMED} for row in metrics.read(workdir / "metrics.jsonl")]
 
 
 def assert_same(a, b):
