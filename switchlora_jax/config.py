@@ -77,7 +77,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
 
 def _check_ranges(config):
   """Reject NaN, infinity (except for `clip_norm`, where it disables clipping) and integers beyond 32 bits."""
-  beyond_32_bits = {*FREE, "eval_tokens"} - {*LAYOUT}
+  beyond_32_bits = {*FREE, "eval_tokens"} - {*LAYOUT, "profile_steps"}
   for key, value in flatten(config).items():
     if isinstance(value, float) and not math.isfinite(value) and (key, value) != ("clip_norm", math.inf):
       raise UserError(f"{key} (={value}) must be a finite number; set --config.{key}")

@@ -24,7 +24,9 @@ flags.disclaim_key_flags()
 
 
 def define_flag():
-  """Define the flag --compilation_cache."""
+  """Define the flag --compilation_cache, once for all commands of a process."""
+  if "compilation_cache" in flags.FLAGS:
+    return
   flags.DEFINE_string(
     "compilation_cache",
     None,
