@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from jax.experimental import topologies
 
 from switchlora_jax.errors import UserError
@@ -91,6 +92,8 @@ def without_gpus():
 def gpu_mesh(gpu: str, shape: str = "1x1x1", fsdp: int = 1):
   """(mesh of described GPUs, name of the compiler), or None if the CUDA plugin is not installed.
 
+  Switches off JAX's persistent compilation cache in this process.
+
   Args:
     gpu: the name of a file in `gpus/`.
     shape: see `parse_topology`.
@@ -105,4 +108,6 @@ def gpu_mesh(gpu: str, shape: str = "1x1x1", fsdp: int = 1):
     found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
   except NotImplementedError:
     return None
+  # A program for devices that do not exist can be stored, but not read: reading it would load it onto them.
+  jax.config.update("jax_enable_compilation_cache", False)
   return make_mesh(found.devices, fsdp), f"XLA for {found.devices[0].device_kind}"
