@@ -265,6 +265,8 @@ def _format_cell(key: str, value) -> str:
 def main():
   """Check the flags, measure, print, write."""
   cli.check_json(JSON.value)
+  if MEMORY.value and PEERS.value:
+    raise UserError("--peers are timed, but with --memory nothing is; leave out one of them")
   measure = benchmark_memory if MEMORY.value else benchmark
   config = CONFIG.value
   cli.set_precision(config)

@@ -7,6 +7,7 @@ see docs/cluster.md.
 Exit codes: 2, a user error; 75, stopped by SIGTERM or Ctrl-C after saving; 69, hung or lost another process.
 """
 
+import time
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.planning import topology
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
-from switchlora_jax.training import report, trainer
+from switchlora_jax.training import report, throughput, trainer
 from switchlora_jax.training.phases import build_phases
 
 CONFIG = cli.define_config()
@@ -48,8 +49,15 @@ def main():
   peak_flops = topology.peak_flops(jax.devices()[0].device_kind, config.dtype)
   options = dict(heading=changes, quiet=flags.FLAGS.quiet, peak_flops=peak_flops)
   outcome = trainer.train(config, workdir, flags.FLAGS.peer_timeout, distributed.end_process, **options)
-  processes.print_once(report.conclude(config, workdir, outcome, comparison(config)))
+  processes.print_once(report.conclude(config, workdir, outcome, comparison(config), start_seconds(outcome)))
   processes.print_once(f"continue for twice as long: {report.continue_command(config.steps * 2)}")
+
+
+def start_seconds(outcome) -> float | None:
+  """Seconds from the start of this process to the end of its first step; None if it did no step."""
+  if outcome.first_step_at is None:
+    return None
+  return throughput.seconds_since_start() - (time.monotonic() - outcome.first_step_at)
 
 
 def check():

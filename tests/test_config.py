@@ -27,6 +27,7 @@ MISTAKES = {
   "batch": (dict(batch_size=12), "batch_size (=12) must be a multiple of devices × accumulation (=8 × 1)"),
   "accumulation": (dict(accumulation=2), "(=8 × 2); try --config.batch_size=16"),
   "seed": (dict(seed=-1), "seed (=-1) must not be negative"),
+  "trace": (dict(profile_steps=-1), "profile_steps (=-1) must not be negative"),
   "hang": (dict(hang_seconds=-1.0), "hang_seconds (=-1.0) must be greater than 0, or 0 for never"),
   "steps": (dict(steps=0), "steps (=0) must be greater than 0"),
   "warm-up": (dict(warmup_steps=12), "warmup_steps (=12) must be at least 0 and less than steps (=12)"),

@@ -1,6 +1,7 @@
 """JAX's persistent cache of compiled programs: a second start of a program does not compile it again.
 
-JAX names an entry by a checksum of the program, the version of the compiler, its flags and the devices. It writes
+JAX names an entry by a checksum of the program, the version of the compiler, its flags and the devices, but not the
+number of cores, for which XLA divides the work when it compiles; each number has a folder of its own. JAX writes
 entries in place, so that a process that is killed may leave a part of one, which JAX would report at every later start
 and never replace. `enable` removes such parts, and the oldest entries beyond a limit.
 """
@@ -8,6 +9,7 @@ and never replace. `enable` removes such parts, and the oldest entries beyond a 
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -30,13 +32,13 @@ def define_flag():
   flags.DEFINE_string(
     "compilation_cache",
     None,
-    f"folder of compiled programs for later starts; {NONE}: compile them at every start; default: compiled/ in "
-    "data.cache_dir, if the command runs in one process",
+    f"folder of compiled programs for later starts; {NONE}: compile them at every start, also in runs that the command "
+    "starts; default: compiled/ in data.cache_dir, if the command runs in one process",
   )
 
 
 def enable(cache_dir: str) -> None:
-  """Let JAX store compiled programs; does nothing if a setting or an environment variable of JAX names a folder.
+  """Let JAX store compiled programs; without the flag, a folder that JAX's own setting or variable names is kept.
 
   A folder that cannot be used is reported by a warning, since a run needs none.
 
@@ -46,18 +48,24 @@ def enable(cache_dir: str) -> None:
   given = flags.FLAGS.compilation_cache
   if given == NONE:
     jax.config.update("jax_enable_compilation_cache", False)
-  if given == NONE or jax.config.jax_compilation_cache_dir is not None:
+  if given == NONE or (given is None and jax.config.jax_compilation_cache_dir is not None):
     return
-  folder = Path(given or Path(cache_dir) / "compiled").expanduser().absolute()
+  folder = Path(given or Path(cache_dir) / "compiled").expanduser().absolute() / f"{_cores()}-cores"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_parts(folder)
     _remove_oldest(folder)
-  except OSError as error:
-    log.warning("no compiled programs are stored in %s (%s); see --compilation_cache", folder, error.strerror)
+  except (OSError, ValueError) as error:  # of a path with a null character
+    log.warning("no compiled programs are stored in %s (%s); see --compilation_cache", folder, error)
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own files have no limit
   jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
+
+
+def _cores() -> int:
+  """The number of cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def only_if_asked() -> None:
@@ -70,22 +78,19 @@ def only_if_asked() -> None:
 
 
 def variables() -> dict[str, str]:
-  """The environment variables that give the setting of this process to a child."""
-  if not jax.config.jax_enable_compilation_cache:
-    return {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-  folder = jax.config.jax_compilation_cache_dir
-  seconds = str(jax.config.jax_persistent_cache_min_compile_time_secs)
-  return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": seconds} if folder else {}
+  """Environment variables for a child, which has the default folder for its own number of cores, or none."""
+  return {} if jax.config.jax_enable_compilation_cache else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 def _remove_parts(folder: Path):
   """Remove entries that a killed process has left incomplete; reads only those written since the last check."""
-  mark = folder / CHECKED
+  mark, began = folder / CHECKED, time.time_ns()
   last = mark.stat().st_mtime_ns if mark.exists() else 0
-  mark.touch()
   for file, status in _entries(folder):
     if status.st_mtime_ns >= last and not _is_whole(file):
       file.unlink(missing_ok=True)
+  mark.touch()
+  os.utime(mark, ns=(began, began))  # after the check, which may itself be interrupted
 
 
 def _is_whole(file: Path) -> bool:

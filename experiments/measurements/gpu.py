@@ -32,6 +32,7 @@ from absl import flags
 from configs import llama_1b, llama_350m, llama_tiny
 from experiments.common import children, cli
 from switchlora_jax.config import resolve
+from switchlora_jax.errors import UserError
 from switchlora_jax.models.llama import causal_attention, rotary_angles
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.planning import cost, topology
@@ -159,6 +160,7 @@ def measure(name: str) -> dict:
 def measure_in_child(name: str, seconds: float) -> dict:
   """The measurement in a process of its own; {"failed": why} if it has no result within the time."""
   command = [sys.executable, "-m", "experiments.measurements.gpu", f"--inside={name}", f"--small={SMALL.value}"]
+  command += ["--compilation_cache=none"]  # `compile_seconds` must not be those of reading
   try:
     done = subprocess.run(
       command, cwd=cli.ROOT, env=children.environment(), capture_output=True, text=True, timeout=max(seconds, 1)
@@ -183,6 +185,8 @@ def main():
     print(json.dumps(measure(INSIDE.value)))
     return
   cli.check_json(JSON.value)
+  if unknown := set(ONLY.value) - set(MEASUREMENTS):
+    raise UserError(f"--only has {', '.join(sorted(unknown))}; expected some of {', '.join(MEASUREMENTS)}")
   began, results = time.monotonic(), {}
   for name in MEASUREMENTS:
     if name in ONLY.value:

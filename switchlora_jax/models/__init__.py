@@ -3,6 +3,7 @@
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from switchlora_jax.models.llama import INIT, LLaMA
@@ -20,11 +21,11 @@ def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32,
       weights of `models.weights`.
     dtype: dtype of the computation.
     param_dtype: dtype of embedding, norms, head and, by default, of the linear layers.
-    device: the device that runs the model; it selects the attention kernel. None: a CPU.
+    device: the device that runs the model; it selects the attention kernel. None: JAX's first device.
     options: `remat` and `head`, see `LLaMA`.
   """
   dense = dense or partial(nn.Dense, use_bias=False, kernel_init=INIT, dtype=dtype, param_dtype=param_dtype)
-  kernel = "loop" if device is None else attention_kernel(device)
+  kernel = attention_kernel(jax.devices()[0] if device is None else device)
   return LLaMA(**sizes, dense=dense, attention_kernel=kernel, dtype=dtype, param_dtype=param_dtype, **options)
 
 

@@ -22,9 +22,9 @@ LINEAR, MIXED = "linear", "mixed"  # checkpoint names of the outputs of a block'
 
 
 def save_products(primitive, *_, **params) -> bool:
-  """Remat policy: save the outputs of linear layers and of attention, and what cuDNN's backward pass needs.
+  """Remat policy: save the outputs of linear layers and of attention; cuDNN's with what its backward pass needs.
 
-  Everything else in a block is elementwise. To compute it again takes less time than to write and read it.
+  Everything else in a block is norms and elementwise functions, which take less time than to write and read them.
   """
   return params.get("name") in (LINEAR, MIXED) or primitive.name.startswith("dot_product_attention_fwd")
 
@@ -66,12 +66,12 @@ def causal_attention(q, k, v, angles, kernel: str = "loop"):
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
   one_head = jax.checkpoint(lambda q, k, v: head_attention(q, k, v, angles), prevent_cse=False)
   if kernel != "loop":
-    return jax.vmap(jax.vmap(one_head))(q, k, v)
+    return checkpoint_name(jax.vmap(jax.vmap(one_head))(q, k, v), MIXED)
   batch, heads, length, _ = q.shape
   most = max(1, SCORES // (block_size(length) * length))
   together = max(n for n in range(1, most + 1) if batch * heads % n == 0)
   groups = tuple(x.reshape(-1, together, *x.shape[2:]) for x in (q, k, v))
-  return jax.lax.map(lambda group: jax.vmap(one_head)(*group), groups).reshape(q.shape)
+  return checkpoint_name(jax.lax.map(lambda group: jax.vmap(one_head)(*group), groups).reshape(q.shape), MIXED)
 
 
 def head_attention(q, k, v, angles):
@@ -154,7 +154,7 @@ class Block(nn.Module):
     if self.cache_length:
       mixed = self.cached_attention(q, k, v, angles)
     else:
-      mixed = checkpoint_name(causal_attention(q, k, v, angles, self.attention_kernel), MIXED)
+      mixed = causal_attention(q, k, v, angles, self.attention_kernel)
     return self._linear("o", x.shape[-1], mixed.swapaxes(1, 2).reshape(x.shape))
 
   def cached_attention(self, q, k, v, angles):

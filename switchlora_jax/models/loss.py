@@ -99,13 +99,12 @@ def _forward(x, kernel, targets):
 
   d_kernel, (losses, dx) = jax.lax.scan(chunk_gradients, zeros_accumulator(kernel.astype(wide)), _chunks(x, targets))
   dx = dx.reshape(-1, x.shape[-1])[:tokens]
-  return losses.reshape(-1)[:tokens].mean(), (dx, d_kernel.astype(kernel.dtype), tokens)
+  return losses.reshape(-1)[:tokens].mean(), (dx, (d_kernel / tokens).astype(kernel.dtype))
 
 
-def _backward(residuals, cotangent):
-  dx, d_kernel, tokens = residuals
-  scaled = lambda gradient, factor: (factor * gradient).astype(gradient.dtype)
-  return scaled(dx, cotangent), scaled(d_kernel, cotangent / tokens), None
+def _backward(gradients, cotangent):
+  dx, d_kernel = ((cotangent * gradient).astype(gradient.dtype) for gradient in gradients)
+  return dx, d_kernel, None
 
 
 mean_token_loss.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
@@ -110,4 +111,5 @@ def gpu_mesh(gpu: str, shape: str = "1x1x1", fsdp: int = 1):
     return None
   # A program for devices that do not exist can be stored, but not read: reading it would load it onto them.
   jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # JAX may have decided before that it uses the cache
   return make_mesh(found.devices, fsdp), f"XLA for {found.devices[0].device_kind}"

@@ -98,12 +98,13 @@ def describe_data(summary: dict) -> str:
   return "\n".join(lines)
 
 
-def conclude(config, workdir: Path, outcome, comparison: str | None = None) -> str:
+def conclude(config, workdir: Path, outcome, comparison: str | None = None, start_seconds: float | None = None) -> str:
   """Draw the loss curve, sample a text, and summarise the run. Every process must call it.
 
   Args:
     outcome: as from `trainer.train`.
     comparison: a line to print below the validation metrics, e.g. results of other methods for the same budget.
+    start_seconds: from the start of the command to the end of its first step; None: not printed.
   """
   title = f"{workdir.name}: {config.method}, {config.steps:,} steps"
   processes.on_first_process(lambda: _plot(outcome.rows, workdir / "loss.png", title))
@@ -112,7 +113,7 @@ def conclude(config, workdir: Path, outcome, comparison: str | None = None) -> s
     *_validation_lines(outcome.rows),
     *([comparison] if comparison else []),
     *_training_lines(outcome.rows),
-    *_start_line(outcome.start_seconds),
+    *_start_line(start_seconds),
     f"updates skipped as not finite: {int(outcome.state.skipped)}",
     f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",

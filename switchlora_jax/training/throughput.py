@@ -29,7 +29,8 @@ def model_flops(sizes, batch: int, length: int) -> int:
 
 def peak_memory() -> int:
   """The largest number of bytes in use so far: of the fullest device of this process, or of the process on CPUs."""
-  known = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  known = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
   return max(known) if known else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -55,22 +56,29 @@ class StepTracer:
     """Begin the trace, if it is due."""
     self._delay -= 1
     if self._left and self._delay < 0 and not self._traces:
-      jax.profiler.start_trace(self._folder)
-      self._traces = True
+      self._try(lambda: jax.profiler.start_trace(self._folder))
+      self._traces = self._left > 0
 
   def after_step(self, values) -> None:
     """Count a step, with its metrics, and end the trace after the last one, once the devices have computed it."""
     if self._traces:
       self._left -= 1
-      if not self._left:
+      if not self._left:  # `close` writes it
         jax.block_until_ready(values)
         self.close()
 
   def close(self) -> None:
     """Write the trace, if one is in progress."""
     if self._traces:
-      self._traces = False
-      try:
-        jax.profiler.stop_trace()
-      except (OSError, RuntimeError) as error:
-        log.warning("the trace of the profiler cannot be written (%s); the run continues without it", error)
+      self._traces, self._left = False, 0
+      self._try(jax.profiler.stop_trace)
+    elif self._left:
+      log.warning("no trace was written: the command ended before its step %d", TRACE_DELAY + 1)
+
+  def _try(self, action):
+    """Call a function of the profiler; after an error, nothing more is traced."""
+    try:
+      action()
+    except Exception as error:  # a run does not end because it cannot be profiled
+      log.warning("the trace of the profiler cannot be written (%s); the run continues without it", error)
+      self._left = 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from switchlora_jax.training import anomalies, metrics, report, warm_start
 from switchlora_jax.training.evaluation import first, validate
 from switchlora_jax.training.metrics import Metrics, due
 from switchlora_jax.training.phases import Phase, build_phases, phase_at
-from switchlora_jax.training.throughput import StepTracer, seconds_since_start
+from switchlora_jax.training.throughput import StepTracer
 from switchlora_jax.training.writers import default_writers
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
     phase: the last phase. state: the trained state. data: the dataset.
     rows: all rows of metrics.jsonl.
     first_step: number of steps that were done before this command continued the run; 0 for a new run.
-    start_seconds: from the start of the process to the end of its first step; None if it did none.
+    first_step_at: `time.monotonic()` at the end of the first step of this call; None if it did none.
   """
 
   phase: Phase
@@ -43,7 +44,7 @@ class Outcome(NamedTuple):
   data: dataset.Dataset
   rows: list[dict]
   first_step: int
-  start_seconds: float | None
+  first_step_at: float | None
 
 
 def train(
@@ -122,7 +123,7 @@ def _train(
     saved = f"after step {run.done}, which is saved; the same command continues"
     unsaved = "before anything was saved; the same command starts again"  # also after a rollback to the start
     raise Stopped(f"stopped by {supervisor.cause} {saved if run.done else unsaved}")
-  return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step, run.start_seconds)
+  return Outcome(run.phase, run.state, data, metrics.read(workdir / "metrics.jsonl"), first_step, run.first_step_at)
 
 
 class Run:
@@ -133,7 +134,7 @@ class Run:
     state: the train state after them.
     phase: the phase that `state` belongs to.
     metrics: collects and writes the metrics of the steps.
-    start_seconds: from the start of the process to the end of its first step; None before that.
+    first_step_at: `time.monotonic()` at the end of the first step; None before that.
   """
 
   def __init__(
@@ -152,8 +153,8 @@ class Run:
     self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
     self._validate = make_evaluate(config, phases[0], data, quiet)
     self._peak_flops = peak_flops and peak_flops * jax.device_count()
-    self._tracer = StepTracer(workdir / "tensorboard", config.profile_steps)
-    self.metrics, self.start_seconds = None, None
+    self._tracer = StepTracer(workdir / "tensorboard", config.profile_steps if processes.is_first() else 0)
+    self.metrics, self.first_step_at = None, None
 
   def __enter__(self):
     return self
@@ -227,9 +228,9 @@ class Run:
       self.state, values = self.phase.step(self.state, batch)
     self._tracer.after_step(values)
     self.done += 1
-    if self.start_seconds is None:
+    if self.first_step_at is None:
       jax.block_until_ready(values)
-      self.start_seconds = seconds_since_start()
+      self.first_step_at = time.monotonic()
     self.metrics.add(self.done, values | ({"hand_over": 1} if hand_over else {}))
 
   def report(self) -> int | None:

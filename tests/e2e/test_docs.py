@@ -20,7 +20,7 @@ MODULES = [
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"(?:python -m experiments\.(\w+(?:\.\w+)*)|experiments/slurm/(pretrain)\.sbatch)((?:[ \t][^\n]*)?)")
+COMMAND = re.compile(r"(?:python -m experiments\.([\w.]*\w)|experiments/slurm/(pretrain)\.sbatch)((?:[ \t][^\n]*)?)")
 DEFINED = re.compile(r'DEFINE_\w+\(\s*"(\w+)"')
 FOREIGN = {"gpus-per-task", "kill-on-bad-exit", "wait", "requeue", "signal", "nodes", "faults"}  # of SLURM and pytest
 

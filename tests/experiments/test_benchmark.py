@@ -115,6 +115,7 @@ def test_the_layer_it_compares_with_computes_the_same():
   [
     (["--methods=full,loar"], "--methods has loar; expected some of full, .*, two products, galore refreshing"),
     (["--methods=switchlora", "--rank=1"], r"rank \(=1\) cannot switch"),
+    (["--memory", "--peers=torch"], "--peers are timed, but with --memory nothing is"),
     (["--methods=lora", "--vocabulary=0"], r"model\.vocab_size \(=0\) must be greater than 0"),
   ],
 )

@@ -309,6 +309,7 @@ def test_each_process_reads_its_own_rows_and_no_others(runs):
     count = min(len(data.valid), config.eval_tokens // 16)
     assert valid == {pick % count for start in range(0, count, 8) for pick in range(start, start + 8)[share]}
   assert len(list((folder / "cache").glob("text-*"))) == 1, "text was prepared once"
+  assert not list((folder / "cache").rglob("*-cache")), "several processes store no compiled programs"
 
 
 def test_process_0_prints(runs):

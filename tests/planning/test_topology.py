@@ -47,6 +47,13 @@ def test_figures_match_the_description_for_the_compiler(gpu):
   assert figures.nvlink > figures.network
 
 
+def test_the_peak_of_a_device_is_that_of_its_type():
+  """Names as JAX gives them."""
+  assert topology.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == topology.read_gpu("h100").peak["bfloat16"]
+  assert topology.peak_flops("NVIDIA A100-SXM4-40GB", "float32") == topology.read_gpu("a100").peak["float32"]
+  assert topology.peak_flops("cpu", "float32") is None and topology.peak_flops("NVIDIA H200", "float16") is None
+
+
 def test_without_gpus_keeps_variables_that_are_set(monkeypatch):
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
   monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")  # so that monkeypatch restores it

@@ -1,6 +1,7 @@
 """Model FLOPs, memory, start-up time and traces of the profiler."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -32,9 +33,8 @@ def test_model_flops_are_those_of_the_products():
 
 
 def test_peak_memory_is_that_of_the_process_on_a_cpu():
-  before = throughput.peak_memory()
-  block = bytearray(before // 2)
-  assert throughput.peak_memory() >= before + len(block) // 2 > 1e7
+  (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+  assert throughput.peak_memory() == pytest.approx(1024 * int(line.split()[1]), rel=0.02)
 
 
 def test_seconds_since_the_start_advance():
@@ -67,6 +67,25 @@ def test_a_trace_that_ends_early_is_written(tmp_path):
   tracer.close()
   tracer.close()
   assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+
+
+def test_a_trace_that_cannot_begin_is_a_warning(tmp_path, caplog):
+  tracer = throughput.StepTracer(tmp_path, 2)
+  with jax.profiler.trace(tmp_path / "of the user"):
+    for _ in range(5):
+      tracer.before_step()
+      tracer.after_step(jnp.ones(()))
+  tracer.close()
+  assert caplog.text.count("the trace of the profiler cannot be written (") == 1
+  assert not (tmp_path / "plugins").exists()
+
+
+def test_a_command_that_ends_before_its_trace_begins_says_so(tmp_path, caplog):
+  tracer = throughput.StepTracer(tmp_path, 2)
+  tracer.before_step()
+  tracer.after_step(jnp.ones(()))
+  tracer.close()
+  assert "no trace was written: the command ended before its step 3" in caplog.text
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypatch):
@@ -104,9 +123,12 @@ def test_a_row_has_speed_utilisation_wait_and_memory(monkeypatch, peak):
       pass
     log.add(step, {"loss": jnp.float32(1), "skipped": jnp.int32(0)})
   log.flush()  # 105
-  (row, _), flops = kept.rows, 2 * throughput.model_flops(config.model, 16, 9) / 5
+  log.add(3, {"loss": jnp.float32(1), "skipped": jnp.int32(0)})
+  log.flush()
+  (row, _, last), flops = kept.rows, 2 * throughput.model_flops(config.model, 16, 9) / 5
   assert row["tokens_per_second"] == round(2 * 16 * 9 / 5, 1) and row["data_wait_share"] == 0.4
   assert row["model_tflops_per_second"] == float(f"{flops / 1e12:.4g}") and row["peak_memory_bytes"] > 1e7
   assert row.get("mfu") == (round(flops / 1e9, 4) if peak else None)
+  assert last["data_wait_share"] == 0
   assert {*row} - {"step", "loss", "skipped"} <= {*metrics.TIMED}
   log.close()

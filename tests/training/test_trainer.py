@@ -94,10 +94,13 @@ def test_the_validation_loss_falls(finished):
 
 @pytest.mark.parametrize("stop", [4, 5, 8, 11])
 def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
-  """An exception after step `stop` + 1 stops the run like a kill. metrics.jsonl is ahead of the checkpoint."""
+  """An exception after step `stop` + 1 stops the run like a kill. metrics.jsonl is ahead of the checkpoint.
+
+  One run is traced meanwhile. Its trace is written although the run ends early.
+  """
   folder, method, uninterrupted, outcome = finished
   workdir = folder / f"stopped-{stop}"
-  config = resolved(folder, method=method)
+  config = resolved(folder, method=method, profile_steps=100 * (stop == 4))
   original = metrics.Metrics.add
 
   class Killed(BaseException):
@@ -112,6 +115,7 @@ def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(metrics.Metrics, "add", add)
     trainer.train(config, workdir)
+  assert len(list(workdir.glob("tensorboard/plugins/profile/*/*.xplane.pb"))) == (stop == 4)
   again = trainer.train(config, workdir)
   assert again.first_step == stop // 4 * 4
   assert lines(workdir) == lines(uninterrupted)
