@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
   config.param_dtype = "float32"  # of stored parameters and optimizer state; the authors train in bfloat16
   config.frozen_dtype = placeholder(str)  # of stored base kernels: float32 | bfloat16; None: param_dtype
   config.candidates_dtype = placeholder(str)  # of stored spare vectors: float32 | bfloat16; None: param_dtype
-  config.remat = "none"  # recompute in the backward pass: none (norms, elementwise, scores) | linear (+ attention) | full
+  config.remat = "none"  # recompute in the backward pass: none (norms, scores) | linear (and attention) | full
   config.count_per_element = False  # lora, switchlora: store Adam's step counts per element (App. D); same updates
 
   config.eval_every = 1000  # steps between evaluations; another one follows the last step
