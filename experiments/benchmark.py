@@ -183,9 +183,10 @@ def peer_calls(peers: torch_peers.Peers | None) -> dict:
   """{(peer, rank): a function that does its next step}."""
   if peers is None:
     return {}
+  full, *others = torch_peers.installed()
   ranks = RANKS.value or [CONFIG.value.rank]
-  found = {(peer, rank): None for peer in torch_peers.installed() for rank in ranks if peer != torch_peers.FULL}
-  return {name: partial(peers.step, *name) for name in {(torch_peers.FULL, 0): None} | found}
+  names = [(full, 0), *((peer, rank) for peer in others for rank in ranks)]
+  return {name: partial(peers.step, *name) for name in names}
 
 
 def start_peers(config, rows):

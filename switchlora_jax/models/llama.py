@@ -15,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 EPSILON = 1e-6  # of RMSNorm
 ROPE_BASE = 10_000.0
 INIT = nn.initializers.normal(0.02)
-ATTENTION = ("cudnn", "batched", "loop")  # kernels of `causal_attention`
 BLOCK, BLOCKS = 64, 8  # smallest number of queries in a block of attention, and largest number of blocks
 SCORES = 2**19  # scores that the kernel `loop` computes at a time: 2 MiB in float32, for the caches of a CPU
 LINEAR, MIXED = "linear", "mixed"  # checkpoint names of the outputs of a block's linear layers, and of its attention
@@ -24,7 +23,8 @@ LINEAR, MIXED = "linear", "mixed"  # checkpoint names of the outputs of a block'
 def save_products(primitive, *_, **params) -> bool:
   """Remat policy: save the outputs of linear layers and of attention; cuDNN's with what its backward pass needs.
 
-  Everything else in a block is norms and elementwise functions, which take less time than to write and read them.
+  Norms, elementwise functions and the scores of attention are computed again. That takes less time than to write and
+  read them.
   """
   return params.get("name") in (LINEAR, MIXED) or primitive.name.startswith("dot_product_attention_fwd")
 
@@ -55,9 +55,9 @@ def causal_attention(q, k, v, angles, kernel: str = "loop"):
   Args:
     q, k, v: [batch, heads, length, head_size].
     angles: of the positions, [length, head_size / 2].
-    kernel: `cudnn`, cuDNN's, which needs an NVIDIA GPU, or `batched` where it does not support the arguments;
-      `batched`, `head_attention` of all heads at once; `loop`, the same of a few heads at a time, which keeps the
-      scores in the caches of a CPU.
+    kernel: one of three. `cudnn`: cuDNN's, which needs an NVIDIA GPU, or `batched` where it does not support the
+      arguments. `batched`: `head_attention` of all heads at once. `loop`: the same of a few heads at a time, which
+      keeps the scores in the caches of a CPU.
   Returns:
     [batch, heads, length, head_size].
   """
