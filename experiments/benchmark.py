@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.ad_checkpoint import checkpoint_name
 
 from experiments.common import cli, torch_peers
 from switchlora_jax.config import resolve
@@ -35,6 +36,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
 from switchlora_jax.methods import LOW_RANK, METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
+from switchlora_jax.models.llama import LINEAR
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
 from switchlora_jax.planning import cost, topology
 from switchlora_jax.progress import progress_bar
@@ -71,7 +73,8 @@ class TwoProductDense(LoRADense):
     names = {"kernel": "frozen"} | dict.fromkeys(ADAPTER, "params")
     arrays = (x, *(self.get_variable(collection, name) for name, collection in names.items()))
     x, kernel, lora_a, lora_b = (array.astype(self.dtype) for array in arrays)
-    return x @ kernel + self.scale * ((x @ lora_a.T) @ lora_b)
+    narrow = checkpoint_name(x @ lora_a.T, LINEAR)  # kept for the backward pass, as libraries do
+    return x @ kernel + self.scale * (narrow @ lora_b)
 
 
 class BenchmarkCase(NamedTuple):

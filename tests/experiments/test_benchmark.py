@@ -30,11 +30,11 @@ def rows_of(folder, *flags, **how):
 def test_times_and_operations_of_each_program(tmp_path):
   names = ["switchlora", "galore", "two products", "galore refreshing"]  # each costs seconds to compile
   printed, rows = rows_of(tmp_path, "--repeats=1", f"--methods={','.join(names)}", user_flags=True)
-  alone = ["switching alone, first steps", "switching alone, last steps"]
+  alone = ["one matrix product", "switching alone, first steps", "switching alone, last steps"]
   assert list(rows) == ["full", *names, *alone]
   assert rows["full"]["time_ratio"] == rows["full"]["operations_ratio"] == 1
   assert all(row["seconds"] > 0 and row["time_ratio"] > 0 and row["vocabulary"] == 64 for row in rows.values())
-  assert [row["rank"] for row in rows.values()] == [0] + [4] * 6
+  assert [row["rank"] for row in rows.values()] == [0, 4, 4, 4, 4, 0, 4, 4]
   operations = {name: row["operations_ratio"] for name, row in rows.items()}
   assert 0 < operations["two products"] < operations["switchlora"] < 1
   assert operations["galore refreshing"] == operations["galore"] > 1  # a decomposition is no matrix product
@@ -43,7 +43,9 @@ def test_times_and_operations_of_each_program(tmp_path):
   peak = {name: row["peak_ratio"] for name, row in rows.items()}
   assert peak["switchlora"] > peak["two products"] > 0 and peak["full"] == 1
   for ratios in (operations, optimizer, peak):
-    assert ratios[alone[0]] is ratios[alone[1]] is None
+    assert {ratios[name] for name in alone} == {None}
+  assert all(row["gflops"] == rows["full"]["gflops"] for name, row in rows.items() if name not in alone)
+  assert rows[alone[0]]["share"] == 1 and rows["full"]["share"] > 0 and rows[alone[1]]["share"] is None
   assert printed.startswith("layers: 1, tokens per step: 2 × 16, one ")
   assert {row["dtype"] for name, row in rows.items() if name not in alone} == {"float32"}
   assert "time_ratio" in printed and "galore refreshing" in printed
