@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,16 @@ def random_rows(config) -> np.ndarray:
   return np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
 
 
+def timed(call) -> tuple[float, Any]:
+  """The median of the seconds of a call after two untimed ones, and the result of the last call."""
+  seconds = []
+  for _ in range(REPEATS + 2):
+    began = time.perf_counter()
+    result = jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - began)
+  return statistics.median(seconds[2:]), result
+
+
 def measure_step(size: str, method: str, host: bool = False) -> dict:
   """Seconds, MFU and memory of a training step; memory in bytes."""
   config = step_config(size, method, host)
@@ -78,13 +90,14 @@ def measure_step(size: str, method: str, host: bool = False) -> dict:
     rows, began = phase.shard_batch(random_rows(config)), time.perf_counter()
     step = phase.step.lower(phase.abstract, rows).compile()
     compiled = time.perf_counter() - began
-    state, seconds = phase.create(), []
-    for _ in range(REPEATS + 2):
-      began = time.perf_counter()
+    state = phase.create()
+
+    def one_step():
+      nonlocal state
       state, values = step(state, rows)
-      jax.block_until_ready(values)
-      seconds.append(time.perf_counter() - began)
-  median = statistics.median(seconds[2:])
+      return values
+
+    median, values = timed(one_step)
   flops = model_flops(config.model, *rows.shape)
   peak = topology.peak_flops(jax.devices()[0].device_kind, config.dtype)
   return {
@@ -114,12 +127,7 @@ def measure_attention() -> dict:
       out, backward = jax.vjp(lambda *qkv: causal_attention(*qkv, angles, kernel), q, k, v)
       return out, *backward(towards)
 
-    seconds = []
-    for _ in range(REPEATS + 2):
-      began = time.perf_counter()
-      results[kernel] = jax.block_until_ready(both(q, k, v))
-      seconds.append(time.perf_counter() - began)
-    found[f"{kernel}_seconds"] = statistics.median(seconds[2:])
+    found[f"{kernel}_seconds"], results[kernel] = timed(partial(both, q, k, v))
   if len(results) == 2:
     wide = [[np.asarray(x, np.float32) for x in result] for result in results.values()]
     found["largest_difference"] = max(float(np.abs(x - y).max()) for x, y in zip(*wide, strict=True))

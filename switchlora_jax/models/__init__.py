@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from switchlora_jax.models.llama import INIT, LLaMA
 
-__all__ = ["LLaMA", "make_model", "supports_fused_attention"]
+__all__ = ["LLaMA", "attention_kernel", "make_model"]
 
 
 def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32, device=None, **options) -> LLaMA:
@@ -30,12 +30,7 @@ def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32,
 
 
 def attention_kernel(device) -> str:
-  """The kernel of `llama.causal_attention` for a device."""
+  """The kernel of `llama.causal_attention` for a device; cuDNN's needs compute capability 8.0 (Ampere) or later."""
   if device.platform == "cpu":
     return "loop"
-  return "cudnn" if supports_fused_attention(device) else "batched"
-
-
-def supports_fused_attention(device) -> bool:
-  """Whether a device supports cuDNN's attention: an NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
-  return device.platform == "gpu" and float(device.compute_capability) >= 8
+  return "cudnn" if device.platform == "gpu" and float(device.compute_capability) >= 8 else "batched"

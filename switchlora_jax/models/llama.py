@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from switchlora_jax.parallel.sharding import GATHERED
+
 EPSILON = 1e-6  # of RMSNorm
 ROPE_BASE = 10_000.0
 INIT = nn.initializers.normal(0.02)
@@ -27,6 +29,14 @@ def save_products(primitive, *_, **params) -> bool:
   read them.
   """
   return params.get("name") in (LINEAR, MIXED) or primitive.name.startswith("dot_product_attention_fwd")
+
+
+def all_but_gathered(primitive, *_, **params) -> bool:
+  """Remat policy: save everything except all-gathered parameters and their casts.
+
+  `save_anything_except_these_names` does not suffice: it saves the result of the all-gather before it gets its name.
+  """
+  return primitive.name not in ("all_gather", "convert_element_type") and params.get("name") != GATHERED
 
 
 REMAT = {
@@ -233,8 +243,10 @@ class LLaMA(nn.Module):
 
   def block(self):
     """`block_class` with the gathering of `gather` and the recomputation of `remat`."""
-    block = self.block_class
-    if self.gather is not None:
-      # No policy saves gathered parameters: those of all layers would add up to the whole model.
-      block = nn.map_variables(block, ("params", "frozen"), trans_in_fn=self.gather)
+    if self.gather is None:
+      return REMAT[self.remat](self.block_class)
+    block = nn.map_variables(self.block_class, ("params", "frozen"), trans_in_fn=self.gather)
+    # Gathered parameters are not saved but gathered again: those of all layers would add up to the whole model.
+    if self.remat == "none":
+      return nn.remat(block, prevent_cse=False, policy=all_but_gathered)
     return REMAT[self.remat](block)

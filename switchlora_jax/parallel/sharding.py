@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from switchlora_jax.lowrank.layers import ADAPTER
@@ -16,6 +17,7 @@ from switchlora_jax.lowrank.spares import SPARES
 
 DATA, FSDP = "data", "fsdp"
 BOTH = (DATA, FSDP)
+GATHERED = "gathered"  # checkpoint name of the arrays that `gather` returns, for rematerialisation policies
 
 
 def make_mesh(devices=None, fsdp: int = 1) -> jax.sharding.Mesh:
@@ -134,7 +136,7 @@ def gather(tree, specs, removed_axes: int = 0):
     if FSDP not in tuple(spec):
       return part
     axis = tuple(spec).index(FSDP) - removed_axes
-    return jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
+    return checkpoint_name(jax.lax.all_gather(part, FSDP, axis=axis, tiled=True), GATHERED)
 
   return jax.tree.map(gather_one, tree, specs)
 

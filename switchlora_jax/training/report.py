@@ -108,12 +108,13 @@ def conclude(config, workdir: Path, outcome, comparison: str | None = None, star
   """
   title = f"{workdir.name}: {config.method}, {config.steps:,} steps"
   processes.on_first_process(lambda: _plot(outcome.rows, workdir / "loss.png", title))
+  started = f"seconds from the start of the command to the end of its first step: {start_seconds or 0:.1f}"
   lines = [
     "",
     *_validation_lines(outcome.rows),
     *([comparison] if comparison else []),
     *_training_lines(outcome.rows),
-    *_start_line(start_seconds),
+    *([started] if start_seconds is not None else []),
     f"updates skipped as not finite: {int(outcome.state.skipped)}",
     f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",
@@ -165,12 +166,6 @@ def _training_lines(rows: list[dict]) -> list[str]:
   if steps := [row for row in rows if "spike" in row]:  # rolled-back steps are not in metrics.jsonl
     lines.append(f"loss spikes: {sum(row['spike'] for row in steps) + steps[-1].get('rollbacks', 0)}")
   return lines
-
-
-def _start_line(seconds: float | None) -> list[str]:
-  return (
-    [] if seconds is None else [f"seconds from the start of the command to the end of its first step: {seconds:.1f}"]
-  )
 
 
 def continue_command(steps: int) -> str:

@@ -91,17 +91,18 @@ def expected(name: str, documents: list[str]) -> list[str]:
   return [text.removeprefix("\ufeff") for text in documents]
 
 
-# Every format and every compression. A file with many NUL characters is refused as binary, by a test of its own.
-TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+# Every format and every compression.
 
 
 @settings(max_examples=12, deadline=None)
-@given(documents=st.lists(TEXTS, max_size=6), copies=st.integers(1, 3), piece=st.integers(1, 40))
+@given(documents=st.lists(st.text(max_size=30), max_size=6), copies=st.integers(1, 3), piece=st.integers(1, 40))
 def test_any_documents_are_read_in_any_format_and_compression(read, documents, copies, piece):
   """In one frame or several, with and without a byte order mark."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(readers, "PIECE", piece)
     for name, write in FORMATS.values():
+      if name.endswith("txt") and "\0" in "".join(documents):
+        continue  # plain text with many NUL characters is refused as binary, which has a test of its own
       for suffix, compress in COMPRESSORS.items():
         frames = 1 if "parquet" in name else copies
         content = write(documents) + b"\n" * (name == "a.json")

@@ -181,19 +181,19 @@ def test_arrays_are_sharded_evenly_and_never_along_the_layers(shape, in_blocks, 
 
 
 def test_operations_per_device_do_not_grow_with_devices():
-  """With equal sequences per device, each of eight needs as many operations as each of two.
+  """With equal sequences per device, one device and each of eight need the same number of operations.
 
-  One device needs fewer by an addition per gradient, that of the sum over devices.
+  The sum over the devices, an addition per gradient, is not counted: one device has none.
   """
 
   def operations(devices, **layout):
     settings = config(batch_size=2 * devices, **layout)
     phase = small_model.phase(settings, devices)
     tokens = jax.ShapeDtypeStruct((2 * devices, 8), np.int32, sharding=by_rows(small_model.mesh(devices)))
-    return phase.step.lower(phase.abstract, tokens).compile().cost_analysis()["flops"]
+    sums = sum(x.size for x in jax.tree.leaves(phase.abstract.params)) if devices > 1 else 0
+    return phase.step.lower(phase.abstract, tokens).compile().cost_analysis()["flops"] - sums
 
-  assert operations(2, **SPARES) <= 1.02 * operations(1)
-  assert operations(8, **SPARES) <= 1.01 * operations(2, **SPARES)
+  assert operations(8, **SPARES) <= 1.01 * operations(1)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.training import metrics, writers
+from switchlora_jax.training.throughput import model_flops
 from switchlora_jax.training.writers import JsonLinesWriter, TensorBoardWriter
 
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
@@ -227,3 +229,26 @@ def test_every_writer_gets_all_rows():
     assert [{k: v for k, v in row.items() if k not in metrics.TIMED} for row in steps] == found
     assert all(row["tokens_per_second"] > 0 for row in steps)
     assert evaluation == {"step": 2, "val_loss": 1.5, "val_ppl": 4.5} and toy.calls == ["sync", "close"]
+
+
+@pytest.mark.parametrize("peak", [None, 1e6])
+def test_a_row_has_speed_utilisation_wait_and_memory(monkeypatch, peak):
+  clock = iter(range(100, 1000))
+  # A second passes between two calls.
+  monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+  toy = ListWriter()
+  log = metrics.Metrics(ConfigDict(CONFIG), 0, [toy], quiet=True, peak_flops=peak)  # 100
+  for step in (1, 2):
+    with log.reading_batch():  # a second each, from 101 to 102, and from 103 to 104
+      pass
+    log.add(step, {"loss": jnp.float32(1), "skipped": jnp.int32(0)})
+  log.flush()  # 105
+  log.add(3, {"loss": jnp.float32(1), "skipped": jnp.int32(0)})
+  log.flush()
+  (row, _, last), flops = toy.rows, 2 * model_flops(SIZES, 2, 8) / 5
+  assert row["tokens_per_second"] == round(2 * 2 * 8 / 5, 1) and row["data_wait_share"] == 0.4
+  assert row["model_tflops_per_second"] == float(f"{flops / 1e12:.4g}") and row["peak_memory_bytes"] > 1e7
+  assert row.get("mfu") == (round(flops / 1e6, 4) if peak else None)
+  assert last["data_wait_share"] == 0
+  assert {*row} - {"step", "loss", "skipped"} <= {*metrics.TIMED}
+  log.close()

@@ -2,18 +2,16 @@
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 import small_model
-from ml_collections import ConfigDict
 
 from switchlora_jax.models import make_model
 from switchlora_jax.models.loss import mean_loss
 from switchlora_jax.planning import cost
-from switchlora_jax.training import metrics, throughput
+from switchlora_jax.training import throughput
 
 
 def test_model_flops_are_those_of_the_products():
@@ -99,36 +97,3 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, caplog, monkeypat
     tracer.before_step()
     tracer.after_step(jnp.ones(()))
   assert "the trace of the profiler cannot be written (No space left on device)" in caplog.text
-
-
-class Kept(metrics.Writer):
-  """Keeps the rows."""
-
-  def __init__(self):
-    self.rows = []
-
-  def write(self, rows):
-    self.rows += rows
-
-
-@pytest.mark.parametrize("peak", [None, 1e9])
-def test_a_row_has_speed_utilisation_wait_and_memory(monkeypatch, peak):
-  clock = iter(range(100, 1000))
-  # A second passes between two calls.
-  monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-  config, kept = small_model.config("full", seq_len=9), Kept()
-  log = metrics.Metrics(ConfigDict(config), 0, [kept], quiet=True, peak_flops=peak)  # 100
-  for step in (1, 2):
-    with log.reading_batch():  # a second each, from 101 to 102, and from 103 to 104
-      pass
-    log.add(step, {"loss": jnp.float32(1), "skipped": jnp.int32(0)})
-  log.flush()  # 105
-  log.add(3, {"loss": jnp.float32(1), "skipped": jnp.int32(0)})
-  log.flush()
-  (row, _, last), flops = kept.rows, 2 * throughput.model_flops(config.model, 16, 9) / 5
-  assert row["tokens_per_second"] == round(2 * 16 * 9 / 5, 1) and row["data_wait_share"] == 0.4
-  assert row["model_tflops_per_second"] == float(f"{flops / 1e12:.4g}") and row["peak_memory_bytes"] > 1e7
-  assert row.get("mfu") == (round(flops / 1e9, 4) if peak else None)
-  assert last["data_wait_share"] == 0
-  assert {*row} - {"step", "loss", "skipped"} <= {*metrics.TIMED}
-  log.close()
