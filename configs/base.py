@@ -17,11 +17,13 @@ def get_config() -> ConfigDict:
   config.steps = 40_000  # number of updates; the schedules of learning rate and switching span them
   config.batch_size = 1152  # sequences per step, over all devices and micro-batches
   config.seq_len = 512  # tokens per sequence
-  config.learning_rate = placeholder(float)  # peak learning rate; None: the default of the method
-  config.warmup_steps = 100  # steps of linear warm-up; a cosine follows until `steps`
-  config.min_lr_ratio = placeholder(float)  # final learning rate / peak learning rate; None: the default of the method
+  config.learning_rate = placeholder(float)  # peak, of the blocks' linear layers; None: the default of the method
+  config.rest_learning_rate = placeholder(float)  # peak, of embedding, norms and head; None: learning_rate
+  config.warmup_steps = 100  # steps of linear warm-up; schedule.name follows until `steps`
+  config.min_lr_ratio = placeholder(float)  # final learning rate / peak; None: of the method, or of the schedule
   config.warm_start_steps = 0  # full-rank steps at the start of the run, included in `steps`; 0: none
   config.warm_start_learning_rate = placeholder(float)  # peak in the warm start; None: the default of method full
+  config.warm_start_rest_learning_rate = placeholder(float)  # of embedding, norms, head; None: the other one
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
   config.warm_start_from = ""  # run directory or Hugging Face LLaMA folder with the initial weights; "": random
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
@@ -43,6 +45,18 @@ def get_config() -> ConfigDict:
   config.max_skipped = 20  # abort after this number of consecutive steps with a loss or gradient that is not finite
   config.profile_steps = 0  # steps of each command to trace for TensorBoard's profiler, after the first two; 0: none
   config.hang_seconds = 1800.0  # abort when one restore, step, evaluation or save takes more seconds; 0: never
+
+  config.schedule = ConfigDict()
+  config.schedule.name = "cosine"  # from the warm-up to the end: cosine | linear | constant | wsd | inverse_sqrt
+  config.schedule.decay_share = 0.2  # wsd (warm-up, stable, decay): share of `steps` in which the rate falls linearly
+
+  config.optimizer = ConfigDict()
+  config.optimizer.name = "adam"  # adam | muon (linear layers; Adam elsewhere) | lion | sgd; some methods need adam
+  config.optimizer.b1 = placeholder(float)  # decay rate of the first moment or momentum; None: 0.9, of muon 0.95
+  config.optimizer.b2 = placeholder(float)  # decay rate of the second moment; None: 0.999, of lion's momentum 0.99
+  config.optimizer.eps = placeholder(float)  # added to the root of the second moment; None: 1e-8, of galore 1e-6
+  config.optimizer.weight_decay = 0.0  # each step scales weights by 1 - rate · weight_decay; not norms, frozen arrays
+  config.optimizer.moments_dtype = placeholder(str)  # of stored moments: bfloat16 | None: param_dtype
 
   config.spike = ConfigDict()  # loss spikes: losses above mean + threshold · standard deviation of the window
   config.spike.window = 128  # number of preceding losses in mean and deviation; no spikes before there are that many

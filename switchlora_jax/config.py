@@ -9,7 +9,7 @@ import math
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS
+from switchlora_jax.methods import METHODS, optimizers, schedules
 from switchlora_jax.models.llama import REMAT
 from switchlora_jax.runs.directory import FREE, LAYOUT, flatten
 from switchlora_jax.training import anomalies
@@ -57,22 +57,38 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
     raise UserError(f"method (={config.method!r}) must be one of {', '.join(METHODS)}; set --config.method")
   method = METHODS[config.method]
   method.check(config)
+  optimizers.check(config, method.ACCEPTED)
+  schedules.check(config)
   _check_warm_start(config)
-  config = config.copy_and_resolve_references()  # `copy` would share the placeholders
+  return FrozenConfigDict(fill_defaults(config, platform))
+
+
+def fill_defaults(config: ConfigDict, platform: str = "cpu") -> ConfigDict:
+  """A copy of a valid config whose unset keys have the values that follow from its other keys."""
+  config, method = config.copy_and_resolve_references(), METHODS[config.method]  # `copy` would share the placeholders
   if config.learning_rate is None:
     config.learning_rate = method.LEARNING_RATE
+  if config.rest_learning_rate is None:
+    config.rest_learning_rate = config.learning_rate
   if config.warm_start_learning_rate is None:
     config.warm_start_learning_rate = METHODS["full"].LEARNING_RATE
+  if config.warm_start_rest_learning_rate is None:
+    config.warm_start_rest_learning_rate = config.warm_start_learning_rate
   if config.warm_start_warmup_steps is None:
     config.warm_start_warmup_steps = config.warmup_steps
   if config.min_lr_ratio is None:
-    config.min_lr_ratio = method.MIN_LR_RATIO
+    config.min_lr_ratio = schedules.default_final_ratio(config, method.MIN_LR_RATIO)
+  for key, default in method.ACCEPTED[config.optimizer.name]._asdict().items():
+    if config.optimizer[key] is None:
+      config.optimizer[key] = default
+  if config.optimizer.moments_dtype is None:
+    config.optimizer.moments_dtype = config.param_dtype
   if config.dtype is None:
     config.dtype = "bfloat16" if platform == "gpu" else "float32"
   for key in ("frozen_dtype", "candidates_dtype"):
     if config[key] is None:
       config[key] = config.param_dtype
-  return FrozenConfigDict(config)
+  return config
 
 
 def _check_ranges(config):
@@ -144,7 +160,7 @@ def _check_training(config, devices: int):
         f"{key} (={config[key]}) must be at least 0 and less than steps (={config.steps}); "
         f"set --config.{key} or --config.steps"
       )
-  for key in ("learning_rate", "warm_start_learning_rate"):
+  for key in (f"{phase}{which}learning_rate" for phase in ("", "warm_start_") for which in ("", "rest_")):
     if config[key] is not None and not config[key] > 0:
       raise UserError(f"{key} (={config[key]}) must be greater than 0; set --config.{key}")
   if config.min_lr_ratio is not None and not 0 <= config.min_lr_ratio <= 1:

@@ -36,6 +36,7 @@ def scale_by_vector_adam(
   *,
   vectors: Callable = _no_vectors,
   count_per_element: bool = False,
+  moments_dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam with a step count per LoRA vector, so that each vector can be reset independently.
 
@@ -51,6 +52,8 @@ def scale_by_vector_adam(
     vectors: from the parameters to a tree of bools, true for the leaves [..., r, d] whose rows are LoRA vectors.
     count_per_element: store a count per element of every leaf (App. D). The updates are the same; the state of the
       optimizer takes 50% more memory.
+    moments_dtype: dtype of the stored moments, which are updated in the wider of it and the gradient's; None: that of
+      the parameters.
   Raises:
     ValueError: in `update`, if a reset mask does not broadcast to the step count of its leaf.
     TypeError: in `update`, if it is called with `skip`, an argument of earlier versions. Other unknown arguments are
@@ -64,7 +67,8 @@ def scale_by_vector_adam(
 
   def init(params):
     count = jax.tree.map(lambda v, p: jnp.zeros(count_shape(v, p), jnp.int32), vectors(params), params)
-    return VectorAdamState(count, optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+    zeros = lambda: optax.tree.zeros_like(params, dtype=moments_dtype)
+    return VectorAdamState(count, zeros(), zeros())
 
   def update(updates, state, params=None, *, reset=None, freeze=None, **others):
     del params
@@ -86,7 +90,8 @@ def scale_by_vector_adam(
     mu = optax.tree.update_moment(grads, fresh.mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(grads, fresh.nu, b2, 2)
     direction = jax.tree.map(lambda m, v, c: _unbias(m, b1, c) / (jnp.sqrt(_unbias(v, b2, c)) + eps), mu, nu, count)
-    return direction, VectorAdamState(count, mu, nu)
+    stored = lambda moments: optax.tree.cast(moments, moments_dtype)
+    return direction, VectorAdamState(count, stored(mu), stored(nu))
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -108,7 +113,7 @@ def vector_adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8, **options) -> optax.G
     learning_rate: a number, or a schedule: a function from the number of updates to the learning rate.
     b1, b2: decay rates of the first and second moments.
     eps: added to the square root of the bias-corrected second moment.
-    options: `vectors` and `count_per_element` of `scale_by_vector_adam`, whose masks `update` accepts.
+    options: `vectors`, `count_per_element` and `moments_dtype` of `scale_by_vector_adam`, whose masks `update` accepts.
   """
   return optax.chain(scale_by_vector_adam(b1, b2, eps, **options), optax.scale_by_learning_rate(learning_rate))
 

@@ -4,6 +4,7 @@ To add a method, write `methods/NAME.py`, and add it to `METHODS`, and to `FREEZ
 the method has settings of its own, add a section `config.NAME` to `configs/base.py`. The module has:
 
   LEARNING_RATE, MIN_LR_RATIO   the defaults of `config.learning_rate` and `config.min_lr_ratio`
+  ACCEPTED                      {name: default coefficients} of the optimizers that it works with, see `optimizers`
   check(config)                 raises `UserError` if a setting of the method is invalid
   describe(config)              lines that a run prints before it starts
   warnings(config)              sentences that a run prints as warnings before it starts
@@ -15,6 +16,7 @@ the method has settings of its own, add a section `config.NAME` to `configs/base
 from ml_collections import FrozenConfigDict
 
 from switchlora_jax.methods import full, galore, lora, relora, switchlora
+from switchlora_jax.methods.schedules import default_final_ratio
 
 METHODS = {"full": full, "lora": lora, "switchlora": switchlora, "relora": relora, "galore": galore}
 FREEZING = ("lora", "switchlora", "relora")  # the methods with frozen base kernels
@@ -34,15 +36,21 @@ def keys_for(config, method: str) -> dict:
 def full_rank_config(config) -> FrozenConfigDict:
   """The config of the full-rank phase of a run with `warm_start_steps`; its schedule spans the steps of the whole run.
 
-  Its learning rate and warm-up are `warm_start_learning_rate` and `warm_start_warmup_steps`. `min_lr_ratio` is the
-  default of full rank; the value of the run applies to the phase that follows.
+  Its learning rates and warm-up are `warm_start_learning_rate`, `warm_start_rest_learning_rate` and
+  `warm_start_warmup_steps`. `min_lr_ratio`, and coefficients of the optimizer that are those of the method, are the
+  defaults of full rank; the values of the run apply to the phase that follows.
   """
+  name = config.optimizer.name
+  own, of_full = METHODS[config.method].ACCEPTED[name]._asdict(), full.ACCEPTED[name]._asdict()
+  replaced = {key: of_full[key] for key, default in own.items() if config.optimizer[key] == default}
   changes = {
     "method": "full",
     "learning_rate": config.warm_start_learning_rate,
+    "rest_learning_rate": config.warm_start_rest_learning_rate,
     "warmup_steps": config.warm_start_warmup_steps,
-    "min_lr_ratio": full.MIN_LR_RATIO,
+    "min_lr_ratio": default_final_ratio(config, full.MIN_LR_RATIO),
     "warm_start_steps": 0,
+    "optimizer": config.optimizer.to_dict() | replaced,
   }
   return FrozenConfigDict(config.to_dict() | changes)
 

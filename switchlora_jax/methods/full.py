@@ -1,4 +1,4 @@
-"""Full-rank training: Adam on all weights."""
+"""Full-rank training of all weights, with any optimizer of `config.optimizer`."""
 
 from functools import partial
 
@@ -6,12 +6,13 @@ import flax.linen as nn
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import KERNEL_INIT
-from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
 from switchlora_jax.methods.base import Method, dtypes
+from switchlora_jax.methods.optimizers import OPTIMIZERS, make_optimizer
 from switchlora_jax.methods.schedules import config_schedule
 
 LEARNING_RATE = 1e-3  # section 4.1
 MIN_LR_RATIO = 0.0
+ACCEPTED = OPTIMIZERS
 
 
 def check(config):
@@ -35,6 +36,6 @@ def warnings(config) -> list[str]:
 
 
 def build(config) -> Method:
-  """`nn.Dense` layers and Adam."""
+  """`nn.Dense` layers and the optimizer of the config."""
   dense = partial(nn.Dense, use_bias=False, kernel_init=KERNEL_INIT, **dtypes(config))
-  return Method(dense, scale_by_vector_adam(), config_schedule(config))
+  return Method(dense, make_optimizer(config), config_schedule(config))

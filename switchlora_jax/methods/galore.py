@@ -16,10 +16,12 @@ from flax.traverse_util import path_aware_map
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full
 from switchlora_jax.methods.base import Method
+from switchlora_jax.methods.optimizers import Coefficients, adam_options
 from switchlora_jax.models.weights import in_block
 
 LEARNING_RATE = 1e-2  # this and the ratio: defaults of GaLore's authors
 MIN_LR_RATIO = 0.1
+ACCEPTED = {"adam": Coefficients(eps=1e-6)}  # of its projected gradients
 
 
 class GaLoreState(NamedTuple):
@@ -89,6 +91,7 @@ def scale_by_galore(
   *,
   projected: Callable,
   directions: Callable = leading_directions,
+  moments_dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients: R = PᵀG, Adam's direction N of R, update `scale`·P·N.
 
@@ -106,12 +109,13 @@ def scale_by_galore(
     projected: from the parameters to a tree of bools, true for the leaves [..., in, out] to project.
     directions: ([small, large], rank) -> [small, min(rank, small)], the function that computes P. The signs of its
       columns do not matter.
+    moments_dtype: dtype of the stored moments; None: that of the parameters.
   """
 
   def init(params):
     projector = jax.tree.map(partial(_no_directions, rank=rank), projected(params), params)
     low = jax.eval_shape(partial(jax.tree.map, _project), params, projector)
-    moments = lambda: optax.tree.zeros_like(low)
+    moments = lambda: optax.tree.zeros_like(low, dtype=moments_dtype)
     failed = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), projector)
     return GaLoreState(jnp.zeros((), jnp.int32), moments(), moments(), projector, failed)
 
@@ -133,7 +137,9 @@ def scale_by_galore(
       step = unbias.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
       return step if projector is None else scale * _project_back(step, projector, grad.shape)
 
-    return jax.tree.map(direction, updates, mu, nu, projector), GaLoreState(count, mu, nu, projector, failed)
+    stored = lambda moments: optax.tree.cast(moments, moments_dtype)
+    state = GaLoreState(count, stored(mu), stored(nu), projector, failed)
+    return jax.tree.map(direction, updates, mu, nu, projector), state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -199,6 +205,7 @@ def warnings(config) -> list[str]:
 def build(config) -> Method:
   """The layers of full-rank training; gradients of block kernels are projected, all others go to Adam directly."""
   projected = lambda params: path_aware_map(lambda path, _: in_block(path), params)
-  galore = scale_by_galore(config.rank, config.galore.refresh_every, config.galore.scale, projected=projected)
+  settings = (config.rank, config.galore.refresh_every, config.galore.scale)
+  galore = scale_by_galore(*settings, projected=projected, **adam_options(config))
   optimizer_metrics = lambda opt_state: {"svd_failed": failures(opt_state)}
   return full.build(config)._replace(optimizer=galore, optimizer_metrics=optimizer_metrics)

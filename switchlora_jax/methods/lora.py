@@ -7,12 +7,13 @@ from functools import partial
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import INITS, LoRADense, adapter_scale, lora_vectors
-from switchlora_jax.lowrank.optimizer import scale_by_vector_adam
 from switchlora_jax.methods.base import Method, adapter_dtypes
+from switchlora_jax.methods.optimizers import OPTIMIZERS, make_optimizer
 from switchlora_jax.methods.schedules import config_schedule
 
 LEARNING_RATE = 1e-2  # section 4.1
 MIN_LR_RATIO = 0.0
+ACCEPTED = OPTIMIZERS
 
 
 def check(config):
@@ -41,6 +42,6 @@ def warnings(config) -> list[str]:
 
 
 def build(config, kind=LoRADense) -> Method:
-  """Layers with adapters and Adam, whose step counts are per LoRA vector."""
-  adam = scale_by_vector_adam(vectors=lora_vectors, count_per_element=config.count_per_element)
-  return Method(layer(config, kind), adam, config_schedule(config), adapter_scale(config.rank))
+  """Layers with adapters and the optimizer of the config; the step counts of Adam are per LoRA vector."""
+  optimizer = make_optimizer(config, lora_vectors)
+  return Method(layer(config, kind), optimizer, config_schedule(config), adapter_scale(config.rank))

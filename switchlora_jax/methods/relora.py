@@ -23,12 +23,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers, load_kernel, store_kernel
 from switchlora_jax.lowrank.layers import LORA_A, LORA_B, LoRADense, adapter_scale, lora_vectors, merge
-from switchlora_jax.lowrank.optimizer import VectorAdamState, scale_by_vector_adam
+from switchlora_jax.lowrank.optimizer import VectorAdamState
 from switchlora_jax.methods.base import Method, TrainState, adapter_dtypes
+from switchlora_jax.methods.optimizers import ADAM, make_optimizer
 from switchlora_jax.methods.schedules import config_schedule, warm_up_again
 
 LEARNING_RATE = 1e-3  # appendix C.1
 MIN_LR_RATIO = 0.1
+ACCEPTED = ADAM  # a restart prunes its moments
 PRUNES = ("random", "magnitude")
 
 
@@ -195,7 +197,7 @@ def build(config) -> Method:
     return state._replace(params=params, frozen=frozen, opt_state=opt_state)
 
   return Method(
-    dense, scale_by_vector_adam(), schedule, scale, before_gradients=before_gradients, check_optimizer=check_optimizer
+    dense, make_optimizer(config), schedule, scale, before_gradients=before_gradients, check_optimizer=check_optimizer
   )
 
 

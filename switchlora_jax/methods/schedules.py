@@ -1,18 +1,51 @@
-"""Learning-rate schedules: functions from a step to its learning rate, shared by all methods."""
+"""Learning-rate schedules: functions from a step to its learning rate, shared by all methods.
+
+Every schedule rises linearly from 0 to the peak in `warmup_steps` steps, and its rate at step `total_steps` is the peak
+times `final_ratio`. Between them it follows `config.schedule.name`.
+"""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
 
+from switchlora_jax.errors import UserError
+
+
+def check(config):
+  """Raise `UserError` if a key of `config.schedule` is invalid, or if the schedule cannot end at `min_lr_ratio`."""
+  name, share = config.schedule.name, config.schedule.decay_share
+  if name not in SCHEDULES:
+    raise UserError(f"schedule.name (={name!r}) must be one of {', '.join(SCHEDULES)}; set --config.schedule.name")
+  if name == "constant" and config.min_lr_ratio not in (None, 1.0):
+    raise UserError(
+      f"min_lr_ratio (={config.min_lr_ratio}) must be 1 or unset, as schedule.name (='constant') ends at the peak; "
+      f"set --config.schedule.name=linear or wsd to end lower"
+    )
+  if name == "wsd" and not 0 < share * config.steps <= config.steps - config.warmup_steps:
+    raise UserError(
+      f"schedule.decay_share (={share}) must be greater than 0, and leave room for the warm-up: with warmup_steps "
+      f"(={config.warmup_steps}) of {config.steps} steps it may be at most {1 - config.warmup_steps / config.steps:g}; "
+      f"set --config.schedule.decay_share"
+    )
+
+
+def default_final_ratio(config, of_method: float) -> float:
+  """The default of `config.min_lr_ratio`: where the schedule ends by itself, else the default of the method."""
+  natural = {"constant": 1.0, "inverse_sqrt": (max(config.warmup_steps, 1) / config.steps) ** 0.5}
+  return natural.get(config.schedule.name, of_method)
+
 
 def config_schedule(config) -> optax.Schedule:
-  """The schedule of a config: linear warm-up, then a cosine to `min_lr_ratio` times the peak at `steps`.
+  """The schedule of a resolved config.
 
   After a full-rank warm start within the run, the learning rate warms up again from 0, because the optimizer of the
   low-rank method starts with empty moments there.
   """
-  schedule = cosine_schedule(config.learning_rate, config.warmup_steps, config.steps, config.min_lr_ratio)
+  options = {"decay_share": config.schedule.decay_share} if config.schedule.name == "wsd" else {}
+  schedule = SCHEDULES[config.schedule.name](
+    config.learning_rate, config.warmup_steps, config.steps, config.min_lr_ratio, **options
+  )
   if not config.warm_start_steps:
     return schedule
   return warm_up_again(schedule, lambda _: config.warm_start_steps, config.warmup_steps)
@@ -30,6 +63,62 @@ def cosine_schedule(
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, warmup_steps, total_steps, learning_rate * final_ratio
   )
+  return _of_floats(schedule)
+
+
+def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float = 0.0):
+  """Linear warm-up, then a straight line; arguments as of `cosine_schedule`."""
+  return wsd_schedule(learning_rate, warmup_steps, total_steps, final_ratio, 1 - warmup_steps / total_steps)
+
+
+def constant_schedule(learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float = 1.0):
+  """Linear warm-up, then the peak; `final_ratio` must be 1."""
+  del total_steps, final_ratio
+  return _of_floats(optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps))
+
+
+def wsd_schedule(
+  learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float = 0.0, decay_share: float = 0.2
+):
+  """Warm-up, stable, decay: the peak until the last `decay_share` of the steps, then a straight line.
+
+  Other arguments as of `cosine_schedule`.
+  """
+  decay_steps = min(round(decay_share * total_steps), total_steps - warmup_steps)
+  warm_up = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  decay = optax.linear_schedule(learning_rate, learning_rate * final_ratio, decay_steps)
+  stages = [warm_up, optax.constant_schedule(learning_rate), decay]
+  return _of_floats(optax.join_schedules(stages, [warmup_steps, total_steps - decay_steps]))
+
+
+def inverse_sqrt_schedule(learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float):
+  """Linear warm-up, then a rate that falls with 1/√step, shifted and scaled so that it ends at `final_ratio`.
+
+  With w = max(1, warmup_steps) and `final_ratio` = √(w / total_steps), its default in a config, the rate is the peak
+  times √(w / step). Other arguments as of `cosine_schedule`.
+  """
+  start = max(warmup_steps, 1)
+  end = (start / total_steps) ** 0.5
+
+  def schedule(step):
+    falling = (start / jnp.maximum(step, start)) ** 0.5
+    falling = jnp.maximum(falling, end)  # stays at the end, as the other schedules do
+    ratio = final_ratio + (1 - final_ratio) * (falling - end) / max(1 - end, 1e-12)
+    return learning_rate * jnp.where(step < warmup_steps, step / start, ratio)
+
+  return _of_floats(schedule)
+
+
+SCHEDULES = {
+  "cosine": cosine_schedule,
+  "linear": linear_schedule,
+  "constant": constant_schedule,
+  "wsd": wsd_schedule,
+  "inverse_sqrt": inverse_sqrt_schedule,
+}
+
+
+def _of_floats(schedule):
   return lambda step: schedule(jnp.asarray(step, float))  # an int32 step would give float32 in a float64 run
 
 

@@ -12,9 +12,11 @@ from switchlora_jax.lowrank.spares import coverage, draw_spare_indices, draw_uni
 from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_cycles, switch
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
+from switchlora_jax.methods.optimizers import ADAM
 
 LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
+ACCEPTED = ADAM  # a switch resets and freezes its state
 ORDERS = ("sequential", "random")
 
 

@@ -195,7 +195,8 @@ class LLaMA(nn.Module):
     dtype: dtype of the computation.
     param_dtype: dtype of embedding, norms and head.
     remat: activations of a block that are saved for the backward pass; the others are recomputed. `none`: the outputs
-      of linear layers and attention; `linear`: those of the linear layers; `full`: only the input of the block.
+      of linear layers and attention, or with `gather` everything but the gathered arrays; `linear`: those of the linear
+      layers; `full`: only the input of the block.
     attention_kernel: see `causal_attention`.
     cache_length: number of positions of the collection `cache`, which must be mutable; 0: no cache. With a cache, a
       call continues after the positions of the previous call, which are not computed again.

@@ -53,6 +53,16 @@ def _check_names(found, expected):
     )
 
 
+def is_norm(path: tuple[str, ...]) -> bool:
+  """Whether the array at a path of trainable parameters is the scale or the bias of a norm."""
+  return path[-1] in ("scale", "bias")
+
+
+def is_linear(path: tuple[str, ...]) -> bool:
+  """Whether the array at a path of trainable parameters belongs to a linear layer of a block: a kernel or a factor."""
+  return path[0] == "blocks" and not is_norm(path)
+
+
 def in_block(path: tuple[str, ...]) -> bool:
   """Whether the array at a path of plain weights is the kernel of a linear layer of a block."""
   return path[0] == "blocks" and path[-1] == KERNEL

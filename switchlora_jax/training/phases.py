@@ -109,7 +109,13 @@ def assemble_phase(config, method, mesh) -> Phase:
   shapes = jax.eval_shape(create)
   method.check_optimizer(shapes.opt_state)
   shardings = layout.shardings(shapes)
-  options = dict(accumulation=config.accumulation, clip_norm=config.clip_norm, spike=config.spike)
+  options = dict(
+    accumulation=config.accumulation,
+    clip_norm=config.clip_norm,
+    spike=config.spike,
+    rest_ratio=config.rest_learning_rate / config.learning_rate,
+    weight_decay=config.optimizer.weight_decay,
+  )
   return Phase(
     model=model,
     create=jax.jit(create, out_shardings=shardings),

@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 
 from switchlora_jax.lowrank.kernel_storage import RESIDUAL
-from switchlora_jax.methods import METHODS
+from switchlora_jax.methods import METHODS, optimizers
 from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs.directory import flatten
@@ -67,7 +67,7 @@ def describe_run(config, *states) -> str:
   """
   *warm_start, state = states
   lines = [
-    f"learning_rate: {config.learning_rate}",
+    f"learning_rate: {config.learning_rate}; of embedding, norms and head: {config.rest_learning_rate}",
     f"dtype: {config.dtype}",
     parameters_line("trainable", state.params),
     parameters_line("frozen", state.frozen),
@@ -83,8 +83,9 @@ def describe_run(config, *states) -> str:
 
 
 def describe_warnings(config) -> list[str]:
-  """The warnings of the method of a config, one line each."""
-  return [f"WARNING: {text}" for text in METHODS[config.method].warnings(config)]
+  """The warnings of the method and the optimizer of a config, one line each."""
+  texts = METHODS[config.method].warnings(config) + optimizers.warnings(config)
+  return [f"WARNING: {text}" for text in texts]
 
 
 def describe_data(summary: dict) -> str:

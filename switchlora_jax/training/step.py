@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from switchlora_jax.lowrank.optimizer import clip_by_global_norm
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models.loss import mean_loss, on_parts, zeros_accumulator
+from switchlora_jax.models.weights import is_linear, is_norm
 from switchlora_jax.parallel.sharding import BOTH, Placement, by_rows, psum, reduce, replicated
 from switchlora_jax.training import anomalies
 
@@ -46,21 +47,43 @@ def _summed(value_and_grad, params, micro_batches):
   return jax.lax.scan(add, start, micro_batches)[0]
 
 
-def apply_optimizer(method, state: TrainState, grads, masks, skip) -> tuple[TrainState, jax.Array]:
+def apply_optimizer(
+  method, state: TrainState, grads, masks, skip, rest_ratio: float = 1.0, weight_decay: float = 0.0
+) -> tuple[TrainState, dict[str, jax.Array]]:
   """Update params and opt_state by any Optax transformation; if `skip` [] bool is true, both stay bitwise the same.
 
   The gradients of a skipped step may not be finite. The optimizer gets zeros instead, and its result is discarded.
 
+  Args:
+    rest_ratio: learning rate of the parameters outside the linear layers of the blocks / learning rate of these.
+    weight_decay: before its update, each parameter is scaled by 1 - rate·weight_decay, as in PyTorch's AdamW and the
+      authors' code. Norms and the vectors marked by the mask `freeze` are not.
   Returns:
-    The state and the learning rate, [].
+    The state, and the learning rates, each [].
   """
   grads = jax.tree.map(lambda g: jnp.where(skip, 0, g), grads)
   directions, opt_state = method.optimizer.update(grads, state.opt_state, state.params, **masks)
   rate = jnp.asarray(method.schedule(state.step))
-  updates = jax.tree.map(lambda direction: -rate.astype(direction.dtype) * direction, directions)
-  new = (optax.apply_updates(state.params, updates), opt_state)
+  rest_rate = rate if rest_ratio == 1.0 else rate * rest_ratio
+
+  def rate_of(path):
+    return rate if is_linear(tuple(key.key for key in path)) else rest_rate
+
+  def decayed(path, param, frozen):
+    if is_norm(tuple(key.key for key in path)):
+      return param
+    return param * jnp.where(frozen, 1, 1 - rate_of(path) * weight_decay).astype(param.dtype)
+
+  params = state.params
+  if weight_decay:
+    freeze = masks.get("freeze", jax.tree.map(lambda _: False, params))
+    params = jax.tree.map_with_path(decayed, params, freeze)
+  updates = jax.tree.map_with_path(
+    lambda path, direction: -rate_of(path).astype(direction.dtype) * direction, directions
+  )
+  new = (optax.apply_updates(params, updates), opt_state)
   params, opt_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (state.params, state.opt_state))
-  return state._replace(params=params, opt_state=opt_state), rate
+  return state._replace(params=params, opt_state=opt_state), {"learning_rate": rate, "rest_learning_rate": rest_rate}
 
 
 def is_broken(loss, norm, clip_norm: float) -> jax.Array:
@@ -72,7 +95,18 @@ def is_broken(loss, norm, clip_norm: float) -> jax.Array:
   return ~(jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(clipped**2))
 
 
-def make_train_step(model, method, placement: Placement, state, *, accumulation: int, clip_norm: float, spike):
+def make_train_step(
+  model,
+  method,
+  placement: Placement,
+  state,
+  *,
+  accumulation: int,
+  clip_norm: float,
+  spike,
+  rest_ratio: float = 1.0,
+  weight_decay: float = 0.0,
+):
   """The compiled step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
 
   A step is skipped if a number is not finite (see `is_broken`), or if the loss is a spike and `spike.action` is "skip".
@@ -86,9 +120,10 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
     accumulation: number of micro-batches per device.
     clip_norm: largest global norm of the gradients.
     spike: `config.spike`.
+    rest_ratio, weight_decay: see `apply_optimizer`.
   Returns:
-    The jitted step. Its metrics are [] arrays: loss, grad_norm (before clipping), learning_rate, skipped,
-    skipped_in_a_row, those of `anomalies.detect_spike`, and those of the method.
+    The jitted step. Its metrics are [] arrays: loss, grad_norm (before clipping), learning_rate, rest_learning_rate,
+    skipped, skipped_in_a_row, those of `anomalies.detect_spike`, and those of the method.
   """
   gradients = accumulated_gradients(model, placement, state, accumulation)
 
@@ -100,7 +135,7 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
     spiked, spikes, spike_metrics = anomalies.detect_spike(state.spikes, loss, spike)
     skip = broken | spiked if spike.action == "skip" else broken
     state, masks, metrics = method.before_update(state, skip)
-    state, rate = apply_optimizer(method, state, grads, masks, skip)
+    state, rates = apply_optimizer(method, state, grads, masks, skip, rest_ratio, weight_decay)
     metrics |= method.optimizer_metrics(state.opt_state) | spike_metrics
     state = state._replace(
       step=state.step + 1,
@@ -108,7 +143,7 @@ def make_train_step(model, method, placement: Placement, state, *, accumulation:
       skipped_in_a_row=jnp.where(broken, state.skipped_in_a_row + 1, 0),
       spikes=spikes,
     )
-    metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    metrics |= {"loss": loss, "grad_norm": norm} | rates
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
   shardings, mesh = placement.shardings(state), placement.mesh

@@ -6,6 +6,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from configs.base import get_config
+from switchlora_jax.config import fill_defaults
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models import llama
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
@@ -25,8 +26,11 @@ class TwoLinearBlock(llama.Block):
     return x + self._linear("down", x.shape[-1], hidden), None
 
 
-def config(method="switchlora", **changes):
-  """The base config with a small model that switches often; `changes` by key, `__` for a dot."""
+def config(method="switchlora", fill=True, **changes):
+  """The base config with a small model that switches often; `changes` by key, `__` for a dot.
+
+  Unset keys are filled in as in a run, unless `fill` is false.
+  """
   small = get_config()
   small.update(method=method, rank=4, steps=100, batch_size=16, seq_len=8)
   small.update(learning_rate=1e-2, min_lr_ratio=0.0, warmup_steps=0)
@@ -34,9 +38,7 @@ def config(method="switchlora", **changes):
   small.switch.update(interval=4, freeze_steps=2)
   small.sharding.candidates = "replicated"  # as all else: a state can be put on any devices as it is
   small.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-  small.dtype, small.frozen_dtype = small.dtype or "float32", small.frozen_dtype or small.param_dtype
-  small.candidates_dtype = small.candidates_dtype or small.param_dtype
-  return small
+  return fill_defaults(small) if fill else small
 
 
 def mesh(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:

@@ -21,6 +21,7 @@ from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import FREEZING, METHODS, switchlora
 from switchlora_jax.methods.base import Method, TrainState, dtypes
+from switchlora_jax.methods.optimizers import ADAM
 from switchlora_jax.methods.schedules import config_schedule
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.training import report as run_report
@@ -71,7 +72,7 @@ def kinds(tree):
 
 
 def test_the_table_lists_every_module_under_its_name():
-  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base", "schedules"}
+  modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"base", "optimizers", "schedules"}
   assert {name: METHODS[name].__name__.split(".")[-1] for name in METHODS} == {name: name for name in modules}
 
 
@@ -165,7 +166,7 @@ def toy_method():
 
   facts = lambda config: [f"momentum: {config.toy.momentum}"]
   own = dict(check=check, build=build, describe=facts, warnings=lambda config: ["momentum is a toy"])
-  return SimpleNamespace(LEARNING_RATE=0.1, MIN_LR_RATIO=0.5, **own)
+  return SimpleNamespace(LEARNING_RATE=0.1, MIN_LR_RATIO=0.5, ACCEPTED=ADAM, **own)
 
 
 def toy_config(momentum):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import small_model
 
-from switchlora_jax.methods import METHODS
-from switchlora_jax.methods.schedules import config_schedule, cosine_schedule
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import METHODS, schedules
+from switchlora_jax.methods.schedules import SCHEDULES, config_schedule, cosine_schedule
 
 
 def test_cosine_schedule_is_the_recorded_one(golden, x64):
@@ -50,3 +51,66 @@ def test_the_learning_rate_warms_up_again_after_a_warm_start():
   np.testing.assert_allclose(
     [again(step) for step in (40, 45, 50, 70)], [0, plain(50) / 2, plain(50), plain(70)], rtol=1e-5
   )
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_warms_up_to_the_peak_and_ends_at_min_lr_ratio(name):
+  ratio = 1.0 if name == "constant" else 0.3
+  config = small_model.config("full", schedule__name=name, learning_rate=0.5, min_lr_ratio=ratio, warmup_steps=10)
+  rates = [float(config_schedule(config)(step)) for step in range(151)]
+  np.testing.assert_allclose([rates[0], rates[5], rates[10]], [0, 0.25, 0.5], rtol=1e-6)
+  np.testing.assert_allclose([rates[100], rates[150]], 0.5 * ratio, rtol=1e-6)
+  assert (np.diff(rates[10:]) <= 1e-7).all()
+
+
+def test_the_shapes_between_warm_up_and_end():
+  rate = lambda name, step, **changes: float(
+    config_schedule(small_model.config("full", schedule__name=name, learning_rate=1.0, warmup_steps=20, **changes))(
+      step
+    )
+  )
+  assert rate("linear", 60) == pytest.approx(0.5)
+  assert rate("constant", 99, min_lr_ratio=1.0) == 1.0
+  assert [rate("wsd", step) for step in (79, 80, 90)] == [1.0, 1.0, pytest.approx(0.5)]
+  assert rate("wsd", 50, schedule__decay_share=0.8) == pytest.approx(1 - 30 / 80)
+  natural = dict(min_lr_ratio=(20 / 100) ** 0.5)
+  np.testing.assert_allclose([rate("inverse_sqrt", step, **natural) for step in (20, 40, 80)], [1, 0.5**0.5, 0.5])
+
+
+def test_the_default_end_is_that_of_the_schedule_where_it_has_one():
+  config = lambda name: small_model.config("galore", schedule__name=name, warmup_steps=25)
+  ends = {name: schedules.default_final_ratio(config(name), 0.1) for name in SCHEDULES}
+  assert ends == {"cosine": 0.1, "linear": 0.1, "constant": 1.0, "wsd": 0.1, "inverse_sqrt": 0.5}
+
+
+MISTAKES = {
+  "unknown": (
+    dict(name="step"),
+    {},
+    "schedule.name (='step') must be one of cosine, linear, constant, wsd, inverse_sq",
+  ),
+  "falling constant": (
+    dict(name="constant"),
+    dict(min_lr_ratio=0.1),
+    "min_lr_ratio (=0.1) must be 1 or unset, as sche",
+  ),
+  "no decay": (dict(name="wsd", decay_share=0.0), {}, "schedule.decay_share (=0.0) must be greater than 0"),
+  "long decay": (
+    dict(name="wsd", decay_share=0.9),
+    {},
+    "with warmup_steps (=20) of 100 steps it may be at most 0.8; set",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_an_invalid_schedule_raises_an_error_with_a_remedy(name):
+  keys, others, sentence = MISTAKES[name]
+  config = small_model.config("full", fill=False, **dict(min_lr_ratio=None, warmup_steps=20) | others)
+  config.schedule.update(keys)
+  with pytest.raises(UserError) as caught:
+    schedules.check(config)
+  assert sentence in str(caught.value)

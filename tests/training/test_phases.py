@@ -63,6 +63,9 @@ def test_the_first_phase_is_the_full_method_with_its_own_learning_rate(method, t
   slow = dict(warm_start_learning_rate=0.25)
   full = resolved(tmp_path, method="full", learning_rate=0.25, **slow)
   assert full_rank_config(resolved(tmp_path, **shape, **slow)).to_dict() == full.to_dict()
+  rest = dict(warm_start_rest_learning_rate=0.125)
+  full = resolved(tmp_path, method="full", rest_learning_rate=0.125, **rest)
+  assert full_rank_config(resolved(tmp_path, **shape, rest_learning_rate=0.7, **rest)).to_dict() == full.to_dict()
   for steps in (0, 4):
     full = resolved(tmp_path, method="full", warmup_steps=steps)
     assert full_rank_config(resolved(tmp_path, **shape, warm_start_warmup_steps=steps)).to_dict() == full.to_dict()

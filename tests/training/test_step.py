@@ -312,8 +312,7 @@ def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
   update = jax.jit(lambda state, grads, skip: train_step.apply_optimizer(method, state, grads, extra, skip)[0])
   expected = jax.jit(optax.chain(tx, optax.scale_by_learning_rate(0.1)).update)
   params = drawn_params(0)
-  zero = jnp.zeros((), jnp.int32)
-  state = TrainState(zero, params, {}, {}, tx.init(params), zero, zero, None)
+  state = state_of(params, tx)
   for t in range(3):  # some steps first, so that moments and counts are not 0
     updates, (inner, _) = expected(drawn_params(t + 1), (state.opt_state, optax.ScaleState()), state.params, **extra)
     reports = optax.apply_updates(state.params, updates), inner
@@ -327,13 +326,105 @@ def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
   assert not same_bits(next_state.params, state.params) and not same_bits(next_state.opt_state, state.opt_state)
 
 
+def state_of(params, tx):
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, {}, {}, tx.init(params), zero, zero, None)
+
+
+def model_params(seed):
+  """A tree with a linear layer and a norm of two stacked blocks, and a head."""
+  normal = np.random.default_rng(seed).standard_normal
+  blocks = {"q": {"lora_a": normal((2, 3, 5)), "lora_b": normal((2, 3, 4))}, "norm": {"scale": normal((2, 5))}}
+  return {"blocks": blocks, "head": {"kernel": normal((5, 7))}}
+
+
+def test_two_learning_rates_and_weight_decay_are_the_numpy_rule(x64):
+  """p ← p·(1 - rate·decay) - rate·direction. Norms do not decay, nor do frozen vectors."""
+  tx = optax.with_extra_args_support(optax.trace(0.5))
+  method = Method(dense=None, optimizer=tx, schedule=lambda step: 0.1 / (1.0 + step))
+  update = jax.jit(
+    lambda state, grads, freeze: train_step.apply_optimizer(method, state, grads, {"freeze": freeze}, False, 3.0, 0.2)
+  )
+  frozen = np.array([[True, False, True], [False, False, True]])[..., None]
+  state, expected = state_of(model_params(0), tx), model_params(0)
+  momentum = jax.tree.map(np.zeros_like, expected)
+  for t in range(20):
+    grads, hit = model_params(t + 1), frozen & bool(t % 2)
+    freeze = {"blocks": {"q": {"lora_a": hit, "lora_b": False}, "norm": {"scale": False}}, "head": {"kernel": False}}
+    rate = 0.1 / (1 + t)
+    state, rates = update(state, grads, freeze)
+    state = state._replace(step=state.step + 1)
+    np.testing.assert_allclose([rates["learning_rate"], rates["rest_learning_rate"]], [rate, 3 * rate], rtol=1e-12)
+    momentum = jax.tree.map(lambda m, g: 0.5 * m + g, momentum, grads)
+    for path, rate_of, decay in (
+      (("blocks", "q", "lora_a"), rate, 0.2 * ~hit),
+      (("blocks", "q", "lora_b"), rate, 0.2),
+      (("blocks", "norm", "scale"), 3 * rate, 0.0),
+      (("head", "kernel"), 3 * rate, 0.2),
+    ):
+      *parents, name = path
+      ours, theirs, moment = state.params, expected, momentum
+      for parent in parents:
+        ours, theirs, moment = ours[parent], theirs[parent], moment[parent]
+      theirs[name] = theirs[name] * (1 - rate_of * decay) - rate_of * moment[name]
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-12)
+
+
+def test_weight_decay_is_that_of_the_authors_adam(golden, x64):
+  """Their recorded trajectory of 20 steps with resets and a decay of 0.1 (`p *= 1 - lr·wd`)."""
+  arrays, meta = golden("adam")
+  of_ours = {"lora_a": "A", "lora_b": "B", "kernel": "P"}  # our name: theirs; their B has its vectors in columns
+  theirs_of = lambda name, value: value.T if name == "lora_b" else value
+  tx = scale_by_vector_adam(*meta["betas"], meta["eps"], vectors=lora_vectors)
+  method = Method(dense=None, optimizer=tx, schedule=lambda step: jnp.asarray(arrays["lr"])[step])
+  update = jax.jit(
+    lambda state, grads, reset: train_step.apply_optimizer(
+      method, state, grads, {"reset": reset}, False, weight_decay=0.1
+    )[0]
+  )
+  tree = lambda leaves: {"blocks": {"q": leaves}}
+  state = state_of(tree({ours: theirs_of(ours, arrays[f"{theirs}0"]) for ours, theirs in of_ours.items()}), tx)
+  for t in range(20):
+    hit = {"A": np.zeros((3, 1), bool), "B": np.zeros((3, 1), bool)}
+    for step, factor, vectors in meta["resets"]:
+      hit[factor][vectors] |= step == t
+    grads = {ours: theirs_of(ours, arrays[f"g{theirs}"][t]) for ours, theirs in of_ours.items()}
+    state = update(state, tree(grads), tree({"lora_a": hit["A"], "lora_b": hit["B"], "kernel": False}))
+    state = state._replace(step=state.step + 1)
+    for ours, theirs in of_ours.items():
+      recorded = theirs_of(ours, arrays[f"wd0.1_f64_step64_{theirs}"][t])
+      np.testing.assert_allclose(state.params["blocks"]["q"][ours], recorded, rtol=1e-10, atol=1e-14)
+
+
+def test_a_skipped_step_does_not_decay():
+  tx = optax.scale_by_adam()
+  method = Method(dense=None, optimizer=tx, schedule=lambda step: 0.1)
+  state = state_of(drawn_params(0), tx)
+  skipped, _ = jax.jit(lambda state, grads: train_step.apply_optimizer(method, state, grads, {}, True, 2.0, 0.1))(
+    state, drawn_params(1)
+  )
+  assert same_bits(skipped, state)
+
+
+@pytest.mark.parametrize(("method", "name"), [("full", "muon"), ("lora", "muon"), ("full", "sgd"), ("lora", "lion")])
+def test_every_optimizer_trains_on_eight_devices_as_on_one(method, name):
+  changes = dict(optimizer__name=name, rest_learning_rate=5e-3, optimizer__weight_decay=0.1)
+  many, one = (train(3, method, devices, **changes) for devices in (8, 1))
+  for ours, theirs in zip(jax.tree.leaves(many[0][-1].params), jax.tree.leaves(one[0][-1].params), strict=True):
+    atol = 4e-2 if name == "lion" else 1e-4  # lion: the sign of a sum near 0 depends on the order of its terms
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+  assert many[1][-1]["rest_learning_rate"] == np.float32(many[1][-1]["learning_rate"] / 2)
+  moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), many[0][0].params, many[0][-1].params)
+  assert all(jax.tree.leaves(moved))
+
+
 def test_an_optimizer_never_gets_gradients_that_are_not_finite():
   seen = []
   note = lambda grads: jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(grads))
   tx = optax.stateless(lambda updates, _: (note(updates), updates)[1])
   method = Method(dense=None, optimizer=tx, schedule=lambda step: 0.1)
-  zero, params = jnp.zeros((), jnp.int32), drawn_params(0)
-  state = TrainState(zero, params, {}, {}, tx.init(params), zero, zero, None)
+  params = drawn_params(0)
+  state = state_of(params, tx)
   grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), params)
   jax.block_until_ready(jax.jit(lambda *args: train_step.apply_optimizer(method, *args))(state, grads, {}, True))
   jax.effects_barrier()

@@ -8,9 +8,11 @@ import optax
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full
 from switchlora_jax.methods.base import Method
+from switchlora_jax.methods.optimizers import ADAM
 
 LEARNING_RATE = 3e-4
 MIN_LR_RATIO = 0.0
+ACCEPTED = ADAM
 
 describe, warnings = full.describe, full.warnings
 
