@@ -18,6 +18,7 @@ flags.declare_key_flag("config")
 STUDY = flags.DEFINE_string("study", None, f"the ablation to run, one of {', '.join(studies.STUDIES)}")
 LEARNING_RATES = flags.DEFINE_list("learning_rates", None, "learning rates to sweep; default: the config's")
 sweep.define_sweep_flags(seeds=1)
+sweep.define_search_flags()
 
 
 def main():
@@ -31,9 +32,11 @@ def main():
   rates = sweep.parse_numbers("learning_rates", LEARNING_RATES.value, float)
   variants = studies.study_variants(STUDY.value, base.config, rates)
   study = studies.STUDIES[STUDY.value](base.config)
-  options = sweep.sweep_options()
-  trial_results = sweep.run_sweep(base, variants, **options, quiet=flags.FLAGS.quiet)
-  results.conclude(variants, trial_results, options, f"{study.question} ({study.source} of the paper)")
+  options, title = sweep.sweep_options(), f"{study.question} ({study.source} of the paper)"
+  shown = options | {"allow_edges": flags.FLAGS.allow_edges}
+  search = {"extend": flags.FLAGS.extend, "record": results.recorder(variants, shown, title)}
+  trial_results = sweep.run_sweep(base, variants, **options, **search, quiet=flags.FLAGS.quiet)
+  results.conclude(variants, trial_results, shown, title)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 python -m experiments.compare --workdir=runs/compare
 python -m experiments.compare --methods=full,lora,switchlora --ranks=16,8 --seeds=3 --workdir=runs/compare \
     --learning_rates=full:5e-4,1e-3,2e-3 --learning_rates=lora,switchlora:5e-3,1e-2,2e-2
+python -m experiments.compare --methods=full --variant='muon:method=full,optimizer.name=muon' --workdir=runs/muon \
+    --learning_rates=1e-3,2e-3 --rest_learning_rates=2e-3,4e-3
+python -m experiments.compare --redraw --workdir=runs/compare
 
-The first seed sweeps the learning rates; the other seeds use the best one. The same command continues a comparison
-that was stopped. Writes table.md, results.json, and curves and parameters as .png and .svg to --workdir.
+The first seed sweeps the learning rates, and extends the sweep until the best one is inside. The other seeds use the
+best one. The same command continues a comparison that was stopped, also on another machine from results.json alone.
+Writes table.md, results.json, and curves, parameters and rates as .png and .svg to --workdir.
 """
 
 import json
@@ -26,45 +30,96 @@ CONFIG = cli.define_config()
 flags.declare_key_flag("config")
 METHOD_NAMES = flags.DEFINE_list("methods", list(METHODS), f"methods to train, from {', '.join(METHODS)}")
 RANKS = flags.DEFINE_list("ranks", None, "ranks of the low-rank methods; default: the config's")
+VARIANT = flags.DEFINE_multi_string(
+  "variant",
+  [],
+  "LABEL:KEY=VALUE,KEY=VALUE,…: a further row, the config with these keys changed; other flags name it by its label; "
+  "repeatable",
+)
 LEARNING_RATES = flags.DEFINE_multi_string(
   "learning_rates",
   [],
   "RATE,RATE,… for all methods, or METHOD,METHOD,…:RATE,RATE,… for some; repeatable; default: each method's own",
 )
+REST_LEARNING_RATES = flags.DEFINE_multi_string(
+  "rest_learning_rates",
+  [],
+  "learning rates of embedding, norms and head, each with each of --learning_rates; same syntax; default: not swept, "
+  "config.rest_learning_rate",
+)
+REFERENCE = flags.DEFINE_string(
+  "reference", None, "method, variant or row that the others are compared with; default: the first row"
+)
+REDRAW = flags.DEFINE_bool("redraw", False, "write table and figures again from --workdir's results.json; no runs")
 sweep.define_sweep_flags(seeds=3)
+sweep.define_search_flags()
 TIME = flags.DEFINE_bool("time", True, "after the runs, measure the time per training step of each method")
 
 
 def method_variants(config) -> list[Variant]:
-  """One variant per method and rank."""
+  """One variant per method and rank, then those of --variant."""
   unknown = [name for name in METHOD_NAMES.value if name not in METHODS]
-  if unknown or not METHOD_NAMES.value:
+  if unknown or not (METHOD_NAMES.value or VARIANT.value):
     raise UserError(f"--methods has {', '.join(unknown) or 'none'}; expected some of {', '.join(METHODS)}")
-  rates, found = learning_rates(), []
+  further = further_variants(config)
+  names, kinds = [*METHOD_NAMES.value, *further], "--methods and --variant" if further else "--methods"
+  rates = sweep.parse_rates("learning_rates", LEARNING_RATES.value, names, kinds)
+  rests = sweep.parse_rates("rest_learning_rates", REST_LEARNING_RATES.value, names, kinds)
+  found = []
+  make = lambda name, label, keys: found.append(
+    Variant(label, keys, rates.get(name, ()), rest_learning_rates=rests.get(name, ()))
+  )
   ranks = sweep.parse_numbers("ranks", RANKS.value, int) or [config.rank]
   for method in METHOD_NAMES.value:
     keys = keys_for(config, method)
     if method not in LOW_RANK:
-      found.append(Variant(method, keys, rates.get(method, ())))
+      make(method, method, keys)
       continue
     for rank in ranks:
-      found.append(Variant(f"{method}, rank {rank}", keys | {"rank": rank}, rates.get(method, ())))
+      make(method, f"{method}, rank {rank}", keys | {"rank": rank})
+  for label, keys in further.items():
+    make(label, label, keys)
   return found
 
 
-def learning_rates() -> dict[str, tuple[float, ...]]:
-  """{method: learning rates to sweep}; values for named methods take precedence over values for all methods."""
-  for_all, for_named = {}, {}
-  for text in LEARNING_RATES.value:
-    names, colon, rates = text.rpartition(":")
-    rates = tuple(sweep.parse_numbers("learning_rates", rates.split(","), float))
-    if unknown := set(names.split(",") if colon else ()) - set(METHOD_NAMES.value):
+def further_variants(config) -> dict[str, dict]:
+  """{label: changed keys} of --variant.
+
+  Keys that the method of a variant does not accept are reset, as for --methods.
+
+  Raises:
+    UserError: an entry has another form, a label is taken, or a key or value is invalid.
+  """
+  found = {}
+  for text in VARIANT.value:
+    label, colon, pairs = text.partition(":")
+    words = [pair.partition("=") for pair in pairs.split(",")]
+    if not (label and colon and all(key and equals for key, equals, _ in words)) or "," in label:
       raise UserError(
-        f"--learning_rates={text} names {', '.join(sorted(unknown))}; expected some of --methods, which are "
-        f"{', '.join(METHOD_NAMES.value)}"
+        f"--variant={text} must be LABEL:KEY=VALUE,KEY=VALUE,… with a label without commas, for example "
+        "--variant='muon:method=full,optimizer.name=muon'"
       )
-    (for_named if colon else for_all).update(dict.fromkeys(names.split(",") if colon else METHODS, rates))
-  return for_all | for_named
+    if label in METHODS or label in found:
+      raise UserError(f"--variant={text} needs a label of its own; {label} is taken; choose another")
+    keys = {key: sweep.parse_config_value(config, key, value) for key, _, value in words}
+    method = keys.get("method", config.method)
+    found[label] = keys_for(config, method) | keys if method in METHODS else keys  # else `resolve` reports the method
+  return found
+
+
+def reference_label(variants: list[Variant]) -> str:
+  """The label of the row that the others are compared with.
+
+  Raises:
+    UserError: --reference names none or several rows.
+  """
+  labels, name = [variant.label for variant in variants], REFERENCE.value
+  if name is None or name in labels:
+    return name or labels[0]
+  matching = [label for label in labels if label.startswith(f"{name}, rank ")]
+  if len(matching) != 1:
+    raise UserError(f"--reference (={name!r}) must name one row of the table; give one of: {'; '.join(labels)}")
+  return matching[0]
 
 
 def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
@@ -93,12 +148,19 @@ def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
 def main():
   """Check the flags, run the sweep, time the steps, write the results."""
   jax.config.update("jax_platforms", "cpu")  # this process only counts parameters; the runs use the devices
+  if REDRAW.value:
+    results.redraw(sweep.sweep_workdir())
+    return
   base, options = sweep.base_from_flags(), sweep.sweep_options()
   cli.set_precision(base.config)
   variants = method_variants(base.config)
-  trial_results = sweep.run_sweep(base, variants, **options, quiet=flags.FLAGS.quiet)
+  title = f"{Path(base.file).stem}: comparison of methods"
+  shown = options | {"allow_edges": flags.FLAGS.allow_edges, "reference": reference_label(variants)}
+  record = results.recorder(variants, shown, title)
+  search = {"extend": flags.FLAGS.extend, "record": record}
+  trial_results = sweep.run_sweep(base, variants, **options, **search, quiet=flags.FLAGS.quiet)
   times = step_times(base, options["workdir"]) if TIME.value else None
-  results.conclude(variants, trial_results, options, f"{Path(base.file).stem}: comparison of methods", times)
+  results.conclude(variants, trial_results, shown, title, times)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,8 @@ def main():
   if missing := missing_data(configs, keys):
     raise UserError(missing)
   options = sweep.sweep_options() | {"read_at": item.read_at}
-  trial_results = sweep.run_sweep(base, variants, **options, quiet=flags.FLAGS.quiet)
+  record = results.recorder(variants, options, title)
+  trial_results = sweep.run_sweep(base, variants, **options, record=record, quiet=flags.FLAGS.quiet)
   results.conclude(variants, trial_results, options, title)
   if item.glue:
     print_glue(item, trial_results, options["workdir"])

@@ -46,7 +46,7 @@ def story(tmp_path_factory):
   workdir = folder / "grid"
   base = tiny_base(folder, steps=6, eval_every=3, checkpoint_every=3)
   flags = ["--methods=full,lora", "--ranks=4", "--seeds=1", "--processes=2", "--time=false", f"--workdir={workdir}"]
-  flags += as_flags(base)
+  flags += ["--extend=0", "--allow_edges", *as_flags(base)]
   words = [sys.executable, "-m", "experiments.compare", *flags, "--learning_rates=lora:1e-2,2e-2"]
   options = dict(cwd=ROOT, env=os.environ | ONE_DEVICE_QUICK, start_new_session=True, stderr=subprocess.DEVNULL)
   with subprocess.Popen(words, **options) as process:
@@ -176,6 +176,31 @@ MISTAKES = {
   "nothing after the colon": (["--learning_rates=full:"], "--learning_rates must be a list of numbers"),
   "no rank": (["--ranks=8,x", "--methods=full"], "--ranks must be a list of numbers .*x"),
   "twice": (["--methods=full,full"], "duplicate runs .full_lr=0.001_seed=0"),
+  "unknown method of rest rates": (
+    ["--methods=full,lora", "--rest_learning_rates=loar:1e-3"],
+    r"--rest_learning_rates=loar:1e-3 names loar; expected some of --methods, which are full, lora",
+  ),
+  "no rest rate": (["--rest_learning_rates=full:fast"], "--rest_learning_rates must be a list of numbers .*fast"),
+  "variant without keys": (["--variant=muon"], r"--variant=muon must be LABEL:KEY=VALUE,KEY=VALUE,…"),
+  "variant without a value": (["--variant=muon:method"], "--variant=muon:method must be LABEL:KEY=VALUE"),
+  "variant with a comma": (["--variant=a,b:rank=4"], "must be LABEL:KEY=VALUE,KEY=VALUE,… with a label without commas"),
+  "variant with the name of a method": (["--variant=full:rank=4"], "needs a label of its own; full is taken"),
+  "variant with an unknown key": (["--variant=a:rnk=4"], "unknown config key 'rnk'"),
+  "variant with a wrong value": (["--variant=a:rank=four"], "rank must be of type int; found 'four'"),
+  "variant with an unknown method": (["--variant=a:method=loar"], r"method \(='loar'\) must be one of full"),
+  "rates of no variant": (
+    ["--variant=a:rank=4", "--methods=full", "--learning_rates=b:1e-3"],
+    "names b; expected some of --methods and --variant, which are full, a",
+  ),
+  "unknown reference": (
+    ["--methods=full,lora", "--ranks=4", "--reference=loar"],
+    r"--reference \(='loar'\) must name one row of the table; give one of: full; lora, rank 4",
+  ),
+  "reference with several ranks": (
+    ["--methods=full,lora", "--ranks=4,2", "--reference=lora"],
+    "must name one row of the table; give one of: full; lora, rank 4; lora, rank 2",
+  ),
+  "nothing to draw": (["--redraw"], r"must hold the results\.json of a sweep with at least one finished run"),
   "rank too large": (["--methods=switchlora", "--ranks=8,512"], r"rank \(=512\) leaves no spare vectors"),
 }
 
@@ -212,6 +237,77 @@ def test_one_variant_per_method_and_rank():
       Variant("galore, rank 8", {"method": "galore", "rank": 8}, (1e-4, 1e-3)),
       Variant("galore, rank 4", {"method": "galore", "rank": 4}, (1e-4, 1e-3)),
     ]
+
+
+def test_further_variants_have_labels_of_their_own_and_both_rates():
+  flags = [
+    "--methods=lora",
+    "--ranks=4",
+    "--config.frozen_dtype=bfloat16",
+    "--variant=muon:method=full,optimizer.name=muon",
+    "--variant=wide:rank=8,optimizer.weight_decay=0.1",
+    "--learning_rates=1e-3,2e-3",
+    "--learning_rates=muon:0.02",
+    "--rest_learning_rates=muon,lora:1e-3,4e-3",
+    "--reference=muon",
+  ]
+  with imported("compare", *flags) as compare:
+    config = compare.CONFIG.value
+    found = compare.method_variants(config)
+    assert compare.reference_label(found) == "muon"
+  muon = {"method": "full", "frozen_dtype": "float32", "optimizer.name": "muon"}
+  wide = {"method": config.method, "rank": 8, "optimizer.weight_decay": 0.1}
+  assert found == [
+    Variant("lora, rank 4", {"method": "lora", "rank": 4}, (1e-3, 2e-3), rest_learning_rates=(1e-3, 4e-3)),
+    Variant("muon", muon, (0.02,), rest_learning_rates=(1e-3, 4e-3)),
+    Variant("wide", wide, (1e-3, 2e-3)),
+  ]
+
+
+def test_the_reference_is_the_first_row_or_a_method_with_one_rank():
+  for flags, label in (
+    ([], "lora, rank 4"),
+    (["--reference=galore"], "galore, rank 4"),
+    (["--reference=full"], "full"),
+  ):
+    with imported("compare", "--methods=lora,galore,full", "--ranks=4", *flags) as compare:
+      assert compare.reference_label(compare.method_variants(compare.CONFIG.value)) == label
+
+
+def test_variants_without_methods_and_the_options_of_the_search(tmp_path, monkeypatch):
+  found = {}
+  flags = ["--methods=", "--variant=a:method=full", "--extend=2", f"--workdir={tmp_path}", "--time=false", "--seeds=2"]
+  with imported("compare", *flags, "--processes=1", "--learning_rates=1e-3,2e-3") as compare:
+    monkeypatch.setattr(compare.sweep, "run_sweep", lambda base, variants, **options: found.update(options) or [])
+    monkeypatch.setattr(compare.results, "conclude", lambda *arguments: found.update(concluded=arguments))
+    compare.main()
+  assert (found["extend"], found["seeds"], callable(found["record"])) == (2, 2, True)
+  (variant,), _, options, title, _ = found["concluded"]
+  assert variant == Variant("a", {"method": "full"}, (1e-3, 2e-3))
+  assert (options["allow_edges"], options["reference"], title) == (False, "a", "llama_tiny: comparison of methods")
+
+
+def test_redraw_writes_and_prints_the_same_again_without_runs(story, tmp_path, capsys):
+  shutil.copy(story.workdir / "results.json", tmp_path)
+  with imported("compare", "--redraw", f"--workdir={tmp_path}") as compare:
+    compare.main()
+  assert (tmp_path / "table.md").read_text() == (story.workdir / "table.md").read_text()
+  assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+  for name in ("curves.svg", "parameters.svg"):
+    assert (tmp_path / name).read_bytes() == (story.workdir / name).read_bytes()
+  assert {path.name for path in tmp_path.iterdir()} == {
+    "results.json", "table.md", "curves.png", "curves.svg", "parameters.png", "parameters.svg"
+  }  # fmt: skip
+
+
+def test_a_real_run_has_its_times_memory_and_sizes(story):
+  full = story.first_results["arms"][0]
+  assert full["tokens"] == 6 * story.base.config.batch_size * story.base.config.seq_len
+  assert full["seconds"] > 5 * full["step_seconds"] > 0 and full["peak_memory_bytes"] > 2**20
+  assert full["gradient_bytes"] == 4 * full["trainable_parameters"]
+  assert {"tokens", "training time, s", "step, ms", "tokens / s", "peak memory, MiB", "gradients, MiB"} < {
+    name.strip() for name in story.first_table.splitlines()[0].split("|")
+  }
 
 
 def test_keys_that_a_method_does_not_use_are_not_set():

@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from grids import fake_runs, tiny_base, write_run
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from experiments.common import results, sweep
 from experiments.common.figures import line_style, save_figure
@@ -77,16 +80,19 @@ def test_the_table(found):
     "",
     "validation perplexity",
     "learning rate",
+    "rates tried",
+    "tokens",
     "trainable parameters",
     "optimizer, MiB",
     "all state, MiB",
+    "gradients, MiB",
     "step time / full rank",
     "candidates cycled",
     "paper",
   ]
-  assert rows[0][:4] == ["full", "13.00 ± 3.61 (3 seeds)", "0.001", "14,672"]
-  assert rows[0][6:] == ["1.00", "", "27.71"]
-  assert rows[1][:3] == ["switchlora, rank 4", "22.00 ± 2.00 (3 seeds)", "0.02"] and rows[1][6] == "0.81"
+  assert rows[0][:6] == ["full", "13.00 ± 3.61 (3 seeds)", "0.001", "", "1,536", "14,672"]
+  assert rows[0][8:] == ["0.06", "1.00", "", "27.71"]
+  assert rows[1][:4] == ["switchlora, rank 4", "22.00 ± 2.00 (3 seeds)", "0.02", "3"] and rows[1][9] == "0.81"
   assert rows[2][:3] == ["lora, rank 4", "failed", ""]
   assert "†" not in text
 
@@ -103,9 +109,8 @@ def test_empty_columns_are_left_out(ran):
   same = [r._replace(trial=r.trial._replace(variant=variants[0])) for r in ran if r.trial.variant is FULL]
   text = results.results_table(results.collect(variants, same + [r for r in ran if r.trial.variant is LORA], 1.0))
   header = text.splitlines()[0]
-  assert (
-    header == "|  | validation perplexity | learning rate | trainable parameters | optimizer, MiB | all state, MiB |"
-  )
+  columns = "trainable parameters | optimizer, MiB | all state, MiB | gradients, MiB |"
+  assert header == f"|  | validation perplexity | learning rate | tokens | {columns}"
 
 
 @pytest.mark.parametrize(("best", "dagger"), [("0.01", True), ("0.02", False), ("0.05", True)])
@@ -299,3 +304,137 @@ def test_an_svg_is_beside_each_png_and_equal_figures_give_equal_files(tmp_path):
     files.append({path.name: path.read_bytes() for path in folder.iterdir()})
   assert files[0] == files[1] and {*files[0]} == {"figure.png", "figure.svg"}
   assert b"<svg" in files[0]["figure.svg"]
+
+
+# --- sweeps of two rates, edges, the paired test --------------------------------------------------------------------
+
+BOTH = Variant("full", {"method": "full"}, (1e-3, 2e-3, 4e-3), rest_learning_rates=(1e-3, 2e-3, 4e-3))
+ONE = Variant("switchlora, rank 4", {"method": "switchlora"}, (1e-2, 2e-2))
+
+
+@pytest.fixture
+def both(tmp_path, runs):
+  """Full rank over both rates, best inside, and SwitchLoRA with its best rate at the edge."""
+
+  def surface(trial):
+    if trial.config.method == "switchlora":
+      return 3.2 - trial.learning_rate + 0.01 * trial.seed
+    offset = math.log2(trial.learning_rate / 2e-3) ** 2 + math.log2(trial.config.rest_learning_rate / 2e-3) ** 2
+    loss = 3 + 0.1 * offset + (0.02, 0.01, 0.03)[trial.seed]
+    return float("nan") if trial.point == (4e-3, 4e-3) else loss
+
+  runs.surface = surface
+  return sweep.run_sweep(tiny_base(tmp_path), (BOTH, ONE), workdir=tmp_path, **OPTIONS)
+
+
+def test_rows_and_table_of_both_rates(both):
+  found = results.collect((BOTH, ONE), both, 1.0)
+  full, switched = found["arms"]
+  assert (full["learning_rate"], full["rest_learning_rate"], full["edges"]) == (2e-3, 2e-3, [False, False])
+  assert len(full["sweep"]) == 9 and full["sweep"]["0.004, 0.004"] is None
+  assert full["sweep"]["0.001, 0.002"] == pytest.approx(math.exp(3.12))
+  assert full["seeds"] == 3 and not full["at_edge_of_sweep"] and switched["edges"] == [True, False]
+  lines = results.results_table(found).splitlines()
+  assert lines[0].startswith("|  | validation perplexity | learning rate | of embedding, norms, head | rates tried |")
+  assert "| 0.002 | 0.002 | 9 |" in lines[2] and "| 0.02† |  | 2 |" in lines[3]
+
+
+def test_an_edge_is_refused_after_all_files_are_written(tmp_path, both):
+  options = OPTIONS | {"workdir": tmp_path, "reference": "full"}
+  results.conclude((BOTH, ONE), both, options, "edges are allowed by default")
+  (tmp_path / "table.md").unlink()
+  with pytest.raises(UserError) as caught:
+    results.conclude((BOTH, ONE), both, options | {"allow_edges": False}, "title")
+  assert str(caught.value) == (
+    "the best learning rate is at the edge of its sweep for switchlora, rank 4, so these rows cannot be compared; "
+    "raise --extend or give further rates, and the same command continues; or pass --allow_edges"
+  )
+  assert "0.02†" in (tmp_path / "table.md").read_text() and (tmp_path / "rates.png").exists()
+  results.conclude((BOTH,), [r for r in both if r.trial.variant is BOTH], options | {"allow_edges": False}, "inside")
+
+
+def test_a_neighbour_that_failed_has_not_run(both):
+  failed = [r._replace(failure="failed") if r.trial.point == (4e-3, 2e-3) else r for r in both]
+  assert results.collect((BOTH,), failed[:9], 1.0)["arms"][0]["edges"] == [True, False]
+
+
+def test_differences_to_the_reference_are_those_of_paired_seeds(both):
+  found = results.collect((BOTH, ONE), both, 1.0, reference="full")
+  ours = found["arms"][1]["difference"]
+  full, switched = [3.02, 3.01, 3.03], [3.18, 3.19, 3.2]
+  assert found["arms"][0]["difference"] is None and ours["seeds"] == 3
+  assert ours["p"] == pytest.approx(stats.ttest_rel(switched, full).pvalue)
+  assert ours["mean"] == pytest.approx(np.mean(switched) - np.mean(full))
+  refused, allowed = (results.results_table(found | {"allow_edges": allow}) for allow in (False, True))
+  assert "difference" not in refused and f"| {ours['mean']:+.4f} ± {ours['standard_error']:.4f} |" in allowed
+  assert f"| {ours['p']:.3f} |" in allowed and "minus that of full, in nats per token" in allowed
+
+
+def test_runs_on_other_data_or_of_one_seed_are_not_compared(tmp_path, runs, both):
+  one = [r for r in both if r.trial.seed == 0]
+  assert [row["difference"] for row in results.collect((BOTH, ONE), one, 1.0, reference="full")["arms"]] == [None] * 2
+  runs.text = "def"
+  other = sweep.run_sweep(tiny_base(tmp_path), (ONE,), workdir=tmp_path / "other", **OPTIONS)
+  mixed = [r for r in both if r.trial.variant is BOTH] + other
+  assert results.collect((BOTH, ONE), mixed, 1.0, reference="full")["arms"][1]["difference"] is None
+
+
+def test_times_and_memory_of_a_run(tmp_path):
+  trial = sweep.make_trial(tiny_base(tmp_path), FULL, None, 0)
+  write_run(tmp_path / "run", trial.config, {12: 3.0})
+  tokens = trial.config.batch_size * trial.config.seq_len
+  speeds = (tokens / 10, tokens / 2, tokens / 2)
+  rows = [
+    {"step": step, "loss": 3.0, "tokens_per_second": speed, "peak_memory_bytes": 2**21 + step}
+    for step, speed in enumerate(speeds, 1)
+  ]
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
+  found = results.collect((FULL,), [sweep.TrialResult(trial, tmp_path / "run", None)], 1.0)
+  row = found["arms"][0]
+  assert (row["seconds"], row["step_seconds"], row["tokens_per_second"]) == (14, 2, tokens / 2)
+  assert row["peak_memory_bytes"] == 2**21 + 3
+  text = results.results_table(found)
+  assert "| training time, s | step, ms | tokens / s | peak memory, MiB |" in text
+  assert f"| 14 | 2,000 | {tokens // 2:,} | 2 |" in text and "training time: of one run" in text
+  assert "different devices" not in text
+  found["arms"].append(row | {"devices": ["8 × GPU"]})
+  assert re.search(r"different devices: .*8 × GPU", results.results_table(found))
+
+
+def test_all_is_drawn_again_from_results_json_alone(tmp_path, both, capsys):
+  options = OPTIONS | {"workdir": tmp_path, "reference": "full"}
+  results.conclude((BOTH, ONE), both, options, "two methods")
+  printed, again = capsys.readouterr().out, tmp_path / "again"
+  again.mkdir()
+  shutil.copy(tmp_path / "results.json", again)
+  results.redraw(again)
+  assert capsys.readouterr().out == printed.replace(str(tmp_path), str(again))
+  names = ("table.md", "curves.svg", "parameters.svg", "rates.svg")
+  assert all((again / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+  with pytest.raises(UserError, match=r"must hold the results\.json of a sweep"):
+    results.redraw(tmp_path / "cells")
+
+
+def test_a_killed_sweep_has_results_that_can_be_drawn(tmp_path, both):
+  record = results.recorder((BOTH, ONE), OPTIONS | {"workdir": tmp_path / "killed"}, "two methods")
+  (tmp_path / "killed").mkdir()
+  record(both[:4])
+  results.redraw(tmp_path / "killed")
+  assert "| full | " in (tmp_path / "killed" / "table.md").read_text()
+  assert len(json.loads((tmp_path / "killed" / "results.json").read_text())["arms"]) == 1
+
+
+def test_rates_are_drawn_where_both_were_swept(tmp_path, both, monkeypatch):
+  figures = []
+  monkeypatch.setattr(results, "save_figure", lambda figure, path: figures.append(figure))
+  found = results.collect((BOTH, ONE), both, 1.0)
+  assert [row["label"] for row in results.swept_rows(found)] == ["full"]
+  results.plot_rates(found, tmp_path / "rates.png", "two methods")
+  (axes,) = [axes for axes in figures[0].axes if axes.get_title()]
+  assert axes.get_title() == "full" and [t.get_text() for t in axes.get_xticklabels()] == ["0.001", "0.002", "0.004"]
+  shown = {text.get_position(): text.get_text() for text in axes.texts}
+  assert shown[2, 2] == "diverged" and shown[1, 1] == f"{math.exp(3.02):.4g}" and len(shown) == 9
+  (frame,) = axes.patches
+  assert frame.get_xy() == (0.5, 0.5)
+  plt.close("all")

@@ -5,8 +5,10 @@
 
 import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from grids import fake_runs, tiny_base
 from paths import ROOT
 
-from experiments.common import children, sweep
+from experiments.common import children, results, stored, sweep
 from experiments.common.sweep import Variant
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
@@ -406,3 +408,170 @@ def test_devices_that_jax_does_not_find_are_an_error(probe):
     UserError, match=r"^JAX does not find its devices: RuntimeError: no device; a run would not start"
   ):
     sweep.probe_devices()
+
+
+# --- sweeps of two learning rates, and their extension -------------------------------------------------------------
+
+BOTH = Variant("full", {"method": "full"}, (1e-3, 2e-3), rest_learning_rates=(1e-3, 4e-3))
+
+
+def bowl(best_rate, best_rest):
+  """The loss of a trial, quadratic in the logarithms of its two learning rates."""
+
+  def surface(trial):
+    rest = trial.config.rest_learning_rate
+    return 3 + 0.1 * math.log2(trial.learning_rate / best_rate) ** 2 + 0.1 * math.log2(rest / best_rest) ** 2
+
+  return surface
+
+
+def test_a_sweep_of_both_rates_has_their_product_and_readable_names(tmp_path):
+  trials = sweep.first_seed_trials(tiny_base(tmp_path), (BOTH,))
+  pairs = [("0.001", "0.001"), ("0.001", "0.004"), ("0.002", "0.001"), ("0.002", "0.004")]
+  assert [trial.name for trial in trials] == [f"full_lr={rate}_rest={rest}_seed=0" for rate, rest in pairs]
+  found = [(trial.config.learning_rate, trial.config.rest_learning_rate) for trial in trials]
+  assert found == [trial.point for trial in trials] == [(1e-3, 1e-3), (1e-3, 4e-3), (2e-3, 1e-3), (2e-3, 4e-3)]
+  assert trials[1].overrides["rest_learning_rate"] == 4e-3
+
+
+def test_without_a_rest_sweep_the_rest_follows_the_learning_rate_or_the_config(tmp_path):
+  trial = sweep.make_trial(tiny_base(tmp_path), FULL, 2e-3, 0)
+  assert (trial.name, trial.config.rest_learning_rate) == ("full_lr=0.002_seed=0", 2e-3)
+  fixed = sweep.make_trial(tiny_base(tmp_path, rest_learning_rate=5e-3), FULL, 2e-3, 0)
+  assert (fixed.name, fixed.config.rest_learning_rate) == ("full_lr=0.002_seed=0", 5e-3)
+
+
+def test_the_sweep_is_extended_until_the_best_is_inside_and_then_the_seeds_run(tmp_path, runs, capsys):
+  runs.surface = bowl(8e-3, 2.5e-4)
+  ran = run(tiny_base(tmp_path), (BOTH, LORA), tmp_path, extend=6, seeds=2)
+  assert sweep.best_rates(BOTH, ran, 1.0) == (8e-3, 2.5e-4) and len(runs.started) == len(set(runs.started))
+  assert [r.trial.point for r in ran if r.trial.seed == 1 and r.trial.variant is BOTH] == [(8e-3, 2.5e-4)]
+  first = [r.trial.point for r in ran if r.trial.seed == 0 and r.trial.variant is BOTH]
+  assert {(1.6e-2, 2.5e-4), (4e-3, 2.5e-4), (8e-3, 6.25e-5), (8e-3, 1e-3)} < set(first) and len(first) < 14
+  assert "full: learning rate 0.004 (embedding, norms, head: 0.001) is next, since" in capsys.readouterr().out
+  started = len(runs.started)
+  assert [r.trial.name for r in run(tiny_base(tmp_path), (BOTH, LORA), tmp_path, extend=6, seeds=2)] == [
+    r.trial.name for r in ran
+  ]
+  assert len(runs.started) == started, "the same trials, which have finished"
+
+
+def test_rates_that_are_not_given_are_not_extended_and_diverged_edges_end_the_search(tmp_path, runs):
+  runs.losses = {"full": 2.0, "lora-rank-4_lr=0.1": 2.0, "lora-rank-4_lr=1": float("nan")}
+  ran = run(tiny_base(tmp_path), (FULL, LORA), tmp_path, extend=4)
+  assert [r.trial.learning_rate for r in ran] == [1e-3, 1e-3, 1e-2, 1e-1, 1.0]
+  assert sweep.best_rates(LORA, ran, 1.0) == (0.1, None)
+
+
+def test_a_variant_whose_runs_all_failed_is_not_extended(tmp_path, runs):
+  runs.broken = {f"lora-rank-4_lr={rate}_seed=0" for rate in ("0.001", "0.01", "0.1")}
+  assert len(run(tiny_base(tmp_path), (LORA,), tmp_path, extend=4)) == 3
+
+
+def test_results_are_recorded_after_every_run_and_not_for_finished_ones(tmp_path, runs):
+  recorded = []
+  options = dict(record=lambda results: recorded.append([r.trial.name for r in results]), processes=1, seeds=2)
+  ran = run(tiny_base(tmp_path), (FULL, LORA), tmp_path, **options)
+  names = [r.trial.name for r in ran]
+  assert recorded == [names[: n + 1] for n in range(len(names))]
+  recorded.clear()
+  run(tiny_base(tmp_path), (FULL, LORA), tmp_path, **options)
+  assert recorded == []
+
+
+# --- continuing from results.json ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path, runs):
+  """A sweep whose directories are gone: its results.json alone is left. From changes of the config to the results."""
+  variants = (BOTH, LORA)
+
+  def again(**changes):
+    base, options = tiny_base(tmp_path, **changes), {"workdir": tmp_path / "grid", "read_at": 1.0}
+    record = results.recorder(variants, options, "title")
+    return run(base, variants, tmp_path / "grid", seeds=2, extend=2, record=record)
+
+  runs.surface = lambda trial: bowl(2e-3, 4e-3)(trial) + 0.01 * trial.seed
+  first = again(clip_norm=float("inf"))
+  shutil.rmtree(tmp_path / "grid" / "cells")
+  runs.started.clear()
+  return SimpleNamespace(again=again, first=first, path=tmp_path / "grid" / "results.json")
+
+
+def test_a_sweep_continues_from_results_json_alone(written, runs):
+  ran = written.again(clip_norm=float("inf"), eval_every=6, accumulation=2)  # keys that change no result
+  assert runs.started == [] and [r.trial.name for r in ran] == [r.trial.name for r in written.first]
+  assert all(r.cell and not r.workdir.exists() for r in ran)
+  assert [sweep.evaluation_loss(r, 1.0) for r in ran] == pytest.approx([runs.surface(r.trial) for r in ran])
+  cells = {cell["name"]: cell for cell in json.loads(written.path.read_text())["cells"]}
+  collected = results.collect((BOTH, LORA), ran, 1.0)["cells"]
+  assert [cell["curve"] for cell in collected] == [cells[cell["name"]]["curve"] for cell in collected]
+
+
+@pytest.mark.parametrize("change", [{"clip_norm": 1.0}, {"clip_norm": float("inf"), "switch__interval": 3}])
+def test_trials_of_another_config_in_results_json_run_again(written, runs, change, capsys):
+  written.again(**change)
+  assert len(runs.started) == len(written.first)
+  assert "full_lr=0.001_rest=0.001_seed=0 runs, since results.json holds another run of this name (" in (
+    capsys.readouterr().out
+  )
+  assert {cell["name"] for cell in json.loads(written.path.read_text())["cells"]} == {*runs.started}
+
+
+def test_trials_on_other_data_in_results_json_run_again(written, runs, capsys):
+  runs.text = "def"
+  written.again(clip_norm=float("inf"))
+  assert len(runs.started) == len(written.first)
+  assert "(data fingerprint: abc → def)" in capsys.readouterr().out
+
+
+def test_unfinished_and_failed_trials_of_results_json_run_again_and_the_others_are_kept(written, runs):
+  found = json.loads(written.path.read_text())
+  stopped, failed, seed = found["cells"][0], found["cells"][1], found["cells"][-1]
+  stopped["curve"].pop()
+  failed["failure"] = "failed with exit code 2"
+  written.path.write_text(json.dumps(found))
+  kept = []
+  runs.surface = lambda trial, before=runs.surface: kept.append(json.loads(written.path.read_text())) or before(trial)
+  written.again(clip_norm=float("inf"))
+  assert {*runs.started} == {stopped["name"], failed["name"]}
+  after_first = [cell["name"] for part in ("cells", "other_cells") for cell in kept[-1].get(part, ())]
+  assert seed["name"] in after_first, "the second seeds have not been reached again, and are not lost"
+  last = json.loads(written.path.read_text())
+  assert {cell["name"] for part in ("cells", "other_cells") for cell in last.get(part, ())} == {
+    cell["name"] for cell in found["cells"]
+  }
+
+
+def test_a_moved_text_is_recognised_by_its_fingerprint(written, runs):
+  written.again(clip_norm=float("inf"), data__path="elsewhere/*.txt", data__tokenizer="elsewhere/t5.model")
+  assert runs.started == []
+
+
+def test_a_stored_trial_without_the_required_evaluation_is_an_error(written):
+  cells = stored.read_cells(written.path.parent)
+  trial = written.first[0].trial
+  result = sweep.TrialResult(trial, written.path.parent / "none", None, cells[trial.name] | {"curve": [[12, 3.0]]})
+  with pytest.raises(
+    UserError, match=r"full_lr=0\.001_rest=0\.001_seed=0 of results\.json has no evaluation at step 4"
+  ):
+    sweep.evaluation_loss(result, 1 / 3)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"arms": 3, "cells": []}', '{"rows": []}'])
+def test_a_damaged_results_json_is_an_error_before_the_first_run(written, runs, text):
+  written.path.write_text(text)
+  with pytest.raises(UserError, match=r"results\.json must "):
+    written.again()
+  assert runs.started == []
+
+
+def test_results_of_earlier_versions_are_not_used(written, runs):
+  """Their entries have no config."""
+  found = json.loads(written.path.read_text())
+  for cell in found["cells"]:
+    del cell["config"], cell["data_fingerprint"]
+  written.path.write_text(json.dumps(found))
+  written.again(clip_norm=float("inf"))
+  assert len(runs.started) == len(written.first)

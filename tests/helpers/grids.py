@@ -58,12 +58,14 @@ class Runs:
   Attributes:
     started: names of the trials whose process was started, in order.
     losses: {name of a trial, or the beginning of it: last validation loss}; 3.0 where there is none.
+    surface: from a trial to its last validation loss; if given, it replaces `losses`.
     broken: names of trials whose process fails.
     text: the fingerprint of the data that they are trained on.
   """
 
   def __init__(self):
     self.started, self.losses, self.broken, self.text = [], {}, set(), "abc"
+    self.surface = None
 
   def open(self, command, stdout, **_):
     trial, workdir = command
@@ -73,6 +75,7 @@ class Runs:
       return SimpleNamespace(pid=0, wait=lambda: 2)
     fitting = [name for name in self.losses if trial.name.startswith(name)]
     last = self.losses[max(fitting, key=len)] if fitting else 3.0
+    last = self.surface(trial) if self.surface else last
     write_run(workdir, trial.config, curve(trial.config, last), self.text)
     return SimpleNamespace(pid=0, wait=lambda: 0)
 
