@@ -5,12 +5,15 @@ of PyTorch's libraries alternate with them in a process of their own, and `peer_
 rank. `share` is the step's share of the speed of one large matrix product, which is measured in the same run: the model
 FLOPs of the step (`throughput.model_flops`, the same for every method) per second, divided by those of the product.
 On a GPU it is about the MFU. The peak is the compiler's for the timed device. With --memory the steps are only
-compiled: for a GPU if XLA's GPU compiler is installed, which needs no GPU, else for the CPU.
+compiled: for a GPU if XLA's GPU compiler is installed, which needs no GPU, else for the CPU. With --gpu, the steps are
+timed on the CPU and also compiled for GPUs: `gpu_peak` is the memory of each, and `gpu_sent` what it sends to others in
+a step.
 
 python -m experiments.benchmark                      # the 350M shape cut to 2 layers, vocabulary 2,048
 python -m experiments.benchmark --rank=128 --rank=256 --vocabulary=2048 --vocabulary=32100 --json=out.json
 python -m experiments.benchmark --config=configs/llama_tiny.py --methods=full,switchlora
 python -m experiments.benchmark --peers=torch        # needs requirements-torch.txt
+python -m experiments.benchmark --gpu=h100           # needs requirements-gpu.txt, and no GPU
 python -m experiments.benchmark --memory --config.model.num_layers=24
                                  # compile only; see switchlora_jax/planning/topology.py
 """
@@ -18,6 +21,7 @@ python -m experiments.benchmark --memory --config.model.num_layers=24
 import contextlib
 import json
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -38,7 +42,7 @@ from switchlora_jax.methods import LOW_RANK, METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
 from switchlora_jax.models.llama import LINEAR
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
-from switchlora_jax.planning import cost, topology
+from switchlora_jax.planning import cost, planner, topology
 from switchlora_jax.progress import progress_bar
 from switchlora_jax.training.phases import Phase, assemble_phase
 from switchlora_jax.training.report import bytes_of
@@ -57,6 +61,8 @@ RANKS = flags.DEFINE_multi_integer(
 )
 PEERS = flags.DEFINE_enum("peers", None, ["torch"], "also time the same steps in PyTorch; needs requirements-torch.txt")
 REPEATS = flags.DEFINE_integer("repeats", 5, "number of timed steps per program", lower_bound=1)
+GPU = flags.DEFINE_enum("gpu", None, topology.known_gpus(), "time on the CPU, and also compile for GPUs of this type")
+TOPOLOGY = flags.DEFINE_string("topology", "1x1x8", "of --gpu: slices × hosts × GPUs per host, with a micro-batch each")
 MEMORY = flags.DEFINE_bool("memory", False, "only compile, and print the memory of each step")
 JSON = flags.DEFINE_string("json", None, "also write the results to this file")
 cli.define_quiet()
@@ -93,11 +99,11 @@ def make_case(name: str, rank: int, vocabulary: int, mesh) -> BenchmarkCase:
   config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
   config.update(keys_for(config, name if name in METHODS else "galore" if name == REFRESH else "lora"))
   config.rank = rank or 1
-  config.batch_size, config.accumulation, config.warm_start_steps = batch_size(), 1, 0
+  config.batch_size, config.accumulation, config.warm_start_steps = batch_size() * mesh.size, 1, 0
   config.model.vocab_size = vocabulary
   if name == REFRESH:
     config.galore.refresh_every = 1
-  config = resolve(config, devices=1, platform=mesh.devices.flat[0].platform)
+  config = resolve(config, devices=mesh.size, platform=mesh.devices.flat[0].platform)
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:
     method = method._replace(dense=lora.layer(config, TwoProductDense))
@@ -202,6 +208,7 @@ def start_peers(config, rows):
 
 def benchmark(vocabulary: int) -> list[dict]:
   """One row per program, on one device: median seconds per step, and ratios to full rank."""
+  gpu = gpu_costs(vocabulary)
   mesh, full = make_mesh(jax.devices()[:1]), ("full", 0)
   cases = make_cases(vocabulary, mesh)
   shape = (batch_size(), CONFIG.value.seq_len)
@@ -220,6 +227,8 @@ def benchmark(vocabulary: int) -> list[dict]:
   optimizer = {name: bytes_of(case.phase.abstract.opt_state) for name, case in cases.items()}
   peak = {name: cost.memory(step)["peak"] for name, step in steps.items()}
   relative = {"operations_ratio": work, "optimizer_ratio": optimizer, "peak_ratio": peak}
+  if gpu:
+    relative["gpu_peak_ratio"] = {name: costs["gpu_peak"] for name, costs in gpu.items()}
   ratio = lambda times, other: statistics.median(a / b for a, b in zip(times, seconds[other], strict=True))
   flops = dict.fromkeys(whole_steps, model_flops(cases[full].config.model, *shape)) | {(PRODUCT, 0): product_flops}
   speed = product_flops / statistics.median(seconds[PRODUCT, 0])
@@ -236,8 +245,28 @@ def benchmark(vocabulary: int) -> list[dict]:
       "peer_ratio": ratio(times, (torch_peers.FULL, 0)) if peers else None,
     }
     | {key: found[name] / found[full] if name in found else None for key, found in relative.items()}
+    | ({key: gpu.get(name, {}).get(key) for key in gpu[full]} if gpu else {})
     for name, times in seconds.items()
   ]
+
+
+def gpu_costs(vocabulary: int) -> dict[tuple[str, int], dict[str, int]]:
+  """{(program, rank): bytes of memory and of communication per GPU and step} of steps compiled for --gpu; {} without.
+
+  Raises:
+    UserError: XLA's GPU compiler is not installed.
+  """
+  if GPU.value is None:
+    return {}
+  mesh, compiler = topology.gpu_mesh(GPU.value, TOPOLOGY.value) or (None, "")
+  if mesh is None:
+    raise UserError(f"--gpu={GPU.value} needs XLA's GPU compiler; install requirements-gpu.txt, or leave out --gpu")
+  found = {}
+  for name, case in make_cases(vocabulary, mesh).items():
+    plan = planner.plan_step(case.phase, case.config, mesh, host=0)
+    found[name] = {"gpu_peak": plan.peak, "gpu_sent": round(sum(collective.sent for collective in plan.traffic))}
+  print(f"compiled for {TOPOLOGY.value} {GPU.value} by {compiler}", file=sys.stderr, flush=True)
+  return found
 
 
 def benchmark_memory(vocabulary: int) -> list[dict]:
@@ -253,6 +282,9 @@ def benchmark_memory(vocabulary: int) -> list[dict]:
   return results
 
 
+SIZES = ("optimizer", "arguments", "outputs", "shared", "temporaries", "peak", "gpu_peak", "gpu_sent")  # in bytes
+
+
 def benchmark_table(rows: list[dict]) -> str:
   """Rows as an aligned text table."""
   shown = [list(rows[0])] + [[_format_cell(key, value) for key, value in row.items()] for row in rows]
@@ -261,7 +293,7 @@ def benchmark_table(rows: list[dict]) -> str:
 
 
 def _format_cell(key: str, value) -> str:
-  if key in ("optimizer", "arguments", "outputs", "shared", "temporaries", "peak"):
+  if value is not None and key in SIZES:
     return f"{value / 2**20:,.1f} MiB"
   return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
@@ -269,8 +301,10 @@ def _format_cell(key: str, value) -> str:
 def main():
   """Check the flags, measure, print, write."""
   cli.check_json(JSON.value)
-  if MEMORY.value and PEERS.value:
-    raise UserError("--peers are timed, but with --memory nothing is; leave out one of them")
+  if MEMORY.value and (PEERS.value or GPU.value):
+    raise UserError("--peers and --gpu are columns of the timed table, and --memory times nothing; leave out --memory")
+  if GPU.value:
+    topology.without_gpus()
   measure = benchmark_memory if MEMORY.value else benchmark
   config = CONFIG.value
   cli.set_precision(config)

@@ -68,6 +68,25 @@ def cases(*flags):
     return benchmark.make_cases(64, benchmark.make_mesh(jax.devices()[:1]))
 
 
+def test_costs_on_gpus_are_those_of_the_planner(monkeypatch):
+  """Compiled here for eight simulated CPUs in place of GPUs, with a micro-batch on each."""
+  with imported("benchmark", *SMALL, "--methods=lora", "--gpu=h100") as benchmark:
+    mesh = benchmark.make_mesh(jax.devices())
+    monkeypatch.setattr(benchmark.topology, "gpu_mesh", lambda gpu, shape: (mesh, f"{gpu} of {shape}"))
+    costs, made = benchmark.gpu_costs(64), benchmark.make_cases(64, mesh)
+    assert list(costs) == list(made) == [("full", 0), ("lora", 4)]
+    assert made["lora", 4].config.batch_size == 16, "two sequences on each device"
+    gradients = {
+      name: sum(x.size * 4 for x in jax.tree.leaves(case.phase.abstract.params)) for name, case in made.items()
+    }
+    for name, cost in costs.items():  # a ring sends each byte of an all-reduce 2 · 7/8 times
+      assert cost["gpu_sent"] == pytest.approx(2 * 7 / 8 * gradients[name], rel=0.01)
+    assert costs["lora", 4]["gpu_sent"] < costs["full", 0]["gpu_sent"] and costs["lora", 4]["gpu_peak"] > 0
+    monkeypatch.setattr(benchmark.topology, "gpu_mesh", lambda gpu, shape: None)
+    with pytest.raises(UserError, match=r"needs XLA's GPU compiler; install requirements-gpu\.txt"):
+      benchmark.gpu_costs(64)
+
+
 def test_full_rank_is_always_there_and_ranks_may_be_several():
   found = cases("--methods=lora,galore", "--rank=8")
   assert list(found) == [("full", 0), ("lora", 4), ("galore", 4), ("lora", 8), ("galore", 8)]
@@ -117,7 +136,8 @@ def test_the_layer_it_compares_with_computes_the_same():
   [
     (["--methods=full,loar"], "--methods has loar; expected some of full, .*, two products, galore refreshing"),
     (["--methods=switchlora", "--rank=1"], r"rank \(=1\) cannot switch"),
-    (["--memory", "--peers=torch"], "--peers are timed, but with --memory nothing is"),
+    (["--memory", "--peers=torch"], "--peers and --gpu are columns of the timed table"),
+    (["--memory", "--gpu=h100"], "and --memory times nothing; leave out --memory"),
     (["--methods=lora", "--vocabulary=0"], r"model\.vocab_size \(=0\) must be greater than 0"),
   ],
 )
