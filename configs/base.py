@@ -12,8 +12,8 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """All keys with their defaults; keys cannot be added to it."""
   config = ConfigDict()
-  config.method = "switchlora"  # full | lora | switchlora | relora | galore
-  config.rank = 128  # LoRA vectors per factor; for galore, directions per projected gradient; full ignores it
+  config.method = "switchlora"  # full | lora | switchlora | relora | galore | sltrain | factored
+  config.rank = 128  # rows per factor (LoRA vectors); for galore, directions per projected gradient; full ignores it
   config.steps = 40_000  # number of updates; the schedules of learning rate and switching span them
   config.batch_size = 1152  # sequences per step, over all devices and micro-batches
   config.seq_len = 512  # tokens per sequence
@@ -97,6 +97,15 @@ def get_config() -> ConfigDict:
   config.galore = ConfigDict()  # settings of galore
   config.galore.refresh_every = 200  # updates between two singular value decompositions of the gradients
   config.galore.scale = 0.25  # factor of the update after it is projected back
+
+  config.sltrain = ConfigDict()  # settings of sltrain
+  config.sltrain.density = 0.03  # share of the elements of each kernel that the sparse matrix trains
+  config.sltrain.alpha = 32.0  # the low-rank product is scaled by alpha / rank; the authors' example for 60M
+  config.sltrain.restart_every = 0  # steps between two restarts, as of factored; 0: never
+
+  config.factored = ConfigDict()  # settings of factored: kernels are low-rank products
+  config.factored.restart_every = 200  # steps between two restarts: factors from an SVD, moments 0; 0: never
+  config.factored.alpha = 32.0  # the product is scaled by alpha / rank; the authors' example for 60M
 
   config.data = ConfigDict()
   config.data.source = "text"  # docs (documentation of the packages) | text (your files) | prepared | stream

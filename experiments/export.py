@@ -27,7 +27,7 @@ def export_report(done: export.Exported) -> str:
     lines.append("the merged weights differ from the base weights; norm of B·A relative to that of the base:")
     lines += [f"  {kind:<5} {ratio:.3f}" for kind, ratio in done.adapters.items()]
   else:
-    lines.append("the run has no adapters: the exported weights are its base weights")
+    lines.append("the run has no adapters on base weights to compare")
   return "\n".join([*lines, *done.remarks])
 
 

@@ -133,6 +133,8 @@ def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
     dict(param_dtype="bfloat16", frozen_dtype="float32"),
     dict(method="relora", frozen_dtype="bfloat16", rank=4, relora__restart_every=6, relora__restart_warmup_steps=1),
     dict(method="full", frozen_dtype="float32"),
+    dict(method="sltrain", frozen_dtype="float32", sltrain__density=1.0, sltrain__restart_every=1),
+    dict(method="factored", rank=16, factored__restart_every=0),
     dict(clip_norm=float("inf")),
     dict(eval_tokens=10**12, keep_checkpoints=10**12, steps=2**31 - 1),
   ],
@@ -143,7 +145,15 @@ def test_a_valid_config_is_accepted(tmp_path, changes):
 
 @pytest.mark.parametrize(
   ("method", "rate", "ratio"),
-  [("full", 1e-3, 0), ("lora", 1e-2, 0), ("switchlora", 2e-2, 0), ("relora", 1e-3, 0.1), ("galore", 1e-2, 0.1)],
+  [
+    ("full", 1e-3, 0),
+    ("lora", 1e-2, 0),
+    ("switchlora", 2e-2, 0),
+    ("relora", 1e-3, 0.1),
+    ("galore", 1e-2, 0.1),
+    ("sltrain", 3e-3, 0.1),
+    ("factored", 1.5e-3, 0.1),
+  ],
 )
 def test_learning_rate_and_final_ratio_default_to_those_of_the_papers(tmp_path, method, rate, ratio):
   config = resolve(tiny_config(tmp_path, method=method), 8)

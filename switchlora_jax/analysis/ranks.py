@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers, load_kernel
-from switchlora_jax.lowrank.layers import ADAPTER, merge
+from switchlora_jax.lowrank.kernel_storage import KERNEL
+from switchlora_jax.lowrank.kinds import kind_of, linear_layers
+from switchlora_jax.lowrank.layers import LORA_A
 from switchlora_jax.models.weights import in_block
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # kinds of linear layers, as in Figures 10 and 11
@@ -64,10 +65,10 @@ def make_learnt_rank(first):
     now, then = block_layers(params, frozen), block_layers(start.params, start.frozen)
 
     def ratio(layer):
-      kernels = [merged(*arrays, s) for arrays, s in zip(layer, (scale, first.scale), strict=True)]
+      kernels = [merged(arrays, s) for arrays, s in zip(layer, (scale, first.scale), strict=True)]
       return participation_ratio((kernels[0] - kernels[1]).astype(jnp.float32))
 
-    merged = lambda base, adapter, s: merge(load_kernel(base), *adapter, s) if adapter else load_kernel(base)
+    merged = lambda arrays, s: kind_of(arrays).merged(arrays, s) if LORA_A in arrays else arrays[KERNEL]
     return jnp.mean(jnp.concatenate([jax.lax.map(ratio, (now[path], then[path])) for path in now]))
 
   replicated = first.abstract.step.sharding
@@ -75,8 +76,6 @@ def make_learnt_rank(first):
 
 
 def block_layers(params, frozen) -> dict:
-  """{path of a linear layer: (frozen arrays, adapter or ())} of the blocks, stacked along layers, sorted by path."""
-  flat = flatten_dict(params)
-  adapted = {path: (base, tuple(flat[*path, name] for name in ADAPTER)) for path, base in frozen_layers(frozen).items()}
-  plain = {path[:-1]: ({KERNEL: kernel}, ()) for path, kernel in flat.items() if in_block(path)}
-  return dict(sorted((adapted | plain).items()))
+  """{path of a linear layer: its arrays by name} of the blocks, stacked along layers, sorted by path."""
+  plain = {path[:-1]: {KERNEL: kernel} for path, kernel in flatten_dict(params).items() if in_block(path)}
+  return dict(sorted((linear_layers(params, frozen) | plain).items()))

@@ -42,7 +42,7 @@ class Exported(NamedTuple):
   Attributes:
     origin: the run and the step.
     difference: largest absolute difference of logits between the folder and the run's own model.
-    adapters: {kind of layer: ‖s·AᵀB‖ / ‖base‖} over all layers of a kind; {} without adapters.
+    adapters: {kind of layer: ‖s·AᵀB‖ / ‖base‖} over all layers of a kind; {} without base kernels.
     remarks: sentences on the tokenizer; see `tokenizer_json.convert`.
   """
 
@@ -113,7 +113,7 @@ def _logits(model, variables, tokens) -> np.ndarray:
 
 
 def adapter_norms(weights: pretrained.RunWeights) -> dict[str, float]:
-  """{kind of layer: ‖s·AᵀB‖ / ‖base‖}, Frobenius norms over all layers of the kind."""
+  """{kind of layer: ‖s·AᵀB‖ / ‖base‖}, Frobenius norms over all layers of the kind; {} without base kernels."""
 
   @jax.jit
   def ratio(kernel, lora_a, lora_b):

@@ -19,10 +19,8 @@ from ml_collections import FrozenConfigDict
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, tokenizer_json
-from switchlora_jax.lowrank import kernel_storage
-from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
-from switchlora_jax.lowrank.layers import ADAPTER
-from switchlora_jax.lowrank.layers import merge as merge_kernel
+from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, load_kernel
+from switchlora_jax.lowrank.kinds import kind_of, linear_layers
 from switchlora_jax.methods import METHODS, config_at
 from switchlora_jax.methods.base import dtypes
 from switchlora_jax.models import LLaMA, make_model
@@ -176,21 +174,27 @@ def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
   run, plain = found.run, {}
   params = flatten_dict(found.params)
   with full_precision(run.config.param_dtype):
-    for path, base in frozen_layers(found.frozen).items():
-      kernel = _wide(kernel_storage.load_kernel(base) if residual else base[KERNEL])
-      adapter = (_wide(params.pop((*path, name))) for name in ADAPTER)
-      plain[*path, KERNEL] = np.asarray(_merge_kernel(kernel, *adapter, scale=found.scale))
+    for path, arrays in linear_layers(found.params, found.frozen).items():
+      for name in arrays:
+        params.pop((*path, name), None)
+      if RESIDUAL in arrays:
+        kernel = load_kernel(arrays) if residual else arrays[KERNEL]
+        arrays = {name: array for name, array in arrays.items() if name != RESIDUAL} | {KERNEL: kernel}
+      plain[*path, KERNEL] = np.asarray(_merge_layer(jax.tree.map(_wide, arrays), scale=found.scale))
     plain |= {path: _wide(value) for path, value in params.items()}
   origin = f"{run.directory}, {run.config.method}, step {found.step} of {run.config.steps}"
   return Pretrained(run.sizes, unflatten_dict(plain), run.tokenizer, origin, run.config.seq_len, run.config.method)
 
 
-_merge_kernel = partial(jax.jit, static_argnames="scale")(merge_kernel)
+@partial(jax.jit, static_argnames="scale")
+def _merge_layer(arrays, scale):
+  return kind_of(arrays).merged(arrays, scale)
 
 
 def _wide(array) -> np.ndarray:
-  """A NumPy array in float32, or in float64 if it was in float64."""
-  return np.asarray(array, jnp.promote_types(array.dtype, jnp.float32))
+  """A NumPy array in float32, or in float64 if it was in float64; integers keep their dtype."""
+  is_float = jnp.issubdtype(array.dtype, jnp.floating)
+  return np.asarray(array, jnp.promote_types(array.dtype, jnp.float32) if is_float else array.dtype)
 
 
 @contextlib.contextmanager

@@ -57,5 +57,6 @@ def store_kernel(kernel, like) -> dict[str, jax.Array]:
 
 
 def frozen_layers(frozen) -> dict[tuple[str, ...], dict[str, jax.Array]]:
-  """The layers of a `frozen` collection: {path of the layer: its frozen arrays}."""
-  return flatten_dict(frozen, is_leaf=lambda _, layer: KERNEL in layer)
+  """The layers of a `frozen` collection that have a base kernel: {path of the layer: its frozen arrays}."""
+  layers = flatten_dict(frozen, is_leaf=lambda _, layer: KERNEL in layer)
+  return {path: layer for path, layer in layers.items() if not hasattr(layer, "shape")}  # else an array of another kind

@@ -22,7 +22,8 @@ from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, split_float3
 
 LORA_A, LORA_B = ADAPTER = ("lora_a", "lora_b")  # the names of a layer's LoRA factors in `params`
 GAIN = 3**-0.5  # of every layer, as in the authors' code; in the paper the gain "depends on the activation"
-KERNEL_INIT = nn.initializers.normal(0.02)
+KERNEL_STD = 0.02
+KERNEL_INIT = nn.initializers.normal(KERNEL_STD)
 INITS = ("switchlora", "lora")
 
 

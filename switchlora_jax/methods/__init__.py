@@ -1,7 +1,7 @@
 """The training methods, one module per method, and the table from which `config.method` selects one.
 
-To add a method, write `methods/NAME.py`, and add it to `METHODS`, and to `FREEZING` and `LOW_RANK` where it belongs. If
-the method has settings of its own, add a section `config.NAME` to `configs/base.py`. The module has:
+To add a method, write `methods/NAME.py`, and add it to `METHODS`, and to `FREEZING`, `FACTORS` and `LOW_RANK` where it
+belongs. If the method has settings of its own, add a section `config.NAME` to `configs/base.py`. The module has:
 
   LEARNING_RATE, MIN_LR_RATIO   the defaults of `config.learning_rate` and `config.min_lr_ratio`
   ACCEPTED                      {name: default coefficients} of the optimizers that it works with, see `optimizers`
@@ -15,12 +15,21 @@ the method has settings of its own, add a section `config.NAME` to `configs/base
 
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax.methods import full, galore, lora, relora, switchlora
+from switchlora_jax.methods import factored, full, galore, lora, relora, sltrain, switchlora
 from switchlora_jax.methods.schedules import default_final_ratio
 
-METHODS = {"full": full, "lora": lora, "switchlora": switchlora, "relora": relora, "galore": galore}
+METHODS = {
+  "full": full,
+  "lora": lora,
+  "switchlora": switchlora,
+  "relora": relora,
+  "galore": galore,
+  "sltrain": sltrain,
+  "factored": factored,
+}
 FREEZING = ("lora", "switchlora", "relora")  # the methods with frozen base kernels
-LOW_RANK = (*FREEZING, "galore")  # the methods that use `config.rank`
+FACTORS = (*FREEZING, "sltrain", "factored")  # the methods whose layers have factors A and B
+LOW_RANK = (*FACTORS, "galore")  # the methods that use `config.rank`
 
 
 def keys_for(config, method: str) -> dict:

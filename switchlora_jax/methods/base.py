@@ -14,7 +14,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: [] int32, number of steps so far, including skipped ones. Schedules and random draws depend on it alone.
     params: trainable parameters, the only ones that `jax.grad` sees.
-    frozen: base kernels; {} if the method has none.
+    frozen: base kernels, or the positions of sparse values; {} if the method has neither.
     candidates: spares, cursors and freeze timers; {} if the method has none.
     opt_state: state of the optimizer over `params`.
     skipped: [] int32, number of steps skipped because the loss or the gradient was not finite.

@@ -1,45 +1,69 @@
-"""Plain weights: merge the adapters of a model into its kernels, and split kernels into a base and an adapter.
+"""Plain weights: merge the linear layers of a model into plain kernels, and store plain kernels in such layers.
 
-Plain weights are the `params` of the full-rank model. Where a low-rank model has `lora_a`, `lora_b` and a frozen
-`kernel` (perhaps with a residual), they have one `kernel`. Embedding, norms and head are the same in both.
+Plain weights are the `params` of the full-rank model. Where another model has a layer with factors `lora_a` and
+`lora_b` (see `lowrank.kinds`), they have one `kernel`. Embedding, norms and head are the same in both.
 """
 
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers, load_kernel, store_kernel
-from switchlora_jax.lowrank.layers import ADAPTER, merge
+from switchlora_jax.lowrank.kernel_storage import KERNEL
+from switchlora_jax.lowrank.kinds import kind_of, linear_layers
 
 
 def merged(params, frozen, scale) -> dict:
-  """The plain weights: each `kernel + scale·AᵀB`, and all other parameters unchanged; layers may be stacked."""
+  """The plain weights: the merged kernel of each layer with factors, and all other parameters unchanged.
+
+  Layers may be stacked. For layers with a base kernel, it is `kernel + scale·AᵀB`.
+  """
   flat = flatten_dict(params)
-  for path, base in frozen_layers(frozen).items():
-    flat[*path, KERNEL] = merge(load_kernel(base), *(flat.pop((*path, name)) for name in ADAPTER), scale)
+  for path, arrays in linear_layers(params, frozen).items():
+    for name in arrays:
+      flat.pop((*path, name), None)
+    flat[*path, KERNEL] = kind_of(arrays).merged(arrays, scale)
   return unflatten_dict(flat)
 
 
 def split(weights, params, frozen, scale) -> tuple[dict, dict]:
-  """Split plain weights into `params` and `frozen` with the adapters of the given `params`.
+  """Store plain weights in the layers of a model with `params` and `frozen`.
 
-  Each new kernel is the plain kernel minus `scale·AᵀB`, so that the function is that of the plain weights.
+  Where a layer has a base kernel, its adapter stays the same and the new base kernel is the plain kernel minus
+  `scale·AᵀB`, so that the function is that of the plain weights. Layers without one store an approximation; see
+  `is_exact` and `relative_error`.
 
   Args:
-    params, frozen: collections of the low-rank model, for the adapters, the names and the dtypes of kernels.
+    params, frozen: collections of the model, for the adapters, the names and the dtypes of kernels.
   Returns:
-    The new params and frozen. Frozen arrays have the dtypes of `frozen`, other parameters those of `weights`.
+    The new params and frozen. Frozen arrays and factors have the dtypes of `frozen` and `params`, other parameters
+    those of `weights`.
   Raises:
-    UserError: the weights are those of another architecture: arrays are missing, or unknown to the low-rank model.
+    UserError: the weights are those of another architecture: arrays are missing, or unknown to the model.
   """
-  flat, weights, base = flatten_dict(params), flatten_dict(weights), {}
-  layers = frozen_layers(frozen)
-  expected = {path for path in flat if path[-1] not in ADAPTER} | {(*path, KERNEL) for path in layers}
-  _check_names(weights.keys(), expected)
+  layers = linear_layers(params, frozen)
+  flat, flat_frozen, weights = flatten_dict(params), flatten_dict(frozen), flatten_dict(weights)
+  rest = {path for path in flat if path[:-1] not in layers}
+  _check_names(weights.keys(), rest | {(*path, KERNEL) for path in layers})
   for path, like in layers.items():
-    kernel = merge(weights[*path, KERNEL], *(flat[*path, name] for name in ADAPTER), -scale)
-    base |= {(*path, name): value for name, value in store_kernel(kernel, like).items()}
-  flat |= {path: value for path, value in weights.items() if path in flat}
-  return unflatten_dict(flat), unflatten_dict(base)
+    for name, value in kind_of(like).stored(weights[*path, KERNEL], like, scale).items():
+      (flat if (*path, name) in flat else flat_frozen)[*path, name] = value
+  return unflatten_dict(flat | {path: weights[path] for path in rest}), unflatten_dict(flat_frozen)
+
+
+def is_exact(params, frozen) -> bool:
+  """Whether `split` keeps the function of any plain weights, up to rounding."""
+  return all(kind_of(arrays).exact for arrays in linear_layers(params, frozen).values())
+
+
+def relative_error(plain, params, frozen, scale) -> jax.Array:
+  """[] float32 or wider: ‖W - W'‖ / ‖W‖ over all merged kernels W', with the kernels W of the plain weights."""
+  flat, error, total = flatten_dict(plain), 0.0, 0.0
+  for path, arrays in linear_layers(params, frozen).items():
+    kernel = flat[*path, KERNEL].astype(jnp.promote_types(flat[*path, KERNEL].dtype, jnp.float32))
+    error += jnp.sum((kernel - kind_of(arrays).merged(arrays, scale)) ** 2)
+    total += jnp.sum(kernel**2)
+  return jnp.sqrt(error / total)
 
 
 def _check_names(found, expected):

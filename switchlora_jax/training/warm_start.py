@@ -2,10 +2,12 @@
 
 There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data order continues afterwards.
 `warm_start_from` starts a new run from the weights of a run (as the authors do) or of a Hugging Face LLaMA.
-Both keep the function of the model: embedding, norms and head stay the same, and each kernel is split into a base
-kernel and an adapter. Optimizer state, candidates and counts are reinitialised.
+Embedding, norms and head stay the same. Methods with base kernels keep the function of the model: each kernel is split
+into a base kernel and an adapter. Layers without base kernels store an approximation, and its error is logged.
+Optimizer state, candidates and counts are reinitialised.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +19,18 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models import weights
+from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import placement
 from switchlora_jax.training.phases import Phase
+
+log = logging.getLogger(__name__)
 
 
 def hand_over(state: TrainState, before: Phase, after: Phase) -> TrainState:
   """The state with which phase `after` continues from a state of phase `before`.
 
-  It has the same function, step, skip counts and spike-detector state; the optimizer state is reinitialised.
+  It has the same function (see `models.weights.split`), step, skip counts and spike-detector state; the optimizer state
+  is reinitialised.
   """
   kept = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row", "spikes")}
   return _initial_state(after, state.params, state.frozen, before.scale)._replace(**kept)
@@ -32,6 +38,7 @@ def hand_over(state: TrainState, before: Phase, after: Phase) -> TrainState:
 
 def _initial_state(phase: Phase, params, frozen, scale: float | None) -> TrainState:
   """The state of `phase` before step 0, but with the function of other `params`, `frozen` and adapter `scale`."""
+  exact = weights.is_exact(phase.abstract.params, phase.abstract.frozen)
 
   def convert(params, frozen):
     fresh = phase.create()
@@ -39,10 +46,14 @@ def _initial_state(phase: Phase, params, frozen, scale: float | None) -> TrainSt
     params, frozen = weights.split(plain, fresh.params, fresh.frozen, phase.scale)
     # The other weights may have other dtypes.
     params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, fresh.params)
-    return fresh._replace(params=params, frozen=frozen)
+    error = 0.0 if exact else weights.relative_error(plain, params, frozen, phase.scale)
+    return fresh._replace(params=params, frozen=frozen), error
 
   shardings = jax.tree.map(lambda x: x.sharding, phase.abstract)
-  return jax.jit(convert, out_shardings=shardings)(params, frozen)
+  state, error = jax.jit(convert, out_shardings=(shardings, phase.abstract.step.sharding))(params, frozen)
+  if not exact and processes.is_first():
+    log.warning("the kernels of the warm start are approximated, with a relative error of %.3f", error)
+  return state
 
 
 class Source:

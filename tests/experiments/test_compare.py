@@ -322,6 +322,7 @@ def test_keys_that_a_method_does_not_use_are_not_set():
     "full": ("float32", 0),
     "galore": ("float32", 200),
     **dict.fromkeys(("lora", "switchlora", "relora"), ("bfloat16", 200)),
+    **dict.fromkeys(("sltrain", "factored"), ("float32", 200)),
   }
 
 

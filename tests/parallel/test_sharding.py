@@ -89,12 +89,18 @@ def test_the_first_state_is_the_same_in_every_layout(name):
   jax.tree.map(near, host(created.frozen), host(expected.frozen))
 
 
-OTHERS = {"full": {}, "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0), "galore": {}}
+OTHERS = {
+  "full": {},
+  "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0),
+  "galore": {},
+  "sltrain": dict(sltrain__density=0.25, sltrain__restart_every=2),
+  "factored": dict(factored__restart_every=2),
+}
 
 
 @pytest.mark.parametrize("method", slowly(OTHERS, quick=[]))
 def test_the_other_methods_train_the_same_run_sharded_over_8_devices(method):
-  """ReLoRA merges after its third update, GaLore decomposes at its first."""
+  """ReLoRA merges after its third update, GaLore decomposes at its first, and factors restart after two and four."""
   options = dict(method=method, steps=5, **OTHERS[method])
   _, expected, last, losses = trained(**options)
   _, found, state, found_losses = trained(**options, sharding__fsdp=8, sharding__frozen="sharded")

@@ -80,6 +80,28 @@ def test_counters_of_skipped_steps_are_kept(runs):
   assert same_bits(after.spikes, spikes)
 
 
+@pytest.mark.parametrize("method", ["factored", "sltrain"])
+def test_layers_without_base_kernels_store_the_best_approximation_and_log_its_error(folder, runs, method, caplog):
+  """The error by NumPy's decomposition of each kernel; embedding, norms and head are kept."""
+  run = train(folder, method, method=method, checkpoint_every=STEPS, **PHASE)
+  ((before, _), (after, low)), *more = run.handed
+  assert not more
+  plain, stored = before.params["blocks"], weights.merged(after.params, after.frozen, low.scale)["blocks"]
+  error = total = 0
+  for name in ("up", "down"):
+    for kernel, found in zip(plain[name]["kernel"], np.asarray(stored[name]["kernel"]), strict=True):
+      left, values, right = np.linalg.svd(kernel, full_matrices=False)
+      expected = (left[:, :4] * values[:4]) @ right[:4]
+      kept = np.isclose(found, kernel, rtol=0, atol=1e-6)
+      np.testing.assert_allclose(found[~kept], expected[~kept], rtol=0, atol=1e-6)
+      assert kept.sum() >= (round(0.03 * kernel.size) if method == "sltrain" else 0)
+      error, total = error + np.sum((kernel - found) ** 2), total + np.sum(kernel**2)
+  assert f"approximated, with a relative error of {(error / total) ** 0.5:.3f}" in caplog.text
+  for part in ("embed", "norm", "head"):
+    assert same_bits(after.params[part], before.params[part])
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
+
+
 # --- within a run: steps and data ---------------------------------------------------------------------------------
 
 
