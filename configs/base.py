@@ -12,8 +12,9 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """All keys with their defaults; keys cannot be added to it."""
   config = ConfigDict()
-  config.method = "switchlora"  # full | lora | switchlora | relora | galore | sltrain | factored
-  config.rank = 128  # rows per factor (LoRA vectors); for galore, directions per projected gradient; full ignores it
+  # full | lora | switchlora | relora | galore | fira | frugal | ldadam | sltrain | factored
+  config.method = "switchlora"
+  config.rank = 128  # rows per factor (LoRA vectors), or directions per projected gradient; full ignores it
   config.steps = 40_000  # number of updates; the schedules of learning rate and switching span them
   config.batch_size = 1152  # sequences per step, over all devices and micro-batches
   config.seq_len = 512  # tokens per sequence
@@ -52,9 +53,9 @@ def get_config() -> ConfigDict:
 
   config.optimizer = ConfigDict()
   config.optimizer.name = "adam"  # adam | muon (linear layers; Adam elsewhere) | lion | sgd; some methods need adam
-  config.optimizer.b1 = placeholder(float)  # decay rate of the first moment or momentum; None: 0.9, of muon 0.95
-  config.optimizer.b2 = placeholder(float)  # decay rate of the second moment; None: 0.999, of lion's momentum 0.99
-  config.optimizer.eps = placeholder(float)  # added to the root of the second moment; None: 1e-8, of galore 1e-6
+  config.optimizer.b1 = placeholder(float)  # decay of the first moment or momentum; None: 0.9; muon 0.95, ldadam 0.908
+  config.optimizer.b2 = placeholder(float)  # decay of the second moment; None: 0.999; lion, ldadam 0.99
+  config.optimizer.eps = placeholder(float)  # added to the root of the second moment; None: 1e-8, of galore, fira 1e-6
   config.optimizer.weight_decay = 0.0  # each step scales weights by 1 - rate · weight_decay; not norms, frozen arrays
   config.optimizer.moments_dtype = placeholder(str)  # of stored moments: bfloat16 | None: param_dtype
 
@@ -95,8 +96,27 @@ def get_config() -> ConfigDict:
   config.relora.alpha = 32.0  # the adapter is scaled by alpha / rank
 
   config.galore = ConfigDict()  # settings of galore
-  config.galore.refresh_every = 200  # updates between two singular value decompositions of the gradients
+  config.galore.refresh_every = 200  # updates between two computations of the projectors
   config.galore.scale = 0.25  # factor of the update after it is projected back
+  config.galore.directions = "svd"  # of the projectors: svd | random | golore (svd, then random) | sara | coordinates
+  config.galore.random_share = 0.2  # golore: share of the updates, at the end of the run, with random projectors
+
+  config.fira = ConfigDict()  # settings of fira; those that galore has too mean the same
+  config.fira.refresh_every = 200
+  config.fira.scale = 0.25
+  config.fira.directions = "svd"
+  config.fira.random_share = 0.2
+  config.fira.limit = 1.01  # largest norm of the scaled rest of a gradient / that of the update before
+
+  config.frugal = ConfigDict()  # settings of frugal; those that galore has too mean the same
+  config.frugal.refresh_every = 200
+  config.frugal.directions = "svd"
+  config.frugal.random_share = 0.2
+  config.frugal.sign_scale = 1.0  # learning rate of signSGD, for the rest of the gradient / that of Adam
+
+  config.ldadam = ConfigDict()  # settings of ldadam
+  config.ldadam.rho = 0.908  # share of the momentum in the matrix whose leading directions the projector follows
+  config.ldadam.error_feedback = True  # keep what the projection loses, in a buffer of the size of the block kernels
 
   config.sltrain = ConfigDict()  # settings of sltrain
   config.sltrain.density = 0.03  # share of the elements of each kernel that the sparse matrix trains

@@ -9,7 +9,7 @@ The sub-packages and modules; each imports only those below it:
   interop     loading runs and Hugging Face folders as pre-trained models; export
   analysis    singular values and ranks of the weights; drift of stored kernels
   data        documents, tokenizer, packed sequences, the batch of step t
-  methods     full, lora, switchlora, relora, galore, sltrain, factored: what each method adds to a step
+  methods     the training methods, and what each adds to a step; optimizers and schedules
   runs        run directories, checkpoints and files
   models      the LLaMA decoder, its loss, plain weights, text generation
   parallel    the mesh and shardings, several processes, supervision

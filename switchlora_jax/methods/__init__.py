@@ -15,7 +15,7 @@ belongs. If the method has settings of its own, add a section `config.NAME` to `
 
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax.methods import factored, full, galore, lora, relora, sltrain, switchlora
+from switchlora_jax.methods import factored, fira, frugal, full, galore, ldadam, lora, relora, sltrain, switchlora
 from switchlora_jax.methods.schedules import default_final_ratio
 
 METHODS = {
@@ -24,12 +24,15 @@ METHODS = {
   "switchlora": switchlora,
   "relora": relora,
   "galore": galore,
+  "fira": fira,
+  "frugal": frugal,
+  "ldadam": ldadam,
   "sltrain": sltrain,
   "factored": factored,
 }
 FREEZING = ("lora", "switchlora", "relora")  # the methods with frozen base kernels
 FACTORS = (*FREEZING, "sltrain", "factored")  # the methods whose layers have factors A and B
-LOW_RANK = (*FACTORS, "galore")  # the methods that use `config.rank`
+LOW_RANK = (*FACTORS, "galore", "fira", "frugal", "ldadam")  # the methods that use `config.rank`
 
 
 def keys_for(config, method: str) -> dict:

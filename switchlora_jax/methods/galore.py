@@ -1,9 +1,11 @@
 """GaLore: full-rank training with Adam's moments of block kernels in a low-rank projection of their gradients.
 
 Algorithm 2 of Zhao et al. 2024 (arXiv 2403.03507), as in the authors' code. Kernels are [in, out] here, the transpose
-of theirs. `optax.contrib.galore` is a different algorithm: it projects the larger side.
+of theirs. `optax.contrib.galore` is a different algorithm: it projects the larger side. `ProjectedAdam` is what GaLore
+shares with Fira and FRUGAL. `methods.projectors` lists the projectors other than GaLore's own.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,9 +16,10 @@ import optax
 from flax.traverse_util import path_aware_map
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import full
+from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
 from switchlora_jax.methods.optimizers import Coefficients, adam_options
+from switchlora_jax.methods.projectors import leading_directions
 from switchlora_jax.models.weights import in_block
 
 LEARNING_RATE = 1e-2  # this and the ratio: defaults of GaLore's authors
@@ -44,41 +47,133 @@ class GaLoreState(NamedTuple):
   failed: Any
 
 
-def leading_directions(matrix, rank: int):
-  """The first `rank` left singular vectors of [small, large], as columns; computed in float32 as by the authors."""
-  left, _, _ = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
-  return left[:, :rank].astype(matrix.dtype)
-
-
-def refresh(grad, projector, due, decompose: Callable):
+def refresh(grad, projector, due, number, decompose: Callable):
   """New projectors of one leaf, from `decompose`, for the kernels marked by `due` [...]; the others keep theirs.
 
   Shapes: grad [..., in, out], projector [..., small, r] or None for a leaf that is not projected.
+
+  Args:
+    number: [...] int32, a different number for each kernel of all leaves.
+    decompose: (gradient [small, large], number []) -> projector [small, r].
   """
   if projector is None:
     return None
 
   def refresh_kernel(kernel):
-    grad, projector, due = kernel
-    return jax.lax.cond(due, lambda: decompose(grad).astype(projector.dtype), lambda: projector)
+    grad, projector, due, number = kernel
+    return jax.lax.cond(due, lambda: decompose(grad, number).astype(projector.dtype), lambda: projector)
 
   kernels = lambda x: x.reshape(-1, *x.shape[-2:])
   # One kernel at a time: a batched decomposition needs the workspace of all of them at once.
-  found = jax.lax.map(refresh_kernel, (kernels(_wide(grad)), kernels(projector), due.reshape(-1)))
+  found = jax.lax.map(refresh_kernel, (kernels(wide(grad)), kernels(projector), due.reshape(-1), number.reshape(-1)))
   return found.reshape(projector.shape)
 
 
-def refresh_all(grads, projectors, failed, due, decompose: Callable):
-  """Refresh the projectors of all kernels if `due` [] bool, else of those marked by `failed`.
+def refresh_all(grads, projectors, due_kernels, decompose: Callable):
+  """Refresh the projectors of the kernels marked by `due_kernels`, a tree of [...] bool.
 
   Returns:
     The projectors and `failed` of all leaves after the refresh.
   """
-  due_kernels = jax.tree.map(lambda before: due | (before > 0), failed)
-  found = jax.tree.map(partial(refresh, decompose=decompose), grads, projectors, due_kernels)
+  found = jax.tree.map(
+    partial(refresh, decompose=decompose), grads, projectors, due_kernels, _kernel_numbers(due_kernels)
+  )
   good = jax.tree.map(lambda p: jnp.all(jnp.isfinite(p), axis=(-2, -1)), found)
   kept = jax.tree.map(lambda hit, new, old: jnp.where(hit[..., None, None], new, old), good, found, projectors)
   return kept, jax.tree.map(lambda hit: (~hit).astype(jnp.int32), good)
+
+
+def _kernel_numbers(like):
+  """A tree of [...] int32 like `like`, which numbers the kernels of all leaves."""
+  leaves, structure = jax.tree.flatten(like)
+  starts = itertools.accumulate((leaf.size for leaf in leaves), initial=0)
+  numbers = [
+    start + jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
+    for start, leaf in zip(starts, leaves, strict=False)
+  ]
+  return jax.tree.unflatten(structure, numbers)
+
+
+class ProjectedAdam(NamedTuple):
+  """Adam on projected gradients R = PᵀG, with a projector P that is recomputed from time to time.
+
+  Its methods take any state with the fields of `GaLoreState`, and return it with some of them replaced.
+
+  A kernel whose decomposition fails keeps its projector and is decomposed again at the next update. A kernel that has
+  no projector yet has the projector 0.
+
+  If a refresh is due at a step that the train step skips, zero gradients are decomposed and the result is discarded,
+  which costs the time of a refresh per skipped step.
+
+  Attributes:
+    rank: number of directions kept; all of them if the smaller side of a kernel is smaller than the rank.
+    refresh_every: number of updates between two refreshes of P.
+    projected: from the parameters to a tree of bools, true for the leaves [..., in, out] to project.
+    b1, b2, eps: coefficients of Adam; eps is added to √v before its bias is corrected, for all leaves.
+    directions: ([small, large], rank) -> [small, min(rank, small)], the function that computes P. With a seed, it has
+      two more arguments: the number of updates so far, and a random key.
+    seed: seed of the keys of `directions`. A key depends on it, the number of updates and the number of the kernel.
+    moments_dtype: dtype of the stored moments; None: that of the parameters.
+  """
+
+  rank: int
+  refresh_every: int
+  projected: Callable
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-6
+  directions: Callable = leading_directions
+  seed: int | None = None
+  moments_dtype: Any = None
+
+  def init(self, params) -> GaLoreState:
+    """The state before the first update: zeros."""
+    projector = jax.tree.map(partial(_no_directions, rank=self.rank), self.projected(params), params)
+    low = jax.eval_shape(partial(jax.tree.map, project), params, projector)
+    moments = lambda: optax.tree.zeros_like(low, dtype=self.moments_dtype)
+    failed = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), projector)
+    return GaLoreState(jnp.zeros((), jnp.int32), moments(), moments(), projector, failed)
+
+  def refresh(self, grads, state):
+    """Recompute the projectors that are due, before an update.
+
+    Returns:
+      The state with new `projector` and `failed`, and a tree of [...] bool: the kernels with a new projector.
+    """
+    due = state.count % self.refresh_every == 0
+    due_kernels = jax.tree.map(lambda before: due | (before > 0), state.failed)
+    # This cond must not be under a vmap, which would turn it into a select that decomposes in every step.
+    found = lambda: refresh_all(grads, state.projector, due_kernels, partial(self._decompose, state.count))
+    any_due = due | (failures(state) > 0)
+    projector, failed = jax.lax.cond(any_due, found, lambda: (state.projector, state.failed))
+    refreshed = jax.tree.map(lambda due, failed: due & (failed == 0), due_kernels, failed)
+    return state._replace(projector=projector, failed=failed), refreshed
+
+  def _decompose(self, count, grad, number):
+    if self.seed is None:
+      return self.directions(grad, self.rank)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), count), number)
+    return self.directions(grad, self.rank, count, key)
+
+  def average(self, grads, state):
+    """R of each leaf, and the state with the next `count`, `mu` and `nu`, in the wider of their dtype and R's."""
+    low = jax.tree.map(project, grads, state.projector)
+    mu = optax.tree.update_moment(low, state.mu, self.b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(low, state.nu, self.b2, 2)
+    return low, state._replace(count=optax.safe_increment(state.count), mu=mu, nu=nu)
+
+  def unbias(self, count):
+    """√(1-β2ᵗ) / (1-β1ᵗ): the direction is that times m / (√v + eps)."""
+    return jnp.sqrt(1 - self.b2**count) / (1 - self.b1**count)
+
+  def direction(self, m, v, unbias):
+    """Adam's direction N of one leaf, from its moments."""
+    return unbias.astype(m.dtype) * m / (jnp.sqrt(v) + self.eps)
+
+  def stored(self, state):
+    """The state with moments in the dtype in which they are stored."""
+    stored = lambda moments: optax.tree.cast(moments, self.moments_dtype)
+    return state._replace(mu=stored(state.mu), nu=stored(state.nu))
 
 
 def scale_by_galore(
@@ -91,61 +186,37 @@ def scale_by_galore(
   *,
   projected: Callable,
   directions: Callable = leading_directions,
+  seed: int | None = None,
   moments_dtype=None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients: R = PᵀG, Adam's direction N of R, update `scale`·P·N.
 
-  P is recomputed from the gradient at every `refresh_every`-th update. The moments are neither reset nor rotated then.
-  eps is added to √v before its bias is corrected, for all leaves, projected or not.
-
-  A kernel whose decomposition fails keeps its projector and is decomposed again at the next update. A kernel that has
+  P is recomputed at every `refresh_every`-th update. The moments are neither reset nor rotated then. A kernel that has
   no projector yet does not move.
 
-  If a refresh is due at a step that the train step skips, zero gradients are decomposed and the result is discarded,
-  which costs the time of a refresh per skipped step.
-
   Args:
-    rank: number of directions kept; all of them if the smaller side of a kernel is smaller than the rank.
-    projected: from the parameters to a tree of bools, true for the leaves [..., in, out] to project.
-    directions: ([small, large], rank) -> [small, min(rank, small)], the function that computes P. The signs of its
-      columns do not matter.
-    moments_dtype: dtype of the stored moments; None: that of the parameters.
+    scale: factor of the update of projected leaves.
+    others: see `ProjectedAdam`. The signs of the columns of P do not matter to an update.
   """
-
-  def init(params):
-    projector = jax.tree.map(partial(_no_directions, rank=rank), projected(params), params)
-    low = jax.eval_shape(partial(jax.tree.map, _project), params, projector)
-    moments = lambda: optax.tree.zeros_like(low, dtype=moments_dtype)
-    failed = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), projector)
-    return GaLoreState(jnp.zeros((), jnp.int32), moments(), moments(), projector, failed)
+  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype)
 
   def update(updates, state, params=None, **_):
     del params
-    due = state.count % refresh_every == 0
-    # This cond must not be under a vmap, which would turn it into a select that decomposes in every step.
-    decompose = lambda grad: directions(grad, rank)
-    found = lambda: refresh_all(updates, state.projector, state.failed, due, decompose)
-    any_due = due | (failures(state) > 0)
-    projector, failed = jax.lax.cond(any_due, found, lambda: (state.projector, state.failed))
-    low = jax.tree.map(_project, updates, projector)
-    count = optax.safe_increment(state.count)
-    mu = optax.tree.update_moment(low, state.mu, b1, 1)
-    nu = optax.tree.update_moment_per_elem_norm(low, state.nu, b2, 2)
-    unbias = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+    state, _ = adam.refresh(updates, state)
+    _, state = adam.average(updates, state)
+    unbias = adam.unbias(state.count)
 
     def direction(grad, m, v, projector):
-      step = unbias.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
-      return step if projector is None else scale * _project_back(step, projector, grad.shape)
+      step = adam.direction(m, v, unbias)
+      return step if projector is None else scale * oriented(projector @ step, grad.shape)
 
-    stored = lambda moments: optax.tree.cast(moments, moments_dtype)
-    state = GaLoreState(count, stored(mu), stored(nu), projector, failed)
-    return jax.tree.map(direction, updates, mu, nu, projector), state
+    return jax.tree.map(direction, updates, state.mu, state.nu, state.projector), adam.stored(state)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def failures(state: GaLoreState) -> jax.Array:
-  """[] int32: number of kernels whose last decomposition failed."""
+def failures(state) -> jax.Array:
+  """[] int32: number of kernels whose last decomposition failed, from a state with the fields of `GaLoreState`."""
   return sum((jnp.sum(failed, dtype=jnp.int32) for failed in jax.tree.leaves(state.failed)), jnp.zeros((), jnp.int32))
 
 
@@ -157,44 +228,37 @@ def _no_directions(is_projected: bool, param, rank: int):
   return jnp.zeros((*param.shape[:-2], small, min(rank, small)), param.dtype)
 
 
-def _wide(x):
+def wide(x):
   """Transposed, if needed, so that the smaller of the last two sides is first."""
   return x if x.shape[-2] <= x.shape[-1] else x.mT
 
 
-def _project(grad, projector):
-  """R = PᵀG, [..., r, large]."""
-  return grad if projector is None else projector.mT @ _wide(grad)
+def oriented(x, shape):
+  """The inverse of `wide`, for arrays that are of this shape in the orientation of the parameter."""
+  return x if x.shape == shape else x.mT
 
 
-def _project_back(low, projector, shape):
-  """P·N, [..., in, out]."""
-  full_rank = projector @ low
-  return full_rank if full_rank.shape == shape else full_rank.mT
+def project(grad, projector):
+  """R = PᵀG, [..., r, large]; the gradient of a leaf that is not projected."""
+  return grad if projector is None else projector.mT @ wide(grad)
+
+
+def block_kernels(params):
+  """A tree of bools, true for the kernels of the blocks' linear layers, which the methods project."""
+  return path_aware_map(lambda path, _: in_block(path), params)
 
 
 def check(config):
   """Raise `UserError` if the rank or a setting of the projection is invalid."""
   full.check(config)
-  if config.rank < 1:
-    raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
-  if config.rank > config.model.hidden_size:  # the largest min(in, out) of any layer
-    raise UserError(
-      f"rank (={config.rank}) is more than a gradient has directions (min(in, out) = {config.model.hidden_size}); "
-      f"lower --config.rank or use --config.method=full"
-    )
-  every, scale = config.galore.refresh_every, config.galore.scale
-  if every < 1:
-    raise UserError(f"galore.refresh_every (={every}) must be at least 1; set --config.galore.refresh_every")
-  if not scale > 0:
-    raise UserError(f"galore.scale (={scale}) must be greater than 0; set --config.galore.scale")
+  projectors.check(config, "galore")
+  if not config.galore.scale > 0:
+    raise UserError(f"galore.scale (={config.galore.scale}) must be greater than 0; set --config.galore.scale")
 
 
 def describe(config) -> list[str]:
   """The number of decompositions, which take most of the extra time of the method."""
-  every = config.galore.refresh_every
-  refreshes = -(-(config.steps - config.warm_start_steps) // every)
-  return [f"singular value decompositions of every block gradient: {refreshes}, one every {every} steps"]
+  return projectors.describe(config, config.galore)
 
 
 def warnings(config) -> list[str]:
@@ -204,8 +268,8 @@ def warnings(config) -> list[str]:
 
 def build(config) -> Method:
   """The layers of full-rank training; gradients of block kernels are projected, all others go to Adam directly."""
-  projected = lambda params: path_aware_map(lambda path, _: in_block(path), params)
   settings = (config.rank, config.galore.refresh_every, config.galore.scale)
-  galore = scale_by_galore(*settings, projected=projected, **adam_options(config))
+  options = adam_options(config) | projectors.options(config, config.galore)
+  galore = scale_by_galore(*settings, projected=block_kernels, **options)
   optimizer_metrics = lambda opt_state: {"svd_failed": failures(opt_state)}
   return full.build(config)._replace(optimizer=galore, optimizer_metrics=optimizer_metrics)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import resolved
 
-from switchlora_jax.methods import METHODS
+from switchlora_jax.methods import LOW_RANK, METHODS
 from switchlora_jax.parallel.sharding import by_rows, make_mesh
 from switchlora_jax.training import phases, warm_start
 from switchlora_jax.training.phases import Phase, build_phase, build_phases, full_rank_config, phase_at, shard_batch
@@ -36,7 +36,7 @@ def test_without_a_warm_start_all_states_belong_to_one_phase(step):
   assert phase_at([named("main", 0)], step).model == "main"
 
 
-@pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_a_warm_start_is_a_separate_phase(method, tmp_path):
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3)
   config = resolved(tmp_path, **shape, warm_start_steps=5)
@@ -49,7 +49,7 @@ def test_a_warm_start_is_a_separate_phase(method, tmp_path):
   assert main.abstract.opt_state != first.abstract.opt_state
 
 
-@pytest.mark.parametrize("method", ["lora", "switchlora", "relora", "galore"])
+@pytest.mark.parametrize("method", LOW_RANK)
 def test_the_first_phase_is_the_full_method_with_its_own_learning_rate(method, tmp_path):
   """It also has its own warm-up, over the same horizon. All other keys of full rank are those of the run."""
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)

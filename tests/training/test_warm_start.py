@@ -16,12 +16,12 @@ from small_model import host, same_bits
 from stages import slowly
 from tiny import resolved
 
+from switchlora_jax.methods import LOW_RANK, METHODS
 from switchlora_jax.models import weights
 from switchlora_jax.training import phases, warm_start
 
 pytestmark = [pytest.mark.user_flags, pytest.mark.two_linear_layers]
 
-LOW_RANK = ("lora", "switchlora", "relora", "galore")
 K = 5  # steps of the full-rank phase
 
 
@@ -128,7 +128,8 @@ def test_the_learning_rate_warms_up_again(runs, method):
   assert rates[0] == rates[K] == 0 < rates[K + 1] < rates[K + 2]
   np.testing.assert_allclose(rates[K + 1], rates[K + 2] / 2, rtol=1e-5)
   assert min(rates[1:K]) > 0 and [t for t in range(K + 1, STEPS) if rates[t] == 0] == [8] * (method == "relora")
-  assert max(rates[K:]) > 2 * max(rates[:K]) or method == "relora", "the method must use its own learning rate"
+  own, of_full = METHODS[method].LEARNING_RATE, METHODS["full"].LEARNING_RATE
+  assert max(rates[K:]) > 2 * max(rates[:K]) or own == of_full, "the method must use its own learning rate"
 
 
 def test_the_full_rank_phase_does_not_depend_on_the_warm_up_of_the_method(folder, runs):
@@ -141,14 +142,14 @@ def test_the_full_rank_phase_does_not_depend_on_the_warm_up_of_the_method(folder
   assert rates[0] == 0 and rates[K] == max(rates[K:]) > rates[2] == max(rates[:K])
 
 
-def adam_direction(state):
+def adam_direction(state, method):
   """Adam's direction for the head, from the moments after the step. The head has no LoRA vectors or projection."""
-  adam = state.opt_state
+  adam, (b1, b2, eps) = state.opt_state, METHODS[method].ACCEPTED["adam"]
   count = adam.count["head"]["kernel"] if isinstance(adam.count, dict) else adam.count
   m, v = (np.asarray(moment["head"]["kernel"], np.float64) for moment in (adam.mu, adam.nu))
-  if hasattr(adam, "projector"):  # GaLore adds eps to the uncorrected √v
-    return m / (np.sqrt(v) + 1e-6) * np.sqrt(1 - 0.999**count) / (1 - 0.9**count)
-  return m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+  if method in ("galore", "fira", "frugal"):  # these add eps to the uncorrected √v
+    return m / (np.sqrt(v) + eps) * np.sqrt(1 - b2**count) / (1 - b1**count)
+  return m / (1 - b1**count) / (np.sqrt(v / (1 - b2**count)) + eps)
 
 
 @each
@@ -158,7 +159,7 @@ def test_the_logged_learning_rate_is_the_applied_one(runs, method):
   for t in range(2, STEPS + 1):
     before, after = run.handed[0][1][0] if t == K + 1 else run.saved[t - 1], run.saved[t]
     moved = np.asarray(after.params["head"]["kernel"], np.float64) - before.params["head"]["kernel"]
-    direction = adam_direction(after)
+    direction = adam_direction(after, method if t > K else "full")
     used.append(-np.vdot(direction, moved) / np.vdot(direction, direction))
   logged = [line["learning_rate"] for line in lines(run)]
   np.testing.assert_allclose(used, logged, rtol=1e-3, atol=1e-9)

@@ -1,0 +1,140 @@
+"""FRUGAL: Adam in a low-rank projection of the gradients, and signSGD, which has no state, on the rest of them.
+
+Zmushko et al. 2024 (arXiv 2411.07837). With the projected gradient R = PᵀG of a kernel and Adam's direction N of R, the
+update is
+
+  P·N + λ·sign(G − P·R).
+
+Adam starts anew whenever P changes: its moments and its step count are 0 then. The moments therefore never mix
+coordinates of two subspaces, which GaLore's do.
+
+The authors choose the part with a state in several ways: singular vectors, random subspaces, columns, or whole layers,
+which is their default. This module has those of `methods.projectors`, so that `config.rank` has the meaning that it has
+for GaLore; whole layers are not among them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import full, projectors
+from switchlora_jax.methods.base import Method
+from switchlora_jax.methods.galore import ProjectedAdam, block_kernels, failures, oriented, wide
+from switchlora_jax.methods.optimizers import ADAM, adam_options
+from switchlora_jax.methods.projectors import leading_directions
+
+LEARNING_RATE = 1e-3  # this and the ratio: of the authors' runs, with Adam's rate for full rank
+MIN_LR_RATIO = 0.1
+ACCEPTED = ADAM  # of its projected gradients
+
+
+class FrugalState(NamedTuple):
+  """State of `scale_by_frugal`.
+
+  Attributes:
+    count, mu, nu, projector, failed: as of `galore.GaLoreState`.
+    age: [...] int32 for a projected leaf: number of updates with the present projector of each kernel. None for a leaf
+      that is not projected.
+  """
+
+  count: Any
+  mu: Any
+  nu: Any
+  projector: Any
+  failed: Any
+  age: Any
+
+
+def scale_by_frugal(
+  rank: int,
+  refresh_every: int,
+  sign_scale: float = 1.0,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  *,
+  projected: Callable,
+  directions: Callable = leading_directions,
+  seed: int | None = None,
+  moments_dtype=None,
+) -> optax.GradientTransformationExtraArgs:
+  """Adam on projected gradients, signSGD on the rest of the gradients; see the docstring of the module.
+
+  A kernel that has no projector yet does not move. A kernel whose decomposition fails keeps its moments with its
+  projector.
+
+  Args:
+    sign_scale: λ, learning rate of signSGD / learning rate of Adam.
+    others: see `galore.ProjectedAdam`.
+  """
+  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype)
+
+  def init(params):
+    state = adam.init(params)
+    return FrugalState(*state, age=jax.tree.map(jnp.zeros_like, state.failed))
+
+  def update(updates, state, params=None, **_):
+    del params
+    state, refreshed = adam.refresh(updates, state)
+    started = lambda moments: jax.tree.map(_started, moments, refreshed)
+    state = state._replace(
+      mu=started(state.mu),
+      nu=started(state.nu),
+      age=jax.tree.map(lambda age, new: jnp.where(new, 0, age) + 1, state.age, refreshed),
+    )
+    low, state = adam.average(updates, state)
+
+    def direction(grad, low, m, v, projector, age):
+      if projector is None:
+        return adam.direction(m, v, adam.unbias(state.count))
+      step = projector @ adam.direction(m, v, adam.unbias(age)[..., None, None])
+      if projector.shape[-1] < projector.shape[-2]:  # else the rest is 0, of which rounding would have signs
+        step += sign_scale * jnp.sign(wide(grad) - projector @ low)
+      has_projector = jnp.any(projector != 0, axis=(-2, -1), keepdims=True)
+      return oriented(jnp.where(has_projector, step, 0), grad.shape)
+
+    found = jax.tree.map(direction, updates, low, state.mu, state.nu, state.projector, state.age)
+    return found, adam.stored(state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _started(moment, refreshed):
+  """0 for the kernels with a new projector; unchanged for a leaf that is not projected."""
+  return moment if refreshed is None else jnp.where(refreshed[..., None, None], 0, moment)
+
+
+def check(config):
+  """Raise `UserError` if the rank or a setting of the projection or of signSGD is invalid."""
+  full.check(config)
+  projectors.check(config, "frugal")
+  if not config.frugal.sign_scale >= 0:
+    raise UserError(
+      f"frugal.sign_scale (={config.frugal.sign_scale}) must not be negative; set --config.frugal.sign_scale"
+    )
+
+
+def describe(config) -> list[str]:
+  """The number of decompositions, which take most of the extra time of the method."""
+  return projectors.describe(config, config.frugal)
+
+
+def warnings(config) -> list[str]:
+  """Warn if the rest of the gradient is not used."""
+  if config.frugal.sign_scale:
+    return []
+  return ["with frugal.sign_scale = 0 only the projected gradient is used; set --config.frugal.sign_scale=1"]
+
+
+def build(config) -> Method:
+  """The layers of full-rank training; gradients of block kernels are projected, all others go to Adam directly."""
+  frugal = config.frugal
+  options = adam_options(config) | projectors.options(config, frugal)
+  settings = (config.rank, frugal.refresh_every, frugal.sign_scale)
+  optimizer = scale_by_frugal(*settings, projected=block_kernels, **options)
+  optimizer_metrics = lambda opt_state: {"svd_failed": failures(opt_state)}
+  return full.build(config)._replace(optimizer=optimizer, optimizer_metrics=optimizer_metrics)

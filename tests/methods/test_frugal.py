@@ -1,0 +1,135 @@
+"""FRUGAL compared with an implementation in NumPy, what happens when projectors change, and its settings."""
+
+import jax
+import numpy as np
+import pytest
+import small_model
+from projected import SIDES, failing, gradients, matrices, positive_directions, projector_by_hand, run, with_failure
+from small_model import host, same_bits
+from tiny import resolved, tiny_config
+
+from switchlora_jax.config import resolve
+from switchlora_jax.errors import UserError
+from switchlora_jax.methods import frugal
+from switchlora_jax.methods.frugal import scale_by_frugal
+from switchlora_jax.methods.galore import failures
+
+pytestmark = pytest.mark.two_linear_layers
+
+HYPER = dict(rank=2, refresh_every=4, sign_scale=0.5)
+STACK = {"up": (3, 5, 8), "down": (3, 8, 5)}
+
+
+def adam_by_hand(grads, b1=0.9, b2=0.999, eps=1e-8):
+  """The last direction of Adam with eps on the uncorrected √v."""
+  m = v = 0
+  for grad in grads:
+    m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+  return np.sqrt(1 - b2 ** len(grads)) / (1 - b1 ** len(grads)) * m / (np.sqrt(v) + eps)
+
+
+def frugal_by_hand(grads, rank, refresh_every, sign_scale):
+  """The updates of one kernel [in, out]: Adam sees only the gradients since the last change of the projector."""
+  updates = []
+  for t, grad in enumerate(grads):
+    since = t - t % refresh_every
+    basis = projector_by_hand(grads[since], rank)
+    if grad.shape[0] <= grad.shape[1]:
+      down, up = lambda x, basis=basis: basis.T @ x, lambda x, basis=basis: basis @ x
+    else:
+      down, up = lambda x, basis=basis: x @ basis, lambda x, basis=basis: x @ basis.T
+    step = adam_by_hand([down(x) for x in grads[since : t + 1]])
+    updates.append(up(step) + sign_scale * np.sign(grad - up(down(grad))))
+  return updates
+
+
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
+def test_25_updates_are_those_of_numpy(sides, x64):
+  """With 7 projectors. Adam of a leaf that is not projected does not start anew."""
+  grads = gradients(25, kernel=sides, norm=(5,))
+  tx = scale_by_frugal(**HYPER, projected=matrices, directions=positive_directions)
+  updates, states = run(tx, grads)
+  for ours, ref in zip(updates, frugal_by_hand([grad["kernel"] for grad in grads], **HYPER), strict=True):
+    np.testing.assert_allclose(ours["kernel"], ref, rtol=0, atol=1e-10)
+  expected = adam_by_hand([grad["norm"] for grad in grads])
+  np.testing.assert_allclose(updates[-1]["norm"], expected, rtol=0, atol=1e-10)
+  assert [int(state.age["kernel"]) for state in states[:6]] == [1, 2, 3, 4, 1, 2]
+
+
+def test_stacked_layers_are_updated_like_single_layers(x64):
+  grads = gradients(6, **STACK)
+  updates, _ = run(scale_by_frugal(**HYPER, projected=matrices, directions=positive_directions), grads)
+  for name in STACK:
+    for layer in range(3):
+      expected = frugal_by_hand([grad[name][layer] for grad in grads], **HYPER)
+      np.testing.assert_allclose(updates[-1][name][layer], expected[-1], rtol=0, atol=1e-10)
+
+
+def test_signs_of_rounding_errors_are_not_applied():
+  """If the projector has all directions, nothing is left for signSGD."""
+  grads = gradients(2, np.float32, kernel=(4, 6))
+  with_signs, _ = run(scale_by_frugal(4, 2, 1.0, projected=matrices), grads)
+  without, _ = run(scale_by_frugal(4, 2, 0.0, projected=matrices), grads)
+  assert same_bits(with_signs, without) and with_signs[-1]["kernel"].any()
+
+
+def test_a_failed_decomposition_keeps_moments_and_age_and_is_repeated():
+  """Before its first projector, a kernel has no update, not that of signSGD either."""
+  grads = gradients(5, np.float32, **STACK)
+  tx = scale_by_frugal(2, 2, projected=matrices, directions=failing)
+  (first, *_), (state, *_) = run(tx, [with_failure(grads[0], 1)])
+  np.testing.assert_array_equal(np.any(first["up"] != 0, axis=(1, 2)), [True, False, True])
+  assert failures(state) == 1
+  updates, states = run(tx, [grads[0], grads[1], with_failure(grads[2], 1), *grads[3:]])
+  assert [int(failures(state)) for state in states] == [0, 0, 1, 0, 0]
+  ages = [state.age["up"].tolist() for state in states]
+  assert ages == [[1, 1, 1], [2, 2, 2], [1, 3, 1], [2, 1, 2], [1, 1, 1]]
+  kept = [same_bits(states[1].projector["up"][layer], states[2].projector["up"][layer]) for layer in range(3)]
+  assert kept == [False, True, False]
+  low = np.swapaxes(states[3].projector["up"][1], 0, 1) @ grads[3]["up"][1]
+  np.testing.assert_allclose(states[3].mu["up"][1], 0.1 * low, rtol=1e-4, atol=1e-6)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, states)))
+
+
+# --- in the train step --------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_and_moments_start_anew_with_a_projector():
+  config = small_model.config("frugal", frugal__refresh_every=3)
+  state, step, losses, ages = small_model.first_state(config, 1), small_model.step(config, 1), [], []
+  for _ in range(10):
+    state, report = step(state, small_model.shard_batch(small_model.rows(config, 0), 1))
+    losses.append(float(report["loss"]))
+    ages.append(set(np.concatenate([age for age in jax.tree.leaves(host(state.opt_state.age))])))
+  assert ages[:5] == [{1}, {2}, {3}, {1}, {2}]
+  assert losses[-1] < losses[0] - 0.3 and report["svd_failed"] == 0
+
+
+# --- the config ---------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+  "scale": (dict(frugal__sign_scale=-1.0), "frugal.sign_scale (=-1.0) must not be negative; set --config.frugal.sign"),
+  "no number": (dict(frugal__sign_scale=float("nan")), "frugal.sign_scale (=nan) must be a finite number"),
+  "optimizer": (dict(optimizer__name="muon"), "optimizer.name (='muon') does not work with --config.method=frugal"),
+  "frozen": (dict(frozen_dtype="bfloat16"), "--config.method=frugal has no frozen kernels"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
+  changes, sentence = MISTAKES[name]
+  with pytest.raises(UserError) as caught:
+    resolve(tiny_config(tmp_path, method="frugal", **changes), devices=8)
+  assert sentence in str(caught.value)
+
+
+def test_the_defaults_are_those_of_the_authors(tmp_path):
+  config = resolved(tmp_path, method="frugal")
+  assert (config.learning_rate, config.min_lr_ratio, config.optimizer.eps) == (1e-3, 0.1, 1e-8)
+  assert (config.frugal.refresh_every, config.frugal.sign_scale) == (200, 1.0)
+
+
+def test_a_run_without_signs_is_warned(tmp_path):
+  assert frugal.warnings(resolved(tmp_path, method="frugal")) == []
+  (warning,) = frugal.warnings(resolved(tmp_path, method="frugal", frugal__sign_scale=0.0))
+  assert warning.startswith("with frugal.sign_scale = 0 only the projected gradient is used")
