@@ -12,9 +12,9 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """All keys with their defaults; keys cannot be added to it."""
   config = ConfigDict()
-  # full | lora | switchlora | relora | galore | fira | frugal | ldadam | sltrain | factored
+  # full | lora | switchlora | relora | galore | fira | apollo | apollo_mini | frugal | ldadam | sltrain | factored
   config.method = "switchlora"
-  config.rank = 128  # rows per factor (LoRA vectors), or directions per projected gradient; full ignores it
+  config.rank = 128  # rows per factor (LoRA vectors), or directions per projected gradient; full, apollo_mini ignore it
   config.steps = 40_000  # number of updates; the schedules of learning rate and switching span them
   config.batch_size = 1152  # sequences per step, over all devices and micro-batches
   config.seq_len = 512  # tokens per sequence
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
   config.optimizer.name = "adam"  # adam | muon (linear layers; Adam elsewhere) | lion | sgd; some methods need adam
   config.optimizer.b1 = placeholder(float)  # decay of the first moment or momentum; None: 0.9; muon 0.95, ldadam 0.908
   config.optimizer.b2 = placeholder(float)  # decay of the second moment; None: 0.999; lion, ldadam 0.99
-  config.optimizer.eps = placeholder(float)  # added to the root of the second moment; None: 1e-8, of galore, fira 1e-6
+  config.optimizer.eps = placeholder(float)  # added to its root; None: 1e-8; galore, fira, apollo, apollo_mini 1e-6
   config.optimizer.weight_decay = 0.0  # each step scales weights by 1 - rate · weight_decay; not norms, frozen arrays
   config.optimizer.moments_dtype = placeholder(str)  # of stored moments: bfloat16 | None: param_dtype
 
@@ -126,6 +126,17 @@ def get_config() -> ConfigDict:
   config.factored = ConfigDict()  # settings of factored: kernels are low-rank products
   config.factored.restart_every = 200  # steps between two restarts: factors from an SVD, moments 0; 0: never
   config.factored.alpha = 32.0  # the product is scaled by alpha / rank; the authors' example for 60M
+
+  config.apollo = ConfigDict()  # settings of apollo
+  config.apollo.refresh_every = 200  # updates between two draws of the random projections
+  config.apollo.scale_type = "channel"  # channel (one learning rate per column) | tensor (one per kernel)
+  config.apollo.scale = 1.0  # factor of the scaled gradient
+  config.apollo.norm_growth = 1.01  # largest ratio of the norms of a kernel's successive updates; 0: no limit
+
+  config.apollo_mini = ConfigDict()  # settings of apollo_mini: apollo with rank 1, scale_type tensor
+  config.apollo_mini.refresh_every = 200  # as those of apollo
+  config.apollo_mini.scale = 128**0.5
+  config.apollo_mini.norm_growth = 1.01
 
   config.data = ConfigDict()
   config.data.source = "text"  # docs (documentation of the packages) | text (your files) | prepared | stream

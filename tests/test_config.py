@@ -152,6 +152,8 @@ def test_a_valid_config_is_accepted(tmp_path, changes):
     ("relora", 1e-3, 0.1),
     ("galore", 1e-2, 0.1),
     ("fira", 1e-2, 0.1),
+    ("apollo", 1e-2, 0.1),
+    ("apollo_mini", 1e-2, 0.1),
     ("frugal", 1e-3, 0.1),
     ("ldadam", 1e-3, 0.1),
     ("sltrain", 3e-3, 0.1),

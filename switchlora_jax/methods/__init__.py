@@ -15,7 +15,20 @@ belongs. If the method has settings of its own, add a section `config.NAME` to `
 
 from ml_collections import FrozenConfigDict
 
-from switchlora_jax.methods import factored, fira, frugal, full, galore, ldadam, lora, relora, sltrain, switchlora
+from switchlora_jax.methods import (
+  apollo,
+  apollo_mini,
+  factored,
+  fira,
+  frugal,
+  full,
+  galore,
+  ldadam,
+  lora,
+  relora,
+  sltrain,
+  switchlora,
+)
 from switchlora_jax.methods.schedules import default_final_ratio
 
 METHODS = {
@@ -25,6 +38,8 @@ METHODS = {
   "relora": relora,
   "galore": galore,
   "fira": fira,
+  "apollo": apollo,
+  "apollo_mini": apollo_mini,
   "frugal": frugal,
   "ldadam": ldadam,
   "sltrain": sltrain,
@@ -32,7 +47,8 @@ METHODS = {
 }
 FREEZING = ("lora", "switchlora", "relora")  # the methods with frozen base kernels
 FACTORS = (*FREEZING, "sltrain", "factored")  # the methods whose layers have factors A and B
-LOW_RANK = (*FACTORS, "galore", "fira", "frugal", "ldadam")  # the methods that use `config.rank`
+PROJECTING = ("galore", "fira", "apollo", "frugal", "ldadam")  # the methods that project gradients to `config.rank`
+LOW_RANK = (*FACTORS, *PROJECTING)  # the methods that use `config.rank`
 
 
 def keys_for(config, method: str) -> dict:

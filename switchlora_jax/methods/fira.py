@@ -24,13 +24,13 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
 from switchlora_jax.methods.galore import ProjectedAdam, block_kernels, failures, oriented, wide
+from switchlora_jax.methods.norm_growth import TINY, limit_norm_growth, norm_dtype, norm_over
 from switchlora_jax.methods.optimizers import Coefficients, adam_options
 from switchlora_jax.methods.projectors import leading_directions
 
 LEARNING_RATE = 1e-2  # this, the ratio and eps: defaults of Fira's authors
 MIN_LR_RATIO = 0.1
 ACCEPTED = {"adam": Coefficients(eps=1e-6)}  # of its projected gradients
-TINY = 1e-8  # added to the norms that it divides by
 
 
 class FiraState(NamedTuple):
@@ -81,7 +81,7 @@ def scale_by_fira(
 
   def init(params):
     state = adam.init(params)
-    norm = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], _at_least_float32(p.dtype)), state.projector)
+    norm = jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], norm_dtype(p.dtype)), state.projector)
     return FiraState(*state, norm, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
   def update(updates, state, params=None, **_):
@@ -92,17 +92,19 @@ def scale_by_fira(
     steps = jax.tree.map(lambda m, v: adam.direction(m, v, unbias), state.mu, state.nu)
     scaled_rest = lambda grad, *others: _scaled_rest(grad, *others, scale)
     rest = jax.tree.map(scaled_rest, updates, low, steps, state.projector)
-    size = jax.tree.map(lambda s: _norm(s, (-2, -1)) / unbias.astype(_at_least_float32(s.dtype)), rest)
-    factor = jax.tree.map(lambda new, old: _limiter(new, old, limit), size, state.norm)
-    rest = jax.tree.map(lambda s, f: s * f[..., None, None].astype(s.dtype), rest, factor)
+    leaves, structure = jax.tree.flatten(rest)
+    limited = lambda s, norm: limit_norm_growth(s / unbias.astype(s.dtype), norm, limit)
+    parts = [limited(*leaf) for leaf in zip(leaves, jax.tree.leaves(state.norm), strict=True)]
+    rest = structure.unflatten([s * unbias.astype(s.dtype) for s, _, _ in parts])
+    norms, hits = structure.unflatten([norm for _, norm, _ in parts]), [hit for _, _, hit in parts]
 
     def direction(grad, step, projector, rest):
       return step if projector is None else oriented(scale * (projector @ step) + rest, grad.shape)
 
     found = jax.tree.map(direction, updates, steps, state.projector, rest)
     state = state._replace(
-      norm=jax.tree.map(lambda new, f: new * f, size, factor),
-      limited=sum((jnp.sum(f < 1, dtype=jnp.int32) for f in jax.tree.leaves(factor)), jnp.zeros((), jnp.int32)),
+      norm=norms,
+      limited=sum((jnp.sum(hit, dtype=jnp.int32) for hit in hits), jnp.zeros((), jnp.int32)),
       residual_share=_share(rest, jax.tree.map(lambda x, p: None if p is None else x, found, state.projector)),
     )
     return found, adam.stored(state)
@@ -114,33 +116,16 @@ def _scaled_rest(grad, low, step, projector, scale):
   """S before the limiter, [..., small, large]; None for a leaf that is not projected."""
   if projector is None:
     return None
-  factor = _norm(step, -2, keepdims=True) / (_norm(low, -2, keepdims=True) + TINY)
+  factor = norm_over(step, -2) / (norm_over(low, -2) + TINY)
   return (wide(grad) - scale * (projector @ low)) * factor.astype(grad.dtype)
-
-
-def _limiter(size, previous, limit):
-  """The factors [...] of S: below 1 where its norm `size` has grown by more than `limit`; 1 without a norm before."""
-  largest = limit * (previous + TINY)
-  return jnp.where((previous > 0) & (size > largest), largest / size, 1.0).astype(size.dtype)
 
 
 def _share(part, whole):
   """‖part‖ / ‖whole‖ over all leaves, [] float32; 0 if there is nothing."""
-  norm = lambda tree: jnp.sqrt(sum((jnp.sum(_square(x)) for x in jax.tree.leaves(tree)), jnp.zeros(())))
+  square = lambda x: jnp.square(x.astype(norm_dtype(x.dtype)))
+  norm = lambda tree: jnp.sqrt(sum((jnp.sum(square(x)) for x in jax.tree.leaves(tree)), jnp.zeros(())))
   size = norm(whole)
   return jnp.where(size > 0, norm(part) / jnp.where(size > 0, size, 1), 0).astype(jnp.float32)
-
-
-def _norm(x, axis, keepdims: bool = False):
-  return jnp.sqrt(jnp.sum(_square(x), axis=axis, keepdims=keepdims))
-
-
-def _square(x):
-  return jnp.square(x.astype(_at_least_float32(x.dtype)))
-
-
-def _at_least_float32(dtype):
-  return jnp.promote_types(dtype, jnp.float32)
 
 
 def check(config):

@@ -320,7 +320,7 @@ def test_keys_that_a_method_does_not_use_are_not_set():
     trials = {name: sweep.make_trial(base, Variant(name, keys), None, 0).config for name, keys in variants.items()}
   assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in trials.items()} == {
     "full": ("float32", 0),
-    "galore": ("float32", 200),
+    **dict.fromkeys(("galore", "apollo", "apollo_mini"), ("float32", 200)),
     **dict.fromkeys(("lora", "switchlora", "relora"), ("bfloat16", 200)),
     **dict.fromkeys(("sltrain", "factored"), ("float32", 200)),
   }

@@ -77,7 +77,7 @@ def kinds(tree):
 
 
 def test_the_table_lists_every_module_under_its_name():
-  shared = {"base", "optimizers", "projectors", "schedules"}
+  shared = {"base", "norm_growth", "optimizers", "projectors", "schedules"}
   modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - shared
   assert {name: METHODS[name].__name__.split(".")[-1] for name in METHODS} == {name: name for name in modules}
 

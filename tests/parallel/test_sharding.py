@@ -94,6 +94,8 @@ OTHERS = {
   "relora": dict(relora__restart_every=2, relora__restart_warmup_steps=0),
   "galore": {},
   "fira": {},
+  "apollo": dict(apollo__refresh_every=2),
+  "apollo_mini": dict(apollo_mini__refresh_every=2),
   "frugal": dict(frugal__directions="random", frugal__sign_scale=0.0),  # signs amplify rounding errors
   "ldadam": {},
   "sltrain": dict(sltrain__density=0.25, sltrain__restart_every=2),
@@ -103,7 +105,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("method", slowly(OTHERS, quick=[]))
 def test_the_other_methods_train_the_same_run_sharded_over_8_devices(method):
-  """ReLoRA merges after its third update, projectors are found at the first, factors restart after two and four."""
+  """ReLoRA merges after its third update; projections and factors change within the five steps."""
   options = dict(method=method, steps=5, **OTHERS[method])
   _, expected, last, losses = trained(**options)
   _, found, state, found_losses = trained(**options, sharding__fsdp=8, sharding__frozen="sharded")
