@@ -144,6 +144,7 @@ def get_config() -> ConfigDict:
   config.data.eval_path = ""  # text, stream: a glob of validation files; "": text holds out the last 1% of the rows
   config.data.field = "text"  # text, stream: JSON key or Parquet column that holds the text
   config.data.bad_rows = "stop"  # text, stream: rows without text end the run (stop) or are counted and left out (skip)
+  config.data.packing = "pack"  # documents are joined and cut into rows (pack), or one row each, cut or padded (pad)
   config.data.tokenizer = ""  # a SentencePiece model; "": train one on the text
   config.data.epochs = 1  # largest number of passes over the training rows; a run that needs more does not start
   config.data.cache_dir = "cache"  # folder of trained tokenizers and packed rows, shared by runs

@@ -23,7 +23,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import SavedRun, flatten, open_run
 from switchlora_jax.runs.files import replace_text
-from switchlora_jax.training.evaluation import first, validate
+from switchlora_jax.training.evaluation import first, token_count, validate
 from switchlora_jax.training.phases import restore_phase
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir")
@@ -79,7 +79,8 @@ def select_text(run: SavedRun) -> EvalText:
     text = prepared_text(run, folder)
   else:
     text = tokenized_text(run, DATA.value)
-  return text._replace(rows=first(text.rows, TOKENS.value or run.config.eval_tokens))
+  padded = run.config.data.packing == "pad"
+  return text._replace(rows=first(text.rows, TOKENS.value or run.config.eval_tokens, padded))
 
 
 def own_validation_text(run: SavedRun) -> EvalText:
@@ -114,6 +115,11 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
       f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens like the run; it has rows of {found}; "
       f"prepare the text with --seq_len={run.config.seq_len}, or give its files"
     )
+  if (made := packed.packing_of(manifest)) != (packing := run.config.data.packing):
+    raise UserError(
+      f"--data (={DATA.value!r}) must have rows made by the packing of the run (={packing!r}); its rows were made by "
+      f"{made!r}; prepare the text with --packing={packing}, or give its files"
+    )
   packed.verify_checksums(folder, manifest, progress=not flags.FLAGS.quiet)
   data = dataset.open_folder(folder, manifest, "prepared")
   return EvalText(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
@@ -125,7 +131,7 @@ def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
   options = RowOptions(FIELD_NAME.value or data.field, ROWS_WITHOUT_TEXT.value or data.bad_rows, flags="--")
   files = tuple(corpus.LocalFile(file, options) for file in corpus.matching_files(pattern, "--data"))
   origin = [file.origin() for file in files]
-  rows_of = dict(field=options.field, bad_rows=options.bad_rows)
+  rows_of = dict(field=options.field, bad_rows=options.bad_rows, packing=data.packing)
   request = preparation.Request(origin, str(run.tokenizer), run.config.seq_len, **rows_of)
   read, progress = lambda: corpus.Corpus(files, None), not flags.FLAGS.quiet
   folder = dataset.cached_folder(data.cache_dir, "evaluate", request, read, progress=progress)
@@ -133,8 +139,8 @@ def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
   packed.verify_checksums(folder, manifest, progress=progress)
   found = manifest["train"]
   rows = packed.open_sequences(folder, found)
-  bytes_per_token = found["bytes"] / max(1, found["tokens"])
-  return EvalText(pattern, rows, bytes_per_token, packed.fingerprint(manifest), found.get("bad_rows", 0))
+  fingerprint, bad_rows = packed.fingerprint(manifest), found.get("bad_rows", 0)
+  return EvalText(pattern, rows, dataset.bytes_per_token(found), fingerprint, bad_rows)
 
 
 def evaluate_text(run: SavedRun, text: EvalText) -> dict:
@@ -147,7 +153,8 @@ def evaluate_text(run: SavedRun, text: EvalText) -> dict:
   with jax.set_mesh(mesh):
     numbers = validate(phase, state, text.rows, share * devices, text.bytes_per_token, flags.FLAGS.quiet)
   rows, seq_len = text.rows.shape
-  sizes = {"rows": rows, "tokens": rows * seq_len, "bytes": round(rows * seq_len * text.bytes_per_token)}
+  tokens = token_count(text.rows) if config.data.packing == "pad" else rows * seq_len
+  sizes = {"rows": rows, "tokens": tokens, "bytes": round(tokens * text.bytes_per_token)}
   names = {"run": str(run.directory), "method": config.method, "step": int(state.step)}
   origin = {"data": text.name, "fingerprint": text.fingerprint, "bad_rows": text.bad_rows}
   return names | origin | sizes | numbers

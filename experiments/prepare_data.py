@@ -3,6 +3,8 @@
 python -m experiments.prepare_data --source=c4 --tokenizer=t5.model --seq_len=512 --take=46000000 --out=data/c4
 python -m experiments.prepare_data --path='books/**/*.txt' --tokenizer=train:32000 --seq_len=256 --out=data/books
 
+--packing=pad makes each document one row of at most --seq_len tokens, as in the experiments of GaLore.
+
 Then train with --config.data.source=prepared --config.data.path=data/c4. The same command continues where it was
 stopped; no document is lost or repeated.
 """
@@ -35,6 +37,12 @@ ROWS_WITHOUT_TEXT = flags.DEFINE_enum(
 )
 TOKENIZER = flags.DEFINE_string(
   "tokenizer", None, "path of a SentencePiece model, or train:SIZE to train one on the text"
+)
+PACKING = flags.DEFINE_enum(
+  "packing",
+  shards.PACKINGS[0],
+  shards.PACKINGS,
+  "documents are joined and cut into rows (pack), or each is cut or padded to one row (pad)",
 )
 SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens per row", lower_bound=2)
 TAKE = flags.DEFINE_integer("take", None, "maximum number of training documents, counted from the first", lower_bound=1)
@@ -80,6 +88,7 @@ def training_command(folder: Path, manifest: dict, rows: int) -> str:
   pieces = tokenizer.load_tokenizer(folder / shards.TOKENIZER).get_piece_size()
   epochs = -(-config.steps * config.batch_size // rows)
   settings = {"data.source": "prepared", "data.path": folder, "seq_len": seq_len}
+  settings |= {"data.packing": packing} if (packing := shards.packing_of(manifest)) != config.data.packing else {}
   settings |= {"model.vocab_size": pieces} if pieces != config.model.vocab_size else {}
   settings |= {"data.epochs": epochs} if epochs > config.data.epochs else {}
   flags = [shlex.quote(f"--config.{key}={value}") for key, value in settings.items()]
@@ -94,7 +103,13 @@ def main():
   origin = [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
   tokens = tokenizer_from_flags()
   request = preparation.Request(
-    origin, tokens, SEQ_LEN.value, TAKE.value, field=FIELD_NAME.value, bad_rows=ROWS_WITHOUT_TEXT.value
+    origin,
+    tokens,
+    SEQ_LEN.value,
+    TAKE.value,
+    field=FIELD_NAME.value,
+    bad_rows=ROWS_WITHOUT_TEXT.value,
+    packing=PACKING.value,
   )
   manifest = preparation.fill_folder(folder, request, lambda: text, wait=False, progress=not flags.FLAGS.quiet)
   summary = dataset.summarize_folder(manifest, SOURCE.value)

@@ -10,6 +10,8 @@ At the paper's scale, runs train on folders of prepared C4, data/c4_SEQ_LEN, wit
 split. --dry_run prints the commands that prepare them as well. The keys of `SOURCE_KEYS` then describe the text that is
 prepared. With --set=data.source they describe the text of the runs, as elsewhere.
 
+--item=galore_table2 is Table 2 of GaLore, whose documents are cut or padded: data/c4_SEQ_LEN_pad.
+
 experiments/paper/items.py defines the runs of each item and holds the paper's numbers. Items that are trained write
 the same files as experiments.compare to --workdir.
 """
@@ -78,7 +80,7 @@ def item_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Varian
   variants = trained_variants(item, base, keys)
   if not prepares_c4(keys):
     return variants
-  folders = [items.c4_folder(config.seq_len) for config in changed_configs(base.config, variants)]
+  folders = [items.c4_folder(config) for config in changed_configs(base.config, variants)]
   data = [{"data.source": "prepared", "data.path": folder} for folder in folders]
   return [variant._replace(overrides=variant.overrides | own) for variant, own in zip(variants, data, strict=True)]
 
@@ -127,6 +129,7 @@ def item_title(item: items.Item, configs: list[FrozenConfigDict], keys: dict) ->
     keys: from --set.
   """
   name = f"{ITEM.value}, {SCALE.value} scale"
+  name += "" if item.source == "the paper" else f", the column `paper` is of {item.source}"
   read = dict.fromkeys(f"step {round(item.read_at * c.steps):,} of {c.steps:,}" for c in configs)
   if SCALE.value == "paper":
     return f"{name}: {item.title}" + (f"; here at {', '.join(read)}" if "steps" in keys else "")
@@ -139,10 +142,12 @@ def preparation_commands(configs: list[FrozenConfigDict], keys: dict) -> dict[st
   options = [f"--{key.removeprefix('data.')}={value}" for key, value in given.items()]
   command = [sys.executable, "-m", "experiments.prepare_data", "--source=c4", *options]
   found = {}
-  for seq_len in dict.fromkeys(config.seq_len for config in configs):
-    take = items.c4_documents([config for config in configs if config.seq_len == seq_len])
-    folder = items.c4_folder(seq_len)
-    found[folder] = shlex.join([*command, f"--seq_len={seq_len}", f"--take={take}", f"--out={folder}"])
+  for folder in dict.fromkeys(map(items.c4_folder, configs)):
+    trained_on_it = [config for config in configs if items.c4_folder(config) == folder]
+    seq_len, packing = trained_on_it[0].seq_len, trained_on_it[0].data.packing
+    words = [f"--seq_len={seq_len}", *([] if packing == "pack" else [f"--packing={packing}"])]
+    words += [f"--take={items.c4_documents(trained_on_it)}", f"--out={folder}"]
+    found[folder] = shlex.join([*command, *words])
   return found
 
 
@@ -181,7 +186,7 @@ def missing_data(configs: list[FrozenConfigDict], keys: dict) -> str | None:
       if (manifest := read_manifest(Path(folder))) is None:
         missing.append(command)
       else:
-        trained_on_it = [config for config in configs if items.c4_folder(config.seq_len) == folder]
+        trained_on_it = [config for config in configs if items.c4_folder(config) == folder]
         check_prepared(Path(folder), manifest, trained_on_it, keys)
     return f"prepare the data first, by: {'; then by: '.join(missing)}" if missing else None
   config = configs[0]
@@ -260,6 +265,8 @@ def main():
   configs = [trial.config for trial in sweep.first_seed_trials(base, variants)]
   title = item_title(item, configs, keys)
   print(title)
+  if item.paper and not item.glue:
+    print(f"\nnumbers of {item.source}, not ours:\n\n{results.markdown(item.paper)}")
   if DRY_RUN.value:
     dry_run(item, base, variants, keys)
     return

@@ -4,6 +4,9 @@ The scale `paper` follows the paper's text. The scale `mini` has an eighth of th
 depth, and trains on text from the installed packages, so that lines can be compared within minutes. Its labels name
 the model that is trained, and then the paper's model that it stands for. A line has no number if the paper only plots
 it; settings that the paper does not give are our choice.
+
+`galore_table2` is Table 2 of another paper, GaLore (arXiv 2403.03507), in the protocol of `configs.protocol`. Its
+numbers are that paper's.
 """
 
 import importlib
@@ -23,16 +26,19 @@ from switchlora_jax.training.report import parameter_count
 
 SCALES = ("mini", "paper")
 CONFIGS = {"130M": "llama_130m", "250M": "llama_250m", "350M": "llama_350m", "1.3B": "llama_1b"}
+PROTOCOL = {size: f"protocol.llama_{size.lower()}" for size in ("60M", "130M", "350M", "1B")}  # of GaLore's Table 2
 MINI = {"steps": 600, "eval_every": 30, "checkpoint_every": 300, "eval_tokens": 100_000}
 FINE_TUNING = {  # flags of experiments.finetune_glue
   "mini": {"learning_rates": "1e-4,3e-4,1e-3", "rows": 1000, "epochs": 5, "seeds": 3},
   "paper": {"seeds": 5},
 }
 MINI_SHAPES = {  # hidden, intermediate, layers, heads
+  "60M": (64, 172, 2, 4),
   "130M": (96, 256, 3, 4),
   "250M": (96, 320, 6, 4),
   "350M": (128, 344, 6, 4),
   "1.3B": (256, 688, 6, 8),
+  "1B": (256, 688, 6, 8),
 }
 MINI_MODELS = "models of an eighth of the width and rank and a quarter of the depth"
 DOCUMENTS = 46_000_000  # the first documents of C4 that the paper trains on (section 4.1)
@@ -56,6 +62,7 @@ class Line(NamedTuple):
     paper: perplexity in the paper, if given.
     changed: further config keys; a `Scaled` has a value per scale.
     note: suffix of the label that distinguishes otherwise equal lines; a `Scaled` if it contains a scaled value.
+    config: file in `configs` with the model size and its settings; "": that of `CONFIGS`.
   """
 
   size: str
@@ -64,6 +71,7 @@ class Line(NamedTuple):
   paper: float | None = None
   changed: Mapping[str, Any] = MappingProxyType({})
   note: str | Scaled = ""
+  config: str = ""
 
   def label(self, scale: str) -> str:
     """`350M, switchlora, rank 256`; at scale mini `6 layers × 128, switchlora, rank 32 (for 350M, rank 256)`."""
@@ -88,6 +96,7 @@ class Item(NamedTuple):
     read_at: fraction of the steps at which the paper reports the perplexity.
     used: where this project uses the paper's rows unchanged.
     paper: the paper's rows, if they are not perplexities of `lines`.
+    source: whose numbers they and those of `lines` are.
     spectra: whether it shows singular values of the trained weights.
     glue: whether its runs are fine-tuned on GLUE; `paper` holds the scores.
   """
@@ -99,6 +108,7 @@ class Item(NamedTuple):
   read_at: float = 1.0
   used: str = ""
   paper: tuple[dict[str, Any], ...] = ()
+  source: str = "the paper"
   spectra: bool = False
   glue: bool = False
 
@@ -109,27 +119,31 @@ def base_config(scale: str, extra: dict[str, Any] | None = None) -> BaseConfig:
   return base_from_file(name, overrides | (extra or {}))
 
 
-def c4_folder(seq_len: int) -> str:
-  """The folder of C4 in sequences of a length, as the docstrings of the configs name it."""
-  return f"data/c4_{seq_len}"
+def c4_folder(config) -> str:
+  """The folder of C4 for the sequence length and the packing of a config, as the docstrings of the configs name it."""
+  return f"data/c4_{config.seq_len}" + ("_pad" if config.data.packing == "pad" else "")
 
 
 def c4_documents(configs) -> int:
-  """Number of documents of C4 to prepare for runs of one sequence length, and for all models of Table 1 that have it.
+  """Number of documents of C4 to prepare for runs on one folder, and for all models of the papers that use it.
 
-  It is the paper's, or more if a run needs more tokens. 5% are added, since a prepared folder cannot be extended.
+  It is the paper's, or more if a run needs more tokens. With padding it is the number of sequences of the longest run.
+  5% are added, since a prepared folder cannot be extended.
   """
-  (seq_len,) = {config.seq_len for config in configs}
-  models = [config for config in map(load_config, CONFIGS.values()) if config.seq_len == seq_len]
+  (folder,) = {c4_folder(config) for config in configs}
+  models = [c for c in map(load_config, (*CONFIGS.values(), *PROTOCOL.values())) if c4_folder(c) == folder]
+  seq_len, packing = configs[0].seq_len, configs[0].data.packing
+  if packing == "pad":
+    return math.ceil(1.05 * max(config.steps * config.batch_size for config in (*configs, *models)) / 1e6) * 10**6
   tokens = max(config.steps * config.batch_size * seq_len for config in (*configs, *models))
   return max(DOCUMENTS, math.ceil(1.05 * tokens / TOKENS_PER_DOCUMENT / 1e6) * 10**6)
 
 
-def size_keys(size: str, scale: str) -> dict[str, Any]:
-  """The config keys that turn the base config of a scale into a model size of Table 1."""
+def size_keys(size: str, scale: str, name: str = "") -> dict[str, Any]:
+  """The config keys that turn the base config of a scale into a model size of Table 1, or of `configs/{name}.py`."""
   if scale == "mini":
     return dict(zip(SHAPE, MINI_SHAPES[size], strict=True))
-  shared, config = (flatten(load_config(name)) for name in ("llama_350m", CONFIGS[size]))
+  shared, config = (flatten(load_config(file)) for file in ("llama_350m", name or CONFIGS[size]))
   return {key: value for key, value in config.items() if value != shared[key] and key != "rank"}
 
 
@@ -144,7 +158,9 @@ def line_variant(line: Line, scale: str) -> Variant:
   rank = {} if line.rank is None else {"rank": line.rank if scale == "paper" else line.rank // 8}
   changed = {key: pick(value) for key, value in line.changed.items()}
   return Variant(
-    line.label(scale), size_keys(line.size, scale) | {"method": line.method} | rank | changed, paper=line.paper
+    line.label(scale),
+    size_keys(line.size, scale, line.config) | {"method": line.method} | rank | changed,
+    paper=line.paper,
   )
 
 
@@ -222,6 +238,34 @@ def against_galore(
   )
 
 
+def in_protocol(size: str, **perplexities: float) -> tuple[Line, ...]:
+  """The lines of a model size in GaLore's Table 2, and SwitchLoRA, from {method: perplexity in that paper}.
+
+  The number of steps between ReLoRA's restarts, and SwitchLoRA's settings, are our choice.
+  """
+  config = load_config(PROTOCOL[size])
+  shared = dict(
+    steps=Scaled(config.steps, 600),
+    warmup_steps=Scaled(config.warmup_steps, 60),
+    batch_size=Scaled(config.batch_size, 8),
+    seq_len=Scaled(config.seq_len, 64),
+    min_lr_ratio=config.min_lr_ratio,
+  ) | {"data.packing": config.data.packing, "data.epochs": Scaled(1, 5)}  # mini: of 1,600 documents, 4,800 rows
+  restarts = {"relora.restart_every": Scaled(config.steps // 5, 120), "relora.restart_warmup_steps": Scaled(100, 15)}
+  own = {"relora": restarts | {"relora.alpha": Scaled(32.0, 4.0)}, "galore": REFRESH}
+  return tuple(
+    Line(
+      size,
+      method,
+      None if method == "full" else config.rank,
+      perplexities.get(method),
+      shared | own.get(method, {}),
+      config=PROTOCOL[size],
+    )
+    for method in ("full", "galore", "lora", "relora", "switchlora")
+  )
+
+
 TABLE_2 = {
   "130M": with_rank("130M", ("full", None, 27.71), ("lora", 128, 34.74), ("switchlora", 128, 30.26)),
   "250M": with_rank("250M", ("full", None, 20.19), ("lora", 128, 29.56), ("switchlora", 128, 20.97)),
@@ -243,6 +287,14 @@ def glue_row(label: str, *scores) -> dict[str, Any]:
   """A row of a GLUE table."""
   return {"": label} | dict(zip(GLUE, scores, strict=True))
 
+
+GALORE_TABLE_2 = {  # perplexities of the GaLore paper at the sizes of PROTOCOL; low-rank trains W = BA alone
+  "full": (34.06, 25.08, 18.80, 15.56),
+  "galore": (34.88, 25.36, 18.95, 15.64),
+  "low-rank": (78.18, 45.51, 37.41, 142.53),
+  "lora": (34.99, 33.92, 25.58, 19.21),
+  "relora": (37.04, 29.37, 29.08, 18.33),
+}
 
 ITEMS = {
   "table1": Item("model sizes", facts=model_sizes, paper=(
@@ -307,4 +359,11 @@ ITEMS = {
   "figure11": Item("singular values after full-rank training and SwitchLoRA", tuple(
     TABLE_2["350M"][n]._replace(paper=None) for n in (0, 2)
   ), spectra=True),
+  "galore_table2": Item("perplexity at the last step in GaLore's protocol", tuple(
+    line
+    for n, size in enumerate(PROTOCOL)
+    for line in in_protocol(size, **{method: row[n] for method, row in GALORE_TABLE_2.items()})
+  ), source="the GaLore paper (arXiv 2403.03507, Table 2)", paper=tuple(
+    {"": method} | dict(zip(PROTOCOL, row, strict=True)) for method, row in GALORE_TABLE_2.items()
+  )),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from switchlora_jax.data import corpus, documentation, preparation, shards, toke
 from switchlora_jax.data.loader import SequenceStream
 from switchlora_jax.data.preparation import TRAIN, Request
 from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
-from switchlora_jax.data.shards import PackedSequences
+from switchlora_jax.data.shards import PACKINGS, PackedSequences
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256
 
@@ -41,8 +41,9 @@ class Dataset(NamedTuple):
     fingerprint: hash of the sequences and the tokenizer, 16 hexadecimal digits; of a stream, hash of the validation
       sequences, the tokenizer, and the training files' paths, sizes and modification times.
     bytes_per_token: UTF-8 bytes per token of the validation text, or of the whole text if validation is held out of it.
+      Padding is not counted.
     summary: sizes to print: source, fingerprint, and for train and valid the numbers of documents, characters, bytes,
-      tokens and rows.
+      tokens and rows; with padding, also of the tokens that were cut off, and of padding.
   """
 
   train: PackedSequences | SequenceStream
@@ -70,6 +71,11 @@ def check_data_config(config) -> None:
     raise UserError(f"data.epochs (={data.epochs}) must be at least 1; set --config.data.epochs")
   if data.bad_rows not in BAD_ROWS:
     raise UserError(f"data.bad_rows (={data.bad_rows!r}) must be {' or '.join(BAD_ROWS)}; set --config.data.bad_rows")
+  if data.packing not in PACKINGS:
+    raise UserError(
+      f"data.packing (={data.packing!r}) must be pack (documents are joined and cut into rows) or pad (each document "
+      "is one row, cut or padded); set --config.data.packing"
+    )
   rows = {"field": FIELD, "bad_rows": BAD_ROWS[0]}
   unused = {"docs": ("path", "eval_path", *rows), "prepared": ("eval_path", *rows)}.get(data.source, ())
   for key in unused:
@@ -91,8 +97,9 @@ def check_data_config(config) -> None:
 def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
   """Opens the packed sequences that `config` trains and validates on, and makes them first if necessary.
 
-  Documents are joined, each ended by EOS, and cut into sequences of `seq_len` tokens; the remainder is dropped. Without
-  validation text, the last 1% of the training sequences, at least one, is held out.
+  With `data.packing=pack`, documents are joined, each ended by EOS, and cut into sequences of `seq_len` tokens; the
+  remainder is dropped. With `pad`, each document is cut or padded to one sequence. Without validation text, the last 1%
+  of the training sequences, at least one, is held out.
 
   Args:
     config: the resolved config.
@@ -147,6 +154,11 @@ def _check_prepared(config) -> None:
       f"seq_len (={config.seq_len}) must be that of the prepared rows in {folder} (={found}); "
       f"set --config.seq_len={found}, or prepare the text with --seq_len={config.seq_len}"
     )
+  if (made := shards.packing_of(manifest)) != data.packing:
+    raise UserError(
+      f"data.packing (={data.packing!r}) must be that of the prepared rows in {folder} (={made!r}); "
+      f"set --config.data.packing={made}, or prepare the text with --packing={data.packing}"
+    )
   if data.tokenizer:
     tokenizer.load_tokenizer(_expanded(data.tokenizer))
     if file_sha256(_expanded(data.tokenizer)) != manifest["tokenizer"]:
@@ -171,7 +183,7 @@ def _fill_cache(config, progress: bool) -> Path:
   data = config.data
   origin = [data.source, _text_origin(data)]
   model = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
-  request = Request(origin, model, config.seq_len, field=data.field, bad_rows=data.bad_rows)
+  request = Request(origin, model, config.seq_len, field=data.field, bad_rows=data.bad_rows, packing=data.packing)
   return cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
 
 
@@ -225,13 +237,22 @@ def open_folder(folder: Path, manifest: dict, source: str) -> Dataset:
     valid=shards.open_sequences(folder, manifest["valid"]) if manifest["valid"] else packed[count:],
     tokenizer_path=str(folder / shards.TOKENIZER),
     fingerprint=summary["fingerprint"],
-    bytes_per_token=_bytes_per_token(measured),
+    bytes_per_token=bytes_per_token(measured),
     summary=summary,
   )
 
 
-def _bytes_per_token(split: dict) -> float:
-  return split["bytes"] / max(1, split["tokens"])
+def bytes_per_token(split: dict) -> float:
+  """UTF-8 bytes of text per token in the rows of a split, from its entry in the manifest.
+
+  Of documents that were cut, the bytes of the rest of their text are not counted: it is assumed to have as many bytes
+  per token as the whole text. EOS has none, and is counted as a token.
+  """
+  whole, cut = split["tokens"], split.get("cut_tokens", 0)
+  if not cut:
+    return split["bytes"] / max(1, whole)
+  of_text = split["bytes"] / (whole - split["documents"])
+  return of_text * (whole - cut - split["documents"]) / (whole - cut)
 
 
 def summarize_folder(manifest: dict, source: str) -> dict:
@@ -247,31 +268,38 @@ def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
   fingerprint = hashlib.sha256(f"{shards.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
   sizes = {"train": {"read from": data.path.encode(errors="backslashreplace").decode()}, "valid": _printed_sizes(valid)}
   return Dataset(
-    train=SequenceStream(text.train, folder / shards.TOKENIZER, config.seq_len),
+    train=SequenceStream(text.train, folder / shards.TOKENIZER, config.seq_len, data.packing == "pad"),
     valid=shards.open_sequences(folder, valid),
     tokenizer_path=str(folder / shards.TOKENIZER),
     fingerprint=fingerprint,
-    bytes_per_token=_bytes_per_token(valid),
+    bytes_per_token=bytes_per_token(valid),
     summary={"source": data.source, "fingerprint": fingerprint} | sizes,
   )
 
 
 def _split_sizes(manifest: dict) -> dict[str, dict]:
   """Sizes of `train` and `valid`. Without validation text, the last training sequences are counted as `valid`."""
+  padded = shards.packing_of(manifest) == "pad"
   sizes = {name: _printed_sizes(manifest[name]) for name in preparation.SPLITS if manifest[name]}
   if "valid" not in sizes:
     train, seq_len = sizes["train"], manifest["request"]["seq_len"]
     held = min(train["rows"], max(1, train["rows"] // HELD_OUT))
     train["rows"] -= held
-    sizes["valid"] = {"held out of": "train, its last rows", "tokens": held * seq_len, "rows": held}
+    tokens = {} if padded else {"tokens": held * seq_len}  # with padding they would have to be read to be counted
+    sizes["valid"] = {"held out of": "train, its last rows", **tokens, "rows": held}
   return sizes
 
 
 def _printed_sizes(split: dict) -> dict:
-  """The sizes of a split, with the number of skipped rows if there are any."""
-  sizes = {key: value for key, value in split.items() if key not in ("shards", "bad_rows")}
+  """The sizes of a split, with the number of skipped rows if there are any, and those of padding if it is padded."""
+  sizes = {key: value for key, value in split.items() if key not in ("shards", "bad_rows", "cut_tokens", "padding")}
   skipped = split.get("bad_rows", 0)
-  return sizes | ({"bad rows skipped": skipped} if skipped else {})
+  sizes |= {"bad rows skipped": skipped} if skipped else {}
+  if "padding" in split:
+    kept, padding = split["tokens"] - split["cut_tokens"], split["padding"]
+    share = f"{padding / max(1, kept + padding):.1%} of the rows"
+    sizes |= {"tokens cut off": split["cut_tokens"], "tokens in rows": kept, "padding": share}
+  return sizes
 
 
 def _check_length(sizes: dict[str, dict], config) -> None:

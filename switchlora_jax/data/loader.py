@@ -107,20 +107,31 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 class SequenceStream:
-  """Packs sequences of `seq_len` tokens while the text is read, for text that cannot be prepared.
+  """Packs sequences of `seq_len` tokens while the text is read, or pads them, for text that cannot be prepared.
 
   Nothing is stored: a resumed run reads and tokenizes the text from its start again. It sees the same sequences if the
   text yields the same documents in the same order. Every process reads the whole text.
+
+  Args:
+    padded: whether each document is one sequence, see `packing.pad_documents`.
   """
 
-  def __init__(self, parts: packing.Parts, model: Path, seq_len: int):
-    self._parts, self._model, self._seq_len = parts, model, seq_len
+  def __init__(self, parts: packing.Parts, model: Path, seq_len: int, padded: bool = False):
+    self._parts, self._model, self._seq_len, self._padded = parts, model, seq_len, padded
     self._restart()
 
   def _restart(self):
-    encoded = packing.encode_chunks(tokenizer.load_tokenizer(self._model), packing.read_chunks(self._parts))
-    self._tokens = (group.tokens for group in encoded)
+    processor = tokenizer.load_tokenizer(self._model)
+    encoded = packing.encode_chunks(processor, packing.read_chunks(self._parts))
+    self._progress = packing.SplitProgress()
+    pad = lambda tokens: self._progress.pad(tokens, self._seq_len, processor.eos_id()).reshape(-1)
+    self._tokens = (pad(group.tokens) if self._padded else group.tokens for group in encoded)
     self._buffer, self._consumed = np.empty(0, np.int32), 0
+
+  @property
+  def cut_tokens(self) -> int:
+    """Tokens that padding has cut off at the end of long documents, in the text read so far; 0 if not padded."""
+    return self._progress.cut_tokens
 
   def batch(self, step: int, batch_size: int) -> np.ndarray:
     """The sequences of a step, int32 [batch_size, seq_len]. A step before the last requested one reads from the start.

@@ -1,6 +1,9 @@
-"""Packing: documents → tokens → sequences. Documents are joined, each ended by EOS, and cut into sequences.
+"""Packing: documents → tokens → sequences, by one of two rules, `config.data.packing`.
 
-Tokens that do not fill the last sequence are dropped. Progress can be saved after each shard and resumed from there.
+With `pack`, documents are joined, each ended by EOS, and cut into sequences. Tokens that do not fill the last sequence
+are dropped. With `pad`, each document is one sequence: cut or padded to its length (`pad_documents`).
+
+Progress can be saved after each shard and resumed from there.
 """
 
 import itertools
@@ -15,7 +18,7 @@ import numpy as np
 import sentencepiece
 
 from switchlora_jax.data.readers import BadRow, Document, pieces_of
-from switchlora_jax.data.shards import write_shard
+from switchlora_jax.data.shards import PAD, write_shard
 from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -188,6 +191,8 @@ class SplitProgress:
   position: Position = START
   rest: list = field(default_factory=list)  # tokens read but not yet in a shard
   complete: bool = False
+  cut_tokens: int = 0  # with padding: tokens that were cut off at the end of long documents
+  unfinished: list = field(default_factory=list)  # with padding: the first tokens of a document that was read in part
 
   def count(self, encoded: EncodedGroup):
     """Adds an encoded group to the totals."""
@@ -197,6 +202,46 @@ class SplitProgress:
     self.tokens += len(encoded.tokens)
     self.bad_rows += encoded.bad_rows
     self.position = encoded.after
+
+  def pad(self, tokens: np.ndarray, seq_len: int, eos: int) -> np.ndarray:
+    """The rows of the documents that end in `tokens`, see `pad_documents`; updates `cut_tokens` and `unfinished`."""
+    tokens = np.concatenate([np.asarray(self.unfinished, np.int32), tokens])
+    rows, unfinished, cut = pad_documents(tokens, seq_len, eos)
+    self.unfinished, self.cut_tokens = unfinished.tolist(), self.cut_tokens + cut
+    return rows
+
+
+def pad_documents(tokens: np.ndarray, seq_len: int, eos: int) -> tuple[np.ndarray, np.ndarray, int]:
+  """One row per document: at most its first `seq_len - 1` tokens, then EOS, then `PAD`.
+
+  This is the result of T5's tokenizer in Hugging Face with `max_length`, `truncation` and `padding="max_length"`, with
+  another id of padding: EOS stays, and the tokens of the document that do not fit before it are dropped.
+
+  Args:
+    tokens: [tokens], int32, documents that end with EOS; the last one may not have ended yet.
+    seq_len: tokens per row.
+    eos: the id of EOS, which text does not contain.
+
+  Returns:
+    The rows of the documents that end, int32 [documents, seq_len]; the first `seq_len - 1` tokens of the one that does
+    not; and the number of tokens that were cut off.
+  """
+  ends = np.flatnonzero(tokens == eos)
+  lengths = np.diff(ends, prepend=-1) - 1
+  kept = np.minimum(lengths, seq_len - 1)
+  whole = lengths.sum() + len(ends)
+  positions = np.arange(whole) - np.repeat(ends - lengths, lengths + 1)  # within the document
+  rows = np.full((len(ends), seq_len), PAD, np.int32)
+  rows[np.arange(seq_len) < kept[:, None]] = tokens[:whole][positions < np.repeat(kept, lengths + 1)]
+  rows[np.arange(len(ends)), kept] = eos
+  unfinished = tokens[whole:]
+  cut = (lengths - kept).sum() + max(0, len(unfinished) - (seq_len - 1))
+  return rows, unfinished[: seq_len - 1], int(cut)
+
+
+def row_dtype(pieces: int, packing: str) -> np.dtype:
+  """The dtype of shards for a tokenizer of `pieces` ids: uint16 if it holds them, and with padding one more."""
+  return np.dtype(np.uint16 if pieces + (packing == "pad") <= 1 << 16 else np.int32)
 
 
 def pack(
@@ -208,6 +253,7 @@ def pack(
   seq_len: int,
   dtype,
   save: Callable[[], None],
+  eos: int | None = None,
 ):
   """Writes the remaining shards of a split, `NAME-00000.npy` and so on, each [rows, seq_len].
 
@@ -219,9 +265,10 @@ def pack(
     seq_len: tokens per sequence.
     dtype: of the shards.
     save: called after each full shard, and at the end, to store `split`.
+    eos: the id of EOS if each document is to be one row; None: documents are joined.
 
   Raises:
-    UserError: the text is shorter than one sequence. No shard was written in this case.
+    UserError: the text does not fill one sequence. No shard was written in this case.
   """
   rows_per_shard = max(1, SHARD // seq_len)
   buffer = [np.asarray(split.rest, dtype)]
@@ -238,7 +285,8 @@ def pack(
 
   for group in encoded:
     split.count(group)
-    buffer.append(group.tokens.astype(dtype))
+    tokens = group.tokens if eos is None else split.pad(group.tokens, seq_len, eos).reshape(-1)
+    buffer.append(tokens.astype(dtype))
     if sum(map(len, buffer)) >= rows_per_shard * seq_len:
       write_shards(rows_per_shard)
       split.rest = buffer[0].tolist()

@@ -14,14 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import sentencepiece
 
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.corpus import Corpus
 from switchlora_jax.data.packing import EncodedGroup, Position, SplitProgress
 from switchlora_jax.data.readers import BAD_ROWS, FIELD
-from switchlora_jax.data.shards import MANIFEST, TOKENIZER, read_manifest
+from switchlora_jax.data.shards import MANIFEST, PACKINGS, TOKENIZER, read_manifest
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.files import (
@@ -44,7 +43,8 @@ FORMAT_VERSION = 2
 
 PROGRESS = "progress.json"
 SPLITS = ("train", "valid")
-ADDED = {"field": FIELD}  # keys that requests have only if they differ from these values: earlier ones have none
+# Keys that requests have only if they differ from these values: earlier ones have none.
+ADDED = {"field": FIELD, "packing": PACKINGS[0]}
 TRAIN = "train:"  # `train:SIZE` trains a tokenizer of SIZE pieces on the text
 
 
@@ -59,6 +59,7 @@ class Request(NamedTuple):
     field: JSON key or Parquet column of the documents.
     bad_rows: what is done with rows without text, see `readers.RowOptions`. Not part of `to_json`: it makes no
       difference to a text without such rows, and the splits of a folder count those that were skipped.
+    packing: one of `shards.PACKINGS`.
   """
 
   text: list | dict
@@ -67,6 +68,7 @@ class Request(NamedTuple):
   take: int | None = None
   field: str = FIELD
   bad_rows: str = BAD_ROWS[0]
+  packing: str = PACKINGS[0]
 
   def to_json(self) -> dict:
     """The request as read back from JSON, with the checksum of the tokenizer's file in place of its path."""
@@ -194,8 +196,8 @@ class _Preparation:
     manifest = {
       "request": self._request_json,
       "tokenizer": file_sha256(self._folder / TOKENIZER),
-      "train": _sizes(self._splits["train"]),
-      "valid": _sizes(self._splits["valid"]) if corpus.valid is not None else None,
+      "train": _sizes(self._splits["train"], self._request),
+      "valid": _sizes(self._splits["valid"], self._request) if corpus.valid is not None else None,
       "notes": dict(corpus.notes),
     }
     write_checksummed_json(self._folder / MANIFEST, manifest)
@@ -224,10 +226,12 @@ class _Preparation:
     chunks = packing.read_chunks(parts, split.position)
     if take is not None:
       chunks = packing.first_documents(chunks, take - split.documents)
-    dtype = np.uint16 if processor.get_piece_size() <= 1 << 16 else np.int32
     fraction = lambda: split.documents / take if take else split.position.part / len(parts)
     encoded = self._with_progress(packing.encode_chunks(processor, chunks), name, split, fraction)
-    packing.pack(split, encoded, self._folder, name, seq_len=self._request.seq_len, dtype=dtype, save=self._save)
+    options = dict(seq_len=self._request.seq_len, save=self._save)
+    options["dtype"] = packing.row_dtype(processor.get_piece_size(), self._request.packing)
+    options["eos"] = processor.eos_id() if self._request.packing == "pad" else None
+    packing.pack(split, encoded, self._folder, name, **options)
 
   def _with_progress(
     self, encoded: Iterator[EncodedGroup], name: str, split: SplitProgress, fraction: Callable[[], float]
@@ -246,6 +250,11 @@ def _split_progress(saved: dict) -> SplitProgress:
   return SplitProgress(**saved | {"position": Position(*saved.get("position", ()))})
 
 
-def _sizes(split: SplitProgress) -> dict:
-  """The entry of a split in the manifest."""
-  return {key: value for key, value in asdict(split).items() if key not in ("position", "rest", "complete")}
+def _sizes(split: SplitProgress, request: Request) -> dict:
+  """The entry of a split in the manifest; `cut_tokens` and `padding`, in tokens, only if rows are padded."""
+  left_out = ("position", "rest", "complete", "unfinished", "cut_tokens")
+  sizes = {key: value for key, value in asdict(split).items() if key not in left_out}
+  if request.packing == "pad":
+    padding = split.rows * request.seq_len - (split.tokens - split.cut_tokens)
+    sizes |= {"cut_tokens": split.cut_tokens, "padding": padding}
+  return sizes

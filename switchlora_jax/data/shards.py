@@ -21,17 +21,26 @@ from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+PACKINGS = ("pack", "pad")  # documents are joined and cut into sequences, or each is one sequence, see `packing`
+PAD = -1  # id of padding; 65,535 in shards of uint16
 
 
 class PackedSequences:
   """The sequences `start` to `stop` of the shards of a split, [stop − start, seq_len]. Tokens are read on indexing.
 
   An array of indices returns the tokens of these sequences, an integer those of one sequence. A slice with step 1
-  returns another `PackedSequences` without reading anything.
+  returns another `PackedSequences` without reading anything. Padding is `PAD`, if sequences are padded.
   """
 
-  def __init__(self, shards: list[np.ndarray], start: int, stop: int, files: "list[MappedFile] | None" = None):
-    self._shards, self._start, self._stop, self._files = shards, start, stop, files
+  def __init__(
+    self,
+    shards: list[np.ndarray],
+    start: int,
+    stop: int,
+    files: "list[MappedFile] | None" = None,
+    padded: bool = False,
+  ):
+    self._shards, self._start, self._stop, self._files, self._padded = shards, start, stop, files, padded
     self._rows_per_shard = len(shards[0]) if shards else 1  # the last shard may have fewer
 
   def __len__(self) -> int:
@@ -39,8 +48,8 @@ class PackedSequences:
 
   @property
   def dtype(self) -> np.dtype:
-    """uint16 if the vocabulary fits, else int32."""
-    return self._shards[0].dtype
+    """uint16 if the vocabulary fits and sequences are not padded, else int32."""
+    return np.dtype(np.int32) if self._padded else self._shards[0].dtype
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -52,18 +61,25 @@ class PackedSequences:
       start, stop, step = index.indices(len(self))
       if step != 1:
         raise IndexError(f"slices must have step 1; found a step of {step}")
-      return PackedSequences(self._shards, self._start + start, self._start + max(start, stop), self._files)
+      bounds = self._start + start, self._start + max(start, stop)
+      return PackedSequences(self._shards, *bounds, self._files, self._padded)
     index = np.asarray(index)
     if ((index < -len(self)) | (index >= len(self))).any():
       raise IndexError(f"sequence {index} of {len(self)}")
     shards, rows = np.divmod(self._start + index % len(self), self._rows_per_shard)
     if index.ndim == 0:
-      return np.asarray(self._shard(shards)[rows])
+      return self._with_padding(np.asarray(self._shard(shards)[rows]))
     tokens = np.empty((len(index), self.shape[1]), self.dtype)
     for shard in np.unique(shards):
       here = shards == shard
-      tokens[here] = self._shard(shard)[rows[here]]
+      tokens[here] = self._with_padding(self._shard(shard)[rows[here]])
     return tokens
+
+  def _with_padding(self, stored: np.ndarray) -> np.ndarray:
+    """The tokens of stored sequences: int32 with `PAD` if they are padded, else unchanged."""
+    if not self._padded:
+      return stored
+    return np.where(stored == np.array(PAD).astype(stored.dtype), PAD, stored.astype(np.int32))
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     return np.asarray(self[np.arange(len(self))], dtype)
@@ -115,15 +131,21 @@ def read_manifest(folder: Path) -> dict | None:
 def fingerprint(manifest: dict) -> str:
   """Hash of the tokenizer and of the sequences, 16 hexadecimal digits. Paths and source files do not enter."""
   splits = [[shard[1:] for shard in manifest[name]["shards"]] for name in ("train", "valid") if manifest[name]]
-  return hashlib.sha256(json.dumps([manifest["tokenizer"], splits]).encode()).hexdigest()[:16]
+  contents = [manifest["tokenizer"], splits, *(["pad"] if packing_of(manifest) == "pad" else [])]
+  return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+
+
+def packing_of(manifest: dict) -> str:
+  """How the sequences of a folder were made, one of `PACKINGS`; folders that do not record it were packed."""
+  return manifest.get("request", {}).get("packing", PACKINGS[0])
 
 
 def open_sequences(folder: Path, split: dict) -> PackedSequences:
-  """The sequences of a split. `split` is its entry in the manifest."""
+  """The sequences of a split. `split` is its entry in the manifest, which has `padding` if they are padded."""
   paths = [folder.resolve() / file for file, _, _ in split["shards"]]
   shards = [_map_shard(path) for path in paths]
   files = [MappedFile(path, path.stat().st_size) for path in paths]
-  return PackedSequences(shards, 0, split["rows"], files)
+  return PackedSequences(shards, 0, split["rows"], files, padded="padding" in split)
 
 
 def _map_shard(path: Path) -> np.ndarray:

@@ -3,6 +3,9 @@
 The logits are the largest array of a step: for 16 × 512 tokens and a vocabulary of 32,100, they take 1 GB in float32,
 and their gradient takes another 1 GB. The functions here only store the logits of `CHUNK` tokens at a time, in the
 forward and in the backward pass.
+
+Negative token ids are padding, which only the functions named `padded` accept. Padding at the end of a sequence needs
+no attention mask: no earlier position attends to it.
 """
 
 import jax
@@ -30,31 +33,57 @@ def mean_loss(model, params, frozen, rows):
   return mean_token_loss(*_head_inputs(model, params, frozen, rows))
 
 
+def padded_row_losses(model, params, frozen, rows):
+  """The sum of the cross-entropy of the real next-token targets of each sequence, and their number: [batch, 2].
+
+  As `row_losses`, but targets that are padding are left out.
+  """
+  x, kernel, targets = _head_inputs(model, params, frozen, rows, padded=True)
+  losses, real = token_losses(x, kernel, targets), targets >= 0
+  sums_and_counts = jnp.stack([jnp.where(real, losses, 0), real.astype(losses.dtype)], -1)
+  return sums_and_counts.reshape(len(rows), -1, 2).sum(1)
+
+
+def target_count(rows):
+  """Number of next-token targets in sequences [batch, length] that are not padding, [] int32."""
+  return jnp.sum(rows[:, 1:] >= 0, dtype=jnp.int32)
+
+
+def padded_loss(model, params, frozen, rows, count):
+  """The sum of the cross-entropy of the real targets of sequences [batch, length], divided by `count`, [].
+
+  With the `target_count` of a batch as `count`, these add up to the mean over its real targets, however its sequences
+  are distributed over calls.
+  """
+  return padded_token_loss(*_head_inputs(model, params, frozen, rows, padded=True), count)
+
+
 def on_parts(loss, model, params, frozen):
   """A loss for use inside a `shard_map`, computed from this device's shards of params and frozen kernels.
 
   The arrays of a block are all-gathered one layer at a time, inside the model's loop over the layers.
 
   Args:
-    loss: `mean_loss` or `row_losses`.
+    loss: `mean_loss`, `row_losses`, `padded_loss` or `padded_row_losses`.
     params, frozen: PartitionSpecs from `Placement.specs`.
   Returns:
-    (params, frozen, rows) -> the loss of this device's sequences.
+    (params, frozen, rows, further arguments of `loss`) -> the loss of this device's sequences.
   """
   blocks = {"params": params["blocks"], "frozen": frozen.get("blocks", {})}
   if is_split(blocks):
     model = model.clone(gather=lambda layer: gather(layer, {name: blocks[name] for name in layer}, removed_axes=1))
 
-  def local(param_shards, frozen_shards, rows):
+  def local(param_shards, frozen_shards, rows, *arguments):
     whole = {name: part if name == "blocks" else gather(part, params[name]) for name, part in param_shards.items()}
-    return loss(model, whole, frozen_shards, rows)
+    return loss(model, whole, frozen_shards, rows, *arguments)
 
   return local
 
 
-def _head_inputs(model, params, frozen, rows):
+def _head_inputs(model, params, frozen, rows, padded: bool = False):
   """Hidden states [tokens, hidden] before the head, the head's kernel [hidden, vocab] and the targets [tokens]."""
-  x = model.clone(head=False).apply({"params": params, "frozen": frozen}, rows)[:, :-1]
+  ids = jnp.maximum(rows, 0) if padded else rows
+  x = model.clone(head=False).apply({"params": params, "frozen": frozen}, ids)[:, :-1]
   return x.reshape(-1, x.shape[-1]), params["head"]["kernel"], rows[:, 1:].reshape(-1)
 
 
@@ -85,21 +114,27 @@ def mean_token_loss(x, kernel, targets):
   return token_losses(x, kernel, targets).mean()
 
 
-def _forward(x, kernel, targets):
+def _forward(x, kernel, targets, count=None):
+  """The loss and its gradients: the mean over all targets, or the sum over those that are not padding over `count`."""
   weight, tokens = kernel.astype(x.dtype), len(targets)
   wide = jnp.promote_types(x.dtype, jnp.float32)
+  divisor = tokens if count is None else jnp.maximum(count, 1).astype(wide)
 
   def chunk_gradients(d_kernel, chunk):
     x, targets = chunk
     losses, probabilities = _softmax(x, targets, weight)
     is_target = jnp.arange(weight.shape[-1])[None] == targets[:, None]
     d_logits = (probabilities - is_target).astype(x.dtype)  # for the sum over tokens; those of the mean may underflow
-    dx = jnp.matmul(d_logits, weight.T, preferred_element_type=wide) / tokens
+    if count is not None:
+      d_logits = jnp.where(targets[:, None] >= 0, d_logits, 0)
+    dx = jnp.matmul(d_logits, weight.T, preferred_element_type=wide) / divisor
     return d_kernel + jnp.matmul(x.T, d_logits, preferred_element_type=wide), (losses, dx.astype(x.dtype))
 
   d_kernel, (losses, dx) = jax.lax.scan(chunk_gradients, zeros_accumulator(kernel.astype(wide)), _chunks(x, targets))
   dx = dx.reshape(-1, x.shape[-1])[:tokens]
-  return losses.reshape(-1)[:tokens].mean(), (dx, (d_kernel / tokens).astype(kernel.dtype))
+  losses = losses.reshape(-1)[:tokens]
+  loss = losses.mean() if count is None else jnp.where(targets >= 0, losses, 0).sum() / divisor
+  return loss, (dx, (d_kernel / divisor).astype(kernel.dtype))
 
 
 def _backward(gradients, cotangent):
@@ -108,6 +143,20 @@ def _backward(gradients, cotangent):
 
 
 mean_token_loss.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def padded_token_loss(x, kernel, targets, count):
+  """The sum of the `token_losses` of targets that are not padding (negative), divided by `count` [] int32, [].
+
+  When differentiated, it does what `mean_token_loss` does. If all targets are padding, the loss and its gradients are
+  0, also for a `count` of 0.
+  """
+  losses = jnp.where(targets >= 0, token_losses(x, kernel, targets), 0)
+  return losses.sum() / jnp.maximum(count, 1).astype(losses.dtype)
+
+
+padded_token_loss.defvjp(_forward, lambda gradients, cotangent: (*_backward(gradients, cotangent), None))
 
 
 def zeros_accumulator(x):

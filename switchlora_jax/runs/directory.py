@@ -31,7 +31,7 @@ KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": st
 SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 
 # Config keys that earlier runs do not have, with the values that they trained with.
-ADDED = {"profile_steps": 0, "data": {"field": "text", "bad_rows": "stop"}}
+ADDED = {"profile_steps": 0, "data": {"field": "text", "bad_rows": "stop", "packing": "pack"}}
 
 # Config keys that distribute a step of `batch_size` sequences over devices and micro-batches: only the order of sums
 # changes with them.

@@ -56,7 +56,7 @@ class Metrics:
     self, config, start: int, writers: Sequence[Writer] = (), quiet: bool = False, peak_flops: float | None = None
   ):
     self._tokens_per_step = config.batch_size * config.seq_len
-    self._flops_per_step = model_flops(config.model, config.batch_size, config.seq_len)
+    self._flops_per_token = model_flops(config.model, config.batch_size, config.seq_len) / self._tokens_per_step
     self._peak_flops, self._waited = peak_flops, 0.0
     self._writers, self._open = tuple(writers), contextlib.ExitStack()
     for writer in self._writers:
@@ -81,7 +81,7 @@ class Metrics:
       return []
     rows = [{name: value.item() for name, value in row.items()} for row in jax.tree.map(np.asarray, self._pending)]
     seconds = max(time.monotonic() - self._since, 1e-9)  # a coarse clock may not have advanced
-    timed = self._timed(len(rows), seconds)
+    timed = self._timed(rows, seconds)
     self._write([row | timed for row in rows])
     last = rows[-1]
     shown = {"loss": f"{last['loss']:.3f}", "tokens/s": f"{timed['tokens_per_second']:,.0f}"}
@@ -91,11 +91,12 @@ class Metrics:
     self._pending, self._waited, self._since = [], 0.0, time.monotonic()
     return rows
 
-  def _timed(self, steps: int, seconds: float) -> dict[str, float | int]:
-    """The metrics of `TIMED` for the steps since the last flush."""
-    flops = steps * self._flops_per_step / seconds
+  def _timed(self, rows: list[dict], seconds: float) -> dict[str, float | int]:
+    """The metrics of `TIMED` for the steps since the last flush. Padding is not counted."""
+    tokens = sum(row.get("tokens", self._tokens_per_step) for row in rows)
+    flops = tokens * self._flops_per_token / seconds
     timed = {
-      "tokens_per_second": round(steps * self._tokens_per_step / seconds, 1),
+      "tokens_per_second": round(tokens / seconds, 1),
       "model_tflops_per_second": float(f"{flops / 1e12:.4g}"),
       "data_wait_share": round(self._waited / seconds, 4),
       "peak_memory_bytes": peak_memory(),

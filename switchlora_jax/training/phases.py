@@ -108,20 +108,21 @@ def assemble_phase(config, method, mesh) -> Phase:
   create = lambda: layout.pad(create_state(model, method.optimizer, config.seed, config.spike.window))
   shapes = jax.eval_shape(create)
   method.check_optimizer(shapes.opt_state)
-  shardings = layout.shardings(shapes)
+  shardings, padded = layout.shardings(shapes), config.data.packing == "pad"
   options = dict(
     accumulation=config.accumulation,
     clip_norm=config.clip_norm,
     spike=config.spike,
     rest_ratio=config.rest_learning_rate / config.learning_rate,
     weight_decay=config.optimizer.weight_decay,
+    padded=padded,
   )
   return Phase(
     model=model,
     create=jax.jit(create, out_shardings=shardings),
     abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings),
     step=make_train_step(model, method, layout, shapes, **options),
-    eval_step=make_eval_step(model, layout, shapes),
+    eval_step=make_eval_step(model, layout, shapes, padded),
     shard_batch=partial(shard_batch, mesh),
     scale=method.scale,
     exchanged_bytes=method.exchanged_bytes(shapes.candidates),

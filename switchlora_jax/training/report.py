@@ -66,6 +66,7 @@ def describe_run(config, *states) -> str:
     states: the train state of each phase, abstract or real: of the full-rank warm start, if any, and of the method.
   """
   *warm_start, state = states
+  most, but_padding = ("at most ", ", padding included") if config.data.packing == "pad" else ("", "")
   lines = [
     f"learning_rate: {config.learning_rate}; of embedding, norms and head: {config.rest_learning_rate}",
     f"dtype: {config.dtype}",
@@ -76,8 +77,8 @@ def describe_run(config, *states) -> str:
     size_line("candidates", state.candidates),
     size_line("optimizer", state.opt_state),
     *(size_line("optimizer in the full-rank warm start", start.opt_state) for start in warm_start),
-    f"tokens per step: {config.batch_size * config.seq_len:,}",
-    f"tokens in the run: {config.batch_size * config.seq_len * config.steps:,}",
+    f"tokens per step: {most}{config.batch_size * config.seq_len:,}{but_padding}",
+    f"tokens in the run: {most}{config.batch_size * config.seq_len * config.steps:,}{but_padding}",
   ]
   return "\n".join(lines + METHODS[config.method].describe(config) + describe_warnings(config))
 
@@ -115,6 +116,7 @@ def conclude(config, workdir: Path, outcome, comparison: str | None = None, star
     *_validation_lines(outcome.rows),
     *([comparison] if comparison else []),
     *_training_lines(outcome.rows),
+    *_padding_lines(outcome),
     *([started] if start_seconds is not None else []),
     f"updates skipped as not finite: {int(outcome.state.skipped)}",
     f"sample: {_sample_text(config, outcome)}",
@@ -169,6 +171,17 @@ def _training_lines(rows: list[dict]) -> list[str]:
   return lines
 
 
+def _padding_lines(outcome) -> list[str]:
+  """The tokens that a run with padding trained on, and those that a stream has cut off."""
+  steps = [row for row in outcome.rows if "padding_share" in row]
+  if not steps:
+    return []
+  tokens, share = sum(row["tokens"] for row in steps), sum(row["padding_share"] for row in steps) / len(steps)
+  lines = [f"tokens trained on: {tokens:,}, without padding, which was {share:.1%} of the rows"]
+  cut = getattr(outcome.data.train, "cut_tokens", None)  # of a prepared text it is printed with the sizes of the data
+  return lines + ([f"tokens cut off from the text read: {cut:,}"] if cut is not None else [])
+
+
 def continue_command(steps: int) -> str:
   """The command line of this process with another number of steps."""
   module = sys.modules["__main__"].__spec__
@@ -188,7 +201,8 @@ def _without_steps(arguments: list[str]) -> list[str]:
 def _sample_text(config, outcome) -> str:
   tokenizer = sentencepiece.SentencePieceProcessor(model_file=outcome.data.tokenizer_path)
   held_out = "held out of" in outcome.data.summary["valid"]
-  prompt = sample_prompt(outcome.data.valid, tokenizer, min(16, config.seq_len // 2), starts=not held_out)
+  starts = not held_out or config.data.packing == "pad"
+  prompt = sample_prompt(outcome.data.valid, tokenizer, min(16, config.seq_len // 2), starts)
   state, new_tokens = outcome.state, min(64, config.seq_len - len(prompt))
   variables = {"params": state.params, "frozen": state.frozen}
   draws = dict(pieces=tokenizer.get_piece_size(), sampling=Sampling(temperature=0.7), seed=config.seed)

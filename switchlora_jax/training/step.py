@@ -7,14 +7,17 @@ from jax.sharding import PartitionSpec
 
 from switchlora_jax.lowrank.optimizer import clip_by_global_norm
 from switchlora_jax.methods.base import TrainState
-from switchlora_jax.models.loss import mean_loss, on_parts, zeros_accumulator
+from switchlora_jax.models.loss import mean_loss, on_parts, padded_loss, target_count, zeros_accumulator
 from switchlora_jax.models.weights import is_linear, is_norm
 from switchlora_jax.parallel.sharding import BOTH, Placement, by_rows, psum, reduce, replicated
 from switchlora_jax.training import anomalies
 
 
-def accumulated_gradients(model, placement: Placement, state, accumulation: int):
+def accumulated_gradients(model, placement: Placement, state, accumulation: int, padded: bool = False):
   """(params, frozen, rows [batch, length]) -> mean loss and gradients over the batch of all devices.
+
+  If sequences are `padded`, the mean is over the targets that are not padding. Their number in the whole batch divides
+  the sum of each micro-batch: a mean of means would weight the tokens of short documents more.
 
   Each device sums the gradients of its `accumulation` micro-batches locally. One reduction over the devices follows,
   regardless of the number of micro-batches. Only parameters that are sharded (`sharding.trained`) are all-gathered,
@@ -22,12 +25,14 @@ def accumulated_gradients(model, placement: Placement, state, accumulation: int)
   """
   param_specs, frozen_specs = placement.specs(state.params, "trained"), placement.specs(state.frozen, "frozen")
   grad_specs = placement.specs(state.params, "gradient")
-  loss_of = on_parts(mean_loss, model, param_specs, frozen_specs)
+  loss_of = on_parts(padded_loss if padded else mean_loss, model, param_specs, frozen_specs)
 
   def local(params, frozen, rows):
-    value_and_grad = jax.value_and_grad(lambda p, tokens: loss_of(p, frozen, tokens))
-    total = _summed(value_and_grad, params, rows.reshape(accumulation, -1, rows.shape[-1]))
-    loss, grads = jax.tree.map(lambda x: x / (accumulation * placement.mesh.size), total)
+    count = (psum(target_count(rows), BOTH),) if padded else ()
+    value_and_grad = jax.value_and_grad(lambda p, tokens: loss_of(p, frozen, tokens, *count))
+    loss, grads = _summed(value_and_grad, params, rows.reshape(accumulation, -1, rows.shape[-1]))
+    if not padded:
+      loss, grads = jax.tree.map(lambda x: x / (accumulation * placement.mesh.size), (loss, grads))
     return psum(loss, BOTH), reduce(grads, param_specs, grad_specs)
 
   in_specs, out_specs = (param_specs, frozen_specs, PartitionSpec(BOTH)), (PartitionSpec(), grad_specs)
@@ -106,6 +111,7 @@ def make_train_step(
   spike,
   rest_ratio: float = 1.0,
   weight_decay: float = 0.0,
+  padded: bool = False,
 ):
   """The compiled step: (state, rows [batch, length] int32) -> (next state, metrics); the state is donated.
 
@@ -121,11 +127,13 @@ def make_train_step(
     clip_norm: largest global norm of the gradients.
     spike: `config.spike`.
     rest_ratio, weight_decay: see `apply_optimizer`.
+    padded: whether negative ids in `rows` are padding; see `accumulated_gradients`.
   Returns:
     The jitted step. Its metrics are [] arrays: loss, grad_norm (before clipping), learning_rate, rest_learning_rate,
-    skipped, skipped_in_a_row, those of `anomalies.detect_spike`, and those of the method.
+    skipped, skipped_in_a_row, those of `anomalies.detect_spike`, and those of the method. If `padded`, also tokens, the
+    number of ids of the batch that are not padding, and padding_share, the share of the others.
   """
-  gradients = accumulated_gradients(model, placement, state, accumulation)
+  gradients = accumulated_gradients(model, placement, state, accumulation, padded)
 
   def train_step(state: TrainState, rows):
     state = method.before_gradients(state)
@@ -144,6 +152,9 @@ def make_train_step(
       spikes=spikes,
     )
     metrics |= {"loss": loss, "grad_norm": norm} | rates
+    if padded:
+      tokens = jnp.sum(rows >= 0, dtype=jnp.int32)
+      metrics |= {"tokens": tokens, "padding_share": 1 - tokens / rows.size}
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
   shardings, mesh = placement.shardings(state), placement.mesh

@@ -286,7 +286,8 @@ def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = Fal
     start: the first phase of the run.
     quiet: whether to show no progress.
   """
-  rows, batch_size = first(data.valid, config.eval_tokens), config.batch_size // config.accumulation
+  rows = first(data.valid, config.eval_tokens, padded=config.data.packing == "pad")
+  batch_size = config.batch_size // config.accumulation
   learnt_rank = None if config.warm_start_from else make_learnt_rank(start)
 
   def evaluate(phase, state) -> dict[str, float]:

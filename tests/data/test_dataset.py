@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import packing_in, rows_of, sentences, tiny_config, write_lines
+from tiny import packing_in, padded_rows_of, rows_of, sentences, tiny_config, write_lines
 
 from switchlora_jax.data import corpus, dataset, documentation, loader, preparation, shards, tokenizer
 from switchlora_jax.errors import UserError
+from switchlora_jax.training import report
 
 TRAIN, VALID = sentences(0, 100), sentences(100, 120)
 
@@ -101,6 +102,81 @@ def test_a_given_tokenizer_is_used_and_copied(config, tmp_path, monkeypatch):
   assert Path(made.tokenizer_path).read_bytes() == kept != Path(own.tokenizer_path).read_bytes()
   assert made.fingerprint != own.fingerprint
   np.testing.assert_array_equal(made.train, rows_of(tokenizer.load_tokenizer(made.tokenizer_path), TRAIN, 16))
+
+
+# Padding.
+
+
+def padded(config):
+  """`config` with padding, whose documents of 21 tokens or more are cut to 16, and some short ones."""
+  config.data.packing = "pad"
+  for path, documents in ((config.data.path, TRAIN), (config.data.eval_path, VALID)):
+    write_lines(Path(path), ["", "A tide.", *documents, "W"])
+  return config
+
+
+def test_each_document_is_a_row_if_rows_are_padded(config):
+  """Of the text, and of the same text streamed. The counts of padding and of tokens cut off are printed."""
+  made = open_dataset(padded(config))
+  model = tokenizer.load_tokenizer(made.tokenizer_path)
+  for found, documents, name in ((made.train, TRAIN, "train"), (made.valid, VALID, "valid")):
+    documents = ["A tide.", *documents, "W"]
+    expected = padded_rows_of(model, documents, 16)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(found[3], expected[3])
+    np.testing.assert_array_equal(found[1:][np.array([1, 0])], expected[[2, 1]])
+    assert found.dtype == found[1:].dtype == found[1:3][0].dtype == np.int32
+    tokens, kept = sum(len(model.encode(text)) + 1 for text in documents), int((expected >= 0).sum())
+    assert kept < tokens and 0 < (expected < 0).mean() < 1
+    counts = {"tokens": tokens, "tokens cut off": tokens - kept, "tokens in rows": kept, "rows": len(documents)}
+    counts["padding"] = f"{(expected < 0).mean():.1%} of the rows"
+    assert made.summary[name].items() >= counts.items() and "cut_tokens" not in made.summary[name]
+    said = report.describe_data(made.summary)
+    assert f"{tokens - kept:,} tokens cut off, {kept:,} tokens in rows, padding {counts['padding']}" in said
+  config.data.update(source="stream", tokenizer=made.tokenizer_path)
+  stream = open_dataset(config)
+  np.testing.assert_array_equal(stream.train.batch(3, 4), padded_rows_of(model, ["A tide.", *TRAIN], 16)[12:16])
+  np.testing.assert_array_equal(stream.train.batch(0, 102), made.train)
+  assert stream.train.cut_tokens == made.summary["train"]["tokens cut off"]
+  np.testing.assert_array_equal(stream.valid, made.valid)
+
+
+def test_without_validation_files_the_last_documents_are_held_out(config):
+  both = open_dataset(padded(config))
+  config.data.eval_path = ""
+  made = open_dataset(config)
+  assert len(made.valid) == 1 and len(made.train) == 101
+  np.testing.assert_array_equal(np.concatenate([made.train, made.valid]), both.train)
+  assert "tokens" not in made.summary["valid"], "counting them would read the rows"
+
+
+def test_bytes_per_token_are_those_of_the_rows_if_all_text_is_alike(config, tmp_path):
+  """Every token but EOS is one byte. Of 40 bytes, rows hold 15 and EOS, or 3 and EOS."""
+  config.data.update(packing="pad", eval_path="")
+  config.data.path = str(write_lines(tmp_path / "alike" / "a.jsonl", [*["0123456789" * 4] * 30, *["012"] * 30]))
+  made = open_dataset(config)
+  assert (len(made.train) + len(made.valid), made.summary["train"]["tokens cut off"]) == (60, 30 * 25)
+  assert made.bytes_per_token == pytest.approx(30 * (15 + 3) / (30 * (16 + 4)), rel=1e-12)
+
+
+def test_padded_and_packed_rows_are_other_data(config, tmp_path):
+  """The cache keeps both, a prepared folder records which it holds, and a run on the other one is refused."""
+  packed = open_dataset(config)
+  config.data.packing = "pad"
+  made = open_dataset(config)
+  assert made.fingerprint != packed.fingerprint and made.tokenizer_path != packed.tokenizer_path
+  manifest = shards.read_manifest(Path(made.tokenizer_path).parent)
+  assert manifest["request"]["packing"] == "pad"
+  same_rows = manifest | {"request": {}}
+  assert shards.fingerprint(same_rows) != shards.fingerprint(manifest), "even if the rows were the same"
+  use_prepared_folder(config, tmp_path / "prepared")
+  np.testing.assert_array_equal(open_dataset(config).train, made.train)
+  config.data.packing = "pack"
+  with pytest.raises(UserError, match=r"data\.packing \(='pack'\) .* \(='pad'\); set --config\.data\.packing=pad, or "):
+    dataset.check_data_config(config)
+  config.data.packing = "fill"
+  with pytest.raises(UserError, match=r"data\.packing \(='fill'\) must be pack \(.*\) or pad \(.*set --config\.data\."):
+    dataset.check_data_config(config)
 
 
 # The cache.

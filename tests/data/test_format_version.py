@@ -13,6 +13,7 @@ from switchlora_jax.data import corpus, documentation, packing, preparation, sha
 
 # After an intended change of the sequences, raise FORMAT_VERSION and pin the new digests.
 PINNED = (2, "7c1ccbcaa0b986ce", "aed2204c490b472c")
+PINNED_PADDED = (2, "88c12ba77d259843")
 
 MODULES = {
   "sea/tide.py": '''"""The tide rises and falls twice a day because of the moon and of the sun.
@@ -63,20 +64,24 @@ def digest_of_text_processing(folder, monkeypatch) -> str:
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
-def digest_of_sequences(folder) -> str:
+def digest_of_sequences(folder, **options) -> str:
   """Hash of the sequences of a fixed text with a committed tokenizer."""
   write_lines(folder / "text" / "a.jsonl", ["", *sentences(0, 40), "é漢😀\n\n  tabs\tand spaces", "\ufeffA mark."])
   (folder / "text" / "b.txt").write_bytes(b"\xef\xbb\xbfA plain text\r\nwith two lines.\n")
   pyarrow.parquet.write_table(pyarrow.table({"text": ["One row.", "", "Another."]}), folder / "text" / "c.parquet")
   (folder / "text" / "d.txt").write_text("words " * 180_000)  # longer than a group
   text = corpus.open_corpus(f"{folder}/text/*", "", corpus.RowOptions(flags="--"))
-  request = preparation.Request("fixed", str(GOLDEN / "huggingface" / "bpe.model"), 16)
+  request = preparation.Request("fixed", str(GOLDEN / "huggingface" / "bpe.model"), 16, **options)
   manifest = preparation.fill_folder(folder / "rows", request, lambda: text, wait=False, progress=False)
   rows = np.asarray(shards.open_sequences(folder / "rows", manifest["train"]))
   training = list(tokenizer._training_sentences(["one\ntwo " + "x" * 2500, "three"]))
   contents = [shards.fingerprint(manifest), hashlib.sha256(rows.tobytes()).hexdigest(), manifest["train"]["tokens"]]
   contents += [packing.GROUP, packing.SHARD, tokenizer.SAMPLE, training]
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+
+
+def test_a_change_of_padded_sequences_needs_a_new_format_version(tmp_path):
+  assert (preparation.FORMAT_VERSION, digest_of_sequences(tmp_path, packing="pad")) == PINNED_PADDED
 
 
 def test_a_change_of_the_sequences_needs_a_new_format_version(tmp_path, monkeypatch):

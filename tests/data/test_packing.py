@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import packing_in, rows_of, sentences
+from tiny import packing_in, padded_rows_of, rows_of, sentences
 
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.packing import START, Position, SplitProgress
@@ -161,7 +161,7 @@ class Killed(Exception):
   pass
 
 
-def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None):
+def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None, eos=None):
   """Packs from the last progress in `saved`, a list of JSON strings. Save number `kill`, from 0 on, raises Killed."""
   split = SplitProgress(**json.loads(saved[-1])) if saved else SplitProgress()
   split.position = Position(*split.position)
@@ -173,7 +173,7 @@ def fill(folder, parts, saved, seq_len, dtype=np.uint16, kill=None):
     saved.append(json.dumps(asdict(split)))
 
   encoded = packing.encode_chunks(Bytes(), packing.read_chunks(parts, split.position))
-  packing.pack(split, encoded, folder, "train", seq_len=seq_len, dtype=dtype, save=save)
+  packing.pack(split, encoded, folder, "train", seq_len=seq_len, dtype=dtype, save=save, eos=eos)
   return split
 
 
@@ -228,6 +228,55 @@ def test_text_shorter_than_a_sequence_is_a_user_error_and_saves_nothing(tmp_path
       fill(tmp_path, parts, saved, 5)
     assert not saved and not contents(tmp_path)
   assert fill(tmp_path, [["abcd"]], [], 5).rows == 1
+
+
+# Padding.
+
+
+def test_documents_are_cut_or_padded_with_their_eos():
+  """Documents of 0, 1, 3, 4 and 6 tokens, and one that has not ended, in rows of 4."""
+  tokens = np.array([1, 5, 1, 6, 7, 8, 1, 9, 9, 9, 9, 1, 2, 3, 4, 5, 6, 7, 1, 8, 8, 8, 8, 8], np.int32)
+  rows, unfinished, cut = packing.pad_documents(tokens, 4, eos=1)
+  assert rows.tolist() == [[1, -1, -1, -1], [5, 1, -1, -1], [6, 7, 8, 1], [9, 9, 9, 1], [2, 3, 4, 1]]
+  assert unfinished.tolist() == [8, 8, 8] and cut == 1 + 3 + 2 and rows.dtype == np.int32
+
+
+@pytest.mark.parametrize("pieces", [65_535, 65_536])
+def test_padding_is_not_the_id_of_a_token(pieces):
+  """uint16 holds 65,536 ids: all of such a vocabulary, or one less and padding."""
+  dtype = packing.row_dtype(pieces, "pad")
+  assert np.array(-1).astype(dtype) not in np.arange(pieces).astype(dtype)
+  assert packing.row_dtype(pieces, "pack") == np.uint16 != packing.row_dtype(1 << 17, "pack")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+  parts=PARTS, group=GROUPS, shard=st.integers(1, 60), seq_len=st.integers(2, 20), kills=st.lists(st.integers(0, 3))
+)
+@example(parts=[["a" * 39, "", "b\n" * 20, "ab"]], group=7, shard=8, seq_len=4, kills=[0, 1, 1])
+def test_padded_rows_are_the_documents_one_by_one_after_any_kills(parts, group, shard, seq_len, kills):
+  """Also of documents that are tokenized in several groups, between which the process is killed."""
+  expected, options = padded_rows_of(Bytes(), documents_of(parts), seq_len), dict(eos=1)
+  with packing_in(group, shard), tempfile.TemporaryDirectory() as once, tempfile.TemporaryDirectory() as again:
+    if not len(expected):
+      with pytest.raises(UserError, match=f"at least one row of {seq_len} tokens"):
+        fill(Path(once), parts, [], seq_len, **options)
+      return
+    whole, saved = fill(Path(once), parts, [], seq_len, **options), []
+    for kill in kills:
+      try:
+        fill(Path(again), parts, saved, seq_len, kill=kill, **options)
+        break
+      except Killed:
+        pass
+    if not (saved and json.loads(saved[-1])["complete"]):
+      fill(Path(again), parts, saved, seq_len, **options)
+    rows = np.concatenate([np.load(Path(once) / shard.file) for shard in whole.shards])
+    assert contents(Path(once)) == contents(Path(again))
+    assert json.loads(saved[-1]) == json.loads(json.dumps(asdict(whole)))
+  np.testing.assert_array_equal(rows, expected.astype(np.uint16))
+  assert whole.rows == whole.documents == len(expected)
+  assert whole.tokens - whole.cut_tokens == (expected >= 0).sum() and whole.unfinished == []
 
 
 def test_the_start_is_the_first_character():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from grids import command, imported
 from stages import slowly
-from tiny import resolved, write_text
+from tiny import resolved, sentences, write_lines, write_text
 
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.errors import UserError
@@ -34,6 +34,7 @@ RUNS = {
   "float64": dict(dtype="float64", param_dtype="float64"),
   "trained": dict(method="switchlora"),
 }
+TEXTS = sentences(0, 300)
 REAL = "trained"  # the other runs only grow their weights, because compiling a train step takes long
 SHAPE = dict(steps=8, data__epochs=4, relora__restart_every=4, relora__restart_warmup_steps=2, galore__refresh_every=3)
 NUMBERS = [f"val_{name}{suffix}" for name in ("loss", "ppl", "bpb") for suffix in ("", "_se")]
@@ -197,6 +198,30 @@ def test_a_prepared_folder_gives_its_validation_sequences(trained, prepared, tmp
   found, log = evaluate(tmp_path, run, f"--data={where}"), logged(run)[8]
   assert found["fingerprint"] == run_directory.read(run)["data_fingerprint"], "the same text, the same tokenizer"
   assert {key: found[key] for key in NUMBERS} == {key: log[key] for key in NUMBERS}
+
+
+def test_a_padded_run_is_evaluated_without_padding(tmp_path, monkeypatch):
+  """As the run logged it; its tokens and bytes are those of the rows without padding. Packed rows are refused."""
+  run, path = tmp_path / "run", write_lines(tmp_path / "a.jsonl", [text[: n % 70] for n, text in enumerate(TEXTS)])
+  monkeypatch.setattr(phases, "make_train_step", pretend)
+  config = resolved(tmp_path, **SHAPE, method="full", data__packing="pad", data__path=str(path), eval_tokens=200)
+  trainer.train(config, run)
+  data = dataset.open_dataset(config)
+  rows = np.asarray(data.valid)
+  tokens = int((rows >= 0).sum())
+  found, log = evaluate(tmp_path, run), logged(run)[8]
+  assert {key: found[key] for key in NUMBERS} == {key: log[key] for key in NUMBERS}
+  assert (found["rows"], found["tokens"], found["bytes"]) == (2, tokens, round(tokens * data.bytes_per_token))
+  assert tokens < rows.size
+  whole = evaluate(tmp_path, run, f"--data={path}", "--tokens=100")
+  lengths = np.cumsum((np.asarray(data.train[:20]) >= 0).sum(1))
+  fitting = int((lengths <= 100).sum())
+  assert (whole["rows"], whole["tokens"]) == (fitting, lengths[fitting - 1])
+  text = lambda: corpus.open_corpus(str(path), "", corpus.RowOptions(flags="--"))
+  request = preparation.Request(["packed"], str(run / "tokenizer.model"), 16)
+  preparation.fill_folder(tmp_path / "packed", request, text, wait=True, progress=False)
+  sentence = r"must have rows made by the packing of the run \(='pad'\); its rows were made by 'pack'; .*--packing=pad"
+  fails(sentence, f"--run={run}", f"--data={tmp_path}/packed")
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

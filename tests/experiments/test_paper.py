@@ -8,6 +8,7 @@ from grids import imported
 from experiments.common import sweep
 from experiments.paper import items
 from experiments.paper.items import ITEMS, SCALES
+from switchlora_jax.config import resolve
 from switchlora_jax.training.phases import full_rank_config
 
 TABLE_1 = [  # hidden, heads, layers, batch, batch per GPU, length
@@ -35,6 +36,12 @@ TABLE_5 = {  # size, rank, length
   ("350M", 32, 256): (34.09, 25.26),
   ("350M", 256, 512): (19.03, 18.19),
 }
+GALORE_TABLE_2 = """
+  full       34.06 25.08 18.80 15.56
+  galore     34.88 25.36 18.95 15.64
+  low-rank   78.18 45.51 37.41 142.53
+  lora       34.99 33.92 25.58 19.21
+  relora     37.04 29.37 29.08 18.33"""
 GLUE = {
   "table6": """
     full-rank 42.95±5 87.26±0.2 79.16±1 59.86±1 90.88±0.5
@@ -51,9 +58,10 @@ GLUE = {
     full-rank 8e-06 1e-05 2e-05 1e-05 5e-06
     SwitchLoRA 1e-05 1e-05 1e-05 2e-06 5e-06""",
 }
+PROTOCOL_RANKS = {"60M": 128, "130M": 256, "350M": 256, "1B": 512}  # of GaLore's Table 2
 TRAINED = (
   "table2", "table3", "table5", "table6", "table7", "figure2", "figure3", "figure4", "figure6", "figure7", "figure8",
-  "figure9", "figure10", "figure11",
+  "figure9", "figure10", "figure11", "galore_table2",
 )  # fmt: skip
 
 
@@ -75,9 +83,9 @@ def numbers(name: str) -> dict:
 
 
 def test_every_table_and_figure_is_there():
-  """But for the two figures that show no numbers: the method (1) and the road ahead (5)."""
+  """But for the two figures that show no numbers: the method (1) and the road ahead (5). And a table of GaLore's."""
   tables, figures = range(1, 10), (2, 3, 4, 6, 7, 8, 9, 10, 11)
-  assert list(ITEMS) == [*(f"table{n}" for n in tables), *(f"figure{n}" for n in figures)]
+  assert list(ITEMS) == [*(f"table{n}" for n in tables), *(f"figure{n}" for n in figures), "galore_table2"]
   for name, item in ITEMS.items():
     ways = [bool(item.lines), bool(item.study), item.facts is not None, bool(item.used)]
     assert sum(ways) == 1, name
@@ -94,6 +102,41 @@ def test_the_papers_numbers_of_what_is_trained():
     assert numbers(name) == {full: same[full], last: same[last]} | (galore if name == "table6" else {})
   assert {line.paper for name in TRAINED if "figure" in name for line in ITEMS[name].lines} == {None}
   assert {line.paper for line in ITEMS["table5"].lines} == {number for pair in TABLE_5.values() for number in pair}
+
+
+def test_the_numbers_of_galores_table_2():
+  """All of its rows are listed. Four of its five methods are trained, and SwitchLoRA, which it does not have."""
+  rows = [line.split() for line in GALORE_TABLE_2.strip().splitlines()]
+  item = ITEMS["galore_table2"]
+  assert [[row.pop(""), *row.values()] for row in map(dict, item.paper)] == [
+    [method, *map(float, numbers)] for method, *numbers in rows
+  ]
+  assert {tuple(row) for row in item.paper} == {("", "60M", "130M", "350M", "1B")} and "2403.03507" in item.source
+  expected = {
+    (size, method): float(number) for method, *row in rows for size, number in zip(PROTOCOL_RANKS, row, strict=True)
+  }
+  found = {(line.size, line.method): line.paper for line in item.lines}
+  trained = {key: number for key, number in expected.items() if key[1] != "low-rank"}
+  assert found == trained | {(size, "switchlora"): None for size in PROTOCOL_RANKS}
+  assert {other.source for other in ITEMS.values() if other is not item} == {"the paper"}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_galores_table_2_has_its_protocol(scale):
+  """At the paper's scale each line is the config of its size with another method; proportions are kept at ours."""
+  found = configs("galore_table2", scale)
+  for line in ITEMS["galore_table2"].lines:
+    config, protocol = found[line.label(scale)], items.load_config(f"protocol.llama_{line.size.lower()}")
+    assert config.data.packing == "pad" and config.warmup_steps / config.steps == config.min_lr_ratio == 0.1
+    if line.method != "full":
+      assert config.rank == PROTOCOL_RANKS[line.size] // (8 if scale == "mini" else 1)
+    if line.method == "galore":
+      assert config.learning_rate == 1e-2 and config.galore.scale == 0.25
+    if scale == "paper":
+      assert config.data.path == "data/c4_256_pad"
+      resolved = resolve(protocol, 1)
+      changed = {"method", "rank", "learning_rate", "rest_learning_rate", "data", "optimizer", "relora"}
+      assert {key for key in config if config[key] != resolved[key]} <= changed
 
 
 def test_table_1_follows_from_the_configs():
@@ -147,7 +190,7 @@ def test_labels_name_what_is_trained_and_what_it_stands_for():
       assert (f", rank {config.rank}" in trained) == (config.method != "full")
       for number, word in re.findall(r"([\d,]+) full-rank|length (\d+)", trained):
         assert int(number or word) == (config.warm_start_steps if number else config.seq_len)
-      assert re.match(r"(130M|250M|350M|1\.3B)", stands_for)
+      assert re.match(r"(60M|130M|250M|350M|1\.3B|1B)", stands_for)
   labels = [line.label("mini") for line in (ITEMS["table2"].lines[-1], ITEMS["figure4"].lines[0])]
   assert labels == [
     "6 layers × 128, switchlora, rank 32 (for 350M, rank 256)",
@@ -157,8 +200,9 @@ def test_labels_name_what_is_trained_and_what_it_stands_for():
 
 
 def shape_of(size: str) -> tuple:
-  (row,) = (row for row in TABLE_1 if row[0] == size)
-  middle = {"130M": 2048, "250M": 2560, "350M": 2736, "1.3B": 5461}[size]
+  of_galore = [("60M", 512, 8, 8), ("1B", 2048, 32, 24)]
+  (row,) = (row for row in [*TABLE_1, *of_galore] if row[0] == size)
+  middle = {"60M": 1376, "130M": 2048, "250M": 2560, "350M": 2736, "1.3B": 5461, "1B": 5461}[size]
   return row[1], middle, row[3], row[2]
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from grids import command, imported
 from paths import ROOT, SHARED
-from tiny import flags_of, rows_of, sentences, tiny_config, write_lines
+from tiny import flags_of, padded_rows_of, rows_of, sentences, tiny_config, write_lines
 
 from configs import llama_tiny
 from switchlora_jax.data import corpus, dataset, shards, tokenizer
@@ -67,6 +67,23 @@ def test_the_printed_command_is_complete(text, monkeypatch, capsys):
     dataset.check_data_config(config)
 
 
+def test_padded_rows_are_prepared_and_the_command_says_so(text, capsys):
+  with imported("prepare_data", *flags(text, packing="pad")) as prepare_data:
+    prepare_data.main()
+  printed = capsys.readouterr().out
+  assert "--config.data.packing=pad" in shlex.split(printed.split("train on it: ")[1])
+  manifest, model = shards.read_manifest(text / "out"), tokenizer.load_tokenizer(text / "own.model")
+  expected = padded_rows_of(model, sentences(0, 300), 16)
+  assert (shards.open_sequences(text / "out", manifest["train"]).__array__() == expected).all()
+  cut = manifest["train"]["tokens"] - int((expected >= 0).sum())
+  assert manifest["train"]["cut_tokens"] == cut > 0 and f"{cut:,} tokens cut off" in printed
+  with (
+    imported("prepare_data", *flags(text)) as prepare_data,
+    pytest.raises(UserError, match=r"packing was 'pad' and is"),
+  ):
+    prepare_data.main()
+
+
 def test_rows_without_text_are_named_or_counted(text, capsys):
   lines = (text / "train" / "b.jsonl").read_text().splitlines(keepends=True)
   (text / "train" / "b.jsonl").write_text("".join([*lines[:3], '{"text": null}\n', *lines[3:]]))
@@ -106,6 +123,19 @@ def test_real_c4_with_t5s_vocabulary(tmp_path):
   found = shards.open_sequences(tmp_path / "out", train)
   expected = rows_of(tokenizer.load_tokenizer(T5), documents[:100], 256)
   assert len(expected) > 100 and (found[: len(expected)].__array__() == expected).all()
+
+
+@pytest.mark.skipif(not (C4.exists() and T5.exists()), reason="needs 2,000 documents of C4 and T5's tokenizer")
+def test_real_c4_padded_with_t5s_vocabulary(tmp_path):
+  given = [f"--path={C4}", f"--tokenizer={T5}", "--seq_len=256", "--packing=pad", f"--out={tmp_path}/out"]
+  with imported("prepare_data", "--source=c4", *given) as prepare_data:
+    prepare_data.main()
+  train = shards.read_manifest(tmp_path / "out")["train"]
+  assert (train["rows"], train["documents"], train["tokens"]) == (2000, 2000, 995_287)
+  found = shards.open_sequences(tmp_path / "out", train).__array__()
+  expected = padded_rows_of(tokenizer.load_tokenizer(T5), list(corpus.LocalFile(str(C4))), 256)
+  assert (found == expected).all() and train["padding"] == (expected < 0).sum()
+  assert train["cut_tokens"] == 995_287 - (expected >= 0).sum()
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,20 @@ def test_the_papers_scale_has_the_papers_data(capsys):
     assert not {"--config.data.tokenizer", "--config.data.eval_path"} & {*trial}
 
 
+def test_galores_table_2_is_printed_as_its_numbers_beside_the_runs(capsys):
+  """Padded rows of C4 for the longest run of the protocol: 100,000 steps of 512 documents, and 5%."""
+  text = said(capsys, "--item=galore_table2", "--scale=paper", "--dry_run")
+  heading, numbers, rest = re.fullmatch(r"(.*)\n\n(numbers of .*:\n\n.*?)\n\n(.*)", text, re.S).groups()
+  assert "the column `paper` is of the GaLore paper (arXiv 2403.03507, Table 2)" in heading
+  assert numbers.startswith("numbers of the GaLore paper (arXiv 2403.03507, Table 2), not ours:\n")
+  assert "| low-rank | 78.18 | 45.51 | 37.41 | 142.53 |" in numbers
+  (prepared,) = parsed("prepare_data", rest.splitlines())
+  assert (prepared["--packing"], prepared["--seq_len"], prepared["--take"]) == ("pad", "256", "54000000")
+  trials = parsed("pretrain", rest.splitlines())
+  assert len(trials) == 20 and {trial["--config.data.packing"] for trial in trials} == {"pad"}
+  assert {trial["--config.data.path"] for trial in trials} == {prepared["--out"]} == {"data/c4_256_pad"}
+
+
 def test_a_local_copy_of_c4_is_prepared_in_the_same_way(capsys):
   given = {"path": "c4/train*", "eval_path": "c4/valid*", "tokenizer": "own/t5.model", "field": "content"}
   flags = ["--item=table3", "--scale=paper", *(f"--set=data.{key}={value}" for key, value in given.items())]

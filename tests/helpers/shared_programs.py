@@ -23,7 +23,8 @@ from switchlora_jax.runs.directory import FREE, LAYOUT, flatten
 from switchlora_jax.training import phases
 from switchlora_jax.training import step as train_step
 
-# What, with `data`, no program reads: one that did would see the values of configs/base.py, and a test would fail.
+# What, with `data` but for its packing, no program reads: one that did would see the values of configs/base.py, and a
+# test would fail.
 NOT_COMPILED = ("eval_tokens", "warm_start_from", *(key for key in FREE if key not in LAYOUT))
 
 
@@ -83,7 +84,7 @@ _new = phases.build_phase
 def build(config, mesh):
   """`program.build`, once for configs that differ in what is not compiled; again under what a test has patched."""
   base, plain = flatten(get_config()), ConfigDict(config.to_dict())
-  unread = [key for key in base if key in NOT_COMPILED or key.startswith("data.")]
+  unread = [key for key in base if key in NOT_COMPILED or (key.startswith("data.") and key != "data.packing")]
   plain.update_from_flattened_dict({key: base[key] for key in unread})
   patched = (jax.config.jax_enable_x64, train_step.mean_loss, phases.make_train_step, LLaMA.block_class)
   return _build(FrozenConfigDict(plain), mesh, *patched)

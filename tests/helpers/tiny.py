@@ -84,6 +84,12 @@ def rows_of(model, documents: list[str], seq_len: int) -> np.ndarray:
   return np.reshape(np.array(tokens[: whole * seq_len], np.int32), (whole, seq_len))
 
 
+def padded_rows_of(model, documents: list[str], seq_len: int) -> np.ndarray:
+  """The rows of padding, document by document: the first tokens, EOS, and then -1."""
+  rows = [[*model.encode(text)[: seq_len - 1], model.eos_id()] for text in documents if text]
+  return np.array([row + [-1] * (seq_len - len(row)) for row in rows], np.int32).reshape(-1, seq_len)
+
+
 @contextlib.contextmanager
 def packing_in(group: int, shard: int = packing.SHARD):
   """Groups of so many characters, shards of so many tokens."""

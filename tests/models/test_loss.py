@@ -10,7 +10,14 @@ import optax
 import pytest
 import small_model
 
-from switchlora_jax.models.loss import CHUNK, mean_loss, mean_token_loss, row_losses, token_losses
+from switchlora_jax.models.loss import (
+  CHUNK,
+  mean_loss,
+  mean_token_loss,
+  padded_token_loss,
+  row_losses,
+  token_losses,
+)
 from switchlora_jax.planning import cost
 
 pytestmark = pytest.mark.two_linear_layers
@@ -54,6 +61,23 @@ def test_losses_and_gradients_are_the_unchunked_ones(tokens, x64):
   loss, last = jax.jit(mean_token_loss), np.arange(tokens) == tokens - 1
   np.testing.assert_allclose(loss(*args), found[0], rtol=1e-14)
   assert abs(loss(*args[:2], (args[2] + last) % VOCABULARY) - found[0]) > 1e-6, "the last token counts"
+
+
+@pytest.mark.parametrize("padding", ["none", "some", "all"])
+def test_padding_is_neither_a_target_nor_counted(padding, x64):
+  """Loss and gradients are those of the real targets alone, over any count. Without any, they are 0 and not 0 / 0."""
+  x, kernel, targets = drawn(dtype=jnp.float64)
+  real = np.random.default_rng(1).random(TOKENS) < {"none": 1, "some": 0.6, "all": 0}[padding]
+  padded, count = np.where(real, targets, -1), np.int32(2 * real.sum())
+  loss, (dx, d_kernel) = value_and_gradients(padded_token_loss)(x, kernel, padded, count)
+  np.testing.assert_allclose(jax.jit(padded_token_loss)(x, kernel, padded, count), loss, rtol=1e-14)
+  assert not dx[~real].any()
+  if padding == "all":
+    assert loss == 0 and not np.any(d_kernel)
+    return
+  expected, (expected_dx, expected_d_kernel) = value_and_gradients(unchunked_mean)(x[real], kernel, targets[real])
+  for found, other in ((loss, expected), (dx[real], expected_dx), (d_kernel, expected_d_kernel)):
+    np.testing.assert_allclose(2 * found, other, rtol=0, atol=1e-12)
 
 
 def test_losses_and_gradients_are_the_unchunked_ones_in_float32():

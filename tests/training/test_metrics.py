@@ -231,6 +231,20 @@ def test_every_writer_gets_all_rows():
     assert evaluation == {"step": 2, "val_loss": 1.5, "val_ppl": 4.5} and toy.calls == ["sync", "close"]
 
 
+def test_padding_counts_neither_for_speed_nor_for_utilisation(monkeypatch):
+  """Two steps of 16 ids take 3 seconds. They have 10 and 3 tokens."""
+  clock = iter(range(100, 1000, 3))
+  monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+  log = metrics.Metrics(ConfigDict(CONFIG), 0, [toy := ListWriter()], quiet=True, peak_flops=1e6)
+  for step, tokens in ((1, 10), (2, 3)):
+    log.add(step, {"loss": jnp.float32(1), "skipped": jnp.int32(0), "tokens": jnp.int32(tokens)})
+  log.flush()
+  for row in toy.rows:
+    assert row["tokens_per_second"] == round(13 / 3, 1)
+    assert row["mfu"] == round(13 / 16 * model_flops(SIZES, 2, 8) / 3 / 1e6, 4)
+  log.close()
+
+
 @pytest.mark.parametrize("peak", [None, 1e6])
 def test_a_row_has_speed_utilisation_wait_and_memory(monkeypatch, peak):
   clock = iter(range(100, 1000))
