@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.directory import FREE, flatten
+from switchlora_jax.runs.directory import ADDED, FREE, differences, flatten
 from switchlora_jax.runs.files import read_json_object, replace_text
 
 PATHS = ("data.path", "data.eval_path", "data.tokenizer")
@@ -61,9 +61,9 @@ def mismatch(cell: dict, config, fingerprint: str) -> str | None:
   Args:
     cell: from `read_cells`.
   """
-  then, now = cell["config"], config_keys(config)
-  if changed := [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]:
-    return "; ".join(f"{key}: {then.get(key)!r} → {now.get(key)!r}" for key in changed)
+  then = flatten(ADDED) | cell["config"]  # the cell may be of an earlier version of the code
+  if changed := differences(then, config_keys(config)):
+    return "; ".join(changed)
   if cell["data_fingerprint"] != fingerprint:
     return f"data fingerprint: {cell['data_fingerprint']} → {fingerprint}"
   if cell["failure"]:

@@ -30,8 +30,17 @@ KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": st
 # the learning rate for these methods, in 2 it is the end of the cosine for all.
 SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 
-# Config keys that earlier runs do not have, with the values that they trained with.
-ADDED = {"profile_steps": 0, "data": {"field": "text", "bad_rows": "stop", "packing": "pack"}}
+# Config keys that earlier runs do not have, with the values that they trained with; see `with_added_keys`.
+ADDED = {
+  "profile_steps": 0,
+  "data": {"field": "text", "bad_rows": "stop", "packing": "pack"},
+  "schedule": {"name": "cosine", "decay_share": 0.2},
+  "optimizer": {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
+  "galore": {"directions": "svd", "random_share": 0.2},
+}
+
+# Sections of methods that were added later. A run without one did not use it, and its settings are not compared.
+LATER_SECTIONS = ("fira", "apollo", "apollo_mini", "frugal", "ldadam", "sltrain", "factored")
 
 # Config keys that distribute a step of `batch_size` sequences over devices and micro-batches: only the order of sums
 # changes with them.
@@ -144,7 +153,8 @@ def changed_keys(where, saved: dict, config) -> list[str]:
   changed = differences(saved["config"], config.to_dict())
   if then.get("data.source") == now["data.source"] == "prepared":
     changed = [change for change in changed if not change.startswith("data.path:")]
-  if changed and (keys := sorted((then.keys() ^ now.keys()) - set(FREE))):
+  keys = {change.partition(":")[0] for change in changed}
+  if changed and (keys := sorted(keys & (then.keys() ^ now.keys()))):
     raise UserError(
       f"{where} holds a run of another version of the code, whose config differs in the keys {', '.join(keys)}; "
       f"continue it with the code that made it (git revision {saved['git_revision']}), or choose a new --workdir"
@@ -173,16 +183,29 @@ def read(workdir: Path) -> dict | None:
       raise ValueError(f"{wrong[0]} is {saved[wrong[0]]!r:.40}")
     if not re.match(r"\d+ ", saved["devices"]):
       raise ValueError(f"devices is {saved['devices']!r:.40}, without their number")
-    for key, value in ADDED.items():
-      if not isinstance(value, dict):
-        saved["config"].setdefault(key, value)
-      elif isinstance(found := saved["config"].get(key), dict):
-        saved["config"][key] = value | found
-    return saved
+    return saved | {"config": with_added_keys(saved["config"])}
   except ValueError as error:
     raise UserError(
       f"{path} is not the JSON that a run writes ({error}); restore it, or name another directory"
     ) from error
+
+
+def with_added_keys(config: dict) -> dict:
+  """A saved config with the keys that later versions of the code added, at the values with which it was trained."""
+  added = {
+    "rest_learning_rate": config.get("learning_rate"),
+    "warm_start_rest_learning_rate": config.get("warm_start_learning_rate"),
+    "optimizer": {
+      "eps": 1e-6 if config.get("method") == "galore" else 1e-8,
+      "moments_dtype": config.get("param_dtype"),
+    },
+  }
+  config = dict(config)
+  for keys in (ADDED, added):
+    for key, value in keys.items():
+      found = config.get(key, {} if isinstance(value, dict) else value)
+      config[key] = value | found if isinstance(value, dict) and isinstance(found, dict) else found
+  return config
 
 
 def check_is_run(named: str, directory: Path, *parts: str) -> None:
@@ -285,9 +308,15 @@ def flatten(config) -> dict:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """Changed keys that make it another run, as `key: old → new`; both arguments are plain dicts of resolved configs."""
+  """Changed keys that make it another run, as `key: old → new`; both arguments are dicts of resolved configs.
+
+  Those of `LATER_SECTIONS` that the old config lacks as a whole are not compared.
+  """
   old, new = flatten(old), flatten(new)
-  keys = sorted((old.keys() | new.keys()) - set(FREE))
+  section = lambda key: key.partition(".")[0]
+  absent = set(LATER_SECTIONS) - set(map(section, old))
+  later = {key for key in new if section(key) in absent}
+  keys = sorted((old.keys() | new.keys()) - later - set(FREE))
   return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 

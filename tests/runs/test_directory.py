@@ -63,6 +63,28 @@ def test_a_run_from_before_a_config_key_continues_with_the_value_that_it_had(tmp
     start(tmp_path / "run", resolved(tmp_path, data__field="body"), dataset)
 
 
+@pytest.mark.parametrize("method", ["switchlora", "galore"])
+def test_a_run_from_before_two_learning_rates_and_optimizers_continues(tmp_path, dataset, caplog, method):
+  """Also from before some methods: their sections are not compared."""
+  config = resolved(tmp_path, method=method)
+  start(tmp_path / "run", config, dataset)
+  path = tmp_path / "run" / "config.json"
+  saved = json.loads(path.read_text())
+  for key in ("rest_learning_rate", "warm_start_rest_learning_rate", "schedule", "optimizer", "fira", "apollo"):
+    del saved["config"][key]
+  del saved["config"]["galore"]["directions"]
+  path.write_text(json.dumps(saved))
+  read = run_directory.read(tmp_path / "run")["config"]
+  assert read == {key: value for key, value in config.to_dict().items() if key not in ("fira", "apollo")}
+  start(tmp_path / "run", config, dataset)
+  assert caplog.records == []
+  for key, change in {"optimizer.weight_decay": "0.0 → 0.1", "rest_learning_rate": ".* → 0.5"}.items():
+    with pytest.raises(UserError, match=rf"another config \({key}: {change}\)"):
+      start(
+        tmp_path / "run", resolved(tmp_path, method=method, **{key.replace(".", "__"): float(change[-3:])}), dataset
+      )
+
+
 def test_micro_batches_may_change_and_the_global_batch_may_not(tmp_path, dataset):
   start(tmp_path / "run", resolved(tmp_path, batch_size=32), dataset)
   start(tmp_path / "run", resolved(tmp_path, batch_size=32, accumulation=4), dataset)
