@@ -222,11 +222,16 @@ COLUMNS = {
 }
 
 
+def at_edge(rate: float | None, tried) -> bool:
+  """Whether the best learning rate is the smallest or the largest of several."""
+  return len(tried) > 1 and rate in (min(tried), max(tried))
+
+
 def format_learning_rate(row: dict, dimension: int) -> str:
   """`0.02`, with a dagger at the edge of the sweep; dimension 1 is the rate of embedding, norms and head."""
   rate = (row["learning_rate"], row.get("rest_learning_rate"))[dimension]
-  at_edge = row.get("edges", [row["at_edge_of_sweep"], False])[dimension]
-  return f"{rate:g}{'†' * at_edge}" if rate else ""
+  edge = row.get("edges", [row["at_edge_of_sweep"], False])[dimension]
+  return f"{rate:g}{'†' * edge}" if rate else ""
 
 
 def format_difference(row: dict) -> str:

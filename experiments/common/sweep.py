@@ -369,9 +369,9 @@ def extension_trials(
     if point := search.next_point(losses, given, limit):
       trials.append(make_trial(base, variant, point[0] if given[0] else None, 0, point[1]))
       best = search.best_point(losses)
-      reason = f"{describe_point(best)} is best of {len(losses)} and has no such neighbour" if best else "all diverged"
+      so_far = f"best of {len(losses)} so far: {describe_point(best)}" if best else f"all {len(losses)} diverged"
       if not quiet:
-        print_line(f"{variant.label}: {describe_point(point)} is next, since {reason}")
+        print_line(f"{variant.label}: {so_far}; next neighbour: {describe_point(point)}")
   return trials
 
 

@@ -43,16 +43,16 @@ class Toy(NamedTuple):
 
 EXTENSIONS = {
   "Add a method": Toy(
-    {"switchlora_jax/methods/lion.py": "lion.py"},
+    {"switchlora_jax/methods/adabelief.py": "adabelief.py"},
     {
       "switchlora_jax/methods/__init__.py": [
-        ("from switchlora_jax.methods import ", "from switchlora_jax.methods import lion, "),
-        ("METHODS = {", 'METHODS = {"lion": lion, '),
+        ("from switchlora_jax.methods import (", "from switchlora_jax.methods import (\n  adabelief,"),
+        ("METHODS = {", 'METHODS = {"adabelief": adabelief, '),
       ],
       "configs/base.py": [
         (
           "  return config.lock()",
-          "  config.lion = ConfigDict()\n  config.lion.b1 = 0.9\n  config.lion.b2 = 0.99\n  return config.lock()",
+          "  config.adabelief = ConfigDict()\n  config.adabelief.eps_root = 1e-16\n  return config.lock()",
         )
       ],
     },
@@ -139,7 +139,9 @@ def run(tmp_path_factory) -> Path:
         text = text.replace(old, new)
       (copy / path).write_text(text)
   config = tiny_config(folder, data__path="", steps=6, eval_every=6, checkpoint_every=6)
-  options = "method=lion lion.b1=0.95 model.mlp=squared_relu data.source=countdown data.epochs=100".split()
+  options = (
+    "method=adabelief adabelief.eps_root=1e-14 model.mlp=squared_relu data.source=countdown data.epochs=100".split()
+  )
   flags = [*flags_of(config), *(f"--config.{option}" for option in options), f"--workdir={folder / 'run'}"]
   environment = os.environ | ONE_DEVICE_QUICK | {"PYTHONPATH": str(copy)}
   command = [sys.executable, "-m", "experiments.pretrain", "--config=configs/llama_tiny.py", *flags]
@@ -156,7 +158,7 @@ def rows(run: Path) -> list[dict]:
 def test_the_method_and_the_model_train(run):
   config = json.loads((run / "config.json").read_text())
   losses = [row["loss"] for row in rows(run)]
-  assert "lion" in str(config) and "squared_relu" in str(config)
+  assert "adabelief" in str(config) and "squared_relu" in str(config)
   assert len(losses) == 6 and losses[-1] < losses[0]
 
 

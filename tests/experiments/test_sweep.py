@@ -448,7 +448,10 @@ def test_the_sweep_is_extended_until_the_best_is_inside_and_then_the_seeds_run(t
   assert [r.trial.point for r in ran if r.trial.seed == 1 and r.trial.variant is BOTH] == [(8e-3, 2.5e-4)]
   first = [r.trial.point for r in ran if r.trial.seed == 0 and r.trial.variant is BOTH]
   assert {(1.6e-2, 2.5e-4), (4e-3, 2.5e-4), (8e-3, 6.25e-5), (8e-3, 1e-3)} < set(first) and len(first) < 14
-  assert "full: learning rate 0.004 (embedding, norms, head: 0.001) is next, since" in capsys.readouterr().out
+  assert (
+    "full: best of 4 so far: learning rate 0.002 (embedding, norms, head: 0.001); next neighbour: learning rate 0.004 "
+    "(embedding, norms, head: 0.001)\n"
+  ) in capsys.readouterr().out
   started = len(runs.started)
   assert [r.trial.name for r in run(tiny_base(tmp_path), (BOTH, LORA), tmp_path, extend=6, seeds=2)] == [
     r.trial.name for r in ran
