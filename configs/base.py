@@ -12,8 +12,8 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """All keys with their defaults; keys cannot be added to it."""
   config = ConfigDict()
-  # full | lora | switchlora | relora | galore | fira | apollo | apollo_mini | frugal | ldadam | sltrain | factored
-  config.method = "switchlora"
+  config.method = "switchlora"  # full | lora | switchlora | relora | galore | fira | apollo | apollo_mini | frugal |
+  # ldadam | sltrain | factored
   config.rank = 128  # rows per factor (LoRA vectors), or directions per projected gradient; full, apollo_mini ignore it
   config.steps = 40_000  # number of updates; the schedules of learning rate and switching span them
   config.batch_size = 1152  # sequences per step, over all devices and micro-batches
@@ -101,17 +101,17 @@ def get_config() -> ConfigDict:
   config.galore.directions = "svd"  # of the projectors: svd | random | golore (svd, then random) | sara | coordinates
   config.galore.random_share = 0.2  # golore: share of the updates, at the end of the run, with random projectors
 
-  config.fira = ConfigDict()  # settings of fira; those that galore has too mean the same
-  config.fira.refresh_every = 200
-  config.fira.scale = 0.25
-  config.fira.directions = "svd"
-  config.fira.random_share = 0.2
+  config.fira = ConfigDict()  # settings of fira
+  config.fira.refresh_every = 200  # as galore.refresh_every
+  config.fira.scale = 0.25  # as galore.scale
+  config.fira.directions = "svd"  # as galore.directions
+  config.fira.random_share = 0.2  # as galore.random_share
   config.fira.limit = 1.01  # largest norm of the scaled rest of a gradient / that of the update before
 
-  config.frugal = ConfigDict()  # settings of frugal; those that galore has too mean the same
-  config.frugal.refresh_every = 200
-  config.frugal.directions = "svd"
-  config.frugal.random_share = 0.2
+  config.frugal = ConfigDict()  # settings of frugal
+  config.frugal.refresh_every = 200  # as galore.refresh_every
+  config.frugal.directions = "svd"  # as galore.directions
+  config.frugal.random_share = 0.2  # as galore.random_share
   config.frugal.sign_scale = 1.0  # learning rate of signSGD, for the rest of the gradient / that of Adam
 
   config.ldadam = ConfigDict()  # settings of ldadam
@@ -134,9 +134,9 @@ def get_config() -> ConfigDict:
   config.apollo.norm_growth = 1.01  # largest ratio of the norms of a kernel's successive updates; 0: no limit
 
   config.apollo_mini = ConfigDict()  # settings of apollo_mini: apollo with rank 1, scale_type tensor
-  config.apollo_mini.refresh_every = 200  # as those of apollo
-  config.apollo_mini.scale = 128**0.5
-  config.apollo_mini.norm_growth = 1.01
+  config.apollo_mini.refresh_every = 200  # as apollo.refresh_every
+  config.apollo_mini.scale = 128**0.5  # as apollo.scale; √128 is its authors' choice
+  config.apollo_mini.norm_growth = 1.01  # as apollo.norm_growth
 
   config.data = ConfigDict()
   config.data.source = "text"  # docs (documentation of the packages) | text (your files) | prepared | stream

@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 from jax.ad_checkpoint import checkpoint_name
 
-from experiments.common import cli, torch_peers
+from experiments.common import cli, refreshes, torch_peers
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
@@ -48,8 +48,8 @@ from switchlora_jax.training.phases import Phase, assemble_phase
 from switchlora_jax.training.report import bytes_of
 from switchlora_jax.training.throughput import model_flops
 
-TWO_PRODUCTS, REFRESH, PRODUCT = "two products", "galore refreshing", "one matrix product"
-PROGRAMS = (*METHODS, TWO_PRODUCTS, REFRESH)
+TWO_PRODUCTS, PRODUCT = "two products", "one matrix product"
+PROGRAMS = (*METHODS, TWO_PRODUCTS, *refreshes.PROGRAMS)
 CONFIG = cli.define_config("llama_350m_cut")
 flags.declare_key_flag("config")
 NAMES = flags.DEFINE_list(
@@ -92,17 +92,17 @@ class BenchmarkCase(NamedTuple):
 
 
 def make_case(name: str, rank: int, vocabulary: int, mesh) -> BenchmarkCase:
-  """The case of a program: a method, LoRA with two products, or GaLore with a refresh in every step.
+  """The case of a program: a method, LoRA with two products, or a method that does its periodic work in every step.
 
   Gradient accumulation is disabled: a step has one micro-batch.
   """
   config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
-  config.update(keys_for(config, name if name in METHODS else "galore" if name == REFRESH else "lora"))
+  config.update(keys_for(config, name if name in METHODS else refreshes.PROGRAMS.get(name, "lora")))
   config.rank = rank or 1
   config.batch_size, config.accumulation, config.warm_start_steps = batch_size() * mesh.size, 1, 0
   config.model.vocab_size = vocabulary
-  if name == REFRESH:
-    config.galore.refresh_every = 1
+  if name in refreshes.PROGRAMS:
+    config.update_from_flattened_dict(refreshes.keys(config.method))
   config = resolve(config, devices=mesh.size, platform=mesh.devices.flat[0].platform)
   method = METHODS[config.method].build(config)
   if name == TWO_PRODUCTS:

@@ -20,11 +20,12 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments.common import cli, results, sweep
+from experiments.common import cli, refreshes, results, sweep
 from experiments.common.children import environment
 from experiments.common.sweep import BaseConfig, Variant
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import LOW_RANK, METHODS, keys_for
+from switchlora_jax.runs.directory import flatten
 
 CONFIG = cli.define_config()
 flags.declare_key_flag("config")
@@ -56,6 +57,9 @@ sweep.define_search_flags()
 TIME = flags.DEFINE_bool("time", True, "after the runs, measure the time per training step of each method")
 
 
+REST = "rest_learning_rate"
+
+
 def method_variants(config) -> list[Variant]:
   """One variant per method and rank, then those of --variant."""
   unknown = [name for name in METHOD_NAMES.value if name not in METHODS]
@@ -78,6 +82,12 @@ def method_variants(config) -> list[Variant]:
     for rank in ranks:
       make(method, f"{method}, rank {rank}", keys | {"rank": rank})
   for label, keys in further.items():
+    for flag, key, swept in (("learning_rates", "learning_rate", rates), ("rest_learning_rates", REST, rests)):
+      if key in keys and label in swept:
+        raise UserError(
+          f"--variant={label}:… fixes {key} (={keys[key]}), and --{flag} sweeps it as well; leave out one of them, or "
+          f"name the rows of --{flag}"
+        )
     make(label, label, keys)
   return found
 
@@ -125,13 +135,16 @@ def reference_label(variants: list[Variant]) -> str:
 def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
   """{label: time per training step relative to full rank}, measured by experiments.benchmark in a child process.
 
-  GaLore's time includes its share of a projector refresh. SwitchLoRA is timed at its first steps, where it switches
+  The time of a method with `refreshes` includes their share. SwitchLoRA is timed at its first steps, where it switches
   most. If the benchmark fails, its error is on stderr and the result is empty, so that the runs are still reported.
   """
   out = workdir / "step_time.json"
   keys = [f"--config.{key}={value}" for key, value in base.overrides.items()]
   ranks = [f"--rank={rank}" for rank in sweep.parse_numbers("ranks", RANKS.value, int) or [base.config.rank]]
-  refreshing = ["galore refreshing"] * ("galore" in METHOD_NAMES.value)
+  intervals = {
+    name: flatten(base.config)[key] for name, key in refreshes.INTERVALS.items() if name in METHOD_NAMES.value
+  }
+  refreshing = [refreshes.program(name) for name, interval in intervals.items() if interval]
   methods = f"--methods={','.join(dict.fromkeys(['full', *METHOD_NAMES.value, *refreshing]))}"
   benchmark = [sys.executable, "-m", "experiments.benchmark", f"--config={base.file}"]
   command = [*benchmark, *keys, *ranks, methods, f"--json={out}", *["--quiet"] * flags.FLAGS.quiet]
@@ -140,8 +153,8 @@ def step_times(base: BaseConfig, workdir: Path) -> dict[str, float]:
     return {}
   ratios = {(row["program"], row["rank"]): row["time_ratio"] for row in json.loads(out.read_text())}
   for (program, rank), ratio in ratios.items():
-    if program == "galore":
-      ratios[program, rank] += (ratios["galore refreshing", rank] - ratio) / base.config.galore.refresh_every
+    if intervals.get(program):
+      ratios[program, rank] += (ratios[refreshes.program(program), rank] - ratio) / intervals[program]
   return {f"{name}, rank {rank}" if rank else name: ratio for (name, rank), ratio in ratios.items()}
 
 
@@ -149,6 +162,11 @@ def main():
   """Check the flags, run the sweep, time the steps, write the results."""
   jax.config.update("jax_platforms", "cpu")  # this process only counts parameters; the runs use the devices
   if REDRAW.value:
+    if ignored := [name for name in ("allow_edges", "reference", "seeds", "extend") if flags.FLAGS[name].present]:
+      raise UserError(
+        f"--redraw draws what results.json has, for which --{ignored[0]} is already decided; repeat the command "
+        f"without --redraw: it runs nothing that is finished"
+      )
     results.redraw(sweep.sweep_workdir())
     return
   base, options = sweep.base_from_flags(), sweep.sweep_options()

@@ -274,7 +274,9 @@ def main():
     raise UserError(missing)
   options = sweep.sweep_options() | {"read_at": item.read_at}
   record = results.recorder(variants, options, title)
-  trial_results = sweep.run_sweep(base, variants, **options, record=record, quiet=flags.FLAGS.quiet)
+  shown = {"record": record, "quiet": flags.FLAGS.quiet}
+  needs_weights = bool(item.glue or item.spectra)  # which results.json does not have
+  trial_results = sweep.run_sweep(base, variants, **options, **shown, reuse=not needs_weights)
   results.conclude(variants, trial_results, options, title)
   if item.glue:
     print_glue(item, trial_results, options["workdir"])

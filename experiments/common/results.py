@@ -80,7 +80,9 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
   at_edges = search.edges({cell_point(c): losses[cell_point(c)] for c in first_seed if not c["failure"]})
   seeds = {cell["seed"]: cell["val_loss"] for cell in cells if best and cell_point(cell) == best}
   perplexities = [math.exp(loss) for loss in seeds.values() if loss is not None]
-  timed = [cell for cell in cells if cell["step_seconds"] and best and cell_point(cell) == best]
+  at_best = [cell for cell in cells if best and cell_point(cell) == best and not cell["failure"]]
+  timed = [cell for cell in at_best if cell["step_seconds"]]
+  positions = config.steps * config.batch_size * config.seq_len
   return {
     "label": variant.label,
     "overrides": variant.overrides,
@@ -93,7 +95,7 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
     "perplexities": perplexities,
     "mean": statistics.mean(perplexities) if perplexities else None,
     "std": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
-    "tokens": config.steps * config.batch_size * config.seq_len,
+    "tokens": median_of(at_best, "tokens") or (None if config.data.packing == "pad" else positions),
     **{key: median_of(timed, key) for key in ("seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes")},
     "devices": sorted({cell["devices"] for cell in timed}),
     **sizes(FrozenConfigDict(config.to_dict() | {"seed": 0, "learning_rate": 1.0, "rest_learning_rate": 1.0})),
@@ -119,7 +121,7 @@ def sizes(config) -> dict[str, int]:
 
 def median_of(cells: list[dict], key: str) -> float | None:
   """The median of a number over the trials that have it."""
-  found = [cell[key] for cell in cells if cell[key] is not None]
+  found = [cell[key] for cell in cells if cell.get(key) is not None]
   return statistics.median(found) if found else None
 
 
@@ -169,27 +171,30 @@ def trial_entry(result: TrialResult, read_at: float) -> dict:
     "val_loss": loss,
     "curve": [[row["step"], row["val_loss"]] for row in rows],
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if "learnt_rank" in row],
-    **run_times(result.workdir, trial.config.batch_size * trial.config.seq_len),
+    **run_costs(result.workdir, trial.config),
     "devices": saved and saved["devices"],
     "data_fingerprint": saved and saved["data_fingerprint"],
     "config": stored.config_keys(trial.config),
   }
 
 
-def run_times(workdir: Path, tokens_per_step: int) -> dict[str, float | None]:
-  """Times and peak memory of a run from its metrics; None if it logged no training step.
+def run_costs(workdir: Path, config) -> dict[str, float | None]:
+  """Tokens, times and peak memory of a run from its metrics; None if it logged no training step.
 
   Returns:
-    seconds: sum over the steps; step_seconds, tokens_per_second: medians; peak_memory_bytes: maximum.
+    tokens: number of training tokens, without padding; seconds: sum over the steps; step_seconds, tokens_per_second:
+    medians; peak_memory_bytes: maximum.
   """
   rows = [row for row in read_metrics(workdir)[1] if row["tokens_per_second"]]
   if not rows:
-    return dict.fromkeys(("seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes"))
-  median = statistics.median(row["tokens_per_second"] for row in rows)
+    return dict.fromkeys(("tokens", "seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes"))
+  tokens = [row.get("tokens", config.batch_size * config.seq_len) for row in rows]
+  seconds = [count / row["tokens_per_second"] for count, row in zip(tokens, rows, strict=True)]
   return {
-    "seconds": round(sum(tokens_per_step / row["tokens_per_second"] for row in rows), 3),
-    "step_seconds": float(f"{tokens_per_step / median:.4g}"),
-    "tokens_per_second": median,
+    "tokens": sum(tokens),
+    "seconds": round(sum(seconds), 3),
+    "step_seconds": float(f"{statistics.median(seconds):.4g}"),
+    "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows),
     "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows if row.get("peak_memory_bytes")), default=None),
   }
 

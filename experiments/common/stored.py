@@ -10,8 +10,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
+
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.directory import ADDED, FREE, differences, flatten
+from switchlora_jax.runs.directory import FREE, differences, flatten, with_added_keys
 from switchlora_jax.runs.files import read_json_object, replace_text
 
 PATHS = ("data.path", "data.eval_path", "data.tokenizer")
@@ -61,7 +63,7 @@ def mismatch(cell: dict, config, fingerprint: str) -> str | None:
   Args:
     cell: from `read_cells`.
   """
-  then = flatten(ADDED) | cell["config"]  # the cell may be of an earlier version of the code
+  then = with_added_keys(unflatten_dict(cell["config"], sep="."))  # the cell may be of an earlier version of the code
   if changed := differences(then, config_keys(config)):
     return "; ".join(changed)
   if cell["data_fingerprint"] != fingerprint:

@@ -314,6 +314,7 @@ def run_sweep(
   quiet: bool = False,
   extend: int = 0,
   record: Callable[[list[TrialResult]], None] | None = None,
+  reuse: bool = True,
 ) -> list[TrialResult]:
   """Run the unfinished trials of a sweep: all learning rates with the first seed, then the best ones with the others.
 
@@ -324,13 +325,14 @@ def run_sweep(
     quiet: whether to print failed runs alone.
     extend: largest number of rates below, and above, the given ones of a dimension; see `search`. 0: none.
     record: called with all results so far after each run that ends, by one thread at a time.
+    reuse: whether a trial counts as finished if results.json has its results but its directory is gone.
   Raises:
     UserError: a config, the data or `read_at` is invalid. Nothing has run yet.
   """
   trials = first_seed_trials(base, variants)
   for trial in trials:
     evaluation_step(trial.config, read_at)
-  cells, folder = stored.read_cells(workdir), workdir / "cells"
+  cells, folder = stored.read_cells(workdir) if reuse else {}, workdir / "cells"
   cli.make_folder(folder)
   fingerprints = prepare_datasets(trials, quiet)
   for label, config in {trial.variant.label: trial.config for trial in trials}.items():
@@ -503,7 +505,7 @@ def evaluations(workdir: Path) -> list[dict]:
 
 
 def read_metrics(workdir: Path) -> tuple[list[dict], list[dict]]:
-  """The evaluation rows of a run's metrics.jsonl, and the `metrics.TIMED` of its training rows.
+  """The evaluation rows of a run's metrics.jsonl, and tokens and the `metrics.TIMED` of its training rows.
 
   The rows are kept in memory until the file changes. They must not be changed.
   """
@@ -516,7 +518,8 @@ def read_metrics(workdir: Path) -> tuple[list[dict], list[dict]]:
 def _parse_metrics(path: Path, version) -> tuple[list[dict], list[dict]]:
   del version  # of the file, a key of the cache
   rows = metrics.read(path)
-  timed = [{key: row[key] for key in metrics.TIMED if key in row} for row in rows if "tokens_per_second" in row]
+  kept = ("tokens", *metrics.TIMED)
+  timed = [{key: row[key] for key in kept if key in row} for row in rows if "tokens_per_second" in row]
   return [row for row in rows if "val_loss" in row], timed
 
 

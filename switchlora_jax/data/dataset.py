@@ -306,6 +306,11 @@ def _check_length(sizes: dict[str, dict], config) -> None:
   """Raises `UserError` if the run needs more training sequences than there are. `sizes` is as in the summary."""
   available, seq_len = sizes["train"]["rows"], config.seq_len
   needed = config.steps * config.batch_size
+  if not available and config.data.packing == "pad":
+    raise UserError(
+      "with data.packing=pad each document is one row, and the text has none besides validation; give a text of more "
+      "documents, such as JSON lines, or set --config.data.packing=pack"
+    )
   if not available:
     raise UserError(
       f"the text must hold at least one row of {seq_len} tokens besides validation; it has "

@@ -36,6 +36,7 @@ OPTIMIZERS = ADAM | {
   "lion": Coefficients(b2=0.99, eps=None),
   "sgd": Coefficients(b2=None, eps=None),
 }
+NARROW = 2**-8  # relative spacing of bfloat16: a decay by less is rounded away
 MUON_RMS = 0.2  # of Muon's directions, as of Adam's, so that one learning rate suits both (arXiv 2502.16982, eq. 4)
 
 
@@ -78,20 +79,33 @@ def check(config, accepted: dict[str, Coefficients]):
 
 
 def warnings(config) -> list[str]:
-  """Warn if second moments are stored in a dtype in which they cannot decay."""
-  chosen = config.optimizer
-  if chosen.moments_dtype != "bfloat16" or chosen.b2 is None or chosen.name == "lion" or 1 - chosen.b2 >= 2**-8:
-    return []
-  return [
-    f"second moments stored in bfloat16 (moments_dtype, param_dtype) round away a decay by less than 2⁻⁸, so that with "
-    f"optimizer.b2 = {chosen.b2} they grow and do not fall; set --config.optimizer.b2=0.99 or a lower value"
-  ]
+  """Warn if second moments, or weights, are stored in a dtype in which they cannot decay."""
+  chosen, found = config.optimizer, []
+  moments = chosen.moments_dtype == "bfloat16" and chosen.b2 is not None and chosen.name != "lion"
+  if moments and 1 - chosen.b2 < NARROW:
+    found.append(
+      f"second moments stored in bfloat16 (moments_dtype, param_dtype) round away a decay by less than 2⁻⁸, so that "
+      f"with optimizer.b2 = {chosen.b2} they grow and do not fall; set --config.optimizer.b2=0.99 or a lower value"
+    )
+  decay = chosen.weight_decay * max(config.learning_rate, config.rest_learning_rate)
+  if config.param_dtype == "bfloat16" and 0 < decay < NARROW:
+    found.append(
+      f"weights stored in bfloat16 round away a decay by less than 2⁻⁸ per step, and learning rate × weight_decay is "
+      f"at most {decay:.2g}; set --config.param_dtype=float32, or leave out --config.optimizer.weight_decay"
+    )
+  return found
 
 
 def adam_options(config) -> dict[str, Any]:
   """`b1`, `b2`, `eps` and `moments_dtype` of a resolved config, as arguments of optimizers that contain Adam."""
   chosen = config.optimizer
-  return dict(b1=chosen.b1, b2=chosen.b2, eps=chosen.eps, moments_dtype=jnp.dtype(chosen.moments_dtype))
+  return dict(b1=chosen.b1, b2=chosen.b2, eps=chosen.eps, moments_dtype=_moments_dtype(config))
+
+
+def _moments_dtype(config):
+  """The dtype of stored moments; None for that of the parameters."""
+  stored = config.optimizer.moments_dtype
+  return None if stored == config.param_dtype else jnp.dtype(stored)
 
 
 def make_optimizer(config, vectors: Callable | None = None) -> optax.GradientTransformation:
@@ -102,10 +116,10 @@ def make_optimizer(config, vectors: Callable | None = None) -> optax.GradientTra
   Args:
     vectors: marks the leaves whose rows are LoRA vectors; see `scale_by_vector_adam`. Other optimizers ignore it.
   """
-  chosen, dtype = config.optimizer, jnp.dtype(config.optimizer.moments_dtype)
-  options = adam_options(config) | {"count_per_element": config.count_per_element}
+  chosen, dtype = config.optimizer, _moments_dtype(config)
+  options = adam_options(config)
   if vectors:
-    options["vectors"] = vectors
+    options |= {"vectors": vectors, "count_per_element": config.count_per_element}
   match chosen.name:
     case "adam":
       return scale_by_vector_adam(**options)

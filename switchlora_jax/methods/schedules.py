@@ -30,10 +30,12 @@ def check(config):
     )
 
 
-def default_final_ratio(config, of_method: float) -> float:
-  """The default of `config.min_lr_ratio`: where the schedule ends by itself, else the default of the method."""
-  natural = {"constant": 1.0, "inverse_sqrt": (max(config.warmup_steps, 1) / config.steps) ** 0.5}
-  return natural.get(config.schedule.name, of_method)
+def default_final_ratio(config, of_method: float) -> float | None:
+  """The default of `config.min_lr_ratio`: where the schedule ends by itself, else the default of the method.
+
+  None for `inverse_sqrt`, whose own end depends on the number of steps, with which a run may be extended.
+  """
+  return {"constant": 1.0, "inverse_sqrt": None}.get(config.schedule.name, of_method)
 
 
 def config_schedule(config) -> optax.Schedule:
@@ -74,7 +76,8 @@ def linear_schedule(learning_rate: float, warmup_steps: int, total_steps: int, f
 def constant_schedule(learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float = 1.0):
   """Linear warm-up, then the peak; `final_ratio` must be 1."""
   del total_steps, final_ratio
-  return _of_floats(optax.warmup_constant_schedule(0.0, learning_rate, warmup_steps))
+  warm_up = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+  return _of_floats(optax.join_schedules([warm_up, optax.constant_schedule(learning_rate)], [warmup_steps]))
 
 
 def wsd_schedule(
@@ -84,21 +87,23 @@ def wsd_schedule(
 
   Other arguments as of `cosine_schedule`.
   """
-  decay_steps = min(round(decay_share * total_steps), total_steps - warmup_steps)
+  decay_steps = min(max(1, round(decay_share * total_steps)), total_steps - warmup_steps)
   warm_up = optax.linear_schedule(0.0, learning_rate, warmup_steps)
   decay = optax.linear_schedule(learning_rate, learning_rate * final_ratio, decay_steps)
   stages = [warm_up, optax.constant_schedule(learning_rate), decay]
   return _of_floats(optax.join_schedules(stages, [warmup_steps, total_steps - decay_steps]))
 
 
-def inverse_sqrt_schedule(learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float):
-  """Linear warm-up, then a rate that falls with 1/√step, shifted and scaled so that it ends at `final_ratio`.
+def inverse_sqrt_schedule(learning_rate: float, warmup_steps: int, total_steps: int, final_ratio: float | None = None):
+  """Linear warm-up, then the peak times √(w / step) with w = max(1, warmup_steps).
 
-  With w = max(1, warmup_steps) and `final_ratio` = √(w / total_steps), its default in a config, the rate is the peak
-  times √(w / step). Other arguments as of `cosine_schedule`.
+  Args:
+    final_ratio: shifts and scales the curve so that it ends at this ratio; None: it ends where it does by itself.
+    others: as of `cosine_schedule`.
   """
   start = max(warmup_steps, 1)
   end = (start / total_steps) ** 0.5
+  final_ratio = end if final_ratio is None else final_ratio
 
   def schedule(step):
     falling = (start / jnp.maximum(step, start)) ** 0.5

@@ -68,7 +68,8 @@ def describe_run(config, *states) -> str:
   *warm_start, state = states
   most, but_padding = ("at most ", ", padding included") if config.data.packing == "pad" else ("", "")
   lines = [
-    f"learning_rate: {config.learning_rate}; of embedding, norms and head: {config.rest_learning_rate}",
+    f"learning_rate: {config.learning_rate}",
+    f"rest_learning_rate: {config.rest_learning_rate}",
     f"dtype: {config.dtype}",
     parameters_line("trainable", state.params),
     parameters_line("frozen", state.frozen),

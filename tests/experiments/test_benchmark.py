@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from grids import command, imported
 
+from experiments.common import refreshes
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import LoRADense
 from switchlora_jax.methods import FREEZING, METHODS
@@ -95,8 +96,8 @@ def test_full_rank_is_always_there_and_ranks_may_be_several():
 
 def test_what_each_program_is():
   found = cases("--config.galore.refresh_every=7", "--config.accumulation=2")
-  refreshes = {name: case.config.galore.refresh_every for (name, _), case in found.items()}
-  assert refreshes["galore refreshing"] == 1 and refreshes["galore"] == 7
+  intervals = {name: case.config.galore.refresh_every for (name, _), case in found.items()}
+  assert intervals["galore refreshing"] == 1 and intervals["galore"] == 7
   assert {case.config.accumulation for case in found.values()} == {1}
   assert {case.config.method for case in found.values()} == {*METHODS}
   assert [found[name, 4].config.method for name in ("two products", "galore refreshing")] == ["lora", "galore"]
@@ -110,7 +111,7 @@ def test_a_program_leaves_the_config_as_it_was_for_the_next():
 def test_a_base_in_16_bits_is_for_the_methods_that_freeze_one():
   found = cases("--config.frozen_dtype=bfloat16", "--config.dtype=bfloat16")
   wide = {name for (name, _), case in found.items() if case.config.frozen_dtype == "float32"}
-  assert wide == {*METHODS, "galore refreshing"} - {*FREEZING}
+  assert wide == {*METHODS, *refreshes.PROGRAMS} - {*FREEZING, "relora refreshing"}
   assert {case.config.dtype for case in found.values()} == {"bfloat16"}
 
 
@@ -118,7 +119,7 @@ def test_the_default_is_the_350m_shape_cut():
   with imported("benchmark") as benchmark:
     config = benchmark.CONFIG.value
     assert (config.model.hidden_size, config.model.num_layers, config.batch_size, config.rank) == (1024, 2, 4, 128)
-    assert benchmark.NAMES.value == [*METHODS, "two products", "galore refreshing"]
+    assert benchmark.NAMES.value == [*METHODS, "two products", *refreshes.PROGRAMS]
 
 
 def test_the_layer_it_compares_with_computes_the_same():
@@ -134,7 +135,10 @@ def test_the_layer_it_compares_with_computes_the_same():
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    (["--methods=full,loar"], "--methods has loar; expected some of full, .*, two products, galore refreshing"),
+    (
+      ["--methods=full,loar"],
+      "--methods has loar; expected some of full, .*, two products, relora refreshing, galore refreshing",
+    ),
     (["--methods=switchlora", "--rank=1"], r"rank \(=1\) cannot switch"),
     (["--memory", "--peers=torch"], "--peers and --gpu are columns of the timed table"),
     (["--memory", "--gpu=h100"], "and --memory times nothing; leave out --memory"),

@@ -18,7 +18,7 @@ from grids import as_flags, command, curve, imported, tiny_base, write_run
 from paths import ROOT
 from tiny import ONE_DEVICE_QUICK
 
-from experiments.common import sweep
+from experiments.common import refreshes, sweep
 from experiments.common.sweep import Variant
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import LOW_RANK, METHODS
@@ -200,6 +200,11 @@ MISTAKES = {
     ["--methods=full,lora", "--ranks=4,2", "--reference=lora"],
     "must name one row of the table; give one of: full; lora, rank 4; lora, rank 2",
   ),
+  "redraw with a choice": (["--redraw", "--allow_edges"], r"for which --allow_edges is already decided; repeat the"),
+  "variant with a rate": (
+    ["--methods=full", "--variant=fixed:method=full,learning_rate=5e-4", "--learning_rates=1e-3,2e-3"],
+    r"--variant=fixed:… fixes learning_rate \(=0\.0005\), and --learning_rates sweeps it as well; leave out one of",
+  ),
   "nothing to draw": (["--redraw"], r"must hold the results\.json of a sweep with at least one finished run"),
   "rank too large": (["--methods=switchlora", "--ranks=8,512"], r"rank \(=512\) leaves no spare vectors"),
 }
@@ -320,7 +325,7 @@ def test_keys_that_a_method_does_not_use_are_not_set():
     trials = {name: sweep.make_trial(base, Variant(name, keys), None, 0).config for name, keys in variants.items()}
   assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in trials.items()} == {
     "full": ("float32", 0),
-    **dict.fromkeys(("galore", "apollo", "apollo_mini"), ("float32", 200)),
+    **dict.fromkeys(("galore", "fira", "apollo", "apollo_mini", "frugal", "ldadam"), ("float32", 200)),
     **dict.fromkeys(("lora", "switchlora", "relora"), ("bfloat16", 200)),
     **dict.fromkeys(("sltrain", "factored"), ("float32", 200)),
   }
@@ -361,19 +366,20 @@ def test_step_times_have_the_labels_of_the_variants(tmp_path, monkeypatch):
   assert {"--config.model.hidden_size=16", "--rank=4", "--rank=8", "--methods=full,lora"} < {*commands[0]}
 
 
-def test_the_step_time_of_galore_includes_its_share_of_a_refresh(tmp_path, monkeypatch):
-  measured = {"full": 1.0, "galore": 1.25, "galore refreshing": 5.25}
+@pytest.mark.parametrize(("method", "key"), refreshes.INTERVALS.items())
+def test_a_step_time_includes_its_share_of_a_refresh(tmp_path, monkeypatch, method, key):
+  measured = {"full": 1.0, method: 1.25, f"{method} refreshing": 5.25}
   rows = [{"program": name, "rank": 0 if name == "full" else 4, "time_ratio": r} for name, r in measured.items()]
 
   def benchmark(words, **_):
-    assert "--methods=full,galore,galore refreshing" in words
+    assert f"--methods=full,{method},{method} refreshing" in words
     (tmp_path / "step_time.json").write_text(json.dumps(rows))
     return SimpleNamespace(returncode=0)
 
-  with imported("compare", "--methods=galore", "--ranks=4") as compare:
+  with imported("compare", f"--methods={method}", "--ranks=4") as compare:
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=benchmark, DEVNULL=None))
-    times = compare.step_times(tiny_base(tmp_path, galore__refresh_every=200), tmp_path)
-  assert times["galore, rank 4"] == 1.25 + 4 / 200
+    times = compare.step_times(tiny_base(tmp_path, **{key.replace(".", "__"): 200}), tmp_path)
+  assert times[f"{method}, rank 4"] == 1.25 + 4 / 200
 
 
 def test_a_failed_benchmark_gives_no_step_times(tmp_path, monkeypatch, capsys):

@@ -402,6 +402,31 @@ def test_times_and_memory_of_a_run(tmp_path):
   assert re.search(r"different devices: .*8 × GPU", results.results_table(found))
 
 
+def steps_logged(workdir, rows):
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.writelines(json.dumps({"step": step, "loss": 3.0} | row) + "\n" for step, row in enumerate(rows, 1))
+
+
+def test_a_seed_that_failed_after_some_steps_has_no_times(tmp_path):
+  base, results_of = tiny_base(tmp_path), []
+  for seed, failure in ((0, None), (1, "failed with exit code 2")):
+    trial, workdir = sweep.make_trial(base, FULL, None, seed), tmp_path / f"run{seed}"
+    write_run(workdir, trial.config, {12: 3.0})
+    tokens = trial.config.batch_size * trial.config.seq_len
+    steps_logged(workdir, [{"tokens_per_second": tokens / (1 + 9 * seed)}] * 2)
+    results_of.append(sweep.TrialResult(trial, workdir, failure))
+  row = results.collect((FULL,), results_of, 1.0)["arms"][0]
+  assert (row["seconds"], row["step_seconds"], len(row["devices"])) == (2, 1, 1)
+
+
+def test_padding_is_neither_in_the_tokens_nor_in_the_time_of_a_step(tmp_path):
+  trial = sweep.make_trial(tiny_base(tmp_path, data__packing="pad"), FULL, None, 0)
+  write_run(tmp_path / "run", trial.config, {12: 3.0})
+  steps_logged(tmp_path / "run", [{"tokens": 30, "tokens_per_second": 10.0}, {"tokens": 50, "tokens_per_second": 10.0}])
+  row = results.collect((FULL,), [sweep.TrialResult(trial, tmp_path / "run", None)], 1.0)["arms"][0]
+  assert (row["tokens"], row["seconds"], row["step_seconds"]) == (80, 8, 4)
+
+
 def test_all_is_drawn_again_from_results_json_alone(tmp_path, both, capsys):
   options = OPTIONS | {"workdir": tmp_path, "reference": "full"}
   results.conclude((BOTH, ONE), both, options, "two methods")

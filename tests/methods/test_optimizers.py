@@ -125,6 +125,25 @@ def test_second_moments_that_cannot_decay_are_warned_of():
   assert moment * jnp.bfloat16(0.999) == moment, "the case that the warning is about"
 
 
+def test_a_weight_decay_that_bfloat16_weights_round_away_is_warned_of():
+  warned = lambda **changes: [
+    text for text in optimizers.warnings(small_model.config("full", optimizer__b2=0.9, **changes)) if "weights" in text
+  ]
+  decaying = dict(optimizer__weight_decay=0.1, learning_rate=1e-2)
+  assert len(warned(param_dtype="bfloat16", **decaying)) == 1
+  assert warned(**decaying) == warned(param_dtype="bfloat16") == []
+  assert warned(param_dtype="bfloat16", optimizer__weight_decay=1.0, learning_rate=1e-2) == []
+
+
+@pytest.mark.parametrize("method", ["full", "relora", "lora", "switchlora"])
+def test_only_lora_and_switchlora_count_per_element(method):
+  """As before the optimizer was a key; a checkpoint has the shapes of the counts."""
+  params = {"blocks": {"q": {"lora_a": jnp.ones((2, 3, 5))}}, "head": {"kernel": jnp.ones((5, 4))}}
+  tx = METHODS[method].build(small_model.config(method, count_per_element=True)).optimizer
+  shapes = {x.shape for x in jax.tree.leaves(jax.eval_shape(tx.init, params).count)}
+  assert shapes == ({(2, 3, 5), (5, 4)} if method in ("lora", "switchlora") else {()})
+
+
 MISTAKES = {
   "unknown": (dict(optimizer__name="adamw"), "optimizer.name (='adamw') must be one of adam, muon, lion, sgd; set"),
   "switchlora, muon": (

@@ -7,7 +7,7 @@ import pytest
 import small_model
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.methods import METHODS, schedules
+from switchlora_jax.methods import METHODS, full_rank_config, schedules
 from switchlora_jax.methods.schedules import SCHEDULES, config_schedule, cosine_schedule
 
 
@@ -76,14 +76,14 @@ def test_the_shapes_between_warm_up_and_end():
   assert rate("constant", 99, min_lr_ratio=1.0) == 1.0
   assert [rate("wsd", step) for step in (79, 80, 90)] == [1.0, 1.0, pytest.approx(0.5)]
   assert rate("wsd", 50, schedule__decay_share=0.8) == pytest.approx(1 - 30 / 80)
-  natural = dict(min_lr_ratio=(20 / 100) ** 0.5)
+  natural = dict(min_lr_ratio=None)
   np.testing.assert_allclose([rate("inverse_sqrt", step, **natural) for step in (20, 40, 80)], [1, 0.5**0.5, 0.5])
 
 
 def test_the_default_end_is_that_of_the_schedule_where_it_has_one():
   config = lambda name: small_model.config("galore", schedule__name=name, warmup_steps=25)
   ends = {name: schedules.default_final_ratio(config(name), 0.1) for name in SCHEDULES}
-  assert ends == {"cosine": 0.1, "linear": 0.1, "constant": 1.0, "wsd": 0.1, "inverse_sqrt": 0.5}
+  assert ends == {"cosine": 0.1, "linear": 0.1, "constant": 1.0, "wsd": 0.1, "inverse_sqrt": None}
 
 
 MISTAKES = {
@@ -114,3 +114,31 @@ def test_an_invalid_schedule_raises_an_error_with_a_remedy(name):
   with pytest.raises(UserError) as caught:
     schedules.check(config)
   assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_without_warm_up_every_schedule_starts_at_the_peak(name):
+  ratio = 1.0 if name == "constant" else 0.3
+  config = small_model.config("full", schedule__name=name, learning_rate=0.5, min_lr_ratio=ratio, warmup_steps=0)
+  schedule = config_schedule(config)
+  np.testing.assert_allclose([schedule(0), schedule(1), schedule(100)], [0.5, 0.5, 0.5 * ratio], rtol=0.05)
+  assert ratio == 1 or schedule(99) < 0.5
+
+
+def test_a_decay_of_less_than_a_step_still_ends_at_min_lr_ratio():
+  shape = dict(schedule__name="wsd", schedule__decay_share=0.004, learning_rate=1.0, min_lr_ratio=0.1, warmup_steps=0)
+  schedule = config_schedule(small_model.config("full", **shape))
+  np.testing.assert_allclose([schedule(99), schedule(100)], [1, 0.1], rtol=1e-6)
+
+
+def test_inverse_sqrt_keeps_its_end_open_so_that_a_run_can_be_extended():
+  """Its end depends on the number of steps and on the warm-up of the phase; neither is stored in the config."""
+  config = lambda steps: small_model.config(
+    "lora", schedule__name="inverse_sqrt", min_lr_ratio=None, steps=steps, warmup_steps=10, warm_start_warmup_steps=40,
+    warm_start_steps=50,
+  )  # fmt: skip
+  short, long = config(100), config(200)
+  assert short.min_lr_ratio is long.min_lr_ratio is None
+  warm_start = full_rank_config(short)
+  rate, peak = config_schedule(warm_start)(90), warm_start.learning_rate
+  assert rate == pytest.approx(peak * (40 / 90) ** 0.5, rel=1e-5)
