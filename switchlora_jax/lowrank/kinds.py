@@ -21,10 +21,11 @@ from switchlora_jax.lowrank.factored import (
   add_at_support,
   at_support,
   best_factors,
+  factors_beside_support,
   low_rank_kernel,
 )
 from switchlora_jax.lowrank.kernel_storage import KERNEL, load_kernel, store_kernel
-from switchlora_jax.lowrank.layers import ADAPTER, LORA_A, LORA_B, merge
+from switchlora_jax.lowrank.layers import ADAPTER, LORA_A, merge
 
 
 class Kind(NamedTuple):
@@ -87,11 +88,17 @@ def _merged_sparse(arrays, scale):
 
 
 def _store_sparse(kernel, arrays, scale):
-  """The best approximation by `scale·AᵀB`, and what it lacks at the support."""
-  arrays = _store_low(kernel, arrays, scale)
-  lacks = lambda layer: at_support(layer[0] - low_rank_kernel(*layer[1], scale), layer[2])
-  values = _one_by_one(lacks, (kernel, (arrays[LORA_A], arrays[LORA_B]), arrays[SUPPORT]))
-  return arrays | {VALUES: values.astype(arrays[VALUES].dtype)}
+  """`scale·AᵀB` by `factors_beside_support`, and what it lacks at the support."""
+  rank = arrays[LORA_A].shape[-2]
+
+  def store(layer):
+    kernel, support = layer
+    factors = [x.astype(arrays[LORA_A].dtype) for x in factors_beside_support(kernel, support, rank, scale)]
+    with jax.default_matmul_precision("highest"):
+      return *factors, at_support(kernel - low_rank_kernel(*factors, scale), support)
+
+  found = zip((*ADAPTER, VALUES), _one_by_one(store, (kernel, arrays[SUPPORT])), strict=True)
+  return arrays | {name: x.astype(arrays[name].dtype) for name, x in found}
 
 
 def _one_by_one(function, layers):

@@ -52,7 +52,10 @@ LOW_RANK = (*FACTORS, *PROJECTING)  # the methods that use `config.rank`
 
 
 def keys_for(config, method: str) -> dict:
-  """The config keys to change so that another method trains with it; resets keys that the method does not accept."""
+  """The config keys to change so that another method trains with it.
+
+  Resets `frozen_dtype` and `warm_start_steps` where the method does not accept them.
+  """
   keys = {"method": method}
   if method == "full" and config.warm_start_steps:
     keys["warm_start_steps"] = 0

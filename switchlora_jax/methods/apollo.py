@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import path_aware_map
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full
 from switchlora_jax.methods.base import Method
-from switchlora_jax.methods.norm_growth import TINY, limit_norm_growth, norm_dtype, norm_over
+from switchlora_jax.methods.norm_growth import TINY, check_limit, limit_norm_growth, norm_dtype, norm_over
 from switchlora_jax.methods.optimizers import Coefficients, adam_options
-from switchlora_jax.models.weights import in_block
+from switchlora_jax.methods.projectors import block_kernels, check_rank, oriented, wide
 
 LEARNING_RATE = 1e-2  # this and the ratio: those of GaLore, which APOLLO's authors use as well
 MIN_LR_RATIO = 0.1
@@ -115,7 +114,7 @@ def scale_by_apollo(
     def project(number, grad, norm):
       if norm is None:
         return grad
-      large = _wide(grad)
+      large = wide(grad)
       shape = (*low_shape(grad.shape)[:-1], large.shape[-2])
       return draw(jax.random.fold_in(key, number), shape, norm.dtype).astype(grad.dtype) @ large
 
@@ -131,8 +130,8 @@ def scale_by_apollo(
       if norm is not None:
         factor = _ratio(norm_over(step, axes), norm_over(low, axes))
         factors.append(factor)
-        factor = factor if _is_wide(grad) else factor.mT
-        step, norm, limited = limit_norm_growth(factor.astype(grad.dtype) * grad, norm, norm_growth or jnp.inf)
+        scaled = oriented(factor.astype(grad.dtype) * wide(grad), grad.shape)
+        step, norm, limited = limit_norm_growth(scaled, norm, norm_growth)
         limits.append(limited)
         step = scale * step
       return unbias.astype(step.dtype) * step, norm
@@ -157,25 +156,10 @@ def _mean(arrays: list, like) -> jax.Array:
   return total / max(1, sum(x.size for x in arrays))
 
 
-def _is_wide(x) -> bool:
-  return x.shape[-2] <= x.shape[-1]
-
-
-def _wide(x):
-  """Transposed, if needed, so that the smaller of the last two sides is first."""
-  return x if _is_wide(x) else x.mT
-
-
 def check(config):
   """Raise `UserError` if the rank or a setting of `config.apollo` is invalid."""
   full.check(config)
-  if config.rank < 1:
-    raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=apollo_mini")
-  if config.rank > config.model.hidden_size:  # the largest min(in, out) of any layer
-    raise UserError(
-      f"rank (={config.rank}) is more than the smaller side of any kernel (min(in, out) = "
-      f"{config.model.hidden_size}); lower --config.rank or use --config.method=full"
-    )
+  check_rank(config)
   scale_type = config.apollo.scale_type
   if scale_type not in SCALE_TYPES:
     raise UserError(
@@ -186,16 +170,12 @@ def check(config):
 
 def check_section(config, name: str):
   """Raise `UserError` if a setting that `config.apollo` and `config.apollo_mini` share is invalid."""
-  every, scale, growth = (config[name][key] for key in ("refresh_every", "scale", "norm_growth"))
+  every, scale = config[name].refresh_every, config[name].scale
   if every < 1:
     raise UserError(f"{name}.refresh_every (={every}) must be at least 1; set --config.{name}.refresh_every")
   if not scale > 0:
     raise UserError(f"{name}.scale (={scale}) must be greater than 0; set --config.{name}.scale")
-  if growth != 0 and not growth >= 1:
-    raise UserError(
-      f"{name}.norm_growth (={growth}) must be at least 1, or 0 for no limit; below 1 all updates would shrink to 0; "
-      f"set --config.{name}.norm_growth"
-    )
+  check_limit(config, name, "norm_growth")
 
 
 def describe(config) -> list[str]:
@@ -230,9 +210,8 @@ def build(config) -> Method:
 def build_section(config, name: str, rank: int, scale_type: str) -> Method:
   """The method with the settings of a section of the config."""
   section = config[name]
-  projected = lambda params: path_aware_map(lambda path, _: in_block(tuple(map(str, path))), params)
   settings = (rank, section.refresh_every, section.scale, scale_type, section.norm_growth)
-  apollo = scale_by_apollo(*settings, seed=config.seed, projected=projected, **adam_options(config))
+  apollo = scale_by_apollo(*settings, seed=config.seed, projected=block_kernels, **adam_options(config))
   return full.build(config)._replace(optimizer=apollo, optimizer_metrics=metrics)
 
 

@@ -84,14 +84,14 @@ def warn_of_warm_start(config, kept: str) -> list[str]:
   if not config.warm_start_steps and not config.warm_start_from:
     return []
   return [
-    f"{config.method} keeps of each kernel of a warm start only {kept}, so that the loss rises there; "
-    f"--config.method=lora, switchlora or relora keep the function"
+    f"{config.method} approximates each kernel of the warm start by {kept}, so that the loss may rise there; to keep "
+    f"the function, use --config.method=lora, switchlora or relora"
   ]
 
 
 def warnings(config) -> list[str]:
   """Warn of a warm start, which this method can only approximate."""
-  return warn_of_warm_start(config, f"the best approximation of rank {config.rank}")
+  return warn_of_warm_start(config, f"a product of rank {config.rank}")
 
 
 def restarts(config, every: int) -> Callable[[TrainState], TrainState]:

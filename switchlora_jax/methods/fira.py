@@ -23,10 +23,10 @@ import optax
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
-from switchlora_jax.methods.galore import ProjectedAdam, block_kernels, failures, oriented, wide
-from switchlora_jax.methods.norm_growth import TINY, limit_norm_growth, norm_dtype, norm_over
+from switchlora_jax.methods.galore import ProjectedAdam, failures
+from switchlora_jax.methods.norm_growth import TINY, check_limit, limit_norm_growth, norm_dtype, norm_over
 from switchlora_jax.methods.optimizers import Coefficients, adam_options
-from switchlora_jax.methods.projectors import leading_directions
+from switchlora_jax.methods.projectors import block_kernels, leading_directions, oriented, wide
 
 LEARNING_RATE = 1e-2  # this, the ratio and eps: defaults of Fira's authors
 MIN_LR_RATIO = 0.1
@@ -67,17 +67,19 @@ def scale_by_fira(
   directions: Callable = leading_directions,
   seed: int | None = None,
   moments_dtype=None,
+  refresh_at: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients, and the scaled rest of the gradients; see the docstring of the module.
 
-  A kernel that has no projector yet does not move.
+  A kernel that has no projector yet does not move. Adam's bias is corrected by the number of all updates, also for a
+  kernel that gets its projector late.
 
   Args:
     scale: α.
-    limit: largest ratio of ‖S‖ to that of the update before; inf disables the limiter.
+    limit: largest ratio of ‖S‖ to that of the update before; 0: no limit.
     others: see `galore.ProjectedAdam`.
   """
-  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype)
+  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype, refresh_at)
 
   def init(params):
     state = adam.init(params)
@@ -134,10 +136,7 @@ def check(config):
   projectors.check(config, "fira")
   if not config.fira.scale > 0:
     raise UserError(f"fira.scale (={config.fira.scale}) must be greater than 0; set --config.fira.scale")
-  if not config.fira.limit >= 1:
-    raise UserError(
-      f"fira.limit (={config.fira.limit}) must be at least 1, the largest growth of a norm; set --config.fira.limit"
-    )
+  check_limit(config, "fira", "limit")
 
 
 def describe(config) -> list[str]:

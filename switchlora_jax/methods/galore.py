@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import path_aware_map
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
 from switchlora_jax.methods.optimizers import Coefficients, adam_options
-from switchlora_jax.methods.projectors import leading_directions
-from switchlora_jax.models.weights import in_block
+from switchlora_jax.methods.projectors import block_kernels, leading_directions, oriented, wide
 
 LEARNING_RATE = 1e-2  # this and the ratio: defaults of GaLore's authors
 MIN_LR_RATIO = 0.1
@@ -114,6 +112,7 @@ class ProjectedAdam(NamedTuple):
       two more arguments: the number of updates so far, and a random key.
     seed: seed of the keys of `directions`. A key depends on it, the number of updates and the number of the kernel.
     moments_dtype: dtype of the stored moments; None: that of the parameters.
+    refresh_at: number of an update before which P is recomputed as well; None: only every `refresh_every` updates.
   """
 
   rank: int
@@ -125,6 +124,7 @@ class ProjectedAdam(NamedTuple):
   directions: Callable = leading_directions
   seed: int | None = None
   moments_dtype: Any = None
+  refresh_at: int | None = None
 
   def init(self, params) -> GaLoreState:
     """The state before the first update: zeros."""
@@ -141,6 +141,8 @@ class ProjectedAdam(NamedTuple):
       The state with new `projector` and `failed`, and a tree of [...] bool: the kernels with a new projector.
     """
     due = state.count % self.refresh_every == 0
+    if self.refresh_at is not None:
+      due |= state.count == self.refresh_at
     due_kernels = jax.tree.map(lambda before: due | (before > 0), state.failed)
     # This cond must not be under a vmap, which would turn it into a select that decomposes in every step.
     found = lambda: refresh_all(grads, state.projector, due_kernels, partial(self._decompose, state.count))
@@ -155,9 +157,13 @@ class ProjectedAdam(NamedTuple):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), count), number)
     return self.directions(grad, self.rank, count, key)
 
-  def average(self, grads, state):
-    """R of each leaf, and the state with the next `count`, `mu` and `nu`, in the wider of their dtype and R's."""
-    low = jax.tree.map(project, grads, state.projector)
+  def average(self, grads, state, precision=None):
+    """R of each leaf, and the state with the next `count`, `mu` and `nu`, in the wider of their dtype and R's.
+
+    Args:
+      precision: of the product R, as of `jnp.matmul`.
+    """
+    low = jax.tree.map(partial(project, precision=precision), grads, state.projector)
     mu = optax.tree.update_moment(low, state.mu, self.b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(low, state.nu, self.b2, 2)
     return low, state._replace(count=optax.safe_increment(state.count), mu=mu, nu=nu)
@@ -188,17 +194,19 @@ def scale_by_galore(
   directions: Callable = leading_directions,
   seed: int | None = None,
   moments_dtype=None,
+  refresh_at: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients: R = PᵀG, Adam's direction N of R, update `scale`·P·N.
 
   P is recomputed at every `refresh_every`-th update. The moments are neither reset nor rotated then. A kernel that has
-  no projector yet does not move.
+  no projector yet does not move. Adam's bias is corrected by the number of all updates, also for a kernel that gets its
+  projector late.
 
   Args:
     scale: factor of the update of projected leaves.
     others: see `ProjectedAdam`. The signs of the columns of P do not matter to an update.
   """
-  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype)
+  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype, refresh_at)
 
   def update(updates, state, params=None, **_):
     del params
@@ -228,24 +236,9 @@ def _no_directions(is_projected: bool, param, rank: int):
   return jnp.zeros((*param.shape[:-2], small, min(rank, small)), param.dtype)
 
 
-def wide(x):
-  """Transposed, if needed, so that the smaller of the last two sides is first."""
-  return x if x.shape[-2] <= x.shape[-1] else x.mT
-
-
-def oriented(x, shape):
-  """The inverse of `wide`, for arrays that are of this shape in the orientation of the parameter."""
-  return x if x.shape == shape else x.mT
-
-
-def project(grad, projector):
+def project(grad, projector, precision=None):
   """R = PᵀG, [..., r, large]; the gradient of a leaf that is not projected."""
-  return grad if projector is None else projector.mT @ wide(grad)
-
-
-def block_kernels(params):
-  """A tree of bools, true for the kernels of the blocks' linear layers, which the methods project."""
-  return path_aware_map(lambda path, _: in_block(path), params)
+  return grad if projector is None else jnp.matmul(projector.mT, wide(grad), precision=precision)
 
 
 def check(config):

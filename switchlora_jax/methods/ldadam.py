@@ -23,9 +23,9 @@ import optax
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
-from switchlora_jax.methods.galore import ProjectedAdam, block_kernels, failures, oriented, refresh_all, wide
+from switchlora_jax.methods.galore import ProjectedAdam, failures, refresh_all
 from switchlora_jax.methods.optimizers import Coefficients, adam_options
-from switchlora_jax.methods.projectors import leading_directions
+from switchlora_jax.methods.projectors import block_kernels, leading_directions, oriented, wide
 
 LEARNING_RATE = 1e-3  # this and the coefficients: defaults of LDAdam's authors
 MIN_LR_RATIO = 0.1
@@ -76,7 +76,8 @@ def scale_by_ldadam(
   """LDAdam for projected leaves, Adam for the others; see the docstring of the module.
 
   A kernel whose first decomposition fails does not move, and is decomposed again at the next update. A kernel whose
-  power iteration has no finite result, or whose gradients are 0, keeps its projector.
+  power iteration has no finite result, or whose gradients are 0, keeps its projector. Adam's bias is corrected by the
+  number of all updates, also for a kernel that gets its projector late.
 
   Args:
     rho: ρ, share of the momentum in the matrix whose leading directions are followed.

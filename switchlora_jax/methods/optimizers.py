@@ -53,8 +53,8 @@ def check(config, accepted: dict[str, Coefficients]):
     )
   if chosen.name not in accepted:
     raise UserError(
-      f"optimizer.name (={chosen.name!r}) does not work with --config.method={config.method}, which works on the "
-      f"state of {', '.join(accepted)}; set --config.optimizer.name={next(iter(accepted))}, or use "
+      f"optimizer.name (={chosen.name!r}) is not supported by --config.method={config.method}, which supports "
+      f"{', '.join(accepted)}; set --config.optimizer.name={next(iter(accepted))}, or use "
       f"--config.method=full or lora"
     )
   for key, default in accepted[chosen.name]._asdict().items():

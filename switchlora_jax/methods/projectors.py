@@ -4,7 +4,8 @@ A projector P [small, r] of a gradient [small, large] has orthonormal columns. I
 
   svd          the r leading left singular vectors (GaLore, arXiv 2403.03507)
   random       uniform among all subspaces of r dimensions (GoLore, arXiv 2410.11289)
-  golore       svd, and random in the last `random_share` of the updates (as the same paper advises)
+  golore       svd, and random in the last `random_share` of the updates (as the same paper advises); a refresh is due
+               when this share begins
   sara         r left singular vectors, drawn without replacement in proportion to their σ (SARA, arXiv 2502.05790)
   coordinates  r random axes: rows of the gradient (the column-wise projection of FRUGAL, arXiv 2411.07837)
 
@@ -17,10 +18,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import path_aware_map
 
 from switchlora_jax.errors import UserError
+from switchlora_jax.models.weights import in_block
 
 DIRECTIONS = ("svd", "random", "golore", "sara", "coordinates")
+
+
+def wide(x):
+  """Transposed, if needed, so that the smaller of the last two sides is first."""
+  return x if x.shape[-2] <= x.shape[-1] else x.mT
+
+
+def oriented(x, shape):
+  """The inverse of `wide`, for arrays that are of this shape in the orientation of the parameter."""
+  return x if x.shape == shape else x.mT
+
+
+def block_kernels(params):
+  """A tree of bools, true for the kernels of the blocks' linear layers, which the methods project."""
+  return path_aware_map(lambda path, _: in_block(path), params)
 
 
 def leading_directions(matrix, rank: int):
@@ -67,7 +85,7 @@ def first_random_update(config, section) -> int:
 
 
 def options(config, section) -> dict[str, Any]:
-  """`directions` and `seed` of a config as arguments of `galore.ProjectedAdam`; {} selects its default, svd.
+  """`directions`, `seed` and `refresh_at` of a config for `galore.ProjectedAdam`; {} selects its default, svd.
 
   Args:
     section: the section of the method, with the keys `directions` and `random_share`.
@@ -75,10 +93,13 @@ def options(config, section) -> dict[str, Any]:
   if section.directions == "svd":
     return {}
   if section.directions == "golore":
-    found = partial(_leading_then_random, first_random_update(config, section))
-  else:
-    found = partial(_of_key, DRAWN[section.directions])
-  return {"directions": found, "seed": config.seed}
+    first_random = first_random_update(config, section)
+    return {
+      "directions": partial(_leading_then_random, first_random),
+      "seed": config.seed,
+      "refresh_at": first_random,
+    }
+  return {"directions": partial(_of_key, DRAWN[section.directions]), "seed": config.seed}
 
 
 def _of_key(directions: Callable, matrix, rank, count, key):
@@ -97,7 +118,7 @@ def check_rank(config):
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
   if config.rank > config.model.hidden_size:  # the largest min(in, out) of any layer
     raise UserError(
-      f"rank (={config.rank}) is more than a gradient has directions (min(in, out) = {config.model.hidden_size}); "
+      f"rank (={config.rank}) exceeds the smaller side of every kernel ({config.model.hidden_size}); "
       f"lower --config.rank or use --config.method=full"
     )
 
@@ -124,9 +145,10 @@ def check(config, name: str):
 def describe(config, section) -> list[str]:
   """The number of decompositions and of random draws; decompositions take most of the extra time of a method."""
   every, last = section.refresh_every, updates_of(config)
-  first_random = {"golore": first_random_update(config, section), "random": 0, "coordinates": 0}
-  found = range(0, last, every)
-  decomposed = [update for update in found if update < first_random.get(section.directions, last)]
+  starts = {"golore": first_random_update(config, section), "random": 0, "coordinates": 0}
+  first_random = starts.get(section.directions, last)
+  found = {*range(0, last, every), *range(first_random, last)[:1]}
+  decomposed = [update for update in found if update < first_random]
   counts = {
     "singular value decompositions of every block gradient": len(decomposed),
     "random projections drawn for every block gradient": len(found) - len(decomposed),

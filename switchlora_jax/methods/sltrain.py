@@ -38,7 +38,7 @@ def describe(config) -> list[str]:
 
 def warnings(config) -> list[str]:
   """Warn of a warm start, which this method can only approximate."""
-  kept = f"the best approximation of rank {config.rank} and {config.sltrain.density:.1%} of the other elements"
+  kept = f"a product of rank {config.rank} and {config.sltrain.density:.1%} of the elements"
   return factored.warn_of_warm_start(config, kept)
 
 

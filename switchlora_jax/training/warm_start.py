@@ -3,7 +3,8 @@
 There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data order continues afterwards.
 `warm_start_from` starts a new run from the weights of a run (as the authors do) or of a Hugging Face LLaMA.
 Embedding, norms and head stay the same. Methods with base kernels keep the function of the model: each kernel is split
-into a base kernel and an adapter. Layers without base kernels store an approximation, and its error is logged.
+into a base kernel and an adapter. Layers without base kernels store an approximation, and its error is logged if it is
+more than rounding.
 Optimizer state, candidates and counts are reinitialised.
 """
 
@@ -24,6 +25,7 @@ from switchlora_jax.parallel.sharding import placement
 from switchlora_jax.training.phases import Phase
 
 log = logging.getLogger(__name__)
+ROUNDING = 1e-5  # relative error of kernels in float32 that is not logged
 
 
 def hand_over(state: TrainState, before: Phase, after: Phase) -> TrainState:
@@ -51,8 +53,8 @@ def _initial_state(phase: Phase, params, frozen, scale: float | None) -> TrainSt
 
   shardings = jax.tree.map(lambda x: x.sharding, phase.abstract)
   state, error = jax.jit(convert, out_shardings=(shardings, phase.abstract.step.sharding))(params, frozen)
-  if not exact and processes.is_first():
-    log.warning("the kernels of the warm start are approximated, with a relative error of %.3f", error)
+  if error > ROUNDING and processes.is_first():
+    log.warning("the kernels of the warm start are approximated, with a relative error of %.3g", error)
   return state
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from small_model import host
 
 from switchlora_jax.methods.galore import leading_directions
@@ -29,6 +30,16 @@ def run(tx, grads, state=None):
     updates.append(host(step))
     states.append(host(state))
   return updates, states
+
+
+def equations(jaxpr):
+  """Every operation of a jaxpr and of the jaxprs inside it."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, (core.Jaxpr, core.ClosedJaxpr))):
+      inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+      if isinstance(inner, core.Jaxpr):
+        yield from equations(inner)
 
 
 def positive_directions(grad, rank):

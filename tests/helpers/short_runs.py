@@ -18,7 +18,8 @@ STEPS = 12
 SHAPE = dict(
   eval_every=4, checkpoint_every=STEPS, keep_checkpoints=STEPS,
   relora__restart_every=4, relora__restart_warmup_steps=2,
-  galore__refresh_every=3, fira__refresh_every=3, frugal__refresh_every=3,
+  galore__refresh_every=3, fira__refresh_every=3, frugal__refresh_every=3, apollo__refresh_every=3,
+  apollo_mini__refresh_every=3,
 )  # fmt: skip
 
 

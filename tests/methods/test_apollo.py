@@ -303,14 +303,14 @@ def test_mini_is_apollo_of_rank_1_with_a_scale_per_kernel():
 # --- the config ---------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-  "rank 0": (dict(rank=0), "rank (=0) must be at least 1; set --config.rank or use --config.method=apollo_mini"),
-  "rank": (dict(rank=17), "rank (=17) is more than the smaller side of any kernel (min(in, out) = 16); lower --config"),
+  "rank 0": (dict(rank=0), "rank (=0) must be at least 1; set --config.rank or use --config.method=full"),
+  "rank": (dict(rank=17), "rank (=17) exceeds the smaller side of every kernel (16); lower --config.rank"),
   "never": (dict(apollo__refresh_every=0), "apollo.refresh_every (=0) must be at least 1; set --config.apollo.refresh"),
   "no scale": (dict(apollo__scale=0.0), "apollo.scale (=0.0) must be greater than 0; set --config.apollo.scale"),
   "type": (dict(apollo__scale_type="row"), "apollo.scale_type (='row') must be one of channel, tensor; set --config."),
   "shrinks": (dict(apollo__norm_growth=0.99), "apollo.norm_growth (=0.99) must be at least 1, or 0 for no limit"),
   "negative": (dict(apollo__norm_growth=-1.0), "apollo.norm_growth (=-1.0) must be at least 1, or 0 for no limit"),
-  "optimizer": (dict(optimizer__name="lion"), "optimizer.name (='lion') does not work with --config.method=apollo"),
+  "optimizer": (dict(optimizer__name="lion"), "optimizer.name (='lion') is not supported by --config.method=apollo"),
   "frozen": (dict(frozen_dtype="bfloat16"), "--config.method=apollo has no frozen kernels"),
   "mini": (dict(method="apollo_mini", apollo_mini__scale=-1.0), "apollo_mini.scale (=-1.0) must be greater than 0"),
 }

@@ -275,4 +275,5 @@ def test_a_warm_start_has_a_warning(method):
   assert warnings(settings(method)) == []
   for changes in (dict(warm_start_steps=5), dict(warm_start_from="runs/full")):
     (warning,) = warnings(settings(method, **changes))
-    assert warning.startswith(f"{method} keeps of each kernel of a warm start only the best approximation of rank 3")
+    assert warning.startswith(f"{method} approximates each kernel of the warm start by a product of rank 3")
+    assert "so that the loss may rise there" in warning

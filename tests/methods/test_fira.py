@@ -104,6 +104,17 @@ def test_a_gradient_of_0_does_not_stop_the_rest_for_ever(x64):
   assert states[1].norm["kernel"] > 1e-3 and states[1].limited == 0
 
 
+def test_limit_0_is_no_limit(x64):
+  """The config accepts it, and no norm is limited where 1.01 would limit one."""
+  grads = gradients(3, kernel=(5, 8))
+  grads[2]["kernel"] = grads[2]["kernel"] * 30
+  settings = dict(projected=matrices, directions=positive_directions)
+  runs = {limit: run(scale_by_fira(2, 4, 0.25, limit, **settings), grads) for limit in (0, np.inf, 1.01)}
+  limited = {limit: [int(state.limited) for state in states] for limit, (_, states) in runs.items()}
+  assert same_bits(runs[0], runs[np.inf]) and limited[0] == [0, 0, 0] != limited[1.01]
+  fira.check(small_model.config("fira", fira__limit=0.0))
+
+
 def test_norms_are_computed_in_float32_of_bfloat16_gradients():
   grads = gradients(3, jax.numpy.bfloat16, kernel=(5, 8))
   updates, states = run(scale_by_fira(2, 2, 0.25, projected=matrices), grads)
@@ -142,9 +153,13 @@ def test_the_loss_falls_and_the_metrics_are_logged():
 
 MISTAKES = {
   "no scale": (dict(fira__scale=0.0), "fira.scale (=0.0) must be greater than 0; set --config.fira.scale"),
-  "limit": (dict(fira__limit=0.9), "fira.limit (=0.9) must be at least 1, the largest growth of a norm; set --config."),
+  "limit": (
+    dict(fira__limit=0.9),
+    "fira.limit (=0.9) must be at least 1, or 0 for no limit; below 1 all updates would",
+  ),
+  "negative": (dict(fira__limit=-1.0), "fira.limit (=-1.0) must be at least 1, or 0 for no limit"),
   "no number": (dict(fira__limit=float("nan")), "fira.limit (=nan) must be a finite number"),
-  "optimizer": (dict(optimizer__name="lion"), "optimizer.name (='lion') does not work with --config.method=fira"),
+  "optimizer": (dict(optimizer__name="lion"), "optimizer.name (='lion') is not supported by --config.method=fira"),
   "frozen": (dict(frozen_dtype="bfloat16"), "--config.method=fira has no frozen kernels"),
 }
 

@@ -442,7 +442,7 @@ def test_the_state_is_restored_from_a_checkpoint(tmp_path):
 
 MISTAKES = {
   "rank 0": (dict(rank=0), "rank (=0) must be at least 1; set --config.rank or use --config.method=full"),
-  "rank": (dict(rank=17), "rank (=17) is more than a gradient has directions (min(in, out) = 16); lower --config.rank"),
+  "rank": (dict(rank=17), "rank (=17) exceeds the smaller side of every kernel (16); lower --config.rank"),
   "never": (dict(galore__refresh_every=0), "galore.refresh_every (=0) must be at least 1"),
   "no scale": (dict(galore__scale=0.0), "galore.scale (=0.0) must be greater than 0"),
   "no number": (dict(galore__scale=float("nan")), "galore.scale (=nan) must be a finite number"),

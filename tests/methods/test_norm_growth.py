@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from switchlora_jax.methods.norm_growth import limit_norm_growth, norm_over
 
@@ -40,9 +41,10 @@ def test_an_update_of_0_does_not_stop_the_next_one():
   assert not np.any(acted)
 
 
-def test_no_limit_is_gamma_infinity():
+@pytest.mark.parametrize("gamma", [0, jnp.inf])
+def test_no_limit_is_gamma_0_or_infinity(gamma):
   update, before = np.ones((4, 2, 3), np.float32), np.array([0, 1e-6, 1, 9], np.float32)
-  limited, norm, acted = limit(update, before, jnp.inf)
+  limited, norm, acted = limit(update, before, gamma)
   np.testing.assert_array_equal(limited, update)
   np.testing.assert_allclose(norm, 6**0.5, rtol=1e-6)
   assert not np.any(acted)

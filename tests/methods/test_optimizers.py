@@ -148,11 +148,11 @@ MISTAKES = {
   "unknown": (dict(optimizer__name="adamw"), "optimizer.name (='adamw') must be one of adam, muon, lion, sgd; set"),
   "switchlora, muon": (
     dict(method="switchlora", optimizer__name="muon"),
-    "optimizer.name (='muon') does not work with --config.method=switchlora, which works on the state of adam; set "
+    "optimizer.name (='muon') is not supported by --config.method=switchlora, which supports adam; set "
     "--config.optimizer.name=adam",
   ),
-  "relora, sgd": (dict(method="relora", optimizer__name="sgd"), "does not work with --config.method=relora"),
-  "galore, lion": (dict(method="galore", optimizer__name="lion"), "does not work with --config.method=galore"),
+  "relora, sgd": (dict(method="relora", optimizer__name="sgd"), "is not supported by --config.method=relora"),
+  "galore, lion": (dict(method="galore", optimizer__name="lion"), "is not supported by --config.method=galore"),
   "b2 of sgd": (dict(optimizer__name="sgd", optimizer__b2=0.9), "optimizer.b2 (=0.9) is not a coefficient of sgd"),
   "eps of lion": (dict(optimizer__name="lion", optimizer__eps=1e-8), "optimizer.eps (=1e-08) is not a coefficient"),
   "b1": (dict(optimizer__b1=1.0), "optimizer.b1 (=1.0) must be at least 0 and less than 1; set"),

@@ -1,5 +1,7 @@
 """The projectors that `directions` selects: their distribution, their random keys, and their settings."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,28 @@ def test_golore_decomposes_first_and_draws_in_the_last_updates():
       np.testing.assert_allclose(state.projector["up"][layer], expected, rtol=0, atol=1e-5)
 
 
+def test_golore_draws_when_the_random_share_begins():
+  """In place of update 6, the next that is a multiple of 3, the share begins at update 5; it never begins at 10."""
+  found = []
+  for share in (0.5, 0.0):
+    config = small_model.config("galore", steps=10, galore__directions="golore", galore__random_share=share)
+    tx = galore.scale_by_galore(2, 3, 1.0, projected=matrices, **projectors.options(config, config.galore))
+    _, states = run(tx, gradients(10, np.float32, up=(2, 4, 6)))
+    found.append([t for t, (x, y) in enumerate(pairwise(states), 1) if not same_bits(x.projector, y.projector)])
+  assert found == [[3, 5, 6, 9], [3, 6, 9]]
+
+
+@each
+def test_every_method_refreshes_when_the_random_share_begins(method):
+  changes = {"steps": 4, f"{method}__directions": "golore", f"{method}__refresh_every": 200}
+  config = small_model.config(method, **changes, **{f"{method}__random_share": 0.5})
+  tx = METHODS[method].build(config).optimizer
+  grads = [{"blocks": {"up": {"kernel": tree["up"]}}} for tree in gradients(4, np.float32, up=(2, 4, 6))]
+  _, states = run(tx, grads)
+  same = [same_bits(x.projector, y.projector) for x, y in pairwise(states)]
+  assert same == [True, False, True]
+
+
 # --- in the train step --------------------------------------------------------------------------------------------
 
 
@@ -137,7 +161,7 @@ def test_the_section_of_a_method_selects_its_projectors(method):
 
 MISTAKES = {
   "rank 0": (dict(rank=0), "rank (=0) must be at least 1; set --config.rank or use --config.method=full"),
-  "rank": (dict(rank=17), "rank (=17) is more than a gradient has directions (min(in, out) = 16); lower --config.rank"),
+  "rank": (dict(rank=17), "rank (=17) exceeds the smaller side of every kernel (16); lower --config.rank"),
   "never": (dict(refresh_every=0), ".refresh_every (=0) must be at least 1; set --config."),
   "unknown": (
     dict(directions="pca"),
@@ -159,7 +183,7 @@ def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, method, name)
 
 @each
 def test_the_description_counts_decompositions_and_draws(tmp_path, method):
-  """12 steps, of which 2 are the warm start: refreshes at updates 0, 3, 6 and 9 of 10; the last half from update 5."""
+  """12 steps, of which 2 are the warm start: refreshes at updates 0, 3, 6 and 9 of 10, with golore also at update 5."""
 
   def lines(directions):
     keys = {"directions": directions, "refresh_every": 3, "random_share": 0.5}
@@ -167,10 +191,20 @@ def test_the_description_counts_decompositions_and_draws(tmp_path, method):
     return METHODS[method].describe(resolved(tmp_path, method=method, warm_start_steps=2, **changes))
 
   decomposed, drawn = "decompositions of every block gradient: {}, one", "drawn for every block gradient: {}, one"
-  for directions, counts in {"svd": (4, 0), "sara": (4, 0), "golore": (2, 2), "random": (0, 4)}.items():
+  for directions, counts in {"svd": (4, 0), "sara": (4, 0), "golore": (2, 3), "random": (0, 4)}.items():
     expected = [text.format(n) for text, n in zip((decomposed, drawn), counts, strict=True) if n]
     found = lines(directions)
     assert len(found) == len(expected) and all(text in line for text, line in zip(expected, found, strict=True))
+
+
+@each
+def test_a_random_share_shorter_than_an_interval_is_counted(tmp_path, method):
+  """Updates 0, 200, 400, 600 and 800, and 850 of 1000."""
+  keys = {"directions": "golore", "refresh_every": 200, "random_share": 0.15}
+  changes = {f"{method}__{key}": value for key, value in keys.items()}
+  decomposed, drawn = METHODS[method].describe(resolved(tmp_path, method=method, steps=1000, **changes))
+  assert "decompositions of every block gradient: 5, one every" in decomposed
+  assert "drawn for every block gradient: 1, one every" in drawn
 
 
 def test_the_default_adds_nothing_to_galore(tmp_path):

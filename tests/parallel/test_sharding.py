@@ -96,7 +96,7 @@ OTHERS = {
   "fira": {},
   "apollo": dict(apollo__refresh_every=2),
   "apollo_mini": dict(apollo_mini__refresh_every=2),
-  "frugal": dict(frugal__directions="random", frugal__sign_scale=0.0),  # signs amplify rounding errors
+  "frugal": dict(frugal__directions="random"),
   "ldadam": {},
   "sltrain": dict(sltrain__density=0.25, sltrain__restart_every=2),
   "factored": dict(factored__restart_every=2),

@@ -36,7 +36,7 @@ def test_without_a_warm_start_all_states_belong_to_one_phase(step):
   assert phase_at([named("main", 0)], step).model == "main"
 
 
-@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("method", (*LOW_RANK, "apollo_mini"))
 def test_a_warm_start_is_a_separate_phase(method, tmp_path):
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3)
   config = resolved(tmp_path, **shape, warm_start_steps=5)
@@ -49,7 +49,7 @@ def test_a_warm_start_is_a_separate_phase(method, tmp_path):
   assert main.abstract.opt_state != first.abstract.opt_state
 
 
-@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("method", (*LOW_RANK, "apollo_mini"))
 def test_the_first_phase_is_the_full_method_with_its_own_learning_rate(method, tmp_path):
   """It also has its own warm-up, over the same horizon. All other keys of full rank are those of the run."""
   shape = dict(method=method, learning_rate=0.5, min_lr_ratio=0.3, warm_start_steps=5)
