@@ -33,7 +33,7 @@ CONFIG_FILES = {
     "import no_such_module",
     "line 3: ModuleNotFoundError: No module named 'no_such_module'; fix that line",
   ),
-  "no keys": ("get_config = ConfigDict", "the config has no accumulation, batch_size"),
+  "no keys": ("get_config = ConfigDict", "the config has no accumulation, apollo"),
   "zero division": ("1 / 0", "line 3: ZeroDivisionError: division by zero"),
   "recursion": ("def get_config():\n  return get_config()", "line 4: RecursionError"),
   "assertion": ("def get_config():\n  assert False, 'why'", "line 4: AssertionError: why"),

@@ -70,7 +70,7 @@ _forwards = {}  # by the scale of the adapters and the kind of block, in which a
 def logits(of, state, run):
   """Logits of the first batch of a run, by the model of the phase `of`."""
   forward = jax.jit(lambda params, frozen, tokens: of.model.apply({"params": params, "frozen": frozen}, tokens))
-  forward = _forwards.setdefault((of.model.block_class, of.scale), forward)
+  forward = _forwards.setdefault((of.model.block_class, of.model.dense.func, of.scale), forward)
   return np.asarray(forward(state.params, state.frozen, run.batches[0][-1]))
 
 

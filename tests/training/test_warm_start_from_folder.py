@@ -14,7 +14,7 @@ from stages import slowly
 from tiny import resolved
 
 from switchlora_jax.interop import huggingface
-from switchlora_jax.methods import LOW_RANK
+from switchlora_jax.methods import FREEZING, PROJECTING
 from switchlora_jax.training import phases, warm_start
 
 pytestmark = pytest.mark.user_flags
@@ -36,7 +36,7 @@ def hugging_face(folder, full):
   return there
 
 
-@pytest.mark.parametrize("method", slowly((*LOW_RANK, "apollo_mini"), quick=["switchlora"]))
+@pytest.mark.parametrize("method", slowly((*FREEZING, *PROJECTING, "apollo_mini"), quick=["switchlora"]))
 def test_the_initial_logits_are_those_of_the_hugging_face_folder(folder, full, hugging_face, method):
   config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(hugging_face))
   ours = phases.build_phase(config, small_model.mesh(1))
