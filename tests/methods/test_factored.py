@@ -263,7 +263,7 @@ def test_mistakes_are_sentences(method):
     ({f"{section}__alpha": 0.0}, rf"{section}\.alpha \(=0.0\) must be greater than 0; set --config\.{section}\.alpha"),
     ({f"{section}__restart_every": -1}, rf"{section}\.restart_every \(=-1\) must be at least 1, or 0 for no restarts"),
     (dict(frozen_dtype="bfloat16"), rf"frozen_dtype \(='bfloat16'\).*--config\.method={method} has no frozen kernels"),
-    (dict(optimizer__name="lion"), r"optimizer\.name \(='lion'\) does not work with --config\.method"),
+    (dict(optimizer__name="lion"), r"optimizer\.name \(='lion'\) is not supported by --config\.method"),
   ):
     with pytest.raises(UserError, match=sentence):
       resolve(settings(method, fill=False, **changes), 1)
