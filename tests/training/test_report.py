@@ -29,7 +29,9 @@ def test_a_kernel_with_a_residual_counts_as_one_parameter_of_three_bytes():
 def test_the_description_of_a_run_has_its_sizes_and_cycles(tmp_path):
   config = resolved(tmp_path)
   text = report.describe_run(config, build_phase(config, make_mesh()).abstract)
-  assert text.startswith("learning_rate: 0.02\nrest_learning_rate: 0.02\ndtype: float32\n") and "switch.interval" not in text
+  assert (
+    text.startswith("learning_rate: 0.02\nrest_learning_rate: 0.02\ndtype: float32\n") and "switch.interval" not in text
+  )
   assert "\ntokens per step: 128\n" in text
   # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
   assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
