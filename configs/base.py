@@ -115,7 +115,7 @@ def get_config() -> ConfigDict:
   config.frugal.sign_scale = 1.0  # learning rate of signSGD, for the rest of the gradient / that of Adam
 
   config.ldadam = ConfigDict()  # settings of ldadam
-  config.ldadam.rho = 0.908  # share of the momentum in the matrix whose leading directions the projector follows
+  config.ldadam.rho = 0.908  # ρ: the projector follows ρ · momentum + (1 - ρ) · gradient
   config.ldadam.error_feedback = True  # keep what the projection loses, in a buffer of the size of the block kernels
 
   config.sltrain = ConfigDict()  # settings of sltrain

@@ -1,4 +1,7 @@
-"""The work that some methods do only every so many steps, and the programs that do it in every step, to time it."""
+"""Periodic work of the methods: decompositions and restarts, which take place at an interval of many steps.
+
+A program with an interval of one step does this work in every step, so that its time can be measured.
+"""
 
 # {method: config key of the interval}
 INTERVALS = {

@@ -1,7 +1,7 @@
 """The training methods, one module per method, and the table from which `config.method` selects one.
 
-To add a method, write `methods/NAME.py`, and add it to `METHODS`, and to `FREEZING`, `FACTORS` and `LOW_RANK` where it
-belongs. If the method has settings of its own, add a section `config.NAME` to `configs/base.py`. The module has:
+To add a method, write `methods/NAME.py`, and add it to `METHODS`, and to at most one of `FREEZING`, `FACTORS` and
+`PROJECTING`. If the method has settings of its own, add a section `config.NAME` to `configs/base.py`. The module has:
 
   LEARNING_RATE, MIN_LR_RATIO   the defaults of `config.learning_rate` and `config.min_lr_ratio`
   ACCEPTED                      {name: default coefficients} of the optimizers that it works with, see `optimizers`

@@ -80,7 +80,11 @@ def describe(config) -> list[str]:
 
 
 def warn_of_warm_start(config, kept: str) -> list[str]:
-  """Warn that the weights of a full-rank warm start are approximated; `kept`: what is kept of a kernel."""
+  """Warn that the kernels of a warm start are approximated.
+
+  Args:
+    kept: what approximates a kernel, for the message.
+  """
   if not config.warm_start_steps and not config.warm_start_from:
     return []
   return [

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import path_aware_map
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from switchlora_jax.errors import UserError
@@ -133,7 +134,7 @@ def make_optimizer(config, vectors: Callable | None = None) -> optax.GradientTra
 
 
 def _muon_labels(params):
-  return jax.tree.map_with_path(lambda path, _: "muon" if is_linear(tuple(key.key for key in path)) else "adam", params)
+  return path_aware_map(lambda path, _: "muon" if is_linear(path) else "adam", params)
 
 
 def _muon(momentum: float, dtype):

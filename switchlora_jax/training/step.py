@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import path_aware_map
 from jax.sharding import PartitionSpec
 
 from switchlora_jax.lowrank.optimizer import clip_by_global_norm
@@ -71,21 +72,17 @@ def apply_optimizer(
   rate = jnp.asarray(method.schedule(state.step))
   rest_rate = rate if rest_ratio == 1.0 else rate * rest_ratio
 
-  def rate_of(path):
-    return rate if is_linear(tuple(key.key for key in path)) else rest_rate
-
-  def decayed(path, param, frozen):
-    if is_norm(tuple(key.key for key in path)):
-      return param
-    return param * jnp.where(frozen, 1, 1 - rate_of(path) * weight_decay).astype(param.dtype)
-
   params = state.params
+  rates = path_aware_map(lambda path, _: rate if is_linear(path) else rest_rate, params)
+
+  def decayed(param, rate, norm, frozen):
+    return param if norm else param * jnp.where(frozen, 1, 1 - rate * weight_decay).astype(param.dtype)
+
   if weight_decay:
+    norms = path_aware_map(lambda path, _: is_norm(path), params)
     freeze = masks.get("freeze", jax.tree.map(lambda _: False, params))
-    params = jax.tree.map_with_path(decayed, params, freeze)
-  updates = jax.tree.map_with_path(
-    lambda path, direction: -rate_of(path).astype(direction.dtype) * direction, directions
-  )
+    params = jax.tree.map(decayed, params, rates, norms, freeze)
+  updates = jax.tree.map(lambda rate, direction: -rate.astype(direction.dtype) * direction, rates, directions)
   new = (optax.apply_updates(params, updates), opt_state)
   params, opt_state = jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, (state.params, state.opt_state))
   return state._replace(params=params, opt_state=opt_state), {"learning_rate": rate, "rest_learning_rate": rest_rate}
