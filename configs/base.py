@@ -70,7 +70,25 @@ def get_config() -> ConfigDict:
   config.model.hidden_size = 1024  # width of the residual stream
   config.model.intermediate_size = 2736  # width inside the MLP
   config.model.num_layers = 24  # number of blocks
-  config.model.num_heads = 16  # attention heads per block; hidden_size / num_heads must be an even integer
+  config.model.num_heads = 16  # attention heads per block
+  config.model.num_kv_heads = placeholder(int)  # heads of keys and values, a divisor of num_heads; None: num_heads
+  config.model.head_dim = placeholder(int)  # size of a head, even; None: hidden_size / num_heads
+  config.model.max_position = placeholder(int)  # number of positions, at least seq_len; None: seq_len
+  config.model.norm_eps = 1e-6  # ε of RMSNorm
+  config.model.tied_embeddings = False  # use the transposed embedding as the head
+  config.model.qkv_bias = False  # biases of q, k and v (Qwen 2)
+  config.model.qk_norm = False  # an RMSNorm of each head of q and k (Qwen 3)
+
+  config.model.rope = ConfigDict()  # rotary positions
+  config.model.rope.base = 10_000.0  # θ
+  config.model.rope.scaling = "none"  # none | linear | dynamic | llama3 | yarn, as rope_scaling of `transformers`
+  config.model.rope.factor = 1.0  # of the scaling: how many times further the positions reach
+  config.model.rope.original_length = 0  # dynamic, llama3, yarn: positions of the original training
+  config.model.rope.low_freq_factor = 1.0  # llama3: wavelengths above original_length / low_freq_factor are scaled
+  config.model.rope.high_freq_factor = 4.0  # llama3: those below original_length / high_freq_factor are not
+  config.model.rope.beta_fast = 32.0  # yarn: frequencies with more rotations in original_length are not scaled
+  config.model.rope.beta_slow = 1.0  # yarn: those with fewer are scaled
+  config.model.rope.attention_factor = placeholder(float)  # yarn: of rotated q and k; None: 0.1 · ln(factor) + 1
 
   config.sharding = ConfigDict()  # shardings may change when a run continues; they change only the order of sums
   config.sharding.fsdp = 1  # devices along the mesh's second axis, which `sharded` splits over; must divide all devices

@@ -37,6 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from experiments.common import cli, refreshes, torch_peers
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
+from switchlora_jax.interop.families import hugging_face_config
 from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
 from switchlora_jax.methods import LOW_RANK, METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
@@ -203,7 +204,7 @@ def start_peers(config, rows):
   if PEERS.value is None:
     return contextlib.nullcontext()
   torch_peers.installed()
-  return torch_peers.Peers(config.model.to_dict(), rows.tolist(), config.dtype, config.clip_norm)
+  return torch_peers.Peers(hugging_face_config(config.model), rows.tolist(), config.dtype, config.clip_norm)
 
 
 def benchmark(vocabulary: int) -> list[dict]:

@@ -29,6 +29,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.glue import classifier, examples
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.interop import pretrained
+from switchlora_jax.models import architecture_of
 from switchlora_jax.progress import print_line, progress_bar
 from switchlora_jax.runs.files import replace_text
 from switchlora_jax.training.report import parameter_count
@@ -184,7 +185,7 @@ def fine_tune(tuning: FineTuning, folder: Path, rate: float, seed: int) -> dict:
   steps = classifier.total_steps(plan, len(tuning.train.tokens))
   with progress_bar(total=steps, desc=name, unit="step", shown=not flags.FLAGS.quiet) as bar:
     try:
-      compiled = classifier.build_classifier(task.outputs, **source.sizes)
+      compiled = classifier.build_classifier(task.outputs, architecture_of(source.architecture))
       fitted = classifier.fit(compiled, params, tuning.train, tuning.dev, score_fn, plan, bar)
     except classifier.Diverged as error:
       print_line(f"{name}: {error}; lower --learning_rates")

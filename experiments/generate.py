@@ -89,7 +89,7 @@ def main():
   tokenizer = load_tokenizer(model.tokenizer)
   prompt = [*model.prefix, *encode_prompt(tokenizer, PROMPT.value)]
   new_tokens = new_token_count(prompt, model.seq_len)
-  llama = make_model(model.sizes)
+  llama = make_model(model.architecture)
   variables = {"params": jax.device_put(model.weights)}
   draws = dict(pieces=tokenizer.get_piece_size(), sampling=sampling, seed=SEED.value)
   new = generate(llama, variables, prompt, new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)

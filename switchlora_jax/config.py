@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import METHODS, optimizers, schedules
+from switchlora_jax.models.architecture import architecture_of, check_architecture
 from switchlora_jax.models.llama import REMAT
 from switchlora_jax.runs.directory import FREE, LAYOUT, flatten
 from switchlora_jax.training import anomalies
@@ -48,7 +49,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   """
   _check_ranges(config)
   _check_positive(config)
-  _check_model(config)
+  check_architecture(config)
   _check_training(config, devices)
   _check_sharding(config, devices)
   _check_precision(config)
@@ -88,6 +89,10 @@ def fill_defaults(config: ConfigDict, platform: str = "cpu") -> ConfigDict:
   for key in ("frozen_dtype", "candidates_dtype"):
     if config[key] is None:
       config[key] = config.param_dtype
+  for key in ("num_kv_heads", "head_dim"):
+    config.model[key] = getattr(architecture_of(config.model), key)
+  if config.model.max_position is None:
+    config.model.max_position = config.seq_len
   return config
 
 
@@ -106,22 +111,6 @@ def _check_positive(config):
   for key in POSITIVE:
     if not flat[key] > 0:
       raise UserError(f"{key} (={flat[key]}) must be greater than 0; set --config.{key}")
-
-
-def _check_model(config):
-  hidden, heads = config.model.hidden_size, config.model.num_heads
-  if hidden % heads:
-    small = [n for n in range(1, math.isqrt(hidden) + 1) if hidden % n == 0]
-    divisors = [n for n in (*small, *(hidden // n for n in small)) if hidden // n % 2 == 0]
-    nearest = min(divisors or [1], key=lambda n: abs(n - heads))
-    raise UserError(
-      f"model.num_heads (={heads}) must divide model.hidden_size (={hidden}); try --config.model.num_heads={nearest}"
-    )
-  if hidden // heads % 2:
-    raise UserError(
-      f"the head size (model.hidden_size / model.num_heads = {hidden} / {heads} = {hidden // heads}) must be even, "
-      f"for rotary positions; change --config.model.num_heads or --config.model.hidden_size"
-    )
 
 
 def _check_sharding(config, devices: int):

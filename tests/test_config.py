@@ -21,6 +21,32 @@ MISTAKES = {
     dict(model__num_heads=16),
     "(model.hidden_size / model.num_heads = 16 / 16 = 1) must be even",
   ),
+  "head size": (dict(model__head_dim=5), "model.head_dim (=5) must be a positive even integer"),
+  "heads of keys": (dict(model__num_kv_heads=3), "model.num_kv_heads (=3) must be a divisor of model.num_heads (=2)"),
+  "epsilon": (dict(model__norm_eps=0.0), "model.norm_eps (=0) must lie between 0 and 1"),
+  "positions": (dict(model__max_position=15), "seq_len (=16) must be at most model.max_position (=15)"),
+  "rotary base": (dict(model__rope__base=1.0), "model.rope.base (=1) must be greater than 1"),
+  "scaling": (
+    dict(model__rope__scaling="ntk"),
+    "model.rope.scaling (='ntk') must be one of none, linear, dynamic",
+  ),
+  "unused factor": (dict(model__rope__factor=2.0), "model.rope.factor (=2) is not used with model.rope.scaling=none"),
+  "factor": (
+    dict(model__rope__scaling="linear", model__rope__factor=0.5),
+    "model.rope.factor (=0.5) must be at least 1",
+  ),
+  "original positions": (
+    dict(model__rope__scaling="yarn", model__rope__factor=2.0),
+    "model.rope.original_length (=0) must be the number of positions of the original training with model.rope.",
+  ),
+  "llama3 factors": (
+    dict(model__rope__scaling="llama3", model__rope__original_length=8, model__rope__low_freq_factor=4.0),
+    "model.rope.low_freq_factor (=4) must be greater than 0 and less than model.rope.high_freq_factor (=4)",
+  ),
+  "yarn factors": (
+    dict(model__rope__scaling="yarn", model__rope__original_length=8, model__rope__beta_slow=40.0),
+    "model.rope.beta_slow (=40) must be greater than 0 and less than model.rope.beta_fast (=32)",
+  ),
   "interval": (dict(switch__interval=9, switch__freeze_steps=5), "switch.interval (=9) must be 0 (never switch) or"),
   "negative interval": (dict(switch__interval=-1), "must not be negative"),
   "decay": (dict(switch__decay_to=0.0), "switch.decay_to (=0.0) must lie between 0 and 1"),

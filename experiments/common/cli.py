@@ -18,6 +18,8 @@ from tqdm import tqdm
 from configs import base
 from experiments.common import compiled_programs, distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
+from switchlora_jax.progress import print_line
+from switchlora_jax.training import warm_start
 
 flags.disclaim_key_flags()  # the flags that this module defines are listed by --help of the command that calls it
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +124,18 @@ def run(main, continues: bool = False):
 def _start(main):
   config = flags.FLAGS.config if "config" in flags.FLAGS else base.get_config()
   compiled_programs.enable(config.data.cache_dir)
+  if "config" in flags.FLAGS:
+    _adopt_architecture(config)
   main()
+
+
+def _adopt_architecture(config):
+  """Set the keys that a warm start determines and the command line does not, and print them unless --quiet."""
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+  found = warm_start.adopt_architecture(config, given, Path(workdir).expanduser() if workdir else None)
+  if found and not ("quiet" in flags.FLAGS and flags.FLAGS.quiet):
+    print_line(found)
 
 
 def _parse_flags(argv):

@@ -52,14 +52,14 @@ class Peers:
   """A process that runs the training steps of peers, one at a time; a context.
 
   Args:
-    sizes: those of `config.model`.
+    model: the contents of a Hugging Face config.json.
     rows: token ids [batch, length] of every step, nested lists.
     dtype: float32, or bfloat16 for autocast on a GPU.
     clip_norm: largest global norm of the gradients.
   """
 
-  def __init__(self, sizes: dict, rows: list, dtype: str, clip_norm: float):
-    self._setting = dict(sizes=sizes, rows=rows, dtype=dtype, clip_norm=clip_norm)
+  def __init__(self, model: dict, rows: list, dtype: str, clip_norm: float):
+    self._setting = dict(model=model, rows=rows, dtype=dtype, clip_norm=clip_norm)
 
   def __enter__(self):
     # Threads of OpenMP that wait for work would otherwise keep a core busy while a step of ours is timed.
@@ -106,18 +106,16 @@ def serve():
     print(json.dumps(steps[peer, rank]()), file=answers, flush=True)
 
 
-def make_step(peer: str, rank: int, sizes: dict, rows: list, dtype: str, clip_norm: float):
+def make_step(peer: str, rank: int, model: dict, rows: list, dtype: str, clip_norm: float):
   """A function that does the next training step of a peer and returns its loss."""
   import torch
-  from transformers import LlamaConfig, LlamaForCausalLM
+  from transformers import AutoConfig, AutoModelForCausalLM
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
-  names = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
-  sizes = {names.get(name, name): size for name, size in sizes.items()}
   tokens = torch.tensor(rows, device=device)
-  options = dict(attn_implementation="sdpa", use_cache=False, tie_word_embeddings=False)
-  model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=tokens.shape[1], **options)).to(device)
+  described = AutoConfig.for_model(**model, use_cache=False)
+  model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa").to(device)
   if peer == "torch lora":
     model = _with_adapters(model, rank)
   trained = [weight for weight in model.parameters() if weight.requires_grad]

@@ -36,7 +36,8 @@ from configs import llama_1b, llama_350m, llama_tiny
 from experiments.common import children, cli
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-from switchlora_jax.models.llama import causal_attention, rotary_angles
+from switchlora_jax.models.llama import causal_attention
+from switchlora_jax.models.rotary import Rope, rotary_angles
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.planning import cost, topology
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -117,7 +118,7 @@ def measure_attention() -> dict:
   """Seconds of attention, forward and backward, by kernel, and the largest difference of their results."""
   batch, heads, length, size = (2, 2, 64, 16) if SMALL.value else (BATCH, 16, 512, 64)
   q, k, v, towards = np.random.default_rng(0).standard_normal((4, batch, heads, length, size)).astype(jnp.bfloat16)
-  angles, found, results = rotary_angles(length, size), {}, {}
+  angles, found, results = rotary_angles(Rope(), length, size), {}, {}
   for kernel in ("cudnn", "batched"):
     if kernel == "cudnn" and jax.default_backend() != "gpu":
       continue

@@ -14,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.glue.examples import Examples, LabelledBatch, epoch_batches, padded_batch
-from switchlora_jax.models import LLaMA, make_model
+from switchlora_jax.models import Architecture, LLaMA, make_model
 from switchlora_jax.models.llama import INIT
 from switchlora_jax.runs.files import atomic_writer
 
@@ -42,18 +42,18 @@ class Classifier(NamedTuple):
 
 
 @functools.cache  # shared by all seeds, learning rates, and models of one size
-def build_classifier(outputs: int, **sizes: int) -> Classifier:
-  """Builds the classifier for a LLaMA of the given sizes, on one device.
+def build_classifier(outputs: int, architecture: Architecture) -> Classifier:
+  """Builds the classifier for a decoder, on one device.
 
   The computation is in bfloat16 on GPUs and in float32 elsewhere. Params are float32.
 
   Args:
     outputs: number of classes, or 1 for regression with a squared error.
-    **sizes: sizes of the model, as in `config.model`.
+    architecture: of the decoder; its own head is not used.
   """
   device = jax.devices()[0]
   dtypes = dict(dtype=jnp.bfloat16 if device.platform == "gpu" else jnp.float32, param_dtype=jnp.float32)
-  trunk = make_model(sizes, head=False, device=device, **dtypes)
+  trunk = make_model(architecture, head=False, device=device, **dtypes)
   forward = partial(last_token_outputs, trunk)
   return Classifier(jax.jit(partial(_step, forward), donate_argnums=(0, 1)), jax.jit(forward))
 

@@ -1,4 +1,4 @@
-"""Exports a run as a Hugging Face LLaMA folder.
+"""Exports a run as a Hugging Face folder.
 
 The weights are merged and written under a temporary name; the folder is read back and its logits are compared with the
 run's before it is renamed.
@@ -32,6 +32,7 @@ FILES = {
   "tokenizer_config.json",
   RECORD,
 }
+DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-4  # absolute, of logits
 SEQUENCES, LENGTH = 4, 64  # of the random ids that logits are compared on; at most the run's seq_len
 
@@ -41,20 +42,25 @@ class Exported(NamedTuple):
 
   Attributes:
     origin: the run and the step.
-    difference: largest absolute difference of logits between the folder and the run's own model.
+    difference: largest absolute difference of logits between the folder and the run's own model; in bfloat16, between
+      the folder and the run's merged weights, rounded.
+    rounding: in bfloat16, largest absolute difference of logits between these rounded weights and the run's own model.
     adapters: {kind of layer: ‖s·AᵀB‖ / ‖base‖} over all layers of a kind; {} without base kernels.
     remarks: sentences on the tokenizer; see `tokenizer_json.convert`.
   """
 
   origin: str
   difference: float
+  rounding: float | None
   adapters: dict[str, float]
   remarks: list[str]
 
 
-def export(run_folder: Path, out: Path) -> Exported:
+def export(run_folder: Path, out: Path, dtype: str = "float32") -> Exported:
   """Exports the newest valid checkpoint of a run to the folder `out`, which is created only if the logits agree.
 
+  Args:
+    dtype: of the tensors, one of `DTYPES`.
   Raises:
     UserError: there is no such run, `out` holds other files, or the logits of the written folder differ from the run's.
   """
@@ -67,21 +73,22 @@ def export(run_folder: Path, out: Path) -> Exported:
   shutil.rmtree(unverified, ignore_errors=True)
   try:
     unverified.mkdir(parents=True)
-    remarks = huggingface.write_folder(unverified, model.sizes, model.weights, model.seq_len, weights.run.tokenizer)
+    remarks = huggingface.write_folder(unverified, model.architecture, model.weights, weights.run.tokenizer, dtype)
   except (OSError, SafetensorError) as error:  # safetensors raises the latter on a full disk
     reason = getattr(error, "strerror", None) or error
     raise UserError(f"--out={out} cannot be written ({reason}); choose a directory that can") from error
-  difference = largest_difference(weights, unverified)
+  difference, rounding = largest_differences(weights, model, unverified, dtype)
   if not difference <= TOLERANCE:
     raise UserError(
       f"the export of {model.origin} is wrong: its logits differ from the run's by {difference:.1e}, more than "
       f"{TOLERANCE:.0e}; it was left in {unverified} and must not be used; please report it"
     )
   record = {"origin": model.origin, "largest_difference_of_logits": difference}
+  record |= {} if rounding is None else {"largest_difference_by_rounding": rounding}
   (unverified / RECORD).write_text(json.dumps(record | {"git_revision": run_directory.git_revision()}, indent=2) + "\n")
   shutil.rmtree(out, ignore_errors=True)
   unverified.rename(out)
-  return Exported(model.origin, difference, adapter_norms(weights), remarks)
+  return Exported(model.origin, difference, rounding, adapter_norms(weights), remarks)
 
 
 def check_out(folder: Path, needed: list[str]):
@@ -94,18 +101,24 @@ def check_out(folder: Path, needed: list[str]):
     raise UserError(f"{folder} must be new, empty or an earlier export; it holds {found}; choose another --out")
 
 
-def largest_difference(weights: pretrained.RunWeights, folder: Path) -> float:
-  """Largest absolute difference of float32 logits on random ids between a folder that was written and the run.
+def largest_differences(
+  weights: pretrained.RunWeights, merged: pretrained.Pretrained, folder: Path, dtype: str
+) -> tuple[float, float | None]:
+  """`Exported.difference` and `Exported.rounding` of a folder that was written, on random ids, in float32 or wider.
 
   The run's model applies base kernels and adapters separately, as in training; in the folder they are merged.
   """
   model = pretrained.read(huggingface.inspect_folder(folder))
-  shape = (SEQUENCES, min(LENGTH, model.seq_len))
-  tokens = np.random.default_rng(0).integers(0, model.sizes["vocab_size"], shape)
+  plain, shape = make_model(model.architecture), (SEQUENCES, min(LENGTH, merged.seq_len))
+  tokens = np.random.default_rng(0).integers(0, model.architecture["vocab_size"], shape)
   with pretrained.full_precision(weights.run.config.param_dtype):
     ours = _logits(weights.model, {"params": weights.params, "frozen": weights.frozen}, tokens)
-    theirs = _logits(make_model(model.sizes), {"params": model.weights}, tokens)
-  return float(np.abs(ours - theirs).max())
+    theirs = _logits(plain, {"params": model.weights}, tokens)
+    if dtype == "float32":
+      return float(np.abs(ours - theirs).max()), None
+    narrow = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32), merged.weights)
+    rounded = _logits(plain, {"params": narrow}, tokens)
+  return float(np.abs(rounded - theirs).max()), float(np.abs(rounded - ours).max())
 
 
 def _logits(model, variables, tokens) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Opens a saved model, either a run or a Hugging Face LLaMA folder, and reads its plain weights.
+"""Opens a saved model, either a run or a Hugging Face folder, and reads its plain weights.
 
 `inspect` reads only descriptions, and `read` reads the weights; `load` does both, for commands that also need the
 tokenizer. Plain weights are the `params` of the full-rank model (`models.weights`). Every process that calls these
@@ -33,7 +33,7 @@ class Pretrained(NamedTuple):
   """A pre-trained model, independent of the method that trained it.
 
   Attributes:
-    sizes: vocab_size, hidden_size, intermediate_size, num_layers, num_heads.
+    architecture: the keys of `config.model`.
     weights: plain weights, adapters merged in; NumPy arrays in float32, or in float64 if they are stored in float64.
     tokenizer: the SentencePiece model of its token ids; None if a Hugging Face folder has none.
     origin: a description for messages, for example `runs/tiny, switchlora, step 1000 of 2000`.
@@ -42,7 +42,7 @@ class Pretrained(NamedTuple):
     prefix: token ids that preceded every text in training: LLaMA 1 begins with BOS; runs of this package have none.
   """
 
-  sizes: dict[str, int]
+  architecture: dict
   weights: dict
   tokenizer: Path | None
   origin: str
@@ -71,7 +71,7 @@ class RunWeights(NamedTuple):
 
 
 def inspect(path: Path) -> SavedRun | huggingface.Folder:
-  """Opens a run or a Hugging Face LLaMA folder without reading its weights; both have `sizes` and `tokenizer`.
+  """Opens a run or a Hugging Face folder without reading its weights; both have `architecture` and `tokenizer`.
 
   Raises:
     UserError: it is neither, the run has no checkpoint, or the folder holds another kind of model.
@@ -80,7 +80,7 @@ def inspect(path: Path) -> SavedRun | huggingface.Folder:
     return huggingface.inspect_folder(path)
   if run_directory.read(path) is None:
     raise UserError(
-      f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder "
+      f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face folder "
       f"(config.json, model.safetensors); {'it is neither' if path.is_dir() else 'there is no such directory'}"
     )
   return run_directory.open_run(path)
@@ -97,11 +97,12 @@ def read(source: SavedRun | huggingface.Folder, *, residual: bool = False) -> Pr
   if isinstance(source, SavedRun):
     return merge(restore_weights(source), residual=residual)
   weights, prefix = huggingface.read_weights(source), tokenizer_json.prefix(source.path)
-  return Pretrained(source.sizes, weights, source.tokenizer, str(source.path), source.seq_len, None, prefix)
+  length = source.architecture["max_position"]
+  return Pretrained(source.architecture, weights, source.tokenizer, str(source.path), length, None, prefix)
 
 
 def load(path: Path) -> Pretrained:
-  """The model in the directory of a run, or in a Hugging Face LLaMA folder that has a SentencePiece tokenizer.
+  """The model in the directory of a run, or in a Hugging Face folder that has a SentencePiece tokenizer.
 
   Raises:
     UserError: as `inspect` and `read`, or the folder has no tokenizer that fits its model.
@@ -118,7 +119,7 @@ def _check_tokenizer(folder: huggingface.Folder):
     raise UserError(
       f"{folder.path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; copy it there"
     )
-  pieces, embeddings = load_tokenizer(folder.tokenizer).get_piece_size(), folder.sizes["vocab_size"]
+  pieces, embeddings = load_tokenizer(folder.tokenizer).get_piece_size(), folder.architecture["vocab_size"]
   if pieces > embeddings:
     raise UserError(
       f"the tokenizer in {folder.path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "
@@ -183,7 +184,8 @@ def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
       plain[*path, KERNEL] = np.asarray(_merge_layer(jax.tree.map(_wide, arrays), scale=found.scale))
     plain |= {path: _wide(value) for path, value in params.items()}
   origin = f"{run.directory}, {run.config.method}, step {found.step} of {run.config.steps}"
-  return Pretrained(run.sizes, unflatten_dict(plain), run.tokenizer, origin, run.config.seq_len, run.config.method)
+  kept = (run.tokenizer, origin, run.config.seq_len, run.config.method)
+  return Pretrained(run.architecture, unflatten_dict(plain), *kept)
 
 
 @partial(jax.jit, static_argnames="scale")

@@ -29,6 +29,7 @@ from switchlora_jax.methods import full
 from switchlora_jax.methods.base import Method, TrainState, dtypes
 from switchlora_jax.methods.optimizers import ADAM, make_optimizer
 from switchlora_jax.methods.schedules import config_schedule
+from switchlora_jax.models.architecture import smaller_sides
 
 LEARNING_RATE = 1.5e-3  # of the authors' example for 60M
 MIN_LR_RATIO = 0.1
@@ -44,7 +45,7 @@ def check(config):
 
 def check_factors(config):
   """Raise `UserError` unless the factors of every layer can have `config.rank` independent rows."""
-  largest = min(config.model.hidden_size, config.model.intermediate_size)
+  largest = min(smaller_sides(config.model))
   if not 1 <= config.rank <= largest:
     raise UserError(
       f"rank (={config.rank}) must be at least 1 and at most that of a kernel (min(in, out) = {largest}); "

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax.traverse_util import path_aware_map
 
 from switchlora_jax.errors import UserError
+from switchlora_jax.models.architecture import smaller_sides
 from switchlora_jax.models.weights import in_block
 
 DIRECTIONS = ("svd", "random", "golore", "sara", "coordinates")
@@ -116,9 +117,9 @@ def check_rank(config):
   """Raise `UserError` unless every gradient of a block has at least `config.rank` directions."""
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
-  if config.rank > config.model.hidden_size:  # the largest min(in, out) of any layer
+  if config.rank > (largest := max(smaller_sides(config.model))):
     raise UserError(
-      f"rank (={config.rank}) exceeds the smaller side of every kernel ({config.model.hidden_size}); "
+      f"rank (={config.rank}) exceeds the smaller side of every kernel ({largest}); "
       f"lower --config.rank or use --config.method=full"
     )
 

@@ -13,6 +13,7 @@ from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
 from switchlora_jax.methods.optimizers import ADAM
+from switchlora_jax.models.architecture import smaller_sides
 
 LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
@@ -23,14 +24,14 @@ ORDERS = ("sequential", "random")
 def check(config):
   """Raise `UserError` unless a layer can switch and vectors are frozen for at most half a switch interval."""
   lora.check(config)
-  model, hint = config.model, "or use --config.method=lora"
+  hint = "or use --config.method=lora"
   if config.rank == 1:
     raise UserError(
       f"rank (=1) cannot switch: a step must not switch a slot in both A and B; set --config.rank to 2 or more {hint}"
     )
-  if config.rank >= model.hidden_size:  # the largest min(in, out) of any layer
+  if config.rank >= (candidates := max(smaller_sides(config.model))):
     raise UserError(
-      f"rank (={config.rank}) leaves no spare vectors in any layer (min(in, out) = {model.hidden_size}); "
+      f"rank (={config.rank}) leaves no spare vectors in any layer (min(in, out) = {candidates}); "
       f"lower --config.rank {hint}"
     )
   interval, frozen = config.switch.interval, config.switch.freeze_steps

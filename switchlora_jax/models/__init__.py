@@ -1,4 +1,4 @@
-"""The LLaMA decoder, its loss, plain weights and text generation. `make_model` is the only constructor."""
+"""The decoder, its loss, plain weights and text generation. `make_model` is the only constructor."""
 
 from functools import partial
 
@@ -6,16 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from switchlora_jax.models.architecture import Architecture, architecture_of
 from switchlora_jax.models.llama import INIT, LLaMA
 
-__all__ = ["LLaMA", "attention_kernel", "make_model"]
+__all__ = ["Architecture", "LLaMA", "architecture_of", "attention_kernel", "make_model"]
 
 
-def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32, device=None, **options) -> LLaMA:
-  """A LLaMA of the given sizes.
+def make_model(keys, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32, device=None, **options) -> LLaMA:
+  """The decoder that keys of `config.model` describe.
 
   Args:
-    sizes: vocab_size, hidden_size, intermediate_size, num_layers and num_heads, as in `config.model`.
+    keys: an `Architecture`, or a mapping with vocab_size, hidden_size, intermediate_size, num_layers and num_heads at
+      least; see `architecture_of`.
     dense: factory of the linear layers of a block, `dense(features, name=…)`. The default is `flax.linen.Dense`
       without bias and with the initialisation of full-rank training; the `params` of the model then are the plain
       weights of `models.weights`.
@@ -26,7 +28,9 @@ def make_model(sizes, dense=None, *, dtype=jnp.float32, param_dtype=jnp.float32,
   """
   dense = dense or partial(nn.Dense, use_bias=False, kernel_init=INIT, dtype=dtype, param_dtype=param_dtype)
   kernel = attention_kernel(jax.devices()[0] if device is None else device)
-  return LLaMA(**sizes, dense=dense, attention_kernel=kernel, dtype=dtype, param_dtype=param_dtype, **options)
+  return LLaMA(
+    architecture_of(keys), dense=dense, attention_kernel=kernel, dtype=dtype, param_dtype=param_dtype, **options
+  )
 
 
 def attention_kernel(device) -> str:

@@ -1,6 +1,7 @@
-"""LLaMA: RMSNorm, rotary positions, SwiGLU, no biases, untied head, blocks stacked by `nn.scan`.
+"""LLaMA and its relatives: RMSNorm, rotary positions, SwiGLU, grouped-query attention, blocks stacked by `nn.scan`.
 
-A factory passed to the model creates the linear layers of a block. This module is independent of adapters.
+`Architecture` describes the model. A factory passed to the model creates the linear layers of a block. This module is
+independent of adapters.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from switchlora_jax.models.architecture import Architecture
+from switchlora_jax.models.rotary import rotary_angles, rotate, score_factor
 from switchlora_jax.parallel.sharding import GATHERED
 
-EPSILON = 1e-6  # of RMSNorm
-ROPE_BASE = 10_000.0
 INIT = nn.initializers.normal(0.02)
 BLOCK, BLOCKS = 64, 4  # smallest number of queries in a block of attention, and largest number of blocks
 SCORES = 2**20  # scores that the kernel `loop` computes at a time: 4 MiB in float32, for the caches of a CPU
@@ -46,24 +47,12 @@ REMAT = {
 }
 
 
-def rotary_angles(length: int, head_size: int, dtype=jnp.float32):
-  """Rotary angles [length, head_size / 2] of positions 0 to length - 1."""
-  frequency = ROPE_BASE ** (-jnp.arange(0, head_size, 2, dtype=dtype) / head_size)
-  return jnp.outer(jnp.arange(length, dtype=dtype), frequency)
-
-
-def rotate(x, angles):
-  """Rotate the two halves of each head by the angles of its position; x [..., length, head_size]."""
-  cos, sin = (jnp.expand_dims(f(angles), range(x.ndim - 2)).astype(x.dtype) for f in (jnp.cos, jnp.sin))
-  first, second = jnp.split(x, 2, -1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 def causal_attention(q, k, v, angles, kernel: str = "loop"):
   """Causal softmax attention with rotary positions; scores are computed in float32 or wider.
 
   Args:
-    q, k, v: [batch, heads, length, head_size].
+    q: [batch, heads, length, head_size].
+    k, v: [batch, kv_heads, length, head_size]; each of their heads serves heads / kv_heads successive heads of q.
     angles: of the positions, [length, head_size / 2].
     kernel: one of three. `cudnn`: cuDNN's, which needs an NVIDIA GPU, or `batched` where it does not support the
       arguments. `batched`: `head_attention` of all heads at once. `loop`: the same of a few heads at a time, which
@@ -74,6 +63,7 @@ def causal_attention(q, k, v, angles, kernel: str = "loop"):
   if kernel == "cudnn" and supports_fused(q.dtype, *q.shape[2:]):
     q, k, v = (x.swapaxes(1, 2) for x in (rotate(q, angles), rotate(k, angles), v))
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+  k, v = _per_query_head(k, q.shape[1]), _per_query_head(v, q.shape[1])
   one_head = jax.checkpoint(lambda q, k, v: head_attention(q, k, v, angles), prevent_cse=False)
   if kernel != "loop":
     return checkpoint_name(jax.vmap(jax.vmap(one_head))(q, k, v), MIXED)
@@ -82,6 +72,11 @@ def causal_attention(q, k, v, angles, kernel: str = "loop"):
   together = max(n for n in range(1, most + 1) if batch * heads % n == 0)
   groups = tuple(x.reshape(-1, together, *x.shape[2:]) for x in (q, k, v))
   return checkpoint_name(jax.lax.map(lambda group: jax.vmap(one_head)(*group), groups).reshape(q.shape), MIXED)
+
+
+def _per_query_head(x, heads: int):
+  """Repeat the heads of keys or values [batch, kv_heads, length, head_size] for the `heads` heads of the queries."""
+  return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
 def head_attention(q, k, v, angles):
@@ -121,6 +116,7 @@ def supports_fused(dtype, length: int, head_size: int) -> bool:
 class RMSNorm(nn.Module):
   """x / √(mean(x²) + ε) · scale over the last axis, computed in float32 or wider."""
 
+  epsilon: float
   dtype: Any
   param_dtype: Any
 
@@ -128,15 +124,25 @@ class RMSNorm(nn.Module):
   def __call__(self, x):
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide *= jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + EPSILON)
+    wide *= jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.epsilon)
     return wide.astype(self.dtype) * jnp.expand_dims(scale, range(x.ndim - 1)).astype(self.dtype)
+
+
+class Bias(nn.Module):
+  """x + bias over the last axis; zeros at first."""
+
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x):
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+    return x + jnp.expand_dims(bias, range(x.ndim - 1)).astype(x.dtype)
 
 
 class Block(nn.Module):
   """A pre-norm transformer block: attention and MLP with residual connections, x [batch, length, hidden]."""
 
-  num_heads: int
-  intermediate_size: int
+  architecture: Architecture
   dense: Callable[..., nn.Module]
   attention_kernel: str
   cache_length: int
@@ -150,7 +156,7 @@ class Block(nn.Module):
     return x, None
 
   def _norm(self, name):
-    return RMSNorm(self.dtype, self.param_dtype, name=name)
+    return RMSNorm(self.architecture.norm_eps, self.dtype, self.param_dtype, name=name)
 
   def _linear(self, name, features, x):
     # As [tokens, in], because the gradient of a kernel is slower if its product sums over two axes.
@@ -159,13 +165,25 @@ class Block(nn.Module):
 
   def attention(self, x, angles):
     """Causal self-attention of x [batch, length, hidden], including the positions in a cache."""
-    heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
-    q, k, v = (self._linear(name, x.shape[-1], x).reshape(heads).swapaxes(1, 2) for name in "qkv")
+    model = self.architecture
+    q = self._heads("q", model.num_heads, x)
+    k, v = (self._heads(name, model.num_kv_heads, x) for name in "kv")
+    if model.qk_norm:
+      q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+    if (factor := score_factor(model.rope)) != 1:
+      q = q * factor
     if self.cache_length:
       mixed = self.cached_attention(q, k, v, angles)
     else:
       mixed = causal_attention(q, k, v, angles, self.attention_kernel)
-    return self._linear("o", x.shape[-1], mixed.swapaxes(1, 2).reshape(x.shape))
+    return self._linear("o", x.shape[-1], mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1))
+
+  def _heads(self, name, heads, x):
+    """The projection `name` of x [batch, length, hidden], [batch, heads, length, head_dim]."""
+    y = self._linear(name, heads * self.architecture.head_dim, x)
+    if self.architecture.qkv_bias:
+      y = Bias(self.param_dtype, name=f"{name}_bias")(y)
+    return y.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
 
   def cached_attention(self, q, k, v, angles):
     """Append the keys and values of new positions to the cache, and attend to all positions in it."""
@@ -178,19 +196,25 @@ class Block(nn.Module):
     values.value = values.value.at[:, :, positions].set(v)
     filled.value += q.shape[2]
     seen = jnp.arange(self.cache_length)[None] <= positions[:, None]
-    return attention(rotate(q, angles), keys.value, values.value, seen)
+    keys, values = (_per_query_head(x.value, q.shape[1]) for x in (keys, values))
+    return attention(rotate(q, angles), keys, values, seen)
 
   def mlp(self, x):
     """SwiGLU, x [batch, length, hidden]."""
-    gate = self._linear("gate", self.intermediate_size, x)
-    up = self._linear("up", self.intermediate_size, x)
+    gate, up = (self._linear(name, self.architecture.intermediate_size, x) for name in ("gate", "up"))
     return self._linear("down", x.shape[-1], nn.silu(gate) * up)
 
 
+def head_kernel(params):
+  """The matrix from hidden states to logits, [hidden, vocab]: the head's kernel, or the transposed embedding."""
+  return params["head"]["kernel"] if "head" in params else params["embed"]["embedding"].T
+
+
 class LLaMA(nn.Module):
-  """A LLaMA decoder: from token ids [batch, length] to logits [batch, length, vocab_size] in `dtype`.
+  """A decoder: from token ids [batch, length] to logits [batch, length, vocab_size] in `dtype`.
 
   Attributes:
+    architecture: sizes and variants.
     dense: factory of the seven linear layers of a block, `dense(features, name=…)`.
     dtype: dtype of the computation.
     param_dtype: dtype of embedding, norms and head.
@@ -204,11 +228,7 @@ class LLaMA(nn.Module):
     gather: maps the sharded variables of one layer, {collection: tree}, to whole arrays. None: they are not sharded.
   """
 
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
+  architecture: Architecture
   dense: Callable[..., nn.Module]
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -221,26 +241,28 @@ class LLaMA(nn.Module):
 
   @nn.compact
   def __call__(self, tokens):
-    kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    model, kinds = self.architecture, dict(dtype=self.dtype, param_dtype=self.param_dtype)
     # Look up in param_dtype, then cast: the gradient of a frequent token sums hundreds of terms, too many for bfloat16.
     stored = dict(dtype=self.param_dtype, param_dtype=self.param_dtype)
-    embed = nn.Embed(self.vocab_size, self.hidden_size, embedding_init=INIT, **stored, name="embed")
+    embed = nn.Embed(model.vocab_size, model.hidden_size, embedding_init=INIT, **stored, name="embed")
     x = embed(tokens).astype(self.dtype)
     wide = jnp.promote_types(self.dtype, jnp.float32)
-    angles = rotary_angles(self.cache_length or tokens.shape[1], self.hidden_size // self.num_heads, wide)
+    positions = self.cache_length or tokens.shape[1]
+    angles = rotary_angles(model.rope, positions, model.head_dim, model.max_position, wide)
     blocks = nn.scan(
       self.block(),
       variable_axes={"params": 0, "frozen": 0, "candidates": 0, "cache": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
-      length=self.num_layers,
+      length=model.num_layers,
     )
-    sizes, attention = (self.num_heads, self.intermediate_size), (self.attention_kernel, self.cache_length)
-    x, _ = blocks(*sizes, self.dense, *attention, **kinds, name="blocks")(x, angles)
-    x = RMSNorm(**kinds, name="norm")(x)
+    x, _ = blocks(model, self.dense, self.attention_kernel, self.cache_length, **kinds, name="blocks")(x, angles)
+    x = RMSNorm(model.norm_eps, **kinds, name="norm")(x)
     if not self.head:
       return x
-    return nn.Dense(self.vocab_size, use_bias=False, kernel_init=INIT, **kinds, name="head")(x)
+    if model.tied_embeddings:
+      return jnp.matmul(x, embed.embedding.T.astype(self.dtype))
+    return nn.Dense(model.vocab_size, use_bias=False, kernel_init=INIT, **kinds, name="head")(x)
 
   def block(self):
     """`block_class` with the gathering of `gather` and the recomputation of `remat`."""

@@ -11,6 +11,7 @@ no attention mask: no earlier position attends to it.
 import jax
 import jax.numpy as jnp
 
+from switchlora_jax.models.llama import head_kernel
 from switchlora_jax.parallel.sharding import gather, is_split
 
 CHUNK = 1024  # largest number of tokens per chunk; large enough to use the tensor cores of a GPU
@@ -84,7 +85,7 @@ def _head_inputs(model, params, frozen, rows, padded: bool = False):
   """Hidden states [tokens, hidden] before the head, the head's kernel [hidden, vocab] and the targets [tokens]."""
   ids = jnp.maximum(rows, 0) if padded else rows
   x = model.clone(head=False).apply({"params": params, "frozen": frozen}, ids)[:, :-1]
-  return x.reshape(-1, x.shape[-1]), params["head"]["kernel"], rows[:, 1:].reshape(-1)
+  return x.reshape(-1, x.shape[-1]), head_kernel(params), rows[:, 1:].reshape(-1)
 
 
 def token_losses(x, kernel, targets):

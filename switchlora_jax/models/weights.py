@@ -77,14 +77,14 @@ def _check_names(found, expected):
     )
 
 
-def is_norm(path: tuple[str, ...]) -> bool:
-  """Whether the array at a path of trainable parameters is the scale or the bias of a norm."""
+def is_vector(path: tuple[str, ...]) -> bool:
+  """Whether the array at a path of trainable parameters is the scale of a norm or a bias."""
   return path[-1] in ("scale", "bias")
 
 
 def is_linear(path: tuple[str, ...]) -> bool:
   """Whether the array at a path of trainable parameters belongs to a linear layer of a block: a kernel or a factor."""
-  return path[0] == "blocks" and not is_norm(path)
+  return path[0] == "blocks" and not is_vector(path)
 
 
 def in_block(path: tuple[str, ...]) -> bool:

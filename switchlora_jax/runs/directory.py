@@ -37,6 +37,23 @@ ADDED = {
   "schedule": {"name": "cosine", "decay_share": 0.2},
   "optimizer": {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
   "galore": {"directions": "svd", "random_share": 0.2},
+  "model": {
+    "norm_eps": 1e-6,
+    "tied_embeddings": False,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "rope": {
+      "base": 10_000.0,
+      "scaling": "none",
+      "factor": 1.0,
+      "original_length": 0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
+      "beta_fast": 32.0,
+      "beta_slow": 1.0,
+      "attention_factor": None,
+    },
+  },
 }
 
 # Sections of methods that were added later. A run without one did not use it, and its settings are not compared.
@@ -199,6 +216,7 @@ def with_added_keys(config: dict) -> dict:
       "eps": 1e-6 if config.get("method") == "galore" else 1e-8,
       "moments_dtype": config.get("param_dtype"),
     },
+    "model": _attention_keys(config.get("model"), config.get("seq_len")),
   }
   config = dict(config)
   for keys in (ADDED, added):
@@ -206,6 +224,14 @@ def with_added_keys(config: dict) -> dict:
       found = config.get(key, {} if isinstance(value, dict) else value)
       config[key] = value | found if isinstance(value, dict) and isinstance(found, dict) else found
   return config
+
+
+def _attention_keys(model, seq_len) -> dict:
+  """The keys of a saved `config.model` that follow from its sizes, as `switchlora_jax.config` fills them in."""
+  hidden, heads = (model.get(key) if isinstance(model, dict) else None for key in ("hidden_size", "num_heads"))
+  if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0):
+    return {}  # the check of the missing or wrong size follows
+  return {"num_kv_heads": heads, "head_dim": hidden // heads, "max_position": seq_len}
 
 
 def check_is_run(named: str, directory: Path, *parts: str) -> None:
@@ -345,8 +371,8 @@ class SavedRun(NamedTuple):
     return self.directory / "tokenizer.model"
 
   @property
-  def sizes(self) -> dict[str, int]:
-    """vocab_size, hidden_size, intermediate_size, num_layers, num_heads."""
+  def architecture(self) -> dict:
+    """The keys of `config.model`."""
     with self.missing_key_as_error():
       return self.config.model.to_dict()
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from switchlora_jax.lowrank.optimizer import clip_by_global_norm
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models.loss import mean_loss, on_parts, padded_loss, target_count, zeros_accumulator
-from switchlora_jax.models.weights import is_linear, is_norm
+from switchlora_jax.models.weights import is_linear, is_vector
 from switchlora_jax.parallel.sharding import BOTH, Placement, by_rows, psum, reduce, replicated
 from switchlora_jax.training import anomalies
 
@@ -79,7 +79,7 @@ def apply_optimizer(
     return param if norm else param * jnp.where(frozen, 1, 1 - rate * weight_decay).astype(param.dtype)
 
   if weight_decay:
-    norms = path_aware_map(lambda path, _: is_norm(path), params)
+    norms = path_aware_map(lambda path, _: is_vector(path), params)
     freeze = masks.get("freeze", jax.tree.map(lambda _: False, params))
     params = jax.tree.map(decayed, params, rates, norms, freeze)
   updates = jax.tree.map(lambda rate, direction: -rate.astype(direction.dtype) * direction, rates, directions)

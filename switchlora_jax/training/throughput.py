@@ -1,6 +1,7 @@
 """Model FLOPs, memory and start-up time of a run, and a trace of its steps for a profiler."""
 
 import logging
+import math
 import os
 import resource
 import time
@@ -8,23 +9,25 @@ from pathlib import Path
 
 import jax
 
+from switchlora_jax.models import architecture_of
+
 log = logging.getLogger(__name__)
 TRACE_DELAY = 2  # steps of a command before a trace begins: they are compiled, and the first one waits for its data
 
 
-def model_flops(sizes, batch: int, length: int) -> int:
+def model_flops(keys, batch: int, length: int) -> int:
   """Model FLOPs of a training step of full rank, the numerator of MFU (PaLM, arXiv 2204.02311, appendix B).
 
   Six operations per token and weight of the linear layers and the head, and those of causal attention: of half of the
   [length, length] scores. Recomputation and masked scores are not counted, nor what a low-rank method saves or adds.
 
   Args:
-    sizes: those of `config.model`.
+    keys: those of `config.model`.
     batch, length: of the step's sequences.
   """
-  hidden, tokens = sizes["hidden_size"], batch * length
-  weights = sizes["num_layers"] * hidden * (4 * hidden + 3 * sizes["intermediate_size"]) + hidden * sizes["vocab_size"]
-  return tokens * (6 * weights + 6 * sizes["num_layers"] * hidden * length)
+  model = architecture_of(keys)
+  per_block = sum(map(math.prod, model.linear_shapes().values())) + model.num_heads * model.head_dim * length
+  return 6 * batch * length * (model.num_layers * per_block + model.hidden_size * model.vocab_size)
 
 
 def peak_memory() -> int:

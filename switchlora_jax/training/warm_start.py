@@ -9,19 +9,23 @@ Optimizer state, candidates and counts are reinitialised.
 """
 
 import logging
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
 import jax
-from flax.traverse_util import flatten_dict
+import numpy as np
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
 from switchlora_jax.methods.base import TrainState
-from switchlora_jax.models import weights
+from switchlora_jax.models import Architecture, architecture_of, weights
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import placement
+from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs.directory import SavedRun, flatten
 from switchlora_jax.training.phases import Phase
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,45 @@ def _initial_state(phase: Phase, params, frozen, scale: float | None) -> TrainSt
   return state
 
 
+def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path | None) -> str | None:
+  """Set `config.model` to the architecture of the model that `config.warm_start_from` names.
+
+  If that is a Hugging Face folder, `data.tokenizer` is set to its tokenizer as well, if it has one and the text is not
+  prepared. A run that continues has the values that it started with; its source may be gone.
+
+  Args:
+    config: not resolved; changed in place.
+    given: dotted keys that keep their values.
+    workdir: the directory of the run, if known.
+  Returns:
+    The keys that were set, as a line to print; None if there are none.
+  Raises:
+    UserError: `warm_start_from` names no model that can be read.
+  """
+  if not config.warm_start_from:
+    return None
+  if workdir is not None and (saved := run_directory.read(workdir)):
+    keys = {key: value for key, value in flatten(saved["config"]).items() if key.startswith("model.")}
+    keys["data.tokenizer"] = saved["config"]["data"]["tokenizer"]
+  else:
+    source = _inspect(config.warm_start_from)
+    keys = {f"model.{key}": value for key, value in flatten(source.architecture).items()}
+    if isinstance(source, huggingface.Folder) and source.tokenizer and config.data.source != "prepared":
+      keys["data.tokenizer"] = str(source.tokenizer)
+  flat = flatten(config)
+  keys = {key: value for key, value in keys.items() if key not in given and value != flat[key]}
+  config.update_from_flattened_dict(keys)
+  found = " ".join(f"{key}={value}" for key, value in keys.items())
+  return f"set from {config.warm_start_from}: {found}" if keys else None
+
+
+def _inspect(path: str) -> SavedRun | huggingface.Folder:
+  try:
+    return pretrained.inspect(Path(path).expanduser())
+  except UserError as error:
+    raise UserError(f"--config.warm_start_from: {error}") from error
+
+
 class Source:
   """The run or Hugging Face LLaMA folder that `warm_start_from` names.
 
@@ -72,21 +115,24 @@ class Source:
 
   def __init__(self, config, phase: Phase, mesh):
     self._config, self._phase, self._mesh = config, phase, mesh
-    try:
-      self._source = pretrained.inspect(Path(config.warm_start_from).expanduser())
-    except UserError as error:
-      raise UserError(f"--config.warm_start_from: {error}") from error
+    self._source = _inspect(config.warm_start_from)
     if self._source.tokenizer is None and not config.data.tokenizer:
       raise UserError(
         f"--config.warm_start_from={config.warm_start_from} has no tokenizer.model, the SentencePiece file of its "
         f"token ids; copy it there, or set --config.data.tokenizer to one with the same ids"
       )
-    sizes, expected = self._source.sizes, config.model.to_dict()
-    if wrong := {name: size for name, size in sizes.items() if size != expected[name]}:
+    there, here = (architecture_of(keys) for keys in (self._source.architecture, config.model))
+    # Other positions extend the context, and a head tied to the embedding may become one of its own.
+    free = dict(rope=here.rope, max_position=here.max_position)
+    self._unties = there.tied_embeddings and not here.tied_embeddings
+    if there._replace(**free, **({"tied_embeddings": False} if self._unties else {})) != here:
       raise UserError(
-        f"the model of --config.warm_start_from={config.warm_start_from} has other sizes than this one"
-        f"{_first_difference(sizes, expected)}; "
-        f"set {' '.join(f'--config.model.{name}={size}' for name, size in wrong.items())}"
+        f"the model of --config.warm_start_from={config.warm_start_from} differs from this one"
+        f"{_first_difference(there, here)}; set {' '.join(_flags(there._replace(**free), here))}"
+      )
+    if there.rope != here.rope and processes.is_first():
+      log.warning(
+        "the rotary positions are not those of --config.warm_start_from: %s there, %s here", there.rope, here.rope
       )
 
   def check_tokenizer(self, tokenizer_path: str):
@@ -106,6 +152,8 @@ class Source:
     """
     # A kernel in bfloat16 is read with its residual: the new run continues from its exact value.
     plain = pretrained.read(self._source, residual=True).weights
+    if self._unties:
+      plain["head"] = {"kernel": np.ascontiguousarray(plain["embed"]["embedding"].T)}
     specs = placement(self._config, self._mesh)._replace(trained=True).specs(plain, "trained")
     return _initial_state(self._phase, jax.tree.map(partial(_place, self._mesh), plain, specs), {}, None)
 
@@ -116,10 +164,16 @@ def _place(mesh, array, spec) -> jax.Array:
   return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
-def _first_difference(found: dict[str, int], expected: dict[str, int]) -> str:
-  """`: blocks/down/kernel is [2, 24, 16] there and [2, 32, 16] here`; empty if only the number of heads differs."""
-  there, here = (flatten_dict(huggingface.shapes(sizes), sep="/") for sizes in (found, expected))
-  for name in sorted(here):
-    if there[name].shape != here[name].shape:
-      return f": {name} is {list(there[name].shape)} there and {list(here[name].shape)} here"
+def _flags(there: Architecture, here: Architecture) -> list[str]:
+  """The flags that give `here` the architecture of `there`."""
+  wanted, found = (flatten(model._asdict() | {"rope": model.rope._asdict()}) for model in (there, here))
+  return [f"--config.model.{key}={value}" for key, value in wanted.items() if value != found[key]]
+
+
+def _first_difference(there: Architecture, here: Architecture) -> str:
+  """`: blocks/down/kernel is [2, 24, 16] there and [2, 32, 16] here`; empty if all shapes are the same."""
+  theirs, ours = there.plain_shapes(), here.plain_shapes()
+  for name in sorted(ours):
+    if theirs.get(name, ours[name]) != ours[name]:
+      return f": {name} is {list(theirs[name])} there and {list(ours[name])} here"
   return ""

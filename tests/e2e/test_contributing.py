@@ -22,6 +22,7 @@ from paths import ROOT
 from tiny import ONE_DEVICE_QUICK, flags_of, tiny_config
 
 from switchlora_jax.methods import METHODS
+from switchlora_jax.models import architecture_of
 from switchlora_jax.parallel.sharding import Placement
 from switchlora_jax.training.step import accumulated_gradients
 
@@ -67,10 +68,8 @@ EXTENSIONS = {
           "from switchlora_jax.models.squared_relu import SquaredReLU",
         ),
         (
-          "  return LLaMA(**sizes",
-          "  sizes = dict(sizes)\n"
-          '  model = SquaredReLU if sizes.pop("mlp", "swiglu") == "squared_relu" else LLaMA\n'
-          "  return model(**sizes",
+          "  return LLaMA(",
+          '  model = SquaredReLU if dict(keys).get("mlp") == "squared_relu" else LLaMA\n  return model(',
         ),
       ],
       "configs/base.py": [("  return config.lock()", '  config.model.mlp = "swiglu"\n  return config.lock()')],
@@ -165,7 +164,7 @@ def test_the_method_and_the_model_train(run):
 def test_the_model_trains_with_sharded_parameters():
   """Each layer's shards are gathered in the loop over the layers, and gathered again for the backward pass."""
   toy, config = runpy.run_path(TOYS / "squared_relu.py"), small_model.config("full")
-  model = toy["SquaredReLU"](**config.model, dense=METHODS["full"].build(config).dense)
+  model = toy["SquaredReLU"](architecture_of(config.model), dense=METHODS["full"].build(config).dense)
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
   assert "gate" not in params["blocks"], "its blocks are the toy's"
   state, rows = SimpleNamespace(params=params, frozen={}), jax.ShapeDtypeStruct((4, 8), jnp.int32)

@@ -23,6 +23,7 @@ from switchlora_jax.glue import classifier, examples
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.glue.tasks import TASKS
 from switchlora_jax.interop import export, pretrained
+from switchlora_jax.models import architecture_of
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.checkpoint import Checkpoints
@@ -101,7 +102,9 @@ def test_predictions_and_the_best_weights_have_the_score(folder, results, name):
   model = pretrained.load(folder / "run")
   dev = examples.encode_examples(rows, load_tokenizer(model.tokenizer), 64)
   params = classifier.load_params(folder / "out" / "run" / name / "best.npz")
-  outputs = classifier.compute_outputs(classifier.build_classifier(task.outputs, **model.sizes), params, dev)
+  outputs = classifier.compute_outputs(
+    classifier.build_classifier(task.outputs, architecture_of(model.architecture)), params, dev
+  )
   np.testing.assert_allclose(glue.predictions_of(task, outputs), answered, atol=1e-3)
 
 

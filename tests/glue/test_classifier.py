@@ -18,11 +18,12 @@ from switchlora_jax.glue.classifier import (
   with_head,
 )
 from switchlora_jax.glue.examples import Examples, LabelledBatch, padded_batch
-from switchlora_jax.models import make_model
+from switchlora_jax.models import architecture_of, make_model
 from switchlora_jax.progress import progress_bar
 
 SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2)
-MODEL = make_model(SIZES, partial(nn.Dense, use_bias=False))  # its kernels start larger than in training
+ARCHITECTURE = architecture_of(SIZES)
+MODEL = make_model(ARCHITECTURE, partial(nn.Dense, use_bias=False))  # its kernels start larger than in training
 MARK = 5  # the token that only examples of class 1 contain
 
 
@@ -50,7 +51,7 @@ def fit_classifier(weights, train, dev, score_fn=None, outputs=2, **plan):
   plan = FineTuningPlan(**(dict(learning_rate=1e-2, epochs=3, seed=0) | plan))
   bar = progress_bar(shown=False)
   params = with_head(weights, outputs, plan.seed)
-  return fit(build_classifier(outputs, **SIZES), params, train, dev, score_fn or accuracy(dev), plan, bar)
+  return fit(build_classifier(outputs, ARCHITECTURE), params, train, dev, score_fn or accuracy(dev), plan, bar)
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -61,12 +62,12 @@ def test_the_trunk_is_the_pre_trained_model(weights):
   rows = padded_batch(toy_examples(6, 0), np.arange(6), 6)
   logits = MODEL.apply({"params": weights}, rows.tokens)[np.arange(6), rows.last]
   np.testing.assert_allclose(
-    build_classifier(2, **SIZES).outputs(weights, rows.tokens, rows.last), logits, rtol=1e-5, atol=1e-6
+    build_classifier(2, ARCHITECTURE).outputs(weights, rows.tokens, rows.last), logits, rtol=1e-5, atol=1e-6
   )
 
 
 def test_outputs_do_not_depend_on_padding(weights):
-  params, outputs = with_head(weights, 3, 0), build_classifier(3, **SIZES).outputs
+  params, outputs = with_head(weights, 3, 0), build_classifier(3, ARCHITECTURE).outputs
   row = toy_examples(1, 1).tokens[0]
   last = np.array([len(row) - 1], np.int32)
   filled = np.full((1, 64), 7, np.int32)
@@ -79,11 +80,11 @@ def test_outputs_do_not_depend_on_padding(weights):
 
 def test_outputs_do_not_depend_on_other_examples(weights):
   params, examples = with_head(weights, 2, 0), toy_examples(70, 2, longest=40)
-  together = compute_outputs(build_classifier(2, **SIZES), params, examples)
+  together = compute_outputs(build_classifier(2, ARCHITECTURE), params, examples)
   assert together.shape == (70, 2)
   for number in (0, 33, 69):
     alone = compute_outputs(
-      build_classifier(2, **SIZES), params, Examples([examples.tokens[number]], examples.labels[[number]])
+      build_classifier(2, ARCHITECTURE), params, Examples([examples.tokens[number]], examples.labels[[number]])
     )
     np.testing.assert_allclose(together[number], alone[0], rtol=1e-5, atol=1e-6)
 
@@ -124,15 +125,15 @@ def test_a_step_is_adamw_without_decay_on_the_examples_without_padding(weights):
   found, moments = with_head(weights, 2, 0), classifier.ADAM.init(params)
   filled = padded_batch(toy_examples(5, 3), np.arange(5), 16)
   for _ in range(2):
-    found, moments, _ = build_classifier(2, **SIZES).step(found, moments, filled, 1e-2)
+    found, moments, _ = build_classifier(2, ARCHITECTURE).step(found, moments, filled, 1e-2)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), host(found), expected)
   moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), expected, host(with_head(weights, 2, 0)))
   assert min(jax.tree.leaves(moved)) > 1e-3  # every array is trained
 
 
 def test_seeds_and_learning_rates_share_a_compiled_step(weights):
-  built = build_classifier(2, **SIZES)
-  assert build_classifier(2, **SIZES) is built and build_classifier(1, **SIZES) is not built
+  built = build_classifier(2, ARCHITECTURE)
+  assert build_classifier(2, ARCHITECTURE) is built and build_classifier(1, ARCHITECTURE) is not built
   fit_classifier(weights, toy_examples(20, 4), toy_examples(5, 5), epochs=1)
   count = built.step._cache_size()
   fit_classifier(weights, toy_examples(20, 4), toy_examples(5, 5), epochs=2, seed=3, learning_rate=1e-3)
@@ -174,7 +175,7 @@ def test_the_best_epoch_is_kept(weights, scores, best):
   found = fit_classifier(weights, toy_examples(40, 8), dev, score_fn)
   assert found.scores == scores and same_bits(found.outputs, seen[best])
   assert not same_bits(found.outputs, seen[best - 1])
-  assert same_bits(compute_outputs(build_classifier(2, **SIZES), found.params, dev), found.outputs)
+  assert same_bits(compute_outputs(build_classifier(2, ARCHITECTURE), found.params, dev), found.outputs)
 
 
 def test_the_learning_rate_decays_linearly_to_0(weights):
@@ -184,7 +185,7 @@ def test_the_learning_rate_decays_linearly_to_0(weights):
     rates.append(learning_rate)
     return params, moments, next(losses)
 
-  stub = build_classifier(2, **SIZES)._replace(step=step)
+  stub = build_classifier(2, ARCHITECTURE)._replace(step=step)
   plan, dev = FineTuningPlan(learning_rate=0.8, epochs=2, seed=0), toy_examples(4, 1)
   found = fit(stub, with_head(weights, 2, 0), toy_examples(20, 0), dev, accuracy(dev), plan, progress_bar(shown=False))
   assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])

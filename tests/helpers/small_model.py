@@ -22,7 +22,7 @@ class TwoLinearBlock(llama.Block):
 
   @nn.compact
   def __call__(self, x, angles):
-    hidden = nn.silu(self._linear("up", self.intermediate_size, self._norm("mlp_norm")(x)))
+    hidden = nn.silu(self._linear("up", self.architecture.intermediate_size, self._norm("mlp_norm")(x)))
     return x + self._linear("down", x.shape[-1], hidden), None
 
 

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from grids import imported
 from safetensors import SafetensorError
+from small_model import same_bits
 from tiny import saved_run
 
 from switchlora_jax.errors import UserError
@@ -82,10 +84,19 @@ def test_an_export_read_and_written_again_is_the_same(run, tmp_path):
   export.export(run("switchlora"), tmp_path / "out")
   model = pretrained.load(tmp_path / "out")
   (tmp_path / "again").mkdir()
-  huggingface.write_folder(tmp_path / "again", model.sizes, model.weights, model.seq_len, model.tokenizer)
+  huggingface.write_folder(tmp_path / "again", model.architecture, model.weights, model.tokenizer)
   first = contents(tmp_path / "out")
   del first["export.json"]
   assert contents(tmp_path / "again") == first
+
+
+def test_an_export_in_bfloat16_has_the_rounded_weights(run, tmp_path):
+  """The difference by rounding is reported apart from that of the folder, which has a limit."""
+  done = export.export(run("switchlora"), tmp_path / "out", "bfloat16")
+  assert done.difference <= 1e-5 and 1e-4 < done.rounding < 1
+  exact = pretrained.merge(pretrained.restore_weights(open_run(run("switchlora")))).weights
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), exact)
+  assert same_bits(pretrained.load(tmp_path / "out").weights, rounded)
 
 
 # --- refused exports ---------------------------------------------------------------------------------------------

@@ -33,14 +33,14 @@ def largest_difference(model, opened):
   """Largest difference of logits between plain weights and the run's own model."""
   tokens = np.arange(48).reshape(3, 16) * 7 % 320
   ours = np.asarray(jax.jit(opened.model.apply)({"params": opened.params, "frozen": opened.frozen}, tokens))
-  plain = make_model(model.sizes, dtype=ours.dtype, param_dtype=ours.dtype)
+  plain = make_model(model.architecture, dtype=ours.dtype, param_dtype=ours.dtype)
   assert np.abs(ours).max() > 0.1
   return np.abs(np.asarray(jax.jit(plain.apply)({"params": model.weights}, tokens)) - ours).max()
 
 
 def test_the_plain_weights_of_a_run_compute_its_logits(run):
   model = pretrained.load(run())
-  assert (model.sizes, model.seq_len) == (SIZES, 16)
+  assert (model.architecture, model.seq_len) == (SIZES, 16)
   assert model.tokenizer == run() / "tokenizer.model"
   assert model.origin == f"{run()}, switchlora, step 0 of 12"
   assert {type(x) for x in jax.tree.leaves(model.weights)} == {np.ndarray}
@@ -105,7 +105,7 @@ def test_a_run_in_float64_is_read_in_float64(tmp_path):
 def test_a_hugging_face_folder_is_read():
   folder = GOLDEN / "huggingface"
   model = pretrained.read(pretrained.inspect(folder))
-  assert (model.sizes["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))
+  assert (model.architecture["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))
   with pytest.raises(UserError, match=r"must hold tokenizer\.model, the SentencePiece file"):
     pretrained.load(folder)
 

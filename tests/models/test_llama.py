@@ -12,8 +12,9 @@ from small_model import equations
 
 from switchlora_jax.lowrank.layers import lora_vectors
 from switchlora_jax.models import attention_kernel, llama, make_model
-from switchlora_jax.models.llama import REMAT, causal_attention, rotary_angles, rotate, supports_fused
+from switchlora_jax.models.llama import REMAT, causal_attention, supports_fused
 from switchlora_jax.models.loss import mean_loss
+from switchlora_jax.models.rotary import Rope, rotary_angles, rotate
 from switchlora_jax.planning import cost
 
 METHODS = ["full", "lora", "switchlora"]
@@ -88,7 +89,7 @@ def test_the_order_of_earlier_tokens_matters():
 
 
 def test_rotary_scores_depend_only_on_the_distance(x64):
-  angles, rotated = np.asarray(rotary_angles(12, 8, jnp.float64)), jax.jit(rotate)
+  angles, rotated = np.asarray(rotary_angles(Rope(), 12, 8, dtype=jnp.float64)), jax.jit(rotate)
   q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 8))
   at = lambda x, position: np.ravel(rotated(x, angles[position : position + 1]))
   score = lambda query, key: at(q, query) @ at(k, key)
@@ -117,7 +118,7 @@ def plain_attention(q, k, v, angles):
 def heads_of(length: int, *, batch=2, heads=3, size=8, dtype=np.float64):
   """q, k, v [batch, heads, length, size], and the angles of the positions; float64 needs the fixture `x64`."""
   q, k, v = np.random.default_rng(length).standard_normal((3, batch, heads, length, size)).astype(dtype)
-  return q, k, v, np.asarray(rotary_angles(length, size, jnp.promote_types(dtype, np.float32)))
+  return q, k, v, np.asarray(rotary_angles(Rope(), length, size, dtype=jnp.promote_types(dtype, np.float32)))
 
 
 # With blocks of four queries and at most three of them: one query, one block, an odd length, several blocks with a

@@ -333,7 +333,7 @@ def test_open_run_returns_the_recorded_values(saved):
   recorded = run_directory.read(saved)
   assert (run.fingerprint, run.devices, run.revision, run.steps) == ("abc", 8, recorded["git_revision"], [4, 7])
   assert run.config.to_dict() == recorded["config"]
-  assert run.sizes == recorded["config"]["model"]
+  assert run.architecture == recorded["config"]["model"]
   assert run.tokenizer.read_bytes() == b"pieces"
 
 

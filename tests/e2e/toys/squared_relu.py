@@ -13,7 +13,7 @@ class Block(llama.Block):
 
   def mlp(self, x):
     """x [batch, length, hidden] to the same shape."""
-    hidden = nn.relu(self._linear("up", self.intermediate_size, x)) ** 2
+    hidden = nn.relu(self._linear("up", self.architecture.intermediate_size, x)) ** 2
     return self._linear("down", x.shape[-1], hidden)
 
 
