@@ -37,7 +37,7 @@ from switchlora_jax.training.report import parameter_count
 log = logging.getLogger(__name__)
 
 MODEL = flags.DEFINE_multi_string(
-  "model", [], "directory of a run, or a Hugging Face LLaMA folder; repeat the flag to compare models"
+  "model", [], "directory of a run, or a Hugging Face folder; repeat the flag to compare models"
 )
 TASK = flags.DEFINE_list("task", [], f"comma-separated tasks, from {', '.join(glue.TASKS)}")
 DATA = flags.DEFINE_string("data", glue.HUB, "folder with CoLA/train.tsv.gz and so on, or hub to download them")

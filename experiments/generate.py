@@ -22,7 +22,7 @@ from switchlora_jax.models import make_model
 from switchlora_jax.models.generation import Sampling, generate, stream_text
 
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir; uses the newest checkpoint")
-MODEL = flags.DEFINE_string("model", None, "a Hugging Face LLaMA folder, instead of --run")
+MODEL = flags.DEFINE_string("model", None, "a Hugging Face folder, instead of --run")
 PROMPT = flags.DEFINE_string("prompt", None, "text to continue")
 NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens",

@@ -1,7 +1,7 @@
 """Warm starts: full-rank training first, then another method from its weights (section 4.3).
 
 There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data order continues afterwards.
-`warm_start_from` starts a new run from the weights of a run (as the authors do) or of a Hugging Face LLaMA.
+`warm_start_from` starts a new run from the weights of a run (as the authors do) or of a Hugging Face folder.
 Embedding, norms and head stay the same. Methods with base kernels keep the function of the model: each kernel is split
 into a base kernel and an adapter. Layers without base kernels store an approximation, and its error is logged if it is
 more than rounding.
@@ -102,7 +102,7 @@ def _inspect(path: str) -> SavedRun | huggingface.Folder:
 
 
 class Source:
-  """The run or Hugging Face LLaMA folder that `warm_start_from` names.
+  """The run or Hugging Face folder that `warm_start_from` names.
 
   Args:
     config: resolved config of the new run.

@@ -40,7 +40,7 @@ def largest_difference(model, opened):
 
 def test_the_plain_weights_of_a_run_compute_its_logits(run):
   model = pretrained.load(run())
-  assert (model.architecture, model.seq_len) == (SIZES, 16)
+  assert (model.architecture | SIZES, model.seq_len) == (model.architecture, 16)
   assert model.tokenizer == run() / "tokenizer.model"
   assert model.origin == f"{run()}, switchlora, step 0 of 12"
   assert {type(x) for x in jax.tree.leaves(model.weights)} == {np.ndarray}
@@ -138,10 +138,10 @@ def refused(path, sentence):
 
 
 def test_a_path_that_is_neither_a_run_nor_a_hugging_face_folder_is_refused(run, tmp_path):
-  nowhere = "must be the directory of a run that has saved a checkpoint, or a Hugging Face LLaMA folder"
+  nowhere = "must be the directory of a run that has saved a checkpoint, or a Hugging Face folder"
   refused(tmp_path / "nowhere", nowhere)
   refused(tmp_path / "nowhere", "; there is no such directory")
-  refused(tmp_path, "or a Hugging Face LLaMA folder (config.json, model.safetensors); it is neither")
+  refused(tmp_path, "or a Hugging Face folder (config.json, model.safetensors); it is neither")
   shutil.copy(run() / "config.json", tmp_path)
   refused(tmp_path, "with its config.json and tokenizer.model; they are not there")
   shutil.copy(run() / "tokenizer.model", tmp_path)

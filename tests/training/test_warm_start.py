@@ -389,7 +389,7 @@ def test_a_damaged_checkpoint_of_the_source_is_not_moved(folder, runs, tmp_path,
 
 def test_a_path_that_is_not_a_run_is_refused(folder, runs, tmp_path):
   named = lambda path: f"--config.warm_start_from: {path} must be the directory of a run"
-  either = " that has saved a checkpoint, or a Hugging Face LLaMA folder (config.json, model.safetensors); "
+  either = " that has saved a checkpoint, or a Hugging Face folder (config.json, model.safetensors); "
   refused(folder, tmp_path, named(tmp_path) + either + "it is neither")
   refused(folder, tmp_path / "nowhere", named(tmp_path / "nowhere") + either + "there is no such directory")
   shutil.copy(runs("full").workdir / "config.json", tmp_path)
