@@ -163,7 +163,9 @@ def get_config() -> ConfigDict:
   config.data.field = "text"  # text, stream: JSON key or Parquet column that holds the text
   config.data.bad_rows = "stop"  # text, stream: rows without text end the run (stop) or are counted and left out (skip)
   config.data.packing = "pack"  # documents are joined and cut into rows (pack), or one row each, cut or padded (pad)
-  config.data.tokenizer = ""  # a SentencePiece model; "": train one on the text
+  # A SentencePiece model, a tokenizer.json, a folder with one of them, or hub:NAME, a model of the Hugging Face hub.
+  # train:SIZE trains a SentencePiece model on the text, train_bytes:SIZE a byte-level tokenizer.json.
+  config.data.tokenizer = ""  # "": train:SIZE with the size of the model's vocabulary
   config.data.epochs = 1  # largest number of passes over the training rows; a run that needs more does not start
   config.data.cache_dir = "cache"  # folder of trained tokenizers and packed rows, shared by runs
   return config.lock()

@@ -2,9 +2,10 @@
 
 python -m experiments.benchmark_data --path='c4/*.json.gz' --tokenizer=t5.model
 
-Prints the size and the reading speed of each format, and the tokens per second of SentencePiece alone, of the whole
-preparation (read, decompress, tokenize, pack, write, checksum), and of shuffled batches of the packed rows.
-Core-seconds are processor time summed over all threads.
+Prints the size and the reading speed of each format, and the tokens per second of the tokenizer alone, of the whole
+preparation (read, decompress, tokenize, pack, write, checksum), and of shuffled batches of the packed rows. For a
+tokenizer.json, it also prints those of `encode_batch` of the tokenizers library. Core-seconds are processor time summed
+over all threads.
 """
 
 import collections
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from absl import flags
 
 from experiments.common import cli
@@ -22,9 +24,10 @@ from switchlora_jax.data import corpus, loader, packing, preparation, shards, to
 from switchlora_jax.data.readers import COMPRESSED, RowOptions, file_format, pieces_of
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import progress_bar
+from switchlora_jax.runs.tokenizer_files import is_fast
 
 PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
-TOKENIZER = flags.DEFINE_string("tokenizer", "", "path of a SentencePiece model")
+TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece model, tokenizer.json, folder with one, or hub:NAME")
 CHARACTERS = flags.DEFINE_integer(
   "characters", 40_000_000, "characters of text to prepare; the text is repeated to reach this length", lower_bound=1
 )
@@ -69,17 +72,23 @@ def read_documents(paths: list[str]) -> list[str]:
   return texts
 
 
-def time_tokenizer(model, texts: list[str]):
-  """SentencePiece alone, on one thread and on all cores."""
-  for threads in (1, -1):
+def time_tokenizer(path: Path, texts: list[str]):
+  """The tokenizer alone, on one thread and on all cores."""
+  model, kind = tokenizer.load_tokenizer(path), "tokenizers" if is_fast(path) else "SentencePiece"
+  for parallel in (False, True):
     watch = Stopwatch()
-    tokens = sum(map(len, model.encode(texts, num_threads=threads)))
-    print_result(f"SentencePiece, {'one thread' if threads == 1 else 'all cores'}", tokens, watch)
+    tokens = sum(map(len, model.encode(texts, parallel)))
+    print_result(f"{kind}, {'all cores' if parallel else 'one thread'}", tokens, watch)
+  if is_fast(path):
+    library = tokenizers.Tokenizer.from_file(str(path))
+    watch = Stopwatch()
+    tokens = sum(len(encoding.ids) for encoding in library.encode_batch(texts, add_special_tokens=False))
+    print_result("encode_batch of the library", tokens, watch)
 
 
-def time_preparation(folder: Path, parts: packing.Parts, seq_len: int) -> shards.PackedSequences:
+def time_preparation(folder: Path, parts: packing.Parts, path: Path, seq_len: int) -> shards.PackedSequences:
   """Times the whole preparation, from files to shards with checksums. Returns the packed sequences."""
-  request = preparation.Request([], TOKENIZER.value, seq_len)
+  request = preparation.Request([], str(path), seq_len)
   watch = Stopwatch()
   manifest = preparation.fill_folder(folder, request, lambda: corpus.Corpus(parts, None), wait=False, progress=False)
   print_result(f"preparation, rows of {seq_len}", manifest["train"]["tokens"], watch)
@@ -110,7 +119,8 @@ def time_batches(sequences: shards.PackedSequences, batch_size: int):
 def main():
   """Times the tokenizer, then the preparation and the batches for each batch shape."""
   files = corpus.open_corpus(PATH.value, "", RowOptions(flags="--")).train
-  model = tokenizer.load_tokenizer(TOKENIZER.value)
+  path = tokenizer.locate(TOKENIZER.value, "--tokenizer")
+  tokenizer.load_tokenizer(path)
   texts = read_documents([file.path for file in files])
   if not (length := sum(map(len, texts))):
     raise UserError(
@@ -118,11 +128,11 @@ def main():
     )
   print(f"{len(texts):,} documents, {length:,} characters")
   print(f"{'million tokens':34} {'per second':>10} {'per core-second':>16}")
-  time_tokenizer(model, texts)
+  time_tokenizer(path, texts)
   parts = list(itertools.chain.from_iterable([files] * -(-CHARACTERS.value // length)))
   for batch_size, seq_len in BATCHES:
     with tempfile.TemporaryDirectory() as scratch:
-      sequences = time_preparation(Path(scratch), parts, seq_len)
+      sequences = time_preparation(Path(scratch), parts, path, seq_len)
       time_batches(reshard(sequences, Path(scratch)), batch_size)
 
 

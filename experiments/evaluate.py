@@ -19,6 +19,7 @@ from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.data import shards as packed
 from switchlora_jax.data.readers import BAD_ROWS, RowOptions
+from switchlora_jax.data.tokenizer import tokenizer_sha256
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import SavedRun, flatten, open_run
@@ -105,7 +106,7 @@ def prepared_text(run: SavedRun, folder: Path) -> EvalText:
       f"--data (={DATA.value!r}) must be a glob of files or a folder written by experiments.prepare_data; this "
       f"folder has no {packed.MANIFEST}; give its files, as in --data='{folder}/*', or complete its preparation"
     )
-  if manifest["tokenizer"] != packed.file_sha256(run.tokenizer):
+  if manifest["tokenizer"] != tokenizer_sha256(run.tokenizer):
     raise UserError(
       f"--data (={DATA.value!r}) must be prepared with the tokenizer of the run, but has another; "
       f"prepare the text with --tokenizer={run.tokenizer}, or give its files"

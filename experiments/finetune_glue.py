@@ -238,9 +238,9 @@ def main():
   for model in models:
     if not flags.FLAGS.quiet:
       print(f"{model.name}: {model.pretrained.origin}", file=sys.stderr, flush=True)
-    processor = load_tokenizer(model.pretrained.tokenizer)
+    tokenizer = load_tokenizer(model.pretrained.tokenizer)
     encode = partial(
-      examples.encode_examples, processor=processor, seq_len=SEQ_LEN.value, prefix=model.pretrained.prefix
+      examples.encode_examples, tokenizer=tokenizer, seq_len=SEQ_LEN.value, prefix=model.pretrained.prefix
     )
     for name, task, splits in tasks:
       train, dev = encode(glue.random_subset(splits["train"], ROWS.value)), encode(splits["dev"])

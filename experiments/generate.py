@@ -15,7 +15,7 @@ import jax
 from absl import flags
 
 from experiments.common import cli
-from switchlora_jax.data.tokenizer import load_tokenizer
+from switchlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import pretrained
 from switchlora_jax.models import make_model
@@ -50,20 +50,20 @@ def model_and_sampling() -> tuple[Path, Sampling]:
   return Path(RUN.value or MODEL.value).expanduser(), sampling
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
   """The token ids of a prompt.
 
   Raises:
     UserError: the prompt has no tokens, or characters outside the vocabulary, which the message lists.
   """
-  pieces = tokenizer.encode(prompt, return_type="proto").pieces
-  if unknown := [piece.surface for piece in pieces if piece.id == tokenizer.unk_id()]:
+  if unknown := tokenizer.unknown(prompt):
     raise UserError(
       f"--prompt has characters outside the tokenizer's vocabulary: {' '.join(map(repr, unknown))}; remove them"
     )
-  if not pieces:
+  (ids,) = tokenizer.encode([prompt])
+  if not ids:
     raise UserError(f"--prompt (={prompt!r}) has no tokens; give some words")
-  return [piece.id for piece in pieces]
+  return ids
 
 
 def new_token_count(prompt: list[int], longest: int) -> int:
@@ -91,8 +91,8 @@ def main():
   new_tokens = new_token_count(prompt, model.seq_len)
   llama = make_model(model.architecture)
   variables = {"params": jax.device_put(model.weights)}
-  draws = dict(pieces=tokenizer.get_piece_size(), sampling=sampling, seed=SEED.value)
-  new = generate(llama, variables, prompt, new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)
+  draws = dict(pieces=tokenizer.size, sampling=sampling, seed=SEED.value)
+  new = generate(llama, variables, prompt, new_tokens=new_tokens, end=tokenizer.eos, **draws)
   print(f"{model.origin}:\n", file=sys.stderr, flush=True)
   with contextlib.suppress(KeyboardInterrupt):
     for part in stream_text(tokenizer, itertools.chain(prompt, new)):

@@ -9,7 +9,6 @@ Then train with --config.data.source=prepared --config.data.path=data/c4_512. Th
 stopped; no document is lost or repeated.
 """
 
-import re
 import shlex
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation, shards, tokenizer
 from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
 from switchlora_jax.errors import UserError
+from switchlora_jax.runs.tokenizer_files import tokenizer_in
 from switchlora_jax.training import report
 
 SOURCE = flags.DEFINE_string(
@@ -36,7 +36,10 @@ ROWS_WITHOUT_TEXT = flags.DEFINE_enum(
   "bad_rows", BAD_ROWS[0], BAD_ROWS, "rows without text end the preparation (stop), or are counted and left out (skip)"
 )
 TOKENIZER = flags.DEFINE_string(
-  "tokenizer", None, "path of a SentencePiece model, or train:SIZE to train one on the text"
+  "tokenizer",
+  None,
+  "SentencePiece model, tokenizer.json, folder with one, or hub:NAME; or train:SIZE (SentencePiece) or "
+  "train_bytes:SIZE (byte-level) to train one on the text",
 )
 PACKING = flags.DEFINE_enum(
   "packing",
@@ -66,14 +69,14 @@ def tokenizer_from_flags() -> str:
   value = TOKENIZER.value
   if value is None:
     raise UserError(
-      "--tokenizer is missing: pass a SentencePiece model, or train:32000 to train one with 32,000 pieces"
+      "--tokenizer is missing: pass a SentencePiece model or a tokenizer.json, or train:32000 to train one with 32,000 "
+      "pieces"
     )
-  if value.startswith(preparation.TRAIN):
-    if not re.fullmatch("[0-9]{1,9}", value.removeprefix(preparation.TRAIN)):
-      raise UserError(f"--tokenizer (={value!r}) must give the number of pieces, as in train:32000")
+  if tokenizer.size_to_train(value, "--tokenizer") is not None:
     return value
-  tokenizer.load_tokenizer(Path(value).expanduser())
-  return str(Path(value).expanduser())
+  path = tokenizer.locate(value, "--tokenizer")
+  tokenizer.load_tokenizer(path)
+  return str(path)
 
 
 def training_command(folder: Path, manifest: dict, rows: int) -> str:
@@ -85,7 +88,7 @@ def training_command(folder: Path, manifest: dict, rows: int) -> str:
     rows: number of training rows.
   """
   config, seq_len = llama_tiny.get_config(), manifest["request"]["seq_len"]
-  pieces = tokenizer.load_tokenizer(folder / shards.TOKENIZER).get_piece_size()
+  pieces = tokenizer.load_tokenizer(tokenizer_in(folder)).size
   epochs = -(-config.steps * config.batch_size // rows)
   settings = {"data.source": "prepared", "data.path": folder, "seq_len": seq_len}
   settings |= {"data.packing": packing} if (packing := shards.packing_of(manifest)) != config.data.packing else {}

@@ -29,12 +29,12 @@ from experiments.common import cli, results, spectra, sweep
 from experiments.common.sweep import BaseConfig, Trial, TrialResult, Variant
 from experiments.paper import items, studies
 from switchlora_jax.data.corpus import matching_files
-from switchlora_jax.data.shards import TOKENIZER, read_manifest
-from switchlora_jax.data.tokenizer import load_tokenizer
+from switchlora_jax.data.shards import read_manifest
+from switchlora_jax.data.tokenizer import load_tokenizer, locate, size_to_train, tokenizer_sha256
 from switchlora_jax.errors import UserError, to_stderr
 from switchlora_jax.glue import tasks as glue
 from switchlora_jax.runs.directory import open_run
-from switchlora_jax.runs.files import file_sha256
+from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 ITEM = flags.DEFINE_string("item", None, f"table or figure to reproduce, one of {', '.join(items.ITEMS)}")
 SCALE = flags.DEFINE_enum("scale", "mini", items.SCALES, "mini: minutes on a laptop; paper: the paper's own sizes")
@@ -155,14 +155,16 @@ def check_prepared(folder: Path, manifest: dict, configs: list[FrozenConfigDict]
   """Raise `UserError` unless a finished folder is the paper's data for these runs, or those of the keys of --set."""
   train, valid = manifest["train"], manifest["valid"]
   needed = max(config.steps * config.batch_size for config in configs)
-  pieces, given = load_tokenizer(folder / TOKENIZER).get_piece_size(), keys.get("data.tokenizer")
+  pieces, given = load_tokenizer(tokenizer_in(folder)).size, keys.get("data.tokenizer")
   faults = {
     "it has no validation split": valid is None,
     f"it has {train['rows']:,} training rows, and a run needs {needed:,}": train["rows"] < needed,
     f"its tokenizer has {pieces:,} pieces, not T5's {T5_PIECES[0]:,}": not (given or pieces in T5_PIECES),
   }
   if given:
-    faults["its tokenizer is not data.tokenizer"] = manifest["tokenizer"] != file_sha256(Path(given).expanduser())
+    key = "--set=data.tokenizer"
+    wanted = given if size_to_train(given, key) is not None else tokenizer_sha256(locate(given, key))
+    faults["its tokenizer is not data.tokenizer"] = manifest["request"]["tokenizer"] != wanted
   for number, key in enumerate(("data.path", "data.eval_path")):
     if pattern := keys.get(key):
       wanted = [os.path.abspath(file) for file in matching_files(pattern, f"--set={key}")]

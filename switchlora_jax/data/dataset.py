@@ -12,16 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
-
 from switchlora_jax.data import corpus, documentation, preparation, shards, tokenizer
 from switchlora_jax.data.loader import SequenceStream
-from switchlora_jax.data.preparation import TRAIN, Request
+from switchlora_jax.data.preparation import Request
 from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
 from switchlora_jax.data.shards import PACKINGS, PackedSequences
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import file_sha256
+from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
+TOKENIZER = "--config.data.tokenizer"
 HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
 SOURCES = {
   "docs": "documentation of the installed packages",
@@ -37,7 +36,7 @@ class Dataset(NamedTuple):
   Attributes:
     train: [sequences, seq_len] on disk, or a stream of sequences of unknown length.
     valid: [sequences, seq_len] on disk.
-    tokenizer_path: the SentencePiece model of the tokens.
+    tokenizer_path: the tokenizer of the tokens, see `tokenizer.load_tokenizer`.
     fingerprint: hash of the sequences and the tokenizer, 16 hexadecimal digits; of a stream, hash of the validation
       sequences, the tokenizer, and the training files' paths, sizes and modification times.
     bytes_per_token: UTF-8 bytes per token of the validation text, or of the whole text if validation is held out of it.
@@ -88,10 +87,7 @@ def check_data_config(config) -> None:
     _check_prepared(config)
   else:
     _text_origin(data)
-    if data.tokenizer:
-      tokenizer.check_vocabulary(_expanded(data.tokenizer), config.model.vocab_size)
-    elif data.source == "stream":
-      raise UserError("--config.data.source=stream needs a SentencePiece model; set --config.data.tokenizer")
+    _check_tokenizer(config)
 
 
 def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
@@ -139,6 +135,21 @@ def _expanded(path: str) -> Path:
   return Path(path).expanduser()
 
 
+def _check_tokenizer(config) -> None:
+  """Checks the tokenizer of text that is not prepared, or the size of the one to train."""
+  given, vocab_size = config.data.tokenizer, config.model.vocab_size
+  size = tokenizer.size_to_train(given, TOKENIZER)
+  if given and size is None:
+    tokenizer.check_vocabulary(tokenizer.locate(given, TOKENIZER), vocab_size)
+  elif config.data.source == "stream":
+    raise UserError("--config.data.source=stream needs an existing tokenizer; set --config.data.tokenizer")
+  elif size is not None and size > vocab_size:
+    raise UserError(
+      f"{TOKENIZER} (={given!r}) must fit into the model's vocabulary (={vocab_size}); "
+      f"pass --config.model.vocab_size={size} or more, or a smaller size"
+    )
+
+
 def _check_prepared(config) -> None:
   """Checks that the prepared folder is finished, and that it fits the model, the tokenizer and the number of steps."""
   data, folder = config.data, _expanded(config.data.path)
@@ -160,13 +171,19 @@ def _check_prepared(config) -> None:
       f"set --config.data.packing={made}, or prepare the text with --packing={data.packing}"
     )
   if data.tokenizer:
-    tokenizer.load_tokenizer(_expanded(data.tokenizer))
-    if file_sha256(_expanded(data.tokenizer)) != manifest["tokenizer"]:
+    if tokenizer.size_to_train(data.tokenizer, TOKENIZER) is not None:
+      raise UserError(
+        f"{TOKENIZER} (={data.tokenizer!r}) trains a tokenizer, but the text in {folder} was prepared with one; leave "
+        "it out, or prepare the text with it"
+      )
+    path = tokenizer.locate(data.tokenizer, TOKENIZER)
+    tokenizer.load_tokenizer(path)
+    if tokenizer.tokenizer_sha256(path) != manifest["tokenizer"]:
       raise UserError(
         f"--config.data.tokenizer (={data.tokenizer!r}) is not the tokenizer that {folder} was prepared with; "
         "leave it out, or prepare the text with it"
       )
-  tokenizer.check_vocabulary(folder / shards.TOKENIZER, config.model.vocab_size)
+  tokenizer.check_vocabulary(tokenizer_in(folder), config.model.vocab_size)
   _check_length(_split_sizes(manifest), config)
 
 
@@ -182,7 +199,9 @@ def _fill_cache(config, progress: bool) -> Path:
   """The cache folder with the packed text, filled if necessary. Of a stream, only the validation text is packed."""
   data = config.data
   origin = [data.source, _text_origin(data)]
-  model = str(_expanded(data.tokenizer)) if data.tokenizer else f"{TRAIN}{config.model.vocab_size}"
+  model = data.tokenizer or f"{tokenizer.TRAIN}{config.model.vocab_size}"
+  if tokenizer.size_to_train(model, TOKENIZER) is None:
+    model = str(tokenizer.locate(model, TOKENIZER))
   request = Request(origin, model, config.seq_len, field=data.field, bad_rows=data.bad_rows, packing=data.packing)
   return cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
 
@@ -198,7 +217,7 @@ def cached_folder(
 
 def _cache_key(request: Request) -> str:
   """Hash of everything that determines the sequences, 16 hexadecimal digits."""
-  contents = [preparation.FORMAT_VERSION, request.to_json(), sentencepiece.__version__]
+  contents = [preparation.FORMAT_VERSION, request.to_json(), tokenizer.library_version(request.tokenizer)[1]]
   return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
@@ -235,7 +254,7 @@ def open_folder(folder: Path, manifest: dict, source: str) -> Dataset:
   return Dataset(
     train=packed[:count],
     valid=shards.open_sequences(folder, manifest["valid"]) if manifest["valid"] else packed[count:],
-    tokenizer_path=str(folder / shards.TOKENIZER),
+    tokenizer_path=str(tokenizer_in(folder)),
     fingerprint=summary["fingerprint"],
     bytes_per_token=bytes_per_token(measured),
     summary=summary,
@@ -268,9 +287,9 @@ def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
   fingerprint = hashlib.sha256(f"{shards.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
   sizes = {"train": {"read from": data.path.encode(errors="backslashreplace").decode()}, "valid": _printed_sizes(valid)}
   return Dataset(
-    train=SequenceStream(text.train, folder / shards.TOKENIZER, config.seq_len, data.packing == "pad"),
+    train=SequenceStream(text.train, tokenizer_in(folder), config.seq_len, data.packing == "pad"),
     valid=shards.open_sequences(folder, valid),
-    tokenizer_path=str(folder / shards.TOKENIZER),
+    tokenizer_path=str(tokenizer_in(folder)),
     fingerprint=fingerprint,
     bytes_per_token=bytes_per_token(valid),
     summary={"source": data.source, "fingerprint": fingerprint} | sizes,

@@ -121,10 +121,10 @@ class SequenceStream:
     self._restart()
 
   def _restart(self):
-    processor = tokenizer.load_tokenizer(self._model)
-    encoded = packing.encode_chunks(processor, packing.read_chunks(self._parts))
+    loaded = tokenizer.load_tokenizer(self._model)
+    encoded = packing.encode_chunks(loaded, packing.read_chunks(self._parts))
     self._progress = packing.SplitProgress()
-    pad = lambda tokens: self._progress.pad(tokens, self._seq_len, processor.eos_id()).reshape(-1)
+    pad = lambda tokens: self._progress.pad(tokens, self._seq_len, loaded.eos).reshape(-1)
     self._tokens = (pad(group.tokens) if self._padded else group.tokens for group in encoded)
     self._buffer, self._consumed = np.empty(0, np.int32), 0
 

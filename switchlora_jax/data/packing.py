@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
 
 from switchlora_jax.data.readers import BadRow, Document, pieces_of
 from switchlora_jax.data.shards import PAD, write_shard
+from switchlora_jax.data.tokenizer import Tokenizer
 from switchlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -135,15 +135,15 @@ def first_documents(chunks: Iterator[Chunk], count: int) -> Iterator[Chunk]:
       return
 
 
-def encode_chunks(processor: sentencepiece.SentencePieceProcessor, chunks: Iterator[Chunk]) -> Iterator[EncodedGroup]:
+def encode_chunks(tokenizer: Tokenizer, chunks: Iterator[Chunk]) -> Iterator[EncodedGroup]:
   """Tokenizes chunks on all cores, in groups of about `GROUP` characters, and appends EOS to each document.
 
   A thread reads the next group meanwhile.
   """
-  eos = [processor.eos_id()]
+  eos = [tokenizer.eos]
   for group in _prefetch(_grouped(chunks)):
     texts = [chunk.text for chunk in group]
-    ids = zip(processor.encode(texts), group, strict=True)
+    ids = zip(tokenizer.encode(texts), group, strict=True)
     tokens = np.concatenate([np.asarray(tokens + eos * chunk.ends, np.int32) for tokens, chunk in ids])
     characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
     documents, bad_rows = sum(chunk.ends for chunk in group), sum(chunk.bad_rows for chunk in group)

@@ -14,24 +14,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
-
 from switchlora_jax.data import packing, tokenizer
 from switchlora_jax.data.corpus import Corpus
 from switchlora_jax.data.packing import EncodedGroup, Position, SplitProgress
 from switchlora_jax.data.readers import BAD_ROWS, FIELD
-from switchlora_jax.data.shards import MANIFEST, PACKINGS, TOKENIZER, read_manifest
+from switchlora_jax.data.shards import MANIFEST, PACKINGS, read_manifest
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.files import (
   UNSUPPORTED,
   LockTaken,
   exclusive_lock,
-  file_sha256,
   read_checksummed_json,
   write_bytes,
   write_checksummed_json,
 )
+from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, is_fast, kept_files, tokenizer_in
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,6 @@ PROGRESS = "progress.json"
 SPLITS = ("train", "valid")
 # Keys that requests have only if they differ from these values: earlier ones have none.
 ADDED = {"field": FIELD, "packing": PACKINGS[0]}
-TRAIN = "train:"  # `train:SIZE` trains a tokenizer of SIZE pieces on the text
 
 
 class Request(NamedTuple):
@@ -53,7 +50,8 @@ class Request(NamedTuple):
 
   Attributes:
     text: origin of the text, JSON-serialisable. It differs if the text may have changed.
-    tokenizer: path of a SentencePiece model, or `train:SIZE`.
+    tokenizer: path of a tokenizer, see `tokenizer.load_tokenizer`; or `train:SIZE` or `train_bytes:SIZE`, which train
+      one of SIZE pieces on the text.
     seq_len: tokens per sequence.
     take: maximum number of training documents; None: all.
     field: JSON key or Parquet column of the documents.
@@ -70,10 +68,16 @@ class Request(NamedTuple):
   bad_rows: str = BAD_ROWS[0]
   packing: str = PACKINGS[0]
 
+  @property
+  def size_to_train(self) -> int | None:
+    """Number of pieces of the tokenizer to train; None if `tokenizer` is a path."""
+    return tokenizer.size_to_train(self.tokenizer, "tokenizer")
+
   def to_json(self) -> dict:
-    """The request as read back from JSON, with the checksum of the tokenizer's file in place of its path."""
-    trained = self.tokenizer.startswith(TRAIN)
-    contents = self._asdict() | {"tokenizer": self.tokenizer if trained else file_sha256(Path(self.tokenizer))}
+    """The request as read back from JSON, with the checksum of the tokenizer in place of its path."""
+    contents = self._asdict()
+    if self.size_to_train is None:
+      contents["tokenizer"] = tokenizer.tokenizer_sha256(Path(self.tokenizer))
     del contents["bad_rows"]
     contents = {key: value for key, value in contents.items() if key not in ADDED or value != ADDED[key]}
     return json.loads(json.dumps(contents))
@@ -153,21 +157,21 @@ def _check_bad_rows(folder: Path, splits: list[dict], request: Request):
     )
 
 
-def _code_versions() -> dict:
+def _code_versions(request: Request) -> dict:
   """The versions that determine the sequences beside the request."""
-  return {"format": FORMAT_VERSION, "sentencepiece": sentencepiece.__version__}
+  return {"format": FORMAT_VERSION} | dict([tokenizer.library_version(request.tokenizer)])
 
 
-def _check_code_versions(folder: Path, saved: dict):
+def _check_code_versions(folder: Path, saved: dict, now: dict):
   """Raises `UserError` if the folder was started by versions that may give other sequences.
 
   Versions before this check recorded none. Such a folder is continued: it may hold days of work, and most likely the
   versions are the same.
   """
-  now = _code_versions()
   then = {key: saved.get(key, value) for key, value in now.items()}
   if then != now:
-    named = lambda versions: f"format {versions['format']} and SentencePiece {versions['sentencepiece']}"
+    shown = {"sentencepiece": "SentencePiece"}
+    named = lambda versions: " and ".join(f"{shown.get(name, name)} {version}" for name, version in versions.items())
     raise UserError(
       f"{folder} was started with {named(then)} and would be continued with {named(now)}, which may give other rows; "
       f"install the versions that it was started with, or delete {folder} and prepare it again"
@@ -182,20 +186,20 @@ class _Preparation:
     self._request_json = request.to_json()
     saved = read_checksummed_json(folder / PROGRESS) or {"request": self._request_json}
     _check_request(folder, saved["request"], self._request_json)
-    _check_code_versions(folder, saved)
+    _check_code_versions(folder, saved, _code_versions(request))
     _check_bad_rows(folder, [saved.get(name, {}) for name in SPLITS], request)
     self._splits = {name: _split_progress(saved.get(name, {})) for name in SPLITS}
 
   def run(self, corpus: Corpus) -> dict:
     """Completes the folder and returns the manifest, which is written last."""
     self._save()
-    processor = self._write_tokenizer(corpus)
-    self._fill_split("train", corpus.train, processor, self._request.take)
+    loaded = self._write_tokenizer(corpus)
+    self._fill_split("train", corpus.train, loaded, self._request.take)
     if corpus.valid is not None:
-      self._fill_split("valid", corpus.valid, processor, None)
+      self._fill_split("valid", corpus.valid, loaded, None)
     manifest = {
       "request": self._request_json,
-      "tokenizer": file_sha256(self._folder / TOKENIZER),
+      "tokenizer": tokenizer.tokenizer_sha256(tokenizer_in(self._folder)),
       "train": _sizes(self._splits["train"], self._request),
       "valid": _sizes(self._splits["valid"], self._request) if corpus.valid is not None else None,
       "notes": dict(corpus.notes),
@@ -205,20 +209,27 @@ class _Preparation:
     return manifest
 
   def _save(self):
+    versions = _code_versions(self._request)
     splits = {name: asdict(split) for name, split in self._splits.items()}
-    write_checksummed_json(self._folder / PROGRESS, {"request": self._request_json} | _code_versions() | splits)
+    write_checksummed_json(self._folder / PROGRESS, {"request": self._request_json} | versions | splits)
 
-  def _write_tokenizer(self, corpus: Corpus):
+  def _write_tokenizer(self, corpus: Corpus) -> tokenizer.Tokenizer:
     """Copies the tokenizer into the folder, or trains it there, and loads it."""
-    path, requested = self._folder / TOKENIZER, self._request.tokenizer
-    if not requested.startswith(TRAIN):
-      write_bytes(path, Path(requested).read_bytes())
+    requested = self._request.tokenizer
+    fast = is_fast(requested) or requested.startswith(tokenizer.TRAIN_BYTES)
+    path = self._folder / (FAST if fast else SENTENCEPIECE)
+    if (size := self._request.size_to_train) is None:
+      for name, contents in kept_files(Path(requested)).items():
+        write_bytes(self._folder / name, contents)
     elif not path.exists():
-      documents = itertools.chain.from_iterable(corpus.train)
-      tokenizer.train_tokenizer(documents, int(requested.removeprefix(TRAIN)), path)
-    return tokenizer.load_tokenizer(path)
+      tokenizer.train_tokenizer(itertools.chain.from_iterable(corpus.train), size, path)
+    loaded = tokenizer.load_tokenizer(path)
+    # Not for SentencePiece: T5's model changes text, as in the paper.
+    if fast and (example := tokenizer.lossy_example(loaded)):
+      log.warning("%s changes text: %r is decoded as %r; bits per byte count the original bytes", requested, *example)
+    return loaded
 
-  def _fill_split(self, name: str, parts: packing.Parts, processor, take: int | None):
+  def _fill_split(self, name: str, parts: packing.Parts, loaded: tokenizer.Tokenizer, take: int | None):
     """Packs the rest of a split, of at most `take` documents in all."""
     split = self._splits[name]
     if split.complete:
@@ -227,10 +238,10 @@ class _Preparation:
     if take is not None:
       chunks = packing.first_documents(chunks, take - split.documents)
     fraction = lambda: split.documents / take if take else split.position.part / len(parts)
-    encoded = self._with_progress(packing.encode_chunks(processor, chunks), name, split, fraction)
+    encoded = self._with_progress(packing.encode_chunks(loaded, chunks), name, split, fraction)
     options = dict(seq_len=self._request.seq_len, save=self._save)
-    options["dtype"] = packing.row_dtype(processor.get_piece_size(), self._request.packing)
-    options["eos"] = processor.eos_id() if self._request.packing == "pad" else None
+    options["dtype"] = packing.row_dtype(loaded.size, self._request.packing)
+    options["eos"] = loaded.eos if self._request.packing == "pad" else None
     packing.pack(split, encoded, self._folder, name, **options)
 
   def _with_progress(

@@ -9,18 +9,20 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from switchlora_jax.data.tokenizer import tokenizer_sha256
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes
+from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 PACKINGS = ("pack", "pad")  # documents are joined and cut into sequences, or each is one sequence, see `packing`
 PAD = -1  # id of padding; 65,535 in shards of uint16
 
@@ -170,18 +172,19 @@ def verify_checksums(folder: Path, manifest: dict, progress: bool, share: tuple[
   Raises:
     UserError: a file is missing or differs. The message names it.
   """
-  files = [(TOKENIZER, manifest["tokenizer"])]
-  files += [(shard[0], shard[2]) for name in ("train", "valid") if manifest[name] for shard in manifest[name]["shards"]]
+  files = [(tokenizer_in(folder), manifest["tokenizer"], tokenizer_sha256)]
+  splits = [manifest[name] for name in ("train", "valid") if manifest[name]]
+  files += [(folder / file, sha256, file_sha256) for split in splits for file, _, sha256 in split["shards"]]
   process, processes = share
   files = files[process::processes]
   with ThreadPoolExecutor() as pool:
-    checks = pool.map(lambda file: _verify_checksum(folder / file[0], file[1]), files)
+    checks = pool.map(lambda file: _verify_checksum(*file), files)
     list(progress_bar(checks, desc="verify data", total=len(files), unit="file", shown=progress, delay=1))
 
 
-def _verify_checksum(path: Path, sha256: str):
+def _verify_checksum(path: Path, sha256: str, hash_of: Callable[[Path], str]):
   try:
-    found = file_sha256(path)
+    found = hash_of(path)
   except OSError as error:
     found = error.strerror
   if found != sha256:

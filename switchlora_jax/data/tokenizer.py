@@ -1,25 +1,40 @@
-"""SentencePiece tokenizers: train one on documents, or load one."""
+"""Tokenizers: the interface, the kinds behind it, and training.
 
+A setting names a tokenizer by a file, a folder or a model of the Hugging Face hub (`locate`), or asks for one to be
+trained (`size_to_train`).
+"""
+
+import functools
+import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
+import tokenizers
 
-from switchlora_jax.data.readers import BadRow, Document, pieces_of
+from switchlora_jax.data.fast_tokenizer import FastTokenizer, train_byte_level
+from switchlora_jax.data.readers import BadRow, Document, one_line, pieces_of
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.files import write_bytes
+from switchlora_jax.runs.files import file_sha256, write_bytes
+from switchlora_jax.runs.tokenizer_files import FAST, KEPT, MODEL_CONFIG, SENTENCEPIECE, is_fast, tokenizer_in
 
+TRAIN, TRAIN_BYTES = "train:", "train_bytes:"  # followed by the size of the vocabulary
+HUB = "hub:"  # followed by the name of a model on the Hugging Face hub
+PROBE = "The Tide  rises:\n\tÀ la mer, ½ ﬁn ①. "  # capitals, accents, compatibility characters, runs of spaces
 SAMPLE = 20_000_000  # characters at the start of the text that the tokenizer is trained on
 MAX_SENTENCE = 1000  # characters per training sentence; SentencePiece skips lines longer than 4192 bytes
 
 
 def train_tokenizer(documents: Iterable[Document | BadRow], vocab_size: int, path: str | os.PathLike) -> None:
-  """Trains a byte-pair model and writes it to `path` atomically. Deterministic: the same documents give the same file.
+  """Trains a byte-pair tokenizer and writes it atomically. Deterministic: the same documents give the same file.
 
-  Special ids are T5's: pad 0, eos 1, unk 2, no bos. Decoding restores newlines and runs of spaces. Characters outside
-  the vocabulary are encoded as bytes. U+2581 (▁), SentencePiece's mark of a space, comes back as a space.
+  A `path` that ends in `.json` selects a byte-level tokenizer, see `fast_tokenizer.train_byte_level`; any other selects
+  a SentencePiece model. Its special ids are T5's: pad 0, eos 1, unk 2, no bos. Decoding restores newlines and runs of
+  spaces. Characters outside the vocabulary are encoded as bytes. U+2581 (▁), SentencePiece's mark of a space, comes
+  back as a space.
 
   Args:
     documents: the training text. At most the first `SAMPLE` characters are used. Rows without text are ignored.
@@ -29,6 +44,8 @@ def train_tokenizer(documents: Iterable[Document | BadRow], vocab_size: int, pat
   Raises:
     UserError: the text is empty or cannot be read, or the vocabulary is too small for it.
   """
+  if is_fast(path):
+    return train_byte_level(_first_texts(documents), vocab_size, Path(path))
   model, failures = io.BytesIO(), []
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -59,36 +76,204 @@ def train_tokenizer(documents: Iterable[Document | BadRow], vocab_size: int, pat
   write_bytes(Path(path), model.getvalue())
 
 
-def load_tokenizer(path: str | os.PathLike) -> sentencepiece.SentencePieceProcessor:
-  """Loads a SentencePiece model.
+class Tokenizer(Protocol):
+  """A tokenizer of any kind.
+
+  Attributes:
+    size: number of ids; the largest id is less.
+    eos: id of the end of a document. `encode` never gives it.
+    bos, pad: ids of these special tokens; None if the tokenizer has none.
+    prefix: ids that its own post-processing puts before a text, such as BOS. `encode` leaves them out.
+  """
+
+  size: int
+  eos: int
+  bos: int | None
+  pad: int | None
+  prefix: tuple[int, ...]
+
+  def encode(self, texts: Sequence[str], parallel: bool = True) -> list[list[int]]:
+    """The ids of each text, without special tokens. The texts are valid Unicode.
+
+    Args:
+      texts: any number of texts, which are encoded independently of each other.
+      parallel: whether to use all cores.
+    """
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids. An incomplete character gives U+FFFD; special tokens give no text."""
+
+  def token_bytes(self, token: int) -> bytes:
+    """The UTF-8 bytes that an id stands for; empty for special tokens and the unknown token."""
+
+  def unknown(self, text: str) -> list[str]:
+    """The parts of a text that have no tokens of their own: they are encoded as the unknown token, or dropped."""
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model, which implements `Tokenizer`."""
+
+  prefix: tuple[int, ...] = ()
+
+  def __init__(self, path: Path):
+    name = f"the tokenizer {str(path)!r}"
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+      raise UserError(
+        f"{name} must be a SentencePiece model; reading it failed ({error}); pass another, or let one be trained"
+      ) from error
+    if self._processor.eos_id() < 0:
+      raise UserError(
+        f"{name} must have an end-of-sentence piece, to mark the end of a document; train it with eos_id=1"
+      )
+    self.size, self.eos = self._processor.get_piece_size(), self._processor.eos_id()
+    self.bos, self.pad = (
+      number if number >= 0 else None for number in (self._processor.bos_id(), self._processor.pad_id())
+    )
+
+  def encode(self, texts: Sequence[str], parallel: bool = True) -> list[list[int]]:
+    """See `Tokenizer.encode`."""
+    return self._processor.encode(list(texts), num_threads=-1 if parallel else 1)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """See `Tokenizer.decode`."""
+    return self._processor.decode(list(ids))
+
+  def token_bytes(self, token: int) -> bytes:
+    """See `Tokenizer.token_bytes`."""
+    if self._processor.is_control(token) or self._processor.is_unknown(token):
+      return b""
+    piece = self._processor.id_to_piece(token)
+    return bytes([int(piece[3:5], 16)]) if self._processor.is_byte(token) else piece.replace("▁", " ").encode()
+
+  def unknown(self, text: str) -> list[str]:
+    """See `Tokenizer.unknown`."""
+    pieces = self._processor.encode(text, return_type="proto").pieces
+    return [piece.surface for piece in pieces if piece.id == self._processor.unk_id()]
+
+
+def locate(name: str, key: str) -> Path:
+  """The file of the tokenizer that a setting names. Models of the hub are downloaded, their tokenizers alone.
+
+  Args:
+    name: a SentencePiece model, a tokenizer.json, a folder with one, or `hub:NAME`. Of a folder with both files,
+      tokenizer.model is used.
+    key: the setting, for messages, such as `--tokenizer`.
 
   Raises:
-    UserError: there is no such file, it is not a SentencePiece model, or the model has no end-of-sentence piece.
+    UserError: the folder or the model has neither file, or the hub cannot be reached. A file is not checked.
   """
-  name = f"the tokenizer {str(path)!r}"
+  path = _download(name, key) if name.startswith(HUB) else Path(name).expanduser()
+  if not os.path.isdir(path):
+    return path
+  if not (found := tokenizer_in(path)).exists():
+    raise UserError(
+      f"{key} (={name!r}) must have a {SENTENCEPIECE} or a {FAST}; it has neither; pass another tokenizer, or let one "
+      "be trained"
+    )
+  return found
+
+
+@functools.cache
+def _download(name: str, key: str) -> Path:
+  """A folder with the files of the tokenizer of `hub:NAME`."""
+  import huggingface_hub  # local import: it takes a while, and most runs do not use the hub
+
+  try:
+    return Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=[*KEPT, MODEL_CONFIG]))
+  except Exception as error:  # network errors, and errors of invalid, missing and gated models
+    raise UserError(
+      f"{key} (={name!r}) could not be downloaded: {one_line(error)}; it needs network access and the name of a model, "
+      f"as in hub:openai-community/gpt2; for a local copy, pass its {FAST} or {SENTENCEPIECE}"
+    ) from error
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """Loads a SentencePiece model, or a file of the `tokenizers` library if its name ends in `.json`.
+
+  Raises:
+    UserError: there is no such file, it is of another kind, or the tokenizer has no end-of-sequence token.
+  """
   if not os.path.isfile(path):  # Path.is_file raises if a parent folder may not be entered
     raise UserError(
-      f"{name} must be a SentencePiece model; there is no such file; pass an existing model, or let one be trained"
+      f"the tokenizer {str(path)!r} must be a SentencePiece model or a tokenizer.json; there is no such file; pass an "
+      "existing tokenizer, or let one be trained"
     )
-  try:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-  except RuntimeError as error:
-    raise UserError(
-      f"{name} must be a SentencePiece model; reading it failed ({error}); pass another, or let one be trained"
-    ) from error
-  if processor.eos_id() < 0:
-    raise UserError(f"{name} must have an end-of-sentence piece, to mark the end of a document; train it with eos_id=1")
-  return processor
+  path = Path(path)
+  return _load_fast(path, _modified(path)) if is_fast(path) else SentencePieceTokenizer(path)
+
+
+@functools.lru_cache(2)  # a large file takes seconds to load, and a run asks for it several times
+def _load_fast(path: Path, modified: tuple) -> FastTokenizer:
+  return FastTokenizer(path)
+
+
+def _modified(path: Path) -> tuple:
+  """Times and sizes of a tokenizer.json and of the files beside it, which change if the tokenizer does."""
+  files = [path, *(path.with_name(name) for name in (*KEPT, MODEL_CONFIG))]
+  return tuple((stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in files if file.exists()))
+
+
+def tokenizer_sha256(path: Path) -> str:
+  """Hash of what determines the ids of a text and EOS: the file, and of a tokenizer.json also the id of EOS.
+
+  Raises:
+    UserError: see `load_tokenizer`; not for a SentencePiece model.
+    OSError: a SentencePiece model cannot be read.
+  """
+  if not is_fast(path):
+    return file_sha256(path)
+  return hashlib.sha256(f"{file_sha256(path)} {load_tokenizer(path).eos}".encode()).hexdigest()
+
+
+def gives_same_ids(path: Path, other: Path) -> bool:
+  """Whether two tokenizers are the same: equal checksums, or a SentencePiece model and its conversion.
+
+  A SentencePiece model and a tokenizer.json are compared by EOS and by the ids of a sample text.
+  """
+  if is_fast(path) == is_fast(other):
+    return tokenizer_sha256(path) == tokenizer_sha256(other)
+  found = [(tokenizer.eos, tokenizer.encode([PROBE])) for tokenizer in (load_tokenizer(path), load_tokenizer(other))]
+  return found[0] == found[1]
+
+
+def library_version(name: str) -> tuple[str, str]:
+  """(package, version) of the library that a tokenizer belongs to, from its path or its `train:SIZE`."""
+  if is_fast(name) or name.startswith(TRAIN_BYTES):
+    return "tokenizers", tokenizers.__version__
+  return "sentencepiece", sentencepiece.__version__
+
+
+def size_to_train(name: str, key: str) -> int | None:
+  """SIZE if a setting is `train:SIZE` or `train_bytes:SIZE`; None if it names a tokenizer.
+
+  Raises:
+    UserError: SIZE is not a number. `key` is the setting in the message.
+  """
+  for kind in (TRAIN, TRAIN_BYTES):
+    if name.startswith(kind):
+      size = name.removeprefix(kind)
+      if not (size.isascii() and size.isdecimal() and len(size) < 10):
+        raise UserError(f"{key} (={name!r}) must give the number of pieces, as in {kind}32000")
+      return int(size)
+  return None
 
 
 def check_vocabulary(path: str | os.PathLike, vocab_size: int) -> None:
-  """Raises `UserError` if the tokenizer in `path` has more than `vocab_size` pieces."""
-  found = load_tokenizer(path).get_piece_size()
+  """Raises `UserError` if the tokenizer in `path` has more than `vocab_size` ids."""
+  found = load_tokenizer(path).size
   if found > vocab_size:
     raise UserError(
       f"the tokenizer {str(path)!r} must fit into the model's vocabulary (={vocab_size}); it has {found} pieces; "
       f"pass --config.model.vocab_size={found} or more, or a smaller tokenizer"
     )
+
+
+def lossy_example(tokenizer: Tokenizer) -> tuple[str, str] | None:
+  """A text and what decoding its ids gives instead, if the tokenizer changes text; else None."""
+  found = tokenizer.decode(tokenizer.encode([PROBE])[0])
+  return None if found == PROBE else (PROBE, found)
 
 
 def _recording(sentences: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
@@ -104,13 +289,19 @@ def _recording(sentences: Iterator[str], failures: list[BaseException]) -> Itera
 
 def _training_sentences(documents: Iterable[Document | BadRow]) -> Iterator[str]:
   """The lines of the first documents, cut to at most `MAX_SENTENCE` characters."""
+  for text in _first_texts(documents):
+    for line in text.split("\n"):
+      yield from (line[start : start + MAX_SENTENCE] for start in range(0, len(line), MAX_SENTENCE))
+
+
+def _first_texts(documents: Iterable[Document | BadRow]) -> Iterator[str]:
+  """The texts of the first documents, `SAMPLE` characters in all."""
   budget = SAMPLE
   for document in documents:
     if isinstance(document, BadRow):
       continue
     text = _first_characters(document, budget)
-    for line in text.split("\n"):
-      yield from (line[start : start + MAX_SENTENCE] for start in range(0, len(line), MAX_SENTENCE))
+    yield text
     budget -= len(text)
     if budget <= 0:
       return

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
 
 from switchlora_jax.data.loader import shuffled_indices
+from switchlora_jax.data.tokenizer import Tokenizer
 from switchlora_jax.glue.tasks import LabelledTexts
 
 
@@ -39,19 +39,17 @@ class LabelledBatch(NamedTuple):
   weights: np.ndarray
 
 
-def encode_examples(
-  texts: LabelledTexts, processor: sentencepiece.SentencePieceProcessor, seq_len: int, prefix: tuple[int, ...] = ()
-) -> Examples:
+def encode_examples(texts: LabelledTexts, tokenizer: Tokenizer, seq_len: int, prefix: tuple[int, ...] = ()) -> Examples:
   """Tokenizes sentences, each followed by EOS as documents are in pre-training: `A eos` or `A eos B eos`.
 
   Args:
     texts: the sentences and labels.
-    processor: the tokenizer of the pre-trained model.
+    tokenizer: that of the pre-trained model.
     seq_len: maximum length. Tokens at the end of the longer sentence are dropped one by one until the example fits.
     prefix: ids at the start of every example, such as BOS. They count towards `seq_len`.
   """
-  sentences = iter(processor.encode(list(itertools.chain.from_iterable(texts.sentences))))
-  length, eos = seq_len - len(prefix), processor.eos_id()
+  sentences = iter(tokenizer.encode(list(itertools.chain.from_iterable(texts.sentences))))
+  length, eos = seq_len - len(prefix), tokenizer.eos
   tokens = [[*prefix, *_joined([next(sentences) for _ in row], eos, length)] for row in texts.sentences]
   return Examples([np.array(row, np.int32) for row in tokens], texts.labels)
 

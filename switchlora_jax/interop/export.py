@@ -21,15 +21,14 @@ from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
 from switchlora_jax.lowrank.layers import ADAPTER, merge
 from switchlora_jax.models import make_model
 from switchlora_jax.runs import directory as run_directory
+from switchlora_jax.runs import tokenizer_files
 
 RECORD = "export.json"  # marks a folder as an earlier export
 FILES = {
   "model.safetensors",
   "config.json",
   "generation_config.json",
-  "tokenizer.model",
-  "tokenizer.json",
-  "tokenizer_config.json",
+  *tokenizer_files.KEPT,
   RECORD,
 }
 DTYPES = ("float32", "bfloat16")

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import tokenizer_json
 from switchlora_jax.interop.families import hugging_face_config, model_keys
-from switchlora_jax.interop.tokenizer_json import TOKENIZER
 from switchlora_jax.models import architecture_of
 from switchlora_jax.runs.files import read_json_object
+from switchlora_jax.runs.tokenizer_files import kept_files, tokenizer_in
 
 NAMES = {
   "embed/embedding": "model.embed_tokens.weight",
@@ -51,7 +51,7 @@ class Folder(NamedTuple):
     architecture: the keys of `config.model`.
     files: {name of a tensor without `prefix`: the file that holds it}.
     prefix: common prefix of the names in the files, such as "_orig_mod."; usually empty.
-    tokenizer: its SentencePiece model; None if it has another kind of tokenizer.
+    tokenizer: its tokenizer.model, or else its tokenizer.json; None if it has neither.
   """
 
   path: Path
@@ -76,16 +76,19 @@ def write_folder(folder: Path, architecture: dict, weights: dict, tokenizer: Pat
     folder: to write to.
     architecture: the keys of `config.model`, with `max_position`.
     weights: plain weights.
-    tokenizer: a SentencePiece model.
+    tokenizer: a SentencePiece model, which is also converted, or a tokenizer.json, which is copied with the files
+      beside it.
     dtype: of the tensors, float32 or bfloat16.
   Returns:
-    One sentence per difference between SentencePiece and the converted tokenizer; see `tokenizer_json.convert`.
+    One sentence per difference between the tokenizer of the folder and that of training; see `tokenizer_json.convert`.
   """
-  config = hugging_face_config(architecture)
-  (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+  config, kept = hugging_face_config(architecture), kept_files(tokenizer)
   converted, remarks = tokenizer_json.convert(tokenizer, architecture["max_position"])
   special = tokenizer_json.special_ids(tokenizer)
   contents = {"config.json": config | {"torch_dtype": dtype} | special, "generation_config.json": special} | converted
+  for name, raw in kept.items():
+    (folder / name).write_bytes(raw)
+    contents.pop(name, None)
   for name, content in contents.items():
     indent = None if name == "tokenizer.json" else 2
     (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
@@ -121,7 +124,7 @@ def inspect_folder(path: Path) -> Folder:
     found.pop(HEAD, None)
   _check_tensors(path, {name: tensor.shape for name, tensor in found.items()}, expected)
   files = {name: tensor.file for name, tensor in found.items()}
-  tokenizer = path / TOKENIZER
+  tokenizer = tokenizer_in(path)
   return Folder(path, architecture, files, prefix, tokenizer if tokenizer.exists() else None)
 
 

@@ -35,7 +35,7 @@ class Pretrained(NamedTuple):
   Attributes:
     architecture: the keys of `config.model`.
     weights: plain weights, adapters merged in; NumPy arrays in float32, or in float64 if they are stored in float64.
-    tokenizer: the SentencePiece model of its token ids; None if a Hugging Face folder has none.
+    tokenizer: of its token ids, see `data.tokenizer.load_tokenizer`; None if a Hugging Face folder has none.
     origin: a description for messages, for example `runs/tiny, switchlora, step 1000 of 2000`.
     seq_len: tokens per sequence in training.
     method: the method that trained it; None for a Hugging Face folder.
@@ -102,7 +102,7 @@ def read(source: SavedRun | huggingface.Folder, *, residual: bool = False) -> Pr
 
 
 def load(path: Path) -> Pretrained:
-  """The model in the directory of a run, or in a Hugging Face folder that has a SentencePiece tokenizer.
+  """The model in the directory of a run, or in a Hugging Face folder that has a tokenizer.
 
   Raises:
     UserError: as `inspect` and `read`, or the folder has no tokenizer that fits its model.
@@ -117,9 +117,9 @@ def _check_tokenizer(folder: huggingface.Folder):
   """Raises `UserError` unless a folder has a tokenizer whose ids all have an embedding: others would give NaN."""
   if folder.tokenizer is None:
     raise UserError(
-      f"{folder.path} must hold {huggingface.TOKENIZER}, the SentencePiece file of its token ids; copy it there"
+      f"{folder.path} must hold tokenizer.model or tokenizer.json, the tokenizer of its token ids; copy it there"
     )
-  pieces, embeddings = load_tokenizer(folder.tokenizer).get_piece_size(), folder.architecture["vocab_size"]
+  pieces, embeddings = load_tokenizer(folder.tokenizer).size, folder.architecture["vocab_size"]
   if pieces > embeddings:
     raise UserError(
       f"the tokenizer in {folder.path} must fit in the model's vocabulary (={embeddings}); it has {pieces} pieces; "

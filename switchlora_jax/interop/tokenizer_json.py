@@ -1,4 +1,6 @@
-"""Converts a SentencePiece model to the `tokenizer.json` that `transformers` loads, with the same ids for a text.
+"""Tokenizers of Hugging Face folders: special ids, and what `transformers` prepends to a text.
+
+Converts a SentencePiece model to the `tokenizer.json` that `transformers` loads, with the same ids for a text.
 
 `transformers` cannot do this conversion: its tokenizer classes for LLaMA and T5 each build their own normalizer, which
 adds a space that SentencePiece does not add, or drops spaces that it keeps.
@@ -11,37 +13,43 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.runs.files import read_json_object
+from switchlora_jax.runs.tokenizer_files import NAMES_TOKENS as CONFIG
+from switchlora_jax.runs.tokenizer_files import is_fast, tokenizer_in
 
 Model, Trainer = proto.ModelProto, proto.TrainerSpec  # type: ignore[attr-defined]  # made by protobuf at import
 Piece = Model.SentencePiece
-TOKENIZER, CONFIG = "tokenizer.model", "tokenizer_config.json"  # files of a Hugging Face folder
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")  # prepend BOS by default
 SPACE = "▁"  # stands for a space in SentencePiece
 APPROXIMATE = (
   "tokenizer.json only approximates a tokenizer of this kind: transformers encodes the literal text of a special "
   "piece, such as </s>, as that piece, and rare text, such as a letter with two accents or a long run of one letter, "
   "may get other ids than in training"
 )
+PREPENDS = (
+  "tokenizer.json prepends a special token to a text, which training did not; encode with add_special_tokens=False"
+)
 
 
 def special_ids(path: Path) -> dict[str, int | None]:
-  """bos_token_id, eos_token_id and pad_token_id of a SentencePiece model; None for a piece that it lacks."""
+  """bos_token_id, eos_token_id and pad_token_id of a tokenizer; None for a token that it lacks."""
   model = load_tokenizer(path)
-  ids = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": model.pad_id()}
-  return {name: number if number >= 0 else None for name, number in ids.items()}
+  return {"bos_token_id": model.bos, "eos_token_id": model.eos, "pad_token_id": model.pad}
 
 
 def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
-  """Converts a SentencePiece model.
+  """Converts a SentencePiece model. A tokenizer.json needs no conversion.
 
   A byte-pair model from `data.tokenizer.train_tokenizer` gives the same ids for any text.
 
   Args:
-    path: of the SentencePiece model.
+    path: of the tokenizer.
     seq_len: model_max_length.
   Returns:
     ({file name: contents}, remarks): tokenizer.json and tokenizer_config.json, or no files if the kind of model cannot
     be converted; a remark per reason why ids may differ or files are missing.
   """
+  if is_fast(path):
+    return {}, [PREPENDS] if load_tokenizer(path).prefix else []
   model = Model.FromString(path.read_bytes())
   if reason := _inconvertible(model):
     return {}, [f"{path.name} is written, tokenizer.json is not, since it {reason}: load it with sentencepiece"]
@@ -62,14 +70,20 @@ def convert(path: Path, seq_len: int) -> tuple[dict[str, dict], list[str]]:
 
 
 def prefix(folder: Path) -> tuple[int, ...]:
-  """The ids that `transformers` prepends to a text: BOS if tokenizer_config.json has `add_bos_token`, or if it names
-  LLaMA's tokenizer class, for which BOS is the default.
+  """The ids that `transformers` prepends to a text.
+
+  tokenizer_config.json decides with `add_bos_token`. Without this key, the post-processor of a tokenizer.json does, and
+  if it adds nothing, or for a SentencePiece model, BOS is prepended if LLaMA's tokenizer class is named.
   """
-  if not (folder / CONFIG).exists() or not (folder / TOKENIZER).exists():
+  path = tokenizer_in(folder)
+  if not path.exists():
     return ()
-  config, bos = read_json_object(folder / CONFIG), load_tokenizer(folder / TOKENIZER).bos_id()
-  add_bos = config.get("add_bos_token", config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"))
-  return (bos,) if add_bos and bos >= 0 else ()
+  config = read_json_object(folder / CONFIG) if (folder / CONFIG).exists() else {}
+  tokenizer, add_bos = load_tokenizer(path), config.get("add_bos_token")
+  if add_bos is None and tokenizer.prefix:
+    return tokenizer.prefix
+  add_bos = config.get("tokenizer_class") in LLAMA_CLASSES if add_bos is None else add_bos
+  return (tokenizer.bos,) if add_bos and tokenizer.bos is not None else ()
 
 
 def _is_byte_pair(model) -> bool:

@@ -20,9 +20,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.files import LOCK_NAME, LockTaken, exclusive_lock, replace_text, write_bytes
+from switchlora_jax.runs.tokenizer_files import kept_files, tokenizer_in
 
 log = logging.getLogger(__name__)
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "tokenizers")
 # The keys of config.json, and the types of their values.
 KEYS = {"config": dict, "data_fingerprint": str, "versions": dict, "devices": str, "git_revision": (str, type(None))}
 
@@ -105,7 +106,8 @@ def prepare(workdir: Path, config) -> None:
     return
   _check_same_run(workdir, saved, config)
   for name, now in (versions() | {"devices": devices()}).items():
-    if (before := (saved["versions"] | saved).get(name)) != now:
+    # Runs from before a package was recorded did not depend on it.
+    if (before := (saved["versions"] | saved).get(name, now)) != now:
       log.warning("%s: %s when this run started and %s now; results may differ in the last bits", name, before, now)
 
 
@@ -258,7 +260,8 @@ def record(workdir: Path, config, dataset) -> None:
   saved = read(workdir)
   check_same_data(workdir, saved, dataset.fingerprint)
   if not saved:
-    write_bytes(workdir / "tokenizer.model", Path(dataset.tokenizer_path).read_bytes())
+    for name, contents in kept_files(Path(dataset.tokenizer_path)).items():
+      write_bytes(workdir / name, contents)
     environment = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
     environment["schedule"] = SCHEDULE_VERSION
     _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | environment)
@@ -367,8 +370,8 @@ class SavedRun(NamedTuple):
 
   @property
   def tokenizer(self) -> Path:
-    """The SentencePiece model of its token ids."""
-    return self.directory / "tokenizer.model"
+    """The tokenizer of its token ids, see `data.tokenizer.load_tokenizer`."""
+    return tokenizer_in(self.directory)
 
   @property
   def architecture(self) -> dict:
@@ -408,7 +411,7 @@ def open_run(directory: Path) -> SavedRun:
   Raises:
     UserError: it does not hold a run, or nothing was saved yet.
   """
-  check_is_run(f"{directory}", directory, "tokenizer.model")
+  check_is_run(f"{directory}", directory, tokenizer_in(directory).name)
   saved = read(directory)
   if not (steps := manifest.finished(directory / "checkpoints")):
     raise UserError(f"the run in {directory} has saved no checkpoint yet; let it train longer")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import sentencepiece
 
+from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.lowrank.kernel_storage import RESIDUAL
 from switchlora_jax.methods import METHODS, optimizers
 from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs.directory import flatten
+from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 LARGE_ERROR = 0.05  # standard error of a perplexity, relative to it, that is reported
 PROMPT_ROWS = 100  # validation rows that are searched for the start of a document
@@ -122,7 +123,7 @@ def conclude(config, workdir: Path, outcome, comparison: str | None = None, star
     f"updates skipped as not finite: {int(outcome.state.skipped)}",
     f"sample: {_sample_text(config, outcome)}",
     f"loss curve: {workdir / 'loss.png'}",
-    f"saved in: {workdir} (config.json, metrics.jsonl, checkpoints/, tensorboard/, tokenizer.model)",
+    f"saved in: {workdir} (config.json, metrics.jsonl, checkpoints/, tensorboard/, {tokenizer_in(workdir).name})",
   ]
   return "\n".join(lines)
 
@@ -200,14 +201,14 @@ def _without_steps(arguments: list[str]) -> list[str]:
 
 
 def _sample_text(config, outcome) -> str:
-  tokenizer = sentencepiece.SentencePieceProcessor(model_file=outcome.data.tokenizer_path)
+  tokenizer = load_tokenizer(outcome.data.tokenizer_path)
   held_out = "held out of" in outcome.data.summary["valid"]
   starts = not held_out or config.data.packing == "pad"
   prompt = sample_prompt(outcome.data.valid, tokenizer, min(16, config.seq_len // 2), starts)
   state, new_tokens = outcome.state, min(64, config.seq_len - len(prompt))
   variables = {"params": state.params, "frozen": state.frozen}
-  draws = dict(pieces=tokenizer.get_piece_size(), sampling=Sampling(temperature=0.7), seed=config.seed)
-  options = dict(new_tokens=new_tokens, end=tokenizer.eos_id(), **draws)
+  draws = dict(pieces=tokenizer.size, sampling=Sampling(temperature=0.7), seed=config.seed)
+  options = dict(new_tokens=new_tokens, end=tokenizer.eos, **draws)
   tokens = list(generate(outcome.phase.model, variables, prompt, **options))
   return f"{tokenizer.decode(prompt).lstrip()!r} → {tokenizer.decode(tokens)!r}"
 
@@ -219,13 +220,13 @@ def sample_prompt(rows, tokenizer, length: int, starts: bool) -> list[int]:
     rows: [n, seq_len], packed sequences.
     starts: whether a document begins with the first row.
   """
-  end, rows = tokenizer.eos_id(), np.asarray(rows[np.arange(min(len(rows), PROMPT_ROWS))])
+  end, rows = tokenizer.eos, np.asarray(rows[np.arange(min(len(rows), PROMPT_ROWS))])
   if starts:
     return _first_document(rows[0, :length], end)
   documents = [row[at + 1 : at + 1 + length] for row in rows for at in np.flatnonzero(row == end)]
   if whole := [tokens for tokens in documents if len(tokens) == length and end not in tokens]:
     return whole[0].tolist()
-  words = [at for at, token in enumerate(rows[0].tolist()) if tokenizer.id_to_piece(token).startswith("▁")]
+  words = [at for at, token in enumerate(rows[0].tolist()) if tokenizer.token_bytes(token).startswith(b" ")]
   first = words[0] if words else np.argmax(rows[0] != end)
   return _first_document(rows[0, first : first + length], end)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from switchlora_jax.data.tokenizer import gives_same_ids
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
 from switchlora_jax.methods.base import TrainState
@@ -118,8 +119,8 @@ class Source:
     self._source = _inspect(config.warm_start_from)
     if self._source.tokenizer is None and not config.data.tokenizer:
       raise UserError(
-        f"--config.warm_start_from={config.warm_start_from} has no tokenizer.model, the SentencePiece file of its "
-        f"token ids; copy it there, or set --config.data.tokenizer to one with the same ids"
+        f"--config.warm_start_from={config.warm_start_from} has no tokenizer.model or tokenizer.json, the tokenizer of "
+        f"its token ids; copy it there, or set --config.data.tokenizer to one with the same ids"
       )
     there, here = (architecture_of(keys) for keys in (self._source.architecture, config.model))
     # Other positions extend the context, and a head tied to the embedding may become one of its own.
@@ -127,7 +128,7 @@ class Source:
     self._unties = there.tied_embeddings and not here.tied_embeddings
     if there._replace(**free, **({"tied_embeddings": False} if self._unties else {})) != here:
       raise UserError(
-        f"the model of --config.warm_start_from={config.warm_start_from} differs from this one"
+        f"the model of --config.warm_start_from={config.warm_start_from} has another architecture than this one"
         f"{_first_difference(there, here)}; set {' '.join(_flags(there._replace(**free), here))}"
       )
     if there.rope != here.rope and processes.is_first():
@@ -138,7 +139,7 @@ class Source:
   def check_tokenizer(self, tokenizer_path: str):
     """Raises `UserError` unless the source was trained with the tokenizer of the new run."""
     tokenizer = self._source.tokenizer
-    if tokenizer and tokenizer.read_bytes() != Path(tokenizer_path).read_bytes():
+    if tokenizer and not gives_same_ids(tokenizer, Path(tokenizer_path)):
       raise UserError(
         f"the model in {tokenizer.parent} was trained with another tokenizer than this run would be; "
         f"pass --config.data.tokenizer={tokenizer}"
@@ -165,8 +166,12 @@ def _place(mesh, array, spec) -> jax.Array:
 
 
 def _flags(there: Architecture, here: Architecture) -> list[str]:
-  """The flags that give `here` the architecture of `there`."""
-  wanted, found = (flatten(model._asdict() | {"rope": model.rope._asdict()}) for model in (there, here))
+  """The flags that give `here` the architecture of `there`, without those of keys that both leave to their defaults."""
+  wanted, found = there._asdict(), here._asdict()
+  defaults = {"num_kv_heads": lambda m: m.num_heads, "head_dim": lambda m: m.hidden_size // m.num_heads}
+  for key, default in defaults.items():
+    if (wanted[key], found[key]) == (default(there), default(here)):
+      del wanted[key]
   return [f"--config.model.{key}={value}" for key, value in wanted.items() if value != found[key]]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import GOLDEN
 from tiny import packing_in, padded_rows_of, rows_of, sentences, tiny_config, write_lines
 
 from switchlora_jax.data import corpus, dataset, documentation, loader, preparation, shards, tokenizer
@@ -57,7 +58,7 @@ def test_sequences_are_the_concatenated_documents(config):
   model = tokenizer.load_tokenizer(made.tokenizer_path)
   for found, documents, name in ((made.train, TRAIN, "train"), (made.valid, VALID, "valid")):
     np.testing.assert_array_equal(found, rows_of(model, documents, 16))
-    tokens, size = sum(len(model.encode(text)) + 1 for text in documents), sum(map(len, documents))
+    tokens, size = sum(len(model.encode([text])[0]) + 1 for text in documents), sum(map(len, documents))
     counts = {"documents": len(documents), "characters": size, "bytes": size, "tokens": tokens, "rows": len(found)}
     assert made.summary[name] == counts
   assert made.bytes_per_token == size / tokens
@@ -126,7 +127,7 @@ def test_each_document_is_a_row_if_rows_are_padded(config):
     np.testing.assert_array_equal(found[3], expected[3])
     np.testing.assert_array_equal(found[1:][np.array([1, 0])], expected[[2, 1]])
     assert found.dtype == found[1:].dtype == found[1:3][0].dtype == np.int32
-    tokens, kept = sum(len(model.encode(text)) + 1 for text in documents), int((expected >= 0).sum())
+    tokens, kept = sum(len(model.encode([text])[0]) + 1 for text in documents), int((expected >= 0).sum())
     assert kept < tokens and 0 < (expected < 0).mean() < 1
     counts = {"tokens": tokens, "tokens cut off": tokens - kept, "tokens in rows": kept, "rows": len(documents)}
     counts["padding"] = f"{(expected < 0).mean():.1%} of the rows"
@@ -219,7 +220,7 @@ def test_the_field_and_bad_rows_in_the_cache(config, tmp_path):
   """The default field has the folder of earlier versions; bad rows are counted in the folder."""
   before = dataset._cache_key(preparation.Request("origin", "train:320", 16))
   contents = {"text": "origin", "tokenizer": "train:320", "seq_len": 16, "take": None}  # as earlier versions wrote it
-  versions = [preparation.FORMAT_VERSION, contents, dataset.sentencepiece.__version__]
+  versions = [preparation.FORMAT_VERSION, contents, tokenizer.sentencepiece.__version__]
   assert before == hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]
   whole = open_dataset(config)
   path = Path(config.data.path)
@@ -307,6 +308,7 @@ def unfinished(config, folder):
       r"tokenizer \(='\S+other\.model'\) is not the tokenizer that \S+rows was prepared with; leave it out",
     ),
     (lambda config, folder: config.data.update(tokenizer="none.model"), "there is no such file"),
+    (lambda config, folder: config.data.update(tokenizer="train:320"), "trains a tokenizer, but .* prepared with one"),
     (lambda config, folder: config.model.update(vocab_size=300), r"vocabulary \(=300\); it has \d+ pieces"),
     (
       lambda config, folder: config.data.update(path="none"),
@@ -394,7 +396,7 @@ def test_the_validation_text_of_a_stream_is_packed_as_training_text():
 @pytest.mark.parametrize(
   ("key", "message"),
   [
-    ("tokenizer", r"stream needs a SentencePiece model; set --config\.data\.tokenizer"),
+    ("tokenizer", r"stream needs an existing tokenizer; set --config\.data\.tokenizer"),
     ("eval_path", r"stream needs validation text; set --config\.data\.eval_path"),
   ],
 )
@@ -427,6 +429,16 @@ def test_validation_text_of_a_stream_shorter_than_a_sequence_is_a_user_error(str
     ({"eval_path": "none/*"}, r"--config\.data\.eval_path .*matches no file"),
     ({"tokenizer": "none.model"}, "there is no such file"),
     ({"tokenizer": __file__}, "must be a SentencePiece model"),
+    (
+      {"tokenizer": str(GOLDEN)},
+      r"tokenizer \(='\S+golden'\) must have a tokenizer\.model or a tokenizer\.json; it has",
+    ),
+    ({"tokenizer": "train:many"}, r"tokenizer \(='train:many'\) must give the number of pieces, as in train:32000"),
+    ({"tokenizer": "train_bytes:"}, r"must give the number of pieces, as in train_bytes:32000"),
+    (
+      {"tokenizer": "train_bytes:321"},
+      r"vocabulary \(=320\); pass --config\.model\.vocab_size=321 or more, or a smaller",
+    ),
     ({"source": "docs", "path": "", "eval_path": "", "tokenizer": "none.model"}, "there is no such file"),
     ({"source": "docs"}, r"is not used when --config\.data\.source is docs; leave it out, or add"),
   ],

@@ -131,7 +131,7 @@ def test_sequences_are_the_concatenated_documents(made):
     np.testing.assert_array_equal(made.read_split("uncut", name), rows_of(model, documents, LENGTH))
     whole, sizes = [text for text in documents if text], manifest[name]
     assert sizes["documents"] == len(whole) and sizes["characters"] == sum(map(len, whole)) == sizes["bytes"]
-    assert sizes["tokens"] == sum(len(model.encode(text)) + 1 for text in whole)
+    assert sizes["tokens"] == sum(len(model.encode([text])[0]) + 1 for text in whole)
     assert sizes["rows"] == sizes["tokens"] // LENGTH
 
 
@@ -200,7 +200,8 @@ def test_validation_text_is_optional(made):
 @pytest.mark.parametrize(("pieces", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.int32)])
 def test_the_dtype_is_the_smallest_that_fits_the_vocabulary(made, monkeypatch, pieces, dtype):
   model = tokenizer.load_tokenizer(made.model)
-  monkeypatch.setattr(type(model), "get_piece_size", lambda self: pieces)
+  model.size = pieces
+  monkeypatch.setattr(tokenizer, "load_tokenizer", lambda path: model)
   made.prepare(f"pieces-{pieces}")
   assert (
     made.read_split(f"pieces-{pieces}", "train").dtype == made.read_split(f"pieces-{pieces}", "valid").dtype == dtype
@@ -390,7 +391,7 @@ def test_a_folder_of_another_request_is_a_user_error(text, stage, changes, messa
 
 OTHER_VERSIONS = [
   ((preparation, "FORMAT_VERSION", 7), r"format 2 and SentencePiece [\d.]+ and would be continued with format 7 and"),
-  ((preparation.sentencepiece, "__version__", "9.9"), r"and would be continued with format 2 and SentencePiece 9\.9"),
+  ((tokenizer.sentencepiece, "__version__", "9.9"), r"and would be continued with format 2 and SentencePiece 9\.9"),
 ]
 
 
@@ -412,13 +413,46 @@ def test_a_folder_is_not_continued_with_another_format_or_sentencepiece_version(
   assert contents(folder) == contents(text.folder / "whole")
 
 
+def test_a_folder_of_a_fast_tokenizer_depends_on_the_version_of_its_library(text, monkeypatch, caplog):
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  for request in ("train_bytes:300", str(text.folder / "tokenizer.json")):
+    whole, manifest = text.prepare(f"whole-{len(request)}", tokenizer=request)
+    shutil.copy(whole / "tokenizer.json", text.folder)
+    assert manifest["tokenizer"] == tokenizer.tokenizer_sha256(whole / "tokenizer.json")
+    name = f"begun-{len(request)}"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(preparation.packing, "encode_chunks", interrupt)
+      text.prepare(name, tokenizer=request)
+    with monkeypatch.context() as patch:
+      patch.setattr(tokenizer.tokenizers, "__version__", "9.9")
+      with pytest.raises(UserError, match=r"with format 2 and tokenizers [\d.]+ and .* format 2 and tokenizers 9\.9, "):
+        text.prepare(name, tokenizer=request)
+    text.prepare(name, tokenizer=request)
+    assert contents(text.folder / name) == contents(whole)
+  assert not caplog.records
+
+
+def test_a_tokenizer_that_changes_text_is_reported_once(text, caplog):
+  tokenizer.train_tokenizer(sentences(0, 100), 300, text.folder / "tokenizer.json")
+  library = tokenizer.tokenizers.Tokenizer.from_file(str(text.folder / "tokenizer.json"))
+  library.normalizer = tokenizer.tokenizers.normalizers.Lowercase()
+  library.save(str(text.folder / "tokenizer.json"))
+  for _ in range(2):
+    _, manifest = text.prepare("lower", tokenizer=str(text.folder / "tokenizer.json"))
+  (record,) = caplog.records
+  assert "tokenizer.json changes text: 'The Tide" in record.message and "as 'the tide" in record.message
+  assert manifest["train"]["bytes"] == shards.read_manifest(text.folder / "whole")["train"]["bytes"]
+
+
 def test_a_folder_without_recorded_versions_is_continued(text, monkeypatch):
   """Earlier code did not record the versions. Such a folder may hold days of work."""
   path = text.folder / begun(text) / "progress.json"
   saved = read_checksummed_json(path)
   del saved["format"], saved["sentencepiece"]
   write_checksummed_json(path, saved)
-  monkeypatch.setattr(preparation.sentencepiece, "__version__", "9.9")
+  monkeypatch.setattr(tokenizer.sentencepiece, "__version__", "9.9")
   text.prepare("begun")
   assert contents(path.parent) == contents(text.folder / "whole")
 

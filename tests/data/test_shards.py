@@ -10,18 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchlora_jax.data import shards
-from switchlora_jax.data.shards import MANIFEST, TOKENIZER, PackedSequences
+from switchlora_jax.data.shards import MANIFEST, PackedSequences
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256, read_checksummed_json, write_bytes, write_checksummed_json
+from switchlora_jax.runs.tokenizer_files import SENTENCEPIECE
 
 
 def write_folder(tmp_path, counts=(3, 3, 2), seq_len=4):
   """Writes shards of `counts` sequences with distinct tokens; returns their manifest and the tokens."""
   array = np.arange(sum(counts) * seq_len, dtype=np.uint16).reshape(-1, seq_len)
   pieces = np.split(array, np.cumsum(counts)[:-1])
-  (tmp_path / TOKENIZER).write_bytes(b"a model")
+  (tmp_path / SENTENCEPIECE).write_bytes(b"a model")
   written = [shards.write_shard(tmp_path / f"train-{n:05}.npy", piece) for n, piece in enumerate(pieces)]
-  manifest = {"tokenizer": file_sha256(tmp_path / TOKENIZER), "train": {"rows": len(array), "shards": written}}
+  manifest = {"tokenizer": file_sha256(tmp_path / SENTENCEPIECE), "train": {"rows": len(array), "shards": written}}
   write_checksummed_json(tmp_path / MANIFEST, manifest | {"valid": None})
   return shards.read_manifest(tmp_path), array
 
@@ -165,7 +166,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["train-00000.npy", "train-00002.npy", TOKENIZER])
+@pytest.mark.parametrize("name", ["train-00000.npy", "train-00002.npy", SENTENCEPIECE])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_truncated_or_missing_file_is_named(tmp_path, name, change):
   manifest, _ = write_folder(tmp_path)
@@ -176,7 +177,7 @@ def test_a_changed_truncated_or_missing_file_is_named(tmp_path, name, change):
     shards.verify_checksums(tmp_path, manifest, progress=False)
 
 
-@pytest.mark.parametrize("name", ["train-00000.npy", "train-00001.npy", "train-00002.npy", TOKENIZER])
+@pytest.mark.parametrize("name", ["train-00000.npy", "train-00001.npy", "train-00002.npy", SENTENCEPIECE])
 def test_every_file_is_verified_by_exactly_one_process(tmp_path, name):
   manifest, _ = write_folder(tmp_path)
   flip_bit(tmp_path / name)

@@ -1,5 +1,8 @@
 import io
+import json
+import shutil
 
+import huggingface_hub
 import pytest
 import sentencepiece
 from hypothesis import given
@@ -9,6 +12,7 @@ from paths import SHARED
 from switchlora_jax.data import tokenizer
 from switchlora_jax.data.readers import BadRow, RowOptions
 from switchlora_jax.errors import UserError
+from switchlora_jax.interop import tokenizer_json
 
 T5 = SHARED / "t5_tokenizer" / "t5_32100.model"
 DOCUMENTS = ["The tide rises.\n\n  The tide falls, and the waves\tbreak.\n", "A wave, a tide; 12 rocks.", ""] * 5
@@ -24,6 +28,11 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(path):
   return tokenizer.load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def library(path):
+  return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +54,40 @@ def write_foreign_model(path, **options):
 # Training.
 
 
-def test_special_pieces_have_the_ids_of_t5(trained):
-  assert (trained.pad_id(), trained.eos_id(), trained.unk_id(), trained.bos_id()) == (0, 1, 2, -1)
+def test_special_pieces_have_the_ids_of_t5(trained, library):
+  assert (trained.pad, trained.eos, library.unk_id(), trained.bos) == (0, 1, 2, None)
 
 
 def test_special_pieces_of_t5(t5):
-  assert (t5.pad_id(), t5.eos_id(), t5.unk_id(), t5.bos_id()) == (0, 1, 2, -1)
-  assert t5.get_piece_size() == 32_100
+  assert (t5.pad, t5.eos, t5.bos, t5.size) == (0, 1, None, 32_100)
 
 
 @given(st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
 def test_decoding_inverts_encoding(trained, text):
-  assert trained.decode(trained.encode(text)) == text
+  assert trained.decode(trained.encode([text])[0]) == text
 
 
 @pytest.mark.parametrize("text", [" a  b ", "\n\n\ta\r\n", "é漢😀", "</s><unk><0x41>", ""])
-def test_unusual_text_is_encoded_without_loss_or_special_pieces(trained, text):
-  assert trained.decode(trained.encode(text)) == text
-  assert trained.unk_id() not in trained.encode(text) and trained.eos_id() not in trained.encode(text)
+def test_unusual_text_is_encoded_without_loss_or_special_pieces(trained, library, text):
+  (ids,) = trained.encode([text])
+  assert trained.decode(ids) == text and not {library.unk_id(), trained.eos} & set(ids)
+
+
+def test_ids_are_those_of_the_library(trained, library):
+  assert trained.encode(DOCUMENTS) == library.encode(DOCUMENTS) == trained.encode(DOCUMENTS, parallel=False)
+
+
+def test_bytes_of_the_ids_of_a_text_are_those_of_the_text(trained):
+  text = " a  wave é漢\n😀"
+  (ids,) = trained.encode([text])
+  assert b"".join(map(trained.token_bytes, ids)) == text.encode()
+  assert [trained.token_bytes(token) for token in range(3)] == [b"", b"", b""]  # padding, EOS and unknown
 
 
 def test_frequent_text_has_fewer_pieces(trained):
-  assert len(trained.encode("the tide")) < len(trained.encode("eht edit"))
-  assert 300 < trained.get_piece_size() <= 320
+  frequent, rare = trained.encode(["the tide", "eht edit"])
+  assert len(frequent) < len(rare)
+  assert 300 < trained.size <= 320
 
 
 def test_training_is_deterministic(path, tmp_path):
@@ -79,7 +99,7 @@ def test_training_is_deterministic(path, tmp_path):
 
 def test_long_lines_are_used_for_training(tmp_path):
   tokenizer.train_tokenizer(["zebra " * 5000], 300, tmp_path / "model")
-  assert len(tokenizer.load_tokenizer(tmp_path / "model").encode(" zebra")) == 1
+  assert len(tokenizer.load_tokenizer(tmp_path / "model").encode([" zebra"])[0]) == 1
 
 
 def test_training_reads_no_more_than_its_sample(monkeypatch, tmp_path):
@@ -133,14 +153,59 @@ def test_a_missing_or_invalid_model_file_is_a_user_error(tmp_path):
       tokenizer.load_tokenizer(tmp_path / name)
 
 
+def test_a_folder_names_its_tokenizer(path, tmp_path):
+  (tmp_path / "tokenizer.json").touch()
+  assert tokenizer.locate(str(tmp_path), "--tokenizer") == tmp_path / "tokenizer.json"
+  shutil.copy(path, tmp_path / "tokenizer.model")
+  assert tokenizer.locate(str(tmp_path), "--tokenizer") == tmp_path / "tokenizer.model"
+  assert tokenizer.locate(str(path), "--tokenizer") == path
+  with pytest.raises(
+    UserError, match=r"^--tokenizer \(='\S+'\) must have a tokenizer\.model or a tokenizer\.json; it has"
+  ):
+    tokenizer.locate(str(tmp_path.parent), "--tokenizer")
+
+
+def test_the_tokenizer_of_a_model_of_the_hub_is_downloaded_once_and_alone(monkeypatch, tmp_path):
+  asked = []
+  download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  (tmp_path / "tokenizer.json").touch()
+  for _ in range(2):
+    assert tokenizer.locate("hub:some/model", "--tokenizer") == tmp_path / "tokenizer.json"
+  ((name, patterns),) = asked
+  assert name == "some/model" and not any("safetensors" in pattern or "*" in pattern for pattern in patterns)
+  assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "config.json"} <= set(patterns)
+
+
+def test_an_unreachable_hub_is_a_user_error(monkeypatch):
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  message = (
+    r"^--tokenizer \(='hub:no-such/model'\) could not be downloaded: .*; it needs network access and the name of a"
+  )
+  with pytest.raises(UserError, match=message):
+    tokenizer.locate("hub:no-such/model", "--tokenizer")
+
+
+def test_a_conversion_of_a_model_is_the_same_tokenizer(path, tmp_path):
+  files, _ = tokenizer_json.convert(path, 9)
+  for name, contents in files.items():
+    (tmp_path / name).write_text(json.dumps(contents))
+  assert tokenizer.gives_same_ids(path, path) and tokenizer.gives_same_ids(path, tmp_path / "tokenizer.json")
+  other = tmp_path / "other" / "tokenizer.json"
+  other.parent.mkdir()
+  tokenizer.train_tokenizer(DOCUMENTS, 320, other)
+  assert not tokenizer.gives_same_ids(path, other)
+  assert not tokenizer.gives_same_ids(tmp_path / "tokenizer.json", other)
+
+
 def test_a_model_without_eos_is_a_user_error(tmp_path):
   with pytest.raises(UserError, match=r"must have an end-of-sentence piece, to mark the end of a document; train it"):
     tokenizer.load_tokenizer(write_foreign_model(tmp_path / "model", eos_id=-1))
-  assert tokenizer.load_tokenizer(write_foreign_model(tmp_path / "model")).eos_id() == 2
+  assert tokenizer.load_tokenizer(write_foreign_model(tmp_path / "model")).eos == 2
 
 
 def test_a_model_larger_than_the_vocabulary_is_a_user_error(path, trained):
-  pieces = trained.get_piece_size()
+  pieces = trained.size
   tokenizer.check_vocabulary(path, pieces)
   with pytest.raises(UserError, match=rf"vocabulary \(={pieces - 1}\); it has {pieces} pieces; pass --config\.model"):
     tokenizer.check_vocabulary(path, pieces - 1)

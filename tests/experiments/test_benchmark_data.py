@@ -29,6 +29,15 @@ def test_every_cost_is_a_line(tmp_path, monkeypatch, capsys):
   assert 7 <= len(shards[0]._shards) <= 8 and len(shards[0]) == sum(map(len, shards[0]._shards))
 
 
+def test_the_library_alone_is_a_line_of_a_fast_tokenizer(tmp_path, capsys):
+  tokenizer.train_tokenizer(sentences(0, 100), 320, tmp_path / "tokenizer.json")
+  with imported("benchmark_data") as command:
+    command.time_tokenizer(tmp_path / "tokenizer.json", sentences(0, 100))
+  names = ["tokenizers, one thread", "tokenizers, all cores", "encode_batch of the library"]
+  lines = capsys.readouterr().out.splitlines()
+  assert [line[:34].strip() for line in lines] == names
+
+
 def test_no_text_is_a_sentence(tmp_path):
   (tmp_path / "a.jsonl").write_text("")
   tokenizer.train_tokenizer(sentences(0, 100), 320, tmp_path / "own.model")

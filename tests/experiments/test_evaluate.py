@@ -169,7 +169,7 @@ def test_a_glob_is_tokenised_with_the_run_s_tokenizer(trained, tmp_path):
   tokens = []
   processor = dataset.tokenizer.load_tokenizer(model)
   for text in [*texts[:20], texts[20] + " é€"]:
-    tokens += [*processor.encode(text), processor.eos_id()]
+    tokens += [*processor.encode([text])[0], processor.eos]
   size = sum(len(text.encode()) for text in texts[:21]) + len(" é€".encode())
   rows = np.array(tokens[: len(tokens) // 16 * 16]).reshape(-1, 16)
 

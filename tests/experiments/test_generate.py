@@ -9,6 +9,7 @@ import small_model
 from grids import command, imported
 from tiny import resolved, saved_run
 
+from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import export, pretrained
 from switchlora_jax.training import phases
@@ -137,9 +138,9 @@ def test_characters_that_the_tokenizer_does_not_know_are_named(tmp_path):
     hard_vocab_limit=False,
     minloglevel=2,
   )
-  tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "small.model"))
+  tokenizer = load_tokenizer(tmp_path / "small.model")
   with imported("generate") as module:
-    assert module.encode_prompt(tokenizer, "some text") == tokenizer.encode("some text")
+    assert [module.encode_prompt(tokenizer, "some text")] == tokenizer.encode(["some text"])
     with pytest.raises(UserError, match="characters outside the tokenizer's vocabulary: '☃' 'QQ'; remove them"):
       module.encode_prompt(tokenizer, "some ☃ words QQ")
     with pytest.raises(UserError, match=r"--prompt \(='  '\) has no tokens"):

@@ -154,7 +154,7 @@ def test_what_is_prepared(text, changes, documents):
 def test_a_tokenizer_is_trained_on_request(text):
   with imported("prepare_data", *flags(text, tokenizer="train:300")) as prepare_data:
     prepare_data.main()
-  assert tokenizer.load_tokenizer(text / "out" / shards.TOKENIZER).get_piece_size() <= 300
+  assert tokenizer.load_tokenizer(text / "out" / "tokenizer.model").size <= 300
 
 
 def test_the_same_command_again_changes_nothing_and_another_is_refused(text):

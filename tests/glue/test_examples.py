@@ -27,8 +27,8 @@ def test_every_sentence_ends_with_eos(processor):
     LabelledTexts([("The tide", "rises é"), ("falls",), ("",)], np.array([1, 0, 1])), processor, 100
   )
   expected = [
-    [*processor.encode("The tide"), EOS, *processor.encode("rises é"), EOS],
-    [*processor.encode("falls"), EOS],
+    [*processor.encode(["The tide"])[0], EOS, *processor.encode(["rises é"])[0], EOS],
+    [*processor.encode(["falls"])[0], EOS],
   ]
   assert [row.tolist() for row in found.tokens] == [*expected, [EOS]]
   assert found.labels.tolist() == [1, 0, 1] and {row.dtype for row in found.tokens} == {np.dtype(np.int32)}
@@ -45,9 +45,9 @@ def test_a_prefix_precedes_the_sentences_and_counts_towards_the_length(processor
 @given(first=st.integers(0, 12), second=st.integers(0, 12), seq_len=st.integers(4, 20))
 def test_the_longer_sentence_is_truncated(processor, first, second, seq_len):
   texts = "a" * first, "b" * second
-  a, b = (processor.encode(letter)[0] for letter in "ab")
+  a, b = (processor.encode([letter])[0][0] for letter in "ab")
   (row,) = encode_examples(LabelledTexts([texts], np.array([0])), processor, seq_len).tokens
-  assert len(row) == min(seq_len, len(processor.encode(texts[0])) + len(processor.encode(texts[1])) + 2)
+  assert len(row) == min(seq_len, len(processor.encode([texts[0]])[0]) + len(processor.encode([texts[1]])[0]) + 2)
   kept = [int((row == piece).sum()) for piece in (a, b)]
   assert row[-1] == EOS and (row == EOS).sum() == 2 and sum(kept) == len(row) - 2
   cut = [full - left for full, left in zip((first, second), kept, strict=True)]

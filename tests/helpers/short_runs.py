@@ -85,7 +85,7 @@ def refused(folder, source, sentence, **changes):
 
 def check_sizes_are_refused(folder, source):
   """Check that a model of other sizes than that of `source` is refused, with an array and the flags to set."""
-  sentence = f"the model of --config.warm_start_from={source} has other sizes than this one"
+  sentence = f"the model of --config.warm_start_from={source} has another architecture than this one"
   layers = ": blocks/attention_norm/scale is [2, 16] there and [3, 16] here"
   wanted = "; set --config.model.intermediate_size=24 --config.model.num_layers=2"
   refused(folder, source, sentence + layers + wanted, model__intermediate_size=32, model__num_layers=3)

@@ -79,14 +79,14 @@ def write_lines(path: Path, documents: list[str]) -> Path:
 
 def rows_of(model, documents: list[str], seq_len: int) -> np.ndarray:
   """What packing makes of documents, in one go: each ended by EOS, joined, cut, the remainder dropped."""
-  tokens = [token for text in documents if text for token in [*model.encode(text), model.eos_id()]]
+  tokens = [token for text in documents if text for token in [*model.encode([text])[0], model.eos]]
   whole = len(tokens) // seq_len
   return np.reshape(np.array(tokens[: whole * seq_len], np.int32), (whole, seq_len))
 
 
 def padded_rows_of(model, documents: list[str], seq_len: int) -> np.ndarray:
   """The rows of padding, document by document: the first tokens, EOS, and then -1."""
-  rows = [[*model.encode(text)[: seq_len - 1], model.eos_id()] for text in documents if text]
+  rows = [[*model.encode([text])[0][: seq_len - 1], model.eos] for text in documents if text]
   return np.array([row + [-1] * (seq_len - len(row)) for row in rows], np.int32).reshape(-1, seq_len)
 
 

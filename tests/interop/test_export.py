@@ -77,7 +77,7 @@ def test_transformers_computes_the_logits_of_the_run(run, tmp_path, method):
   np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
   text = "12: the model learns\n  a low rank\tupdate é"
   sentencepiece = huggingface.tokenizer_json.load_tokenizer(tmp_path / "out" / "tokenizer.model")
-  assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == sentencepiece.encode(text)
+  assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == sentencepiece.encode([text])[0]
 
 
 def test_an_export_read_and_written_again_is_the_same(run, tmp_path):

@@ -106,7 +106,7 @@ def test_a_hugging_face_folder_is_read():
   folder = GOLDEN / "huggingface"
   model = pretrained.read(pretrained.inspect(folder))
   assert (model.architecture["vocab_size"], model.seq_len, model.tokenizer, model.origin) == (64, 32, None, str(folder))
-  with pytest.raises(UserError, match=r"must hold tokenizer\.model, the SentencePiece file"):
+  with pytest.raises(UserError, match=r"must hold tokenizer\.model or tokenizer\.json, the"):
     pretrained.load(folder)
 
 

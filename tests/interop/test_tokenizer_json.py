@@ -7,6 +7,7 @@ import json
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import GOLDEN, SHARED
@@ -32,7 +33,7 @@ def test_the_recorded_ids_of_transformers_are_those_of_sentencepiece(golden, pat
     assert made == meta["sha256"][f"{path.stem}/{name}"], "the conversion has changed; record its ids again"
   model, differ = load_tokenizer(path), []
   for number, text in enumerate(meta["texts"]):
-    if model.encode(text) != recorded[f"{path.stem}/{number}"].tolist():
+    if model.encode([text])[0] != recorded[f"{path.stem}/{number}"].tolist():
       differ.append(text)
   assert len(meta["texts"]) == 11 and differ == ([SPECIAL] if path == UNIGRAM else [])
 
@@ -58,7 +59,7 @@ def test_transformers_gives_the_same_ids_for_any_text_of_a_byte_pair_model(tmp_p
     )
   )
   def check(text):
-    ids = ours.encode(text)
+    ids = ours.encode([text])[0]
     assert theirs(text, add_special_tokens=False).input_ids == ids == theirs(text).input_ids
     assert theirs.decode(ids) == ours.decode(ids)
 
@@ -77,7 +78,7 @@ def test_transformers_gives_the_same_ids_for_ordinary_text_of_t5s_model(tmp_path
     " \n",
     "e\u0301",
   ):
-    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text), text
+    assert theirs(text, add_special_tokens=False).input_ids == ours.encode([text])[0], text
 
 
 # --- approximate and unsupported conversions ----------------------------------------------------------------------
@@ -121,6 +122,38 @@ def test_the_prefix_that_a_folder_adds_to_texts(tmp_path, config, prefix):
     if config is not None:
       path.write_text(json.dumps(config), encoding=encoding)
     assert tokenizer_json.prefix(tmp_path) == prefix
+
+
+@pytest.mark.parametrize(
+  ("config", "prefix"),
+  [
+    ({"bos_token": "<s>"}, (2,)),
+    ({"bos_token": "<s>", "add_bos_token": True}, (1,)),
+    ({"bos_token": "<s>", "add_bos_token": False}, ()),
+    ({"add_bos_token": True}, ()),
+    (None, (2,)),
+  ],
+)
+def test_the_prefix_of_a_fast_tokenizer_is_its_post_processors_unless_the_config_decides(tmp_path, config, prefix):
+  """The post-processor adds another token than BOS here, to tell them apart."""
+  fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "<s>": 1, "<cls>": 2, "a": 3}, unk_token="a"))
+  template = tokenizers.processors.TemplateProcessing
+  fast.post_processor = template(single="<cls> $A </s>", special_tokens=[("<cls>", 2), ("</s>", 0)])
+  fast.save(str(tmp_path / "tokenizer.json"))
+  if config is not None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  assert tokenizer_json.prefix(tmp_path) == prefix
+  files, remarks = tokenizer_json.convert(tmp_path / "tokenizer.json", 9)
+  assert not files and len(remarks) == 1 and "prepends a special token to a text, which training did not" in remarks[0]
+
+
+def test_llamas_class_prepends_bos_to_a_fast_tokenizer_without_a_post_processor(tmp_path):
+  fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "<s>": 1, "a": 2}, unk_token="a"))
+  fast.save(str(tmp_path / "tokenizer.json"))
+  for name, prefix in {"LlamaTokenizerFast": (1,), "PreTrainedTokenizerFast": ()}.items():
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "bos_token": "<s>"}))
+    assert tokenizer_json.prefix(tmp_path) == prefix
+  assert tokenizer_json.convert(tmp_path / "tokenizer.json", 9) == ({}, [])
 
 
 def test_there_is_no_prefix_without_bos_or_in_our_own_folders(tmp_path):

@@ -95,7 +95,7 @@ def sentence_pieces(tmp_path_factory):
   documents = sentences(0, 40)
   tokenizer.train_tokenizer(documents, 300, path)
   processor = tokenizer.load_tokenizer(path)
-  return processor, [[*processor.encode(text), processor.eos_id()] for text in documents]
+  return processor, [[*processor.encode([text])[0], processor.eos] for text in documents]
 
 
 def test_a_sample_begins_with_a_document(sentence_pieces):
@@ -108,14 +108,14 @@ def test_a_sample_begins_with_a_document(sentence_pieces):
   cut = tokens[7 : 7 + 64 * 8].reshape(-1, 64)
   assert not processor.decode(cut[0].tolist()).startswith("Wave")
   assert sentences(1, 2)[0].startswith(text(cut, starts=False))
-  short = np.concatenate([documents[0][:3], [processor.eos_id()], tokens])[None, :64]
+  short = np.concatenate([documents[0][:3], [processor.eos], tokens])[None, :64]
   assert text(short, starts=True) == processor.decode(documents[0][:3])
 
 
 def test_a_sample_of_a_text_without_documents_begins_with_a_word(sentence_pieces):
   processor, documents = sentence_pieces
   tokens = np.array(documents[5][:-1])
-  (inside,) = [n for n in range(1, 9) if processor.id_to_piece(int(tokens[n])) == "a" and n < 4][:1] or [1]
+  (inside,) = [n for n in range(1, 9) if processor.token_bytes(int(tokens[n])) == b"a" and n < 4][:1] or [1]
   row = tokens[None, inside:]
   words = processor.decode(report.sample_prompt(row, processor, 8, starts=False))
   assert words.startswith(" ") and words.strip().split()[0] in sentences(5, 6)[0].split()

@@ -11,10 +11,12 @@ import small_model
 from short_runs import SHAPE, STEPS, lines, logits, refused, train
 from small_model import host, same_bits
 from stages import slowly
-from tiny import resolved
+from tiny import resolved, tiny_config
 
+from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface
 from switchlora_jax.methods import FREEZING, PROJECTING
+from switchlora_jax.runs.directory import open_run
 from switchlora_jax.training import phases, warm_start
 
 pytestmark = pytest.mark.user_flags
@@ -32,7 +34,7 @@ def hugging_face(folder, full):
   there = folder / "hugging-face"
   there.mkdir()
   config = resolved(folder, devices=1)
-  huggingface.write_folder(there, dict(config.model), full.saved[STEPS].params, 16, full.workdir / "tokenizer.model")
+  huggingface.write_folder(there, config.model.to_dict(), full.saved[STEPS].params, full.workdir / "tokenizer.model")
   return there
 
 
@@ -62,7 +64,7 @@ def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp
   other = shutil.copytree(hugging_face, tmp_path / "other")
   config = json.loads((other / "config.json").read_text())
   (other / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
-  refused(folder, other, "attention_bias is True there, False here")
+  refused(folder, other, "attention_bias is True, not False")
 
 
 def test_a_hugging_face_folder_needs_the_same_tokenizer_or_an_explicit_one(folder, full, hugging_face, tmp_path):
@@ -70,12 +72,81 @@ def test_a_hugging_face_folder_needs_the_same_tokenizer_or_an_explicit_one(folde
   (other / "tokenizer.model").write_bytes(b"other pieces")
   refused(folder, other, f"trained with another tokenizer than this run would be; pass --config.data.tokenizer={other}")
   (other / "tokenizer.model").unlink()
-  refused(folder, other, f"--config.warm_start_from={other} has no tokenizer.model")
   named = str(full.workdir / "tokenizer.model")
   config = resolved(folder, devices=1, **SHAPE, method="full", warm_start_from=str(other), data__tokenizer=named)
+  source = warm_start.Source(config, phases.build_phase(config, small_model.mesh(1)), small_model.mesh(1))
+  source.check_tokenizer(named)  # tokenizer.json is the conversion of this model
+  (other / "tokenizer_config.json").write_text('{"eos_token": "e"}')
+  with pytest.raises(UserError, match="trained with another tokenizer"):
+    source.check_tokenizer(named)
+  (other / "tokenizer.json").unlink()
+  refused(folder, other, f"--config.warm_start_from={other} has no tokenizer.model or tokenizer.json")
   source = warm_start.Source(config, phases.build_phase(config, small_model.mesh(1)), small_model.mesh(1))
   source.check_tokenizer(named)
 
 
 def test_other_sizes_are_refused(folder, hugging_face):
   short_runs.check_sizes_are_refused(folder, hugging_face)
+
+
+# --- the architecture of the source -------------------------------------------------------------------------------
+
+
+def adopted(folder, source, given=(), workdir=None, **changes):
+  """(a config of other sizes after `adopt_architecture`, the line that it prints)"""
+  config = tiny_config(folder, **SHAPE, warm_start_from=str(source), **changes)
+  config.model.update(hidden_size=64, num_heads=4)
+  return config, warm_start.adopt_architecture(config, given, workdir)
+
+
+def test_the_architecture_of_a_folder_is_adopted(folder, full, hugging_face):
+  config, line = adopted(folder, hugging_face)
+  expected = open_run(full.workdir).architecture
+  assert config.model.to_dict() == expected
+  assert config.data.tokenizer == str(hugging_face / "tokenizer.model")
+  assert line.startswith(f"set from {hugging_face}: model.hidden_size=16 ") and " model.num_heads=2 " in line
+  assert " model.max_position=16" in line and "vocab_size" not in line, "only keys that change"
+
+
+def test_keys_that_are_given_stay(folder, hugging_face):
+  config, line = adopted(folder, hugging_face, given=("model.num_heads", "data.tokenizer"))
+  assert (config.model.hidden_size, config.model.num_heads, config.data.tokenizer) == (16, 4, "")
+  assert "num_heads=" not in line and "tokenizer" not in line
+
+
+def test_a_run_gives_its_architecture_but_not_its_tokenizer(folder, full):
+  """The tokenizer that a run trained is trained again from the same text, with the same cache."""
+  config, line = adopted(folder, full.workdir)
+  assert config.model.to_dict() == open_run(full.workdir).architecture and config.data.tokenizer == ""
+  assert "tokenizer" not in line
+  config, line = adopted(folder, "")
+  assert line is None and config.model.hidden_size == 64
+
+
+def test_a_run_that_continues_does_not_need_its_source(folder, full, tmp_path):
+  config, _ = adopted(folder, tmp_path / "gone", workdir=full.workdir)
+  assert config.model.to_dict() == open_run(full.workdir).architecture
+  with pytest.raises(UserError, match=r"--config\.warm_start_from: .*gone must be the directory of a run"):
+    adopted(folder, tmp_path / "gone")
+
+
+def test_a_tied_embedding_may_become_a_head_of_its_own(folder, full, hugging_face, tmp_path):
+  there = shutil.copytree(hugging_face, tmp_path / "tied")
+  config = json.loads((there / "config.json").read_text())
+  (there / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+  for tied in (True, False):
+    changes = dict(method="full", warm_start_from=str(there), model__tied_embeddings=tied)
+    config = resolved(folder, devices=1, **SHAPE, **changes)
+    phase = phases.build_phase(config, small_model.mesh(1))
+    params = host(warm_start.Source(config, phase, small_model.mesh(1)).state().params)
+    assert ("head" in params) != tied
+    if not tied:
+      np.testing.assert_array_equal(params["head"]["kernel"], params["embed"]["embedding"].T)
+
+
+def test_other_rotary_positions_are_a_warning(folder, hugging_face, caplog):
+  changes = dict(method="full", warm_start_from=str(hugging_face), model__rope__base=5e5)
+  config = resolved(folder, devices=1, **SHAPE, **changes)
+  warm_start.Source(config, phases.build_phase(config, small_model.mesh(1)), small_model.mesh(1))
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert line.startswith("the rotary positions are not those of --config.warm_start_from: Rope(base=10000.0")
