@@ -10,6 +10,7 @@ import jax
 from absl import flags
 
 from experiments.common import cli, results, sweep
+from experiments.common.trials import base_from_flags
 from experiments.paper import studies
 from switchlora_jax.errors import UserError
 
@@ -27,7 +28,7 @@ def main():
   if STUDY.value not in studies.STUDIES:
     found = "missing" if STUDY.value is None else f"{STUDY.value!r}, which does not exist"
     raise UserError(f"--study is {found}; it must be one of {', '.join(studies.STUDIES)}")
-  base = sweep.base_from_flags()
+  base = base_from_flags()
   cli.set_precision(base.config)
   rates = sweep.parse_numbers("learning_rates", LEARNING_RATES.value, float)
   variants = studies.study_variants(STUDY.value, base.config, rates)

@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments.common import cli, refreshes, results, sweep
 from experiments.common.children import environment
-from experiments.common.sweep import BaseConfig, Variant
+from experiments.common.trials import BaseConfig, Variant, base_from_flags, parse_config_value
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import LOW_RANK, METHODS, keys_for
 from switchlora_jax.runs.directory import flatten
@@ -111,7 +111,7 @@ def further_variants(config) -> dict[str, dict]:
       )
     if label in METHODS or label in found:
       raise UserError(f"--variant={text} needs a label of its own; {label} is taken; choose another")
-    keys = {key: sweep.parse_config_value(config, key, value) for key, _, value in words}
+    keys = {key: parse_config_value(config, key, value) for key, _, value in words}
     method = keys.get("method", config.method)
     found[label] = keys_for(config, method) | keys if method in METHODS else keys  # else `resolve` reports the method
   return found
@@ -169,7 +169,7 @@ def main():
       )
     results.redraw(sweep.sweep_workdir())
     return
-  base, options = sweep.base_from_flags(), sweep.sweep_options()
+  base, options = base_from_flags(), sweep.sweep_options()
   cli.set_precision(base.config)
   variants = method_variants(base.config)
   title = f"{Path(base.file).stem}: comparison of methods"

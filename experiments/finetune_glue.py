@@ -22,7 +22,6 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from experiments.common import cli, glue_table, sweep
-from experiments.common.results import at_edge
 from experiments.paper.items import ITEMS
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
@@ -116,6 +115,11 @@ def warn_of_length(tuning: FineTuning) -> None:
       "%s: %d examples are longer than the %d tokens of pre-training; --seq_len=%d truncates them",
       *(name, longer, seq_len, seq_len),
     )
+
+
+def at_edge(rate: float | None, tried) -> bool:
+  """Whether the best learning rate is the smallest or the largest of several."""
+  return len(tried) > 1 and rate in (min(tried), max(tried))
 
 
 def sweep_and_repeat(tuning: FineTuning, rates: list[float]) -> dict:

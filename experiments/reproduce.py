@@ -26,7 +26,17 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.common import cli, results, spectra, sweep
-from experiments.common.sweep import BaseConfig, Trial, TrialResult, Variant
+from experiments.common.outcomes import TrialResult, evaluation_loss
+from experiments.common.results_table import markdown
+from experiments.common.trials import (
+  BaseConfig,
+  Trial,
+  Variant,
+  first_seed_trials,
+  make_trial,
+  parse_config_value,
+  update_config,
+)
 from experiments.paper import items, studies
 from switchlora_jax.data.corpus import matching_files
 from switchlora_jax.data.shards import read_manifest
@@ -57,7 +67,7 @@ def set_keys() -> dict:
     key, equals, value = text.partition("=")
     if not equals:
       raise UserError(f"--set={text} must be KEY=VALUE, for example --set=data.path='c4/*.json.gz'")
-    keys[key] = sweep.parse_config_value(config, key, value)
+    keys[key] = parse_config_value(config, key, value)
   local = [bool(keys.get(key)) for key in ("data.path", "data.eval_path")]
   if prepares_c4(keys) and any(local) and not all(local):
     raise UserError(
@@ -97,7 +107,7 @@ def trained_variants(item: items.Item, base: BaseConfig, keys: dict) -> list[Var
   rank = 128 if SCALE.value == "paper" else 16
   shared = items.size_keys("130M", SCALE.value) | batch | {"rank": rank} | keys
   config = base.config.copy_and_resolve_references()
-  sweep.update_config(config, shared)
+  update_config(config, shared)
   found = [variant for name in item.study.split(",") for variant in studies.study_variants(name, config)]
   return [variant._replace(overrides=shared | variant.overrides) for variant in distinct_variants(config, found)]
 
@@ -115,7 +125,7 @@ def changed_configs(config, variants: list[Variant]) -> list[ConfigDict]:
   found = []
   for variant in variants:
     found.append(config.copy_and_resolve_references())
-    sweep.update_config(found[-1], variant.overrides)
+    update_config(found[-1], variant.overrides)
   return found
 
 
@@ -203,11 +213,11 @@ def missing_data(configs: list[FrozenConfigDict], keys: dict) -> str | None:
 
 def dry_run(item: items.Item, base: BaseConfig, variants: list[Variant], keys: dict):
   """Print the commands of the data, of each run and of the fine-tuning, with the directories of a run without it."""
-  first = sweep.first_seed_trials(base, variants)
+  first = first_seed_trials(base, variants)
   configs = [trial.config for trial in first]
   if prepares_c4(keys):
     print(*preparation_commands(configs, keys).values(), sep="\n")
-  more = [sweep.make_trial(base, variant, None, n) for n in range(1, flags.FLAGS.seeds) for variant in variants]
+  more = [make_trial(base, variant, None, n) for n in range(1, flags.FLAGS.seeds) for variant in variants]
   workdir = Path(flags.FLAGS.workdir or f"runs/{ITEM.value}")
   for trial in first + more:
     print(shlex.join(sweep.trial_command(base, trial, workdir / "cells" / trial.name)))
@@ -233,18 +243,18 @@ def fine_tuning_command(trials: list[Trial], workdir: Path) -> str:
 def print_glue(item: items.Item, trial_results: list[TrialResult], workdir: Path):
   """Print the paper's GLUE scores and the command that fine-tunes the best run of each line."""
   best = {}
-  for result in sorted(trial_results, key=lambda result: sweep.evaluation_loss(result, item.read_at)):
+  for result in sorted(trial_results, key=lambda result: evaluation_loss(result, item.read_at)):
     best.setdefault(result.trial.variant.label, result.trial)
-  print(f"\nthe paper's, after fine-tuning:\n\n{results.markdown(item.paper)}")
+  print(f"\nthe paper's, after fine-tuning:\n\n{markdown(item.paper)}")
   print(f"to fine-tune ours:\n\n{fine_tuning_command([best[line.label(SCALE.value)] for line in item.lines], workdir)}")
 
 
 def print_facts(item: items.Item):
   """Print an item that needs no training."""
   if item.facts:
-    print(f"ours, from the configs:\n\n{results.markdown(item.facts())}")
+    print(f"ours, from the configs:\n\n{markdown(item.facts())}")
   if item.paper:
-    print(f"the paper's:\n\n{results.markdown(item.paper)}")
+    print(f"the paper's:\n\n{markdown(item.paper)}")
   if item.used:
     print(f"ours are the same: {item.used}")
 
@@ -264,11 +274,11 @@ def main():
   run_keys = {key: value for key, value in keys.items() if not (prepares_c4(keys) and key in SOURCE_KEYS)}
   base = items.base_config(SCALE.value, run_keys)
   variants = item_variants(item, base, run_keys)
-  configs = [trial.config for trial in sweep.first_seed_trials(base, variants)]
+  configs = [trial.config for trial in first_seed_trials(base, variants)]
   title = item_title(item, configs, keys)
   print(title)
   if item.paper and not item.glue:
-    print(f"\nnumbers of {item.source}, not ours:\n\n{results.markdown(item.paper)}")
+    print(f"\nnumbers of {item.source}, not ours:\n\n{markdown(item.paper)}")
   if DRY_RUN.value:
     dry_run(item, base, variants, keys)
     return

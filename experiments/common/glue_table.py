@@ -1,6 +1,6 @@
 """Results of `experiments.finetune_glue` as Markdown tables, beside Tables 6 and 7 of the paper."""
 
-from experiments.common.results import EDGE, markdown
+from experiments.common.results_table import EDGE, markdown
 from experiments.paper.items import ITEMS
 
 

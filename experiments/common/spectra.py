@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from experiments.common import cli
 from experiments.common.figures import line_style, save_figure
-from experiments.common.results import markdown
+from experiments.common.results_table import markdown
 from switchlora_jax.analysis.ranks import KINDS, effective_ranks, ranks, singular_values
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop.pretrained import full_precision, restore_weights

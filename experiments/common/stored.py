@@ -12,6 +12,7 @@ from typing import Any
 
 from flax.traverse_util import unflatten_dict
 
+from experiments.common.search import Point
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.directory import FREE, differences, flatten, with_added_keys
 from switchlora_jax.runs.files import read_json_object, replace_text
@@ -55,6 +56,16 @@ def read_cells(workdir: Path) -> dict[str, dict]:
   results = read_results(workdir) or {"cells": []}
   shared, cells = results.get("config", {}), [*results["cells"], *results.get("other_cells", ())]
   return {cell["name"]: cell | {"config": shared | cell["config"]} for cell in cells if "config" in cell}
+
+
+def cell_point(cell: dict) -> Point:
+  """The place of an entry of results.json in the sweep of its variant."""
+  return cell["learning_rate"], cell.get("rest_learning_rate")
+
+
+def point_key(point: Point) -> str:
+  """`0.002`, or `0.002, 0.01`: the learning rate, and that of embedding, norms and head if it is swept."""
+  return ", ".join(f"{rate:g}" for rate in point if rate is not None)
 
 
 def mismatch(cell: dict, config, fingerprint: str) -> str | None:

@@ -3,115 +3,43 @@
 A variant is one line of a table. Each variant is trained with the first seed at each of its learning rates, and with
 the remaining seeds at the best of them. `search` has the rule by which the sweep of the first seed is extended. Each
 trial is a run of `experiments.pretrain` in its own process and its own directory, and can be inspected, continued and
-stopped like any other run. A trial that is finished in results.json does not need its directory: see `stored`.
+stopped like any other run. A trial that is finished in results.json does not need its directory: see `stored`. `trials`
+has the config of each trial, and `outcomes` reads its losses.
 """
 
-import functools
-import importlib
-import math
 import os
-import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments.common import cli, search, stored
 from experiments.common.children import Children
+from experiments.common.outcomes import (
+  TrialResult,
+  best_rates,
+  evaluation_step,
+  evaluations,
+  point_losses,
+  trial_summary,
+)
 from experiments.common.search import Point
-from switchlora_jax.config import resolve
+from experiments.common.trials import BaseConfig, Trial, first_seed_trials, make_trial, probe_devices
 from switchlora_jax.data import dataset
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import print_line, progress_bar
 from switchlora_jax.runs import directory as run_directory
-from switchlora_jax.training import metrics
 from switchlora_jax.training.report import describe_warnings
 
 flags.disclaim_key_flags()  # the flags that this module defines are listed by --help of the command that calls it
 
 
-class BaseConfig(NamedTuple):
-  """The config that all trials of a sweep start from.
-
-  Attributes:
-    file: path of the config file.
-    overrides: keys changed relative to the file.
-    config: the file's config with these overrides applied.
-  """
-
-  file: str
-  overrides: dict[str, Any]
-  config: ConfigDict
-
-
-class Variant(NamedTuple):
-  """One line of a table.
-
-  Attributes:
-    label: its name in tables and legends.
-    overrides: keys changed relative to the base config.
-    learning_rates: candidates for the first seed; empty selects the method's default.
-    paper: the paper's perplexity, if it reports one.
-    rest_learning_rates: candidates for embedding, norms and head, each with each of `learning_rates`; empty: not swept.
-  """
-
-  label: str
-  overrides: dict[str, Any]
-  learning_rates: tuple[float, ...] = ()
-  paper: float | None = None
-  rest_learning_rates: tuple[float, ...] = ()
-
-
-class Trial(NamedTuple):
-  """One run of a variant: its learning rates, its seed and the resolved config.
-
-  Attributes:
-    rest_learning_rate: of embedding, norms and head; None if it is not swept.
-  """
-
-  variant: Variant
-  learning_rate: float
-  seed: int
-  config: FrozenConfigDict
-  overrides: dict[str, Any]
-  rest_learning_rate: float | None = None
-
-  @property
-  def name(self) -> str:
-    """The name of its directory: `switchlora-rank-16_lr=0.02_seed=0`, or `full_lr=0.002_rest=0.01_seed=0`."""
-    words = re.sub(r"[^\w.]+", "-", self.variant.label).strip("-")
-    rest = "" if self.rest_learning_rate is None else f"_rest={self.rest_learning_rate:g}"
-    return f"{words}_lr={self.learning_rate:g}{rest}_seed={self.seed}"
-
-  @property
-  def point(self) -> Point:
-    """Its place in the sweep."""
-    return self.learning_rate, self.rest_learning_rate
-
-
-class TrialResult(NamedTuple):
-  """A trial that has ended.
-
-  Attributes:
-    workdir: the directory of its run.
-    failure: the reason if it failed, else None.
-    cell: its entry of results.json, see `stored`, if the trial was finished there; `workdir` may not exist then.
-  """
-
-  trial: Trial
-  workdir: Path
-  failure: str | None
-  cell: dict | None = None
-
-
-# --- Flags and base configs --------------------------------------------------------------------------------------
+# --- Flags -------------------------------------------------------------------------------------------------------
 
 
 def define_sweep_flags(*, seeds: int):
@@ -188,119 +116,34 @@ def parse_numbers(flag: str, words: list[str] | None, kind: type) -> list:
     raise UserError(f"--{flag} must be a list of numbers such as 1e-3,2e-3 or 32,16; {error}") from error
 
 
-def base_from_flags() -> BaseConfig:
-  """The base config given by this command's own --config flags."""
-  flag = flags.FLAGS["config"]
-  return BaseConfig(config_flags.get_config_filename(flag), config_flags.get_override_values(flag), flags.FLAGS.config)
-
-
-def base_from_file(name: str, overrides: dict[str, Any]) -> BaseConfig:
-  """The base config `configs/{name}.py` with the given overrides."""
-  config = ConfigDict(importlib.import_module(f"configs.{name}").get_config())
-  update_config(config, overrides)
-  return BaseConfig(str(cli.CONFIGS / f"{name}.py"), overrides, config)
-
-
-def parse_config_value(config: ConfigDict, key: str, text: str):
-  """Convert a value from the command line to the type of a config key.
-
-  Raises:
-    UserError: the key does not exist, or the text does not have its type.
-  """
-  try:
-    kind = config.get_type(key) if "." not in key else config[key.rsplit(".", 1)[0]].get_type(key.rsplit(".", 1)[1])
-  except (KeyError, AttributeError) as error:
-    raise UserError(f"unknown config key {key!r}; configs/base.py lists all keys") from error
-  try:
-    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-  except (KeyError, ValueError, AttributeError) as error:  # AttributeError: a section such as `switch`
-    raise UserError(f"{key} must be of type {kind.__name__}; found {text!r}") from error
-
-
-def update_config(config: ConfigDict, overrides: dict[str, Any]) -> None:
-  """Set flattened keys such as `switch.interval` in place.
-
-  Raises:
-    UserError: a key does not exist, or its value has the wrong type.
-  """
-  for key, value in overrides.items():
-    try:
-      config.update_from_flattened_dict({key: value})
-    except (KeyError, AttributeError) as error:
-      raise UserError(f"unknown config key {key!r}; configs/base.py lists all keys") from error
-    except TypeError as error:
-      raise UserError(f"{key} (={value!r}) has the wrong type: {error}") from error
-
-
 def default_processes() -> int:
   """One run per CPU core if JAX only finds CPUs, else one, because a process takes all accelerators."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   return cores if probe_devices()[0] == "cpu" else 1
 
 
-@functools.cache
-def probe_devices() -> tuple[str, int]:
-  """(platform, number of devices) of a run, such as ("gpu", 8); a child process queries them and releases them again.
-
-  Raises:
-    UserError: JAX does not start.
-  """
-  probe = [sys.executable, "-c", "import jax; print(jax.default_backend(), jax.device_count())"]
-  done = subprocess.run(probe, capture_output=True, text=True)
-  if done.returncode:
-    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    raise UserError(f"JAX does not find its devices: {reason}; a run would not start either: check the drivers")
-  platform, count = done.stdout.split()[-2:]
-  return platform, int(count)
-
-
 # --- Running a sweep ---------------------------------------------------------------------------------------------
 
 
-def make_trial(
-  base: BaseConfig,
-  variant: Variant,
-  learning_rate: float | None,
-  seed_number: int,
-  rest_learning_rate: float | None = None,
-) -> Trial:
-  """A trial of a variant.
+class Runner(NamedTuple):
+  """How a sweep runs its trials; the same in all of its stages.
 
-  Args:
-    learning_rate: None selects the method's default.
-    seed_number: added to the seed of the base config.
-    rest_learning_rate: of embedding, norms and head; None if it is not swept: the config's.
+  Attributes:
+    folder: where each trial has its directory.
+    processes: number of concurrent runs.
+    quiet: whether to print failed runs alone.
+    fingerprints: from `prepare_datasets`.
+    cells: {name: cell} of results.json, from `stored.read_cells`.
+    end: called with each result, and whether its process has run now.
   """
-  config = base.config.copy_and_resolve_references()  # a plain copy would share the placeholder of learning_rate
-  update_config(config, variant.overrides)
-  own = {"seed": config.seed + seed_number}
-  if learning_rate is not None:
-    own["learning_rate"] = learning_rate
-  if rest_learning_rate is not None:
-    own["rest_learning_rate"] = rest_learning_rate
-  update_config(config, own)
-  platform, devices = probe_devices()
-  resolved = resolve(config, devices, platform)
-  overrides = base.overrides | variant.overrides | own
-  return Trial(variant, resolved.learning_rate, resolved.seed, resolved, overrides, rest_learning_rate)
 
-
-def first_seed_trials(base: BaseConfig, variants) -> list[Trial]:
-  """The trials of the first seed: each variant at each of its learning rates.
-
-  Raises:
-    UserError: a trial's config is invalid, or two trials have the same name. Nothing has run yet.
-  """
-  trials = [
-    make_trial(base, variant, rate, 0, rest)
-    for variant in variants
-    for rate in variant.learning_rates or (None,)
-    for rest in variant.rest_learning_rates or (None,)
-  ]
-  names = [trial.name for trial in trials]
-  if duplicates := {name for name in names if names.count(name) > 1}:
-    raise UserError(f"the sweep has duplicate runs ({', '.join(sorted(duplicates))}); give each value once")
-  return trials
+  base: BaseConfig
+  folder: Path
+  processes: int
+  quiet: bool
+  fingerprints: dict[str, str]
+  cells: dict[str, dict]
+  end: Callable[[TrialResult, bool], None]
 
 
 def run_sweep(
@@ -337,6 +180,16 @@ def run_sweep(
   fingerprints = prepare_datasets(trials, quiet)
   for label, config in {trial.variant.label: trial.config for trial in trials}.items():
     print("".join(f"{label}: {warning}\n" for warning in describe_warnings(config)), end="", flush=True)
+  runner = Runner(base, folder, processes, quiet, fingerprints, cells, collector(record))
+  results = run_trials(runner, trials, "sweep" if len(trials) > len(variants) else "runs")
+  while more := extension_trials(base, variants, results, read_at, extend, quiet):
+    results += run_trials(runner, more, "extension")
+  more = seed_trials(base, variants, results, read_at, seeds)
+  return results + (run_trials(runner, more, "seeds") if more else [])
+
+
+def collector(record: Callable[[list[TrialResult]], None] | None) -> Callable[[TrialResult, bool], None]:
+  """`Runner.end` that collects the results, and calls `record` with all of them after each run that ends."""
   ended, lock = [], threading.Lock()
 
   def end(result: TrialResult, ran: bool):
@@ -345,14 +198,7 @@ def run_sweep(
       if ran and record:
         record(list(ended))
 
-  shared = dict(fingerprints=fingerprints, folder=folder, processes=processes, quiet=quiet, cells=cells, end=end)
-  stage = "sweep" if len(trials) > len(variants) else "runs"
-  results = run_trials(base, trials, stage=stage, **shared)
-  while more := extension_trials(base, variants, results, read_at, extend, quiet):
-    results += run_trials(base, more, stage="extension", **shared)
-  best = [(variant, best_rates(variant, results, read_at)) for variant in variants]
-  more = [make_trial(base, v, point[0], n, point[1]) for n in range(1, seeds) for v, point in best if point]
-  return results + (run_trials(base, more, stage="seeds", **shared) if more else [])
+  return end
 
 
 def extension_trials(
@@ -377,6 +223,12 @@ def extension_trials(
   return trials
 
 
+def seed_trials(base: BaseConfig, variants, results: list[TrialResult], read_at: float, seeds: int) -> list[Trial]:
+  """The trials of all seeds but the first, at the best learning rates of each variant that has any."""
+  best = [(variant, best_rates(variant, results, read_at)) for variant in variants]
+  return [make_trial(base, v, point[0], n, point[1]) for n in range(1, seeds) for v, point in best if point]
+
+
 def describe_point(point: Point) -> str:
   """`learning rate 0.002`, or `learning rate 0.002 (embedding, norms, head: 0.01)`."""
   rest = "" if point[1] is None else f" (embedding, norms, head: {point[1]:g})"
@@ -396,47 +248,35 @@ def prepare_datasets(trials: list[Trial], quiet: bool = False) -> dict[str, str]
   return {trial.variant.label: fingerprint(trial.config) for trial in trials}
 
 
-def run_trials(
-  base: BaseConfig,
-  trials: list[Trial],
-  *,
-  fingerprints: dict[str, str],
-  folder: Path,
-  processes: int,
-  stage: str,
-  quiet: bool,
-  cells: dict[str, dict],
-  end: Callable[[TrialResult, bool], None],
-) -> list[TrialResult]:
-  """Run the unfinished trials, `processes` at a time; a failed trial does not stop the others.
+def run_trials(runner: Runner, trials: list[Trial], stage: str) -> list[TrialResult]:
+  """Run the unfinished trials, `runner.processes` at a time; a failed trial does not stop the others.
 
   Args:
-    fingerprints: from `prepare_datasets`.
     stage: label of the progress bar.
-    quiet: whether to print failed runs alone.
-    cells: {name: cell} of results.json, from `stored.read_cells`.
-    end: called with each result, and whether its process has run now.
   Raises:
     UserError: a directory holds a run with another config or other data. No trial has run yet.
   """
+  folder, fingerprints = runner.folder, runner.fingerprints
   for trial in trials:
     check_same_run(folder / trial.name, trial.config, fingerprints[trial.variant.label])
-  finished = {trial.name: finished_result(trial, folder, fingerprints[trial.variant.label], cells) for trial in trials}
+  finished = {
+    trial.name: finished_result(trial, folder, fingerprints[trial.variant.label], runner.cells) for trial in trials
+  }
   shares, children = SimpleQueue(), Children()
-  for share in range(processes):
+  for share in range(runner.processes):
     shares.put(share)
   shape = dict(total=len(trials), desc=stage, unit="run")
-  with progress_bar(**shape, shown=not quiet) as bar, ThreadPoolExecutor(processes) as pool:
+  with progress_bar(**shape, shown=not runner.quiet) as bar, ThreadPoolExecutor(runner.processes) as pool:
 
     def run_next(trial: Trial) -> TrialResult:
       if not (result := finished[trial.name]):
         share = shares.get()
         try:
-          result = run_trial(base, trial, folder, (share, processes), children)
+          result = run_trial(runner.base, trial, folder, (share, runner.processes), children)
         finally:
           shares.put(share)
-      end(result, not finished[trial.name])
-      if result.failure or not quiet:
+      runner.end(result, not finished[trial.name])
+      if result.failure or not runner.quiet:
         print_line(f"{trial.name}: {result.failure or trial_summary(result)}")
       bar.update()
       return result
@@ -494,97 +334,3 @@ def check_same_run(workdir: Path, config, fingerprint: str):
   if saved and (changed := run_directory.changed_keys(workdir, saved, config)):
     raise run_directory.another_run(workdir, changed)
   run_directory.check_same_data(workdir, saved, fingerprint)
-
-
-# --- Reading results ---------------------------------------------------------------------------------------------
-
-
-def evaluations(workdir: Path) -> list[dict]:
-  """The evaluation rows of a run's metrics.jsonl."""
-  return list(read_metrics(workdir)[0])
-
-
-def read_metrics(workdir: Path) -> tuple[list[dict], list[dict]]:
-  """The evaluation rows of a run's metrics.jsonl, and tokens and the `metrics.TIMED` of its training rows.
-
-  The rows are kept in memory until the file changes. They must not be changed.
-  """
-  path = workdir / "metrics.jsonl"
-  found = path.stat() if path.exists() else None
-  return _parse_metrics(path, found and (found.st_mtime_ns, found.st_size))
-
-
-@functools.cache
-def _parse_metrics(path: Path, version) -> tuple[list[dict], list[dict]]:
-  del version  # of the file, a key of the cache
-  rows = metrics.read(path)
-  kept = ("tokens", *metrics.TIMED)
-  timed = [{key: row[key] for key in kept if key in row} for row in rows if "tokens_per_second" in row]
-  return [row for row in rows if "val_loss" in row], timed
-
-
-def trial_evaluations(result: TrialResult) -> list[dict]:
-  """The evaluation rows of a trial, `step`, `val_loss` and `val_ppl` at least, from its directory or results.json."""
-  if result.cell is None:
-    return evaluations(result.workdir)
-  perplexity = lambda loss: None if loss is None or loss > math.log(sys.float_info.max) else math.exp(loss)
-  return [{"step": step, "val_loss": loss, "val_ppl": perplexity(loss)} for step, loss in result.cell["curve"]]
-
-
-def evaluation_step(config, read_at: float) -> int:
-  """The step whose validation loss is compared: the fraction `read_at` of the run's steps.
-
-  Raises:
-    UserError: the run has no evaluation at that step.
-  """
-  step = round(read_at * config.steps)
-  if step != config.steps and step % config.eval_every:
-    raise UserError(
-      f"the validation loss is compared at step {step} ({read_at:g} of {config.steps} steps), but eval_every "
-      f"(={config.eval_every}) has no evaluation there; set --config.eval_every to a divisor of {step}"
-    )
-  return step
-
-
-def evaluation_loss(result: TrialResult, read_at: float) -> float:
-  """The validation loss of a trial at `evaluation_step`, in nats per token; infinite if it failed or diverged.
-
-  Raises:
-    UserError: the run has no evaluation at that step, because it was made with another `eval_every`.
-  """
-  if result.failure:
-    return math.inf
-  step = evaluation_step(result.trial.config, read_at)
-  for row in trial_evaluations(result):
-    if row["step"] == step:
-      return math.inf if row["val_ppl"] is None else row["val_loss"]
-  if result.cell:
-    raise UserError(
-      f"the entry {result.trial.name} of results.json has no evaluation at step {step}; delete the entry, and the same "
-      "command runs it again"
-    )
-  raise UserError(f"{result.workdir} has no evaluation at step {step}; delete it, and the same command runs it again")
-
-
-def point_losses(variant: Variant, results: list[TrialResult], read_at: float) -> dict[Point, float]:
-  """{point: loss} of a variant's first seed, infinite for runs that failed or diverged."""
-  own = [result for result in results if result.trial.variant is variant]
-  first_seed = min(result.trial.seed for result in own)
-  return {r.trial.point: evaluation_loss(r, read_at) for r in own if r.trial.seed == first_seed}
-
-
-def best_rates(variant: Variant, results: list[TrialResult], read_at: float) -> Point | None:
-  """The learning rates with the lowest loss for a variant's first seed; None if no trial has a finite loss."""
-  return search.best_point(point_losses(variant, results, read_at))
-
-
-def best_learning_rate(variant: Variant, results: list[TrialResult], read_at: float) -> float | None:
-  """The first of `best_rates`."""
-  best = best_rates(variant, results, read_at)
-  return best[0] if best else None
-
-
-def trial_summary(result: TrialResult) -> str:
-  """The outcome of a trial in a few words, for the progress output."""
-  last = trial_evaluations(result)[-1]
-  return "diverged" if last["val_ppl"] is None else f"validation perplexity {last['val_ppl']:.2f}"

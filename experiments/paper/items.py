@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.common.sweep import BaseConfig, Variant, base_from_file, update_config
+from experiments.common.trials import BaseConfig, Variant, base_from_file, update_config
 from switchlora_jax.config import resolve
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import flatten

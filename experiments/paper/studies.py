@@ -5,7 +5,7 @@ The values of a study are derived from the config's own setting and always inclu
 
 from typing import Any, NamedTuple
 
-from experiments.common.sweep import Variant
+from experiments.common.trials import Variant
 from switchlora_jax.errors import UserError
 
 

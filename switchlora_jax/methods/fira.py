@@ -13,7 +13,6 @@ multiplies every projection back by α, so that with their α = 0.25 the rest co
 limiter compares norms before Adam's correction of the bias, also as there.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +22,10 @@ import optax
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
-from switchlora_jax.methods.galore import ProjectedAdam, failures
+from switchlora_jax.methods.galore import ProjectedAdam, failures, projected_adam
 from switchlora_jax.methods.norm_growth import TINY, check_limit, limit_norm_growth, norm_dtype, norm_over
-from switchlora_jax.methods.optimizers import Coefficients, adam_options
-from switchlora_jax.methods.projectors import block_kernels, leading_directions, oriented, wide
+from switchlora_jax.methods.optimizers import Coefficients
+from switchlora_jax.methods.projectors import oriented, wide
 
 LEARNING_RATE = 1e-2  # this, the ratio and eps: defaults of Fira's authors
 MIN_LR_RATIO = 0.1
@@ -54,32 +53,17 @@ class FiraState(NamedTuple):
   residual_share: Any
 
 
-def scale_by_fira(
-  rank: int,
-  refresh_every: int,
-  scale: float,
-  limit: float = 1.01,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  *,
-  projected: Callable,
-  directions: Callable = leading_directions,
-  seed: int | None = None,
-  moments_dtype=None,
-  refresh_at: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_fira(adam: ProjectedAdam, scale: float, limit: float = 1.01) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients, and the scaled rest of the gradients; see the docstring of the module.
 
   A kernel that has no projector yet does not move. Adam's bias is corrected by the number of all updates, also for a
   kernel that gets its projector late.
 
   Args:
+    adam: the projection and Adam's coefficients.
     scale: α.
     limit: largest ratio of ‖S‖ to that of the update before; 0: no limit.
-    others: see `galore.ProjectedAdam`.
   """
-  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype, refresh_at)
 
   def init(params):
     state = adam.init(params)
@@ -152,9 +136,7 @@ def warnings(config) -> list[str]:
 def build(config) -> Method:
   """The layers of full-rank training; gradients of block kernels are projected, all others go to Adam directly."""
   fira = config.fira
-  options = adam_options(config) | projectors.options(config, fira)
-  settings = (config.rank, fira.refresh_every, fira.scale, fira.limit)
-  optimizer = scale_by_fira(*settings, projected=block_kernels, **options)
+  optimizer = scale_by_fira(projected_adam(config, fira), fira.scale, fira.limit)
   return full.build(config)._replace(optimizer=optimizer, optimizer_metrics=_metrics)
 
 

@@ -15,7 +15,6 @@ which is their default. This module has those of `methods.projectors`, so that `
 for GaLore; whole layers are not among them.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +24,10 @@ import optax
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import full, projectors
 from switchlora_jax.methods.base import Method
-from switchlora_jax.methods.galore import ProjectedAdam, failures
+from switchlora_jax.methods.galore import ProjectedAdam, failures, projected_adam
 from switchlora_jax.methods.norm_growth import norm_dtype, norm_over
-from switchlora_jax.methods.optimizers import ADAM, adam_options
-from switchlora_jax.methods.projectors import block_kernels, leading_directions, oriented, wide
+from switchlora_jax.methods.optimizers import ADAM
+from switchlora_jax.methods.projectors import oriented, wide
 
 LEARNING_RATE = 1e-3  # this and the ratio: of the authors' runs, with Adam's rate for full rank
 MIN_LR_RATIO = 0.1
@@ -52,30 +51,16 @@ class FrugalState(NamedTuple):
   age: Any
 
 
-def scale_by_frugal(
-  rank: int,
-  refresh_every: int,
-  sign_scale: float = 1.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  *,
-  projected: Callable,
-  directions: Callable = leading_directions,
-  seed: int | None = None,
-  moments_dtype=None,
-  refresh_at: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+def scale_by_frugal(adam: ProjectedAdam, sign_scale: float = 1.0) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients, signSGD on the rest of the gradients; see the docstring of the module.
 
   A kernel that has no projector yet does not move. A kernel whose decomposition fails keeps its moments with its
   projector.
 
   Args:
+    adam: the projection and Adam's coefficients.
     sign_scale: λ, learning rate of signSGD / learning rate of Adam.
-    others: see `galore.ProjectedAdam`.
   """
-  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype, refresh_at)
 
   def init(params):
     state = adam.init(params)
@@ -160,9 +145,6 @@ def warnings(config) -> list[str]:
 
 def build(config) -> Method:
   """The layers of full-rank training; gradients of block kernels are projected, all others go to Adam directly."""
-  frugal = config.frugal
-  options = adam_options(config) | projectors.options(config, frugal)
-  settings = (config.rank, frugal.refresh_every, frugal.sign_scale)
-  optimizer = scale_by_frugal(*settings, projected=block_kernels, **options)
+  optimizer = scale_by_frugal(projected_adam(config, config.frugal), config.frugal.sign_scale)
   optimizer_metrics = lambda opt_state: {"svd_failed": failures(opt_state)}
   return full.build(config)._replace(optimizer=optimizer, optimizer_metrics=optimizer_metrics)

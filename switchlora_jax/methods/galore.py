@@ -182,20 +182,17 @@ class ProjectedAdam(NamedTuple):
     return state._replace(mu=stored(state.mu), nu=stored(state.nu))
 
 
-def scale_by_galore(
-  rank: int,
-  refresh_every: int,
-  scale: float,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-6,
-  *,
-  projected: Callable,
-  directions: Callable = leading_directions,
-  seed: int | None = None,
-  moments_dtype=None,
-  refresh_at: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+def projected_adam(config, section) -> ProjectedAdam:
+  """The `ProjectedAdam` of a resolved config: it projects block kernels.
+
+  Args:
+    section: the section of the method, with `refresh_every` and the keys that select the projectors.
+  """
+  options = adam_options(config) | projectors.options(config, section)
+  return ProjectedAdam(config.rank, section.refresh_every, block_kernels, **options)
+
+
+def scale_by_galore(adam: ProjectedAdam, scale: float) -> optax.GradientTransformationExtraArgs:
   """Adam on projected gradients: R = PᵀG, Adam's direction N of R, update `scale`·P·N.
 
   P is recomputed at every `refresh_every`-th update. The moments are neither reset nor rotated then. A kernel that has
@@ -203,10 +200,9 @@ def scale_by_galore(
   projector late.
 
   Args:
+    adam: the projection and Adam's coefficients. The signs of the columns of P do not matter to an update.
     scale: factor of the update of projected leaves.
-    others: see `ProjectedAdam`. The signs of the columns of P do not matter to an update.
   """
-  adam = ProjectedAdam(rank, refresh_every, projected, b1, b2, eps, directions, seed, moments_dtype, refresh_at)
 
   def update(updates, state, params=None, **_):
     del params
@@ -261,8 +257,6 @@ def warnings(config) -> list[str]:
 
 def build(config) -> Method:
   """The layers of full-rank training; gradients of block kernels are projected, all others go to Adam directly."""
-  settings = (config.rank, config.galore.refresh_every, config.galore.scale)
-  options = adam_options(config) | projectors.options(config, config.galore)
-  galore = scale_by_galore(*settings, projected=block_kernels, **options)
+  galore = scale_by_galore(projected_adam(config, config.galore), config.galore.scale)
   optimizer_metrics = lambda opt_state: {"svd_failed": failures(opt_state)}
   return full.build(config)._replace(optimizer=galore, optimizer_metrics=optimizer_metrics)

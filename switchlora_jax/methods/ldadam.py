@@ -106,10 +106,13 @@ def scale_by_ldadam(
     before, count = _Bias(b1, b2, state.count), optax.safe_increment(state.count)
     after = _Bias(b1, b2, count)
 
+    def moments(grad, m, v):
+      return b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+
     def leaf(total, m, v, projector, first, missing):
       m, v = (x.astype(jnp.promote_types(x.dtype, total.dtype)) for x in (m, v))
       if projector is None:
-        m, v = b1 * m + (1 - b1) * total, b2 * v + (1 - b2) * total**2
+        m, v = moments(total, m, v)
         return _Kernels(after.direction(m, v, eps), m, v, None, None)
       total, shape = wide(total), total.shape
       m_hat, v_hat = before.corrected(m, v)
@@ -121,7 +124,7 @@ def scale_by_ldadam(
       low = new.mT @ total
       error = total - new @ low + b1 / (1 - b1) * (projector @ m - new @ m_moved)
       error = jnp.where(jnp.any(new != 0, axis=(-2, -1), keepdims=True), error, 0)  # else it would grow meanwhile
-      m, v = b1 * m_moved + (1 - b1) * low, b2 * v_moved + (1 - b2) * low**2
+      m, v = moments(low, m_moved, v_moved)
       direction = new @ after.direction(m, v, eps)
       error = oriented(error, shape) if error_feedback else None
       return _Kernels(oriented(direction, shape), m, v, new, error)

@@ -19,7 +19,8 @@ from paths import ROOT
 from tiny import ONE_DEVICE_QUICK
 
 from experiments.common import refreshes, sweep
-from experiments.common.sweep import Variant
+from experiments.common.outcomes import TrialResult, evaluations, trial_summary
+from experiments.common.trials import Variant, base_from_flags, make_trial
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import LOW_RANK, METHODS
 from switchlora_jax.runs import directory as run_directory
@@ -31,7 +32,7 @@ BROKEN = "lora-rank-4_lr=0.05_seed=0"
 def finished(workdir) -> set[str]:
   """The names of the trials that have been evaluated after their last step."""
   runs = (path.parent for path in workdir.glob("cells/*/metrics.jsonl"))
-  return {run.name for run in runs if any(row["step"] == 6 for row in sweep.evaluations(run))}
+  return {run.name for run in runs if any(row["step"] == 6 for row in evaluations(run))}
 
 
 def ages(workdir, trials) -> dict[str, tuple[int, ...]]:
@@ -120,14 +121,14 @@ def test_a_failed_trial_is_an_error_after_all_files_are_written(story):
 @pytest.fixture
 def lora(story):
   """The result of one trial of the story."""
-  trial = sweep.make_trial(story.base, Variant("lora, rank 4", {"method": "lora", "rank": 4}), 1e-2, 0)
-  return sweep.TrialResult(trial, story.workdir / "cells" / trial.name, None)
+  trial = make_trial(story.base, Variant("lora, rank 4", {"method": "lora", "rank": 4}), 1e-2, 0)
+  return TrialResult(trial, story.workdir / "cells" / trial.name, None)
 
 
 def test_a_process_trains_the_config_of_its_trial(lora):
   assert run_directory.read(lora.workdir)["config"] == lora.trial.config.to_dict()
-  assert [row["step"] for row in sweep.evaluations(lora.workdir)] == [3, 6]
-  assert re.fullmatch(r"validation perplexity \d+\.\d\d", sweep.trial_summary(lora))
+  assert [row["step"] for row in evaluations(lora.workdir)] == [3, 6]
+  assert re.fullmatch(r"validation perplexity \d+\.\d\d", trial_summary(lora))
 
 
 def test_a_finished_trial_starts_no_process(story, lora):
@@ -150,7 +151,7 @@ def test_write_run_writes_files_like_a_real_run(lora, tmp_path):
   write_run(tmp_path / "run", lora.trial.config, curve(lora.trial.config, 3.0))
   made, found = (run_directory.read(folder) for folder in (tmp_path / "run", lora.workdir))
   assert made.keys() == found.keys() and made["config"] == found["config"]
-  made, found = (sweep.evaluations(folder) for folder in (tmp_path / "run", lora.workdir))
+  made, found = (evaluations(folder) for folder in (tmp_path / "run", lora.workdir))
   assert [row["step"] for row in made] == [row["step"] for row in found]
   assert made[0].keys() <= found[0].keys()
 
@@ -321,8 +322,8 @@ def test_keys_that_a_method_does_not_use_are_not_set():
     variants = {
       variant.overrides["method"]: variant.overrides for variant in compare.method_variants(compare.CONFIG.value)
     }
-    base = sweep.base_from_flags()
-    trials = {name: sweep.make_trial(base, Variant(name, keys), None, 0).config for name, keys in variants.items()}
+    base = base_from_flags()
+    trials = {name: make_trial(base, Variant(name, keys), None, 0).config for name, keys in variants.items()}
   assert {name: (c.frozen_dtype, c.warm_start_steps) for name, c in trials.items()} == {
     "full": ("float32", 0),
     **dict.fromkeys(("galore", "fira", "apollo", "apollo_mini", "frugal", "ldadam"), ("float32", 200)),

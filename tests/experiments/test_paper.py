@@ -5,7 +5,8 @@ import re
 import pytest
 from grids import imported
 
-from experiments.common import sweep
+from experiments.common.outcomes import evaluation_step
+from experiments.common.trials import first_seed_trials
 from experiments.paper import items
 from experiments.paper.items import ITEMS, SCALES
 from switchlora_jax.config import resolve
@@ -69,9 +70,9 @@ def configs(name: str, scale: str) -> dict:
   """{label: resolved config} of what is trained for an item; each a Mapping of flat and nested keys."""
   with imported("reproduce", f"--item={name}", f"--scale={scale}") as reproduce:
     base = items.base_config(scale)
-    trials = sweep.first_seed_trials(base, reproduce.item_variants(ITEMS[name], base, {}))
+    trials = first_seed_trials(base, reproduce.item_variants(ITEMS[name], base, {}))
   for trial in trials:
-    sweep.evaluation_step(trial.config, ITEMS[name].read_at)
+    evaluation_step(trial.config, ITEMS[name].read_at)
   return {trial.variant.label: trial.config for trial in trials}
 
 
@@ -219,7 +220,7 @@ PERPLEXITIES = ["table2", "table3", "table6", "table7"]
 @pytest.mark.parametrize("name", PERPLEXITIES)
 def test_perplexity_is_read_at_step_38_000_of_40_000(name):
   for config in configs(name, "paper").values():
-    assert config.steps == 40_000 and sweep.evaluation_step(config, ITEMS[name].read_at) == 38_000
+    assert config.steps == 40_000 and evaluation_step(config, ITEMS[name].read_at) == 38_000
   assert {ITEMS[other].read_at for other in TRAINED if other not in PERPLEXITIES} == {1.0}
 
 

@@ -9,6 +9,7 @@ from grids import command, fake_runs, imported
 from paths import GOLDEN
 
 from experiments.common import children, sweep
+from experiments.common.trials import make_trial
 from experiments.paper import items
 from switchlora_jax.data import preparation
 from switchlora_jax.data.corpus import open_corpus
@@ -237,7 +238,7 @@ def test_the_commands_fill_the_directory_in_which_the_results_are_looked_for(cap
   with imported("reproduce", *flags) as reproduce:
     base = items.base_config("mini")
     variants = reproduce.item_variants(items.ITEMS["figure9"], base, {})
-  wanted = [sweep.make_trial(base, variant, None, seed) for seed in (0, 1) for variant in variants]
+  wanted = [make_trial(base, variant, None, seed) for seed in (0, 1) for variant in variants]
   assert [trial["--workdir"] for trial in trials] == [str(tmp_path / "cells" / trial.name) for trial in wanted]
 
 

@@ -12,9 +12,12 @@ from grids import fake_runs, tiny_base, write_run
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from experiments.common import results, sweep
+from experiments.common import results, results_figures, sweep
 from experiments.common.figures import line_style, save_figure
-from experiments.common.sweep import Variant
+from experiments.common.outcomes import TrialResult
+from experiments.common.results_figures import plot_curves, plot_parameters, plot_rates, swept_rows
+from experiments.common.results_table import format_perplexity, markdown, results_table
+from experiments.common.trials import Variant, make_trial
 from switchlora_jax.errors import UserError
 
 FULL = Variant("full", {"method": "full"}, paper=27.71)
@@ -74,7 +77,7 @@ def test_sizes_against_numbers_by_hand(found):
 
 
 def test_the_table(found):
-  text = results.results_table(found)
+  text = results_table(found)
   header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
   assert header == [
     "",
@@ -100,14 +103,14 @@ def test_the_table(found):
 def test_warnings_of_a_method_follow_the_table(tmp_path, runs):
   variant = Variant("relora, rank 4", {"method": "relora", "relora.restart_every": 100})
   ran = sweep.run_sweep(tiny_base(tmp_path), (variant,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
-  text = results.results_table(results.collect((variant,), ran, 1.0))
+  text = results_table(results.collect((variant,), ran, 1.0))
   assert "\nrelora, rank 4: WARNING: without a restart this is LoRA;" in text
 
 
 def test_empty_columns_are_left_out(ran):
   variants = [FULL._replace(paper=None), LORA]
   same = [r._replace(trial=r.trial._replace(variant=variants[0])) for r in ran if r.trial.variant is FULL]
-  text = results.results_table(results.collect(variants, same + [r for r in ran if r.trial.variant is LORA], 1.0))
+  text = results_table(results.collect(variants, same + [r for r in ran if r.trial.variant is LORA], 1.0))
   header = text.splitlines()[0]
   columns = "trainable parameters | optimizer, MiB | all state, MiB | gradients, MiB |"
   assert header == f"|  | validation perplexity | learning rate | tokens | {columns}"
@@ -117,7 +120,7 @@ def test_empty_columns_are_left_out(ran):
 def test_a_dagger_at_the_edge_of_a_sweep(tmp_path, runs, best, dagger):
   runs.losses = {f"switchlora-rank-4_lr={best}": 2.0}
   options = OPTIONS | {"seeds": 1}
-  text = results.results_table(
+  text = results_table(
     results.collect((SWITCH,), sweep.run_sweep(tiny_base(tmp_path), (SWITCH,), workdir=tmp_path, **options), 1.0)
   )
   assert (f"| 7.39 | {best}† |" in text) == dagger and (f"| 7.39 | {best} |" in text) != dagger
@@ -128,7 +131,7 @@ def test_one_learning_rate_has_no_edge_and_one_seed_no_spread(tmp_path, runs):
   variant = SWITCH._replace(learning_rates=(1e-2,))
   ran = sweep.run_sweep(tiny_base(tmp_path), (variant,), workdir=tmp_path, **OPTIONS | {"seeds": 1})
   row = results.collect((variant,), ran, 1.0)["arms"][0]
-  assert row["std"] is None and not row["at_edge_of_sweep"] and results.format_perplexity(row) == "20.09"
+  assert row["std"] is None and not row["at_edge_of_sweep"] and format_perplexity(row) == "20.09"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_one_learning_rate_has_no_edge_and_one_seed_no_spread(tmp_path, runs):
 def test_seeds_that_diverged_are_not_hidden(tmp_path, runs, losses, shown):
   runs.losses = {f"lora-rank-4_lr=0.01_seed={seed}": loss for seed, loss in enumerate(losses)}
   ran = sweep.run_sweep(tiny_base(tmp_path), (LORA,), workdir=tmp_path, **OPTIONS)
-  assert results.format_perplexity(results.collect((LORA,), ran, 1.0)["arms"][0]) == shown
+  assert format_perplexity(results.collect((LORA,), ran, 1.0)["arms"][0]) == shown
 
 
 def test_failures_are_an_error_after_all_files_are_written(tmp_path, ran, capsys):
@@ -176,12 +179,12 @@ def test_results_json_is_strict_and_has_every_trial(tmp_path, found):
 
 def test_learnt_ranks_are_kept(tmp_path, runs):
   base = tiny_base(tmp_path)
-  trial = sweep.make_trial(base, FULL, None, 0)
+  trial = make_trial(base, FULL, None, 0)
   workdir = tmp_path / "run"
   write_run(workdir, trial.config, {12: 3.0})
   path = workdir / "metrics.jsonl"
   path.write_text(json.dumps({"step": 12, "val_loss": 3.0, "val_ppl": 20.1, "learnt_rank": 5.5}) + "\n")
-  found = results.collect((FULL,), [sweep.TrialResult(trial, workdir, None)], 1.0)
+  found = results.collect((FULL,), [TrialResult(trial, workdir, None)], 1.0)
   assert found["cells"][0]["learnt_rank"] == [[12, 5.5]]
 
 
@@ -195,7 +198,7 @@ def is_a_picture(path) -> bool:
 def test_the_pictures_can_be_drawn_again_from_results_json(tmp_path, found):
   results.write_results(found, tmp_path, "three methods")
   loaded = json.loads((tmp_path / "results.json").read_text())
-  for name, plot in (("curves", results.plot_curves), ("parameters", results.plot_parameters)):
+  for name, plot in (("curves", plot_curves), ("parameters", plot_parameters)):
     plot(loaded, tmp_path / "again.png", "three methods")
     assert is_a_picture(tmp_path / f"{name}.png")
     np.testing.assert_array_equal(plt.imread(tmp_path / f"{name}.png"), plt.imread(tmp_path / "again.png"))
@@ -205,13 +208,13 @@ def test_the_pictures_can_be_drawn_again_from_results_json(tmp_path, found):
 def drawn(monkeypatch):
   """{name of the file: (figure, axes)} of the pictures, instead of files."""
   figures = {}
-  monkeypatch.setattr(results, "finish", lambda figure, axes, path: figures.update({path.name: (figure, axes)}))
+  monkeypatch.setattr(results_figures, "finish", lambda figure, axes, path: figures.update({path.name: (figure, axes)}))
   yield figures
   plt.close("all")
 
 
 def test_curves_are_means_with_the_band_of_all_seeds(tmp_path, found, drawn):
-  results.plot_curves(found, tmp_path / "curves.png", "three methods")
+  plot_curves(found, tmp_path / "curves.png", "three methods")
   _, axes = drawn["curves.png"]
   assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "validation loss (nats per token)")
   assert axes.get_title() == "three methods"
@@ -228,7 +231,7 @@ def test_curves_are_means_with_the_band_of_all_seeds(tmp_path, found, drawn):
 
 
 def test_parameters_are_drawn_against_perplexity(tmp_path, found, drawn):
-  results.plot_parameters(found, tmp_path / "parameters.png", "three methods")
+  plot_parameters(found, tmp_path / "parameters.png", "three methods")
   _, axes = drawn["parameters.png"]
   assert (axes.get_xlabel(), axes.get_ylabel()) == ("number of trainable parameters", "validation perplexity")
   bars = {bar.get_label(): bar for bar in axes.containers}
@@ -241,7 +244,7 @@ def test_parameters_are_drawn_against_perplexity(tmp_path, found, drawn):
 def test_seeds_evaluated_at_other_steps_are_drawn_where_all_were(tmp_path, found, drawn):
   curves = [[[4, 2.0], [8, 1.0], [12, None]], [[2, 9.0], [4, 4.0], [12, 1.0]]]
   trials = [found["cells"][0] | {"curve": curve, "seed": seed} for seed, curve in enumerate(curves)]
-  results.plot_curves(found | {"arms": found["arms"][:1], "cells": trials}, tmp_path / "curves.png", "")
+  plot_curves(found | {"arms": found["arms"][:1], "cells": trials}, tmp_path / "curves.png", "")
   (line,) = drawn["curves.png"][1].get_lines()
   np.testing.assert_array_equal(line.get_xydata(), [[4, 3.0], [12, np.nan]])
 
@@ -263,7 +266,7 @@ def test_figures_without_any_result_are_empty(tmp_path, found):
 
 def test_markdown():
   rows = [{"": "a", "ours": 1}, {"": "b", "ours": "±2"}]
-  assert results.markdown(rows) == "|  | ours |\n|---|---|\n| a | 1 |\n| b | ±2 |\n"
+  assert markdown(rows) == "|  | ours |\n|---|---|\n| a | 1 |\n| b | ±2 |\n"
 
 
 def test_nothing_is_allocated_for_the_sizes(ran):
@@ -284,11 +287,11 @@ def test_lines_of_a_figure_differ_in_colour_and_neighbours_in_marker_or_line_sty
 
 def test_the_hand_over_is_marked_once_per_step_and_steps_are_integers(tmp_path, found, drawn):
   assert [row["hand_over"] for row in found["arms"]] == [None] * 3
-  results.plot_curves(found, tmp_path / "curves.png", "")
+  plot_curves(found, tmp_path / "curves.png", "")
   assert not drawn["curves.png"][1].texts
   for row in found["arms"]:
     row["hand_over"] = 5
-  results.plot_curves(found, tmp_path / "curves.png", "")
+  plot_curves(found, tmp_path / "curves.png", "")
   _, axes = drawn["curves.png"]
   assert [text.get_text() for text in axes.texts] == ["hand-over after step 5"]
   assert all(float(tick).is_integer() for tick in axes.get_xticks())
@@ -334,7 +337,7 @@ def test_rows_and_table_of_both_rates(both):
   assert len(full["sweep"]) == 9 and full["sweep"]["0.004, 0.004"] is None
   assert full["sweep"]["0.001, 0.002"] == pytest.approx(math.exp(3.12))
   assert full["seeds"] == 3 and not full["at_edge_of_sweep"] and switched["edges"] == [True, False]
-  lines = results.results_table(found).splitlines()
+  lines = results_table(found).splitlines()
   assert lines[0].startswith("|  | validation perplexity | learning rate | of embedding, norms, head | rates tried |")
   assert "| 0.002 | 0.002 | 9 |" in lines[2] and "| 0.02† |  | 2 |" in lines[3]
 
@@ -365,7 +368,7 @@ def test_differences_to_the_reference_are_those_of_paired_seeds(both):
   assert found["arms"][0]["difference"] is None and ours["seeds"] == 3
   assert ours["p"] == pytest.approx(stats.ttest_rel(switched, full).pvalue)
   assert ours["mean"] == pytest.approx(np.mean(switched) - np.mean(full))
-  refused, allowed = (results.results_table(found | {"allow_edges": allow}) for allow in (False, True))
+  refused, allowed = (results_table(found | {"allow_edges": allow}) for allow in (False, True))
   assert "difference" not in refused and f"| {ours['mean']:+.4f} ± {ours['standard_error']:.4f} |" in allowed
   assert f"| {ours['p']:.3f} |" in allowed and "minus that of full, in nats per token" in allowed
 
@@ -380,7 +383,7 @@ def test_runs_on_other_data_or_of_one_seed_are_not_compared(tmp_path, runs, both
 
 
 def test_times_and_memory_of_a_run(tmp_path):
-  trial = sweep.make_trial(tiny_base(tmp_path), FULL, None, 0)
+  trial = make_trial(tiny_base(tmp_path), FULL, None, 0)
   write_run(tmp_path / "run", trial.config, {12: 3.0})
   tokens = trial.config.batch_size * trial.config.seq_len
   speeds = (tokens / 10, tokens / 2, tokens / 2)
@@ -390,16 +393,16 @@ def test_times_and_memory_of_a_run(tmp_path):
   ]
   with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
     file.writelines(json.dumps(row) + "\n" for row in rows)
-  found = results.collect((FULL,), [sweep.TrialResult(trial, tmp_path / "run", None)], 1.0)
+  found = results.collect((FULL,), [TrialResult(trial, tmp_path / "run", None)], 1.0)
   row = found["arms"][0]
   assert (row["seconds"], row["step_seconds"], row["tokens_per_second"]) == (14, 2, tokens / 2)
   assert row["peak_memory_bytes"] == 2**21 + 3
-  text = results.results_table(found)
+  text = results_table(found)
   assert "| training time, s | step, ms | tokens / s | peak memory, MiB |" in text
   assert f"| 14 | 2,000 | {tokens // 2:,} | 2 |" in text and "training time: of one run" in text
   assert "different devices" not in text
   found["arms"].append(row | {"devices": ["8 × GPU"]})
-  assert re.search(r"different devices: .*8 × GPU", results.results_table(found))
+  assert re.search(r"different devices: .*8 × GPU", results_table(found))
 
 
 def steps_logged(workdir, rows):
@@ -410,20 +413,20 @@ def steps_logged(workdir, rows):
 def test_a_seed_that_failed_after_some_steps_has_no_times(tmp_path):
   base, results_of = tiny_base(tmp_path), []
   for seed, failure in ((0, None), (1, "failed with exit code 2")):
-    trial, workdir = sweep.make_trial(base, FULL, None, seed), tmp_path / f"run{seed}"
+    trial, workdir = make_trial(base, FULL, None, seed), tmp_path / f"run{seed}"
     write_run(workdir, trial.config, {12: 3.0})
     tokens = trial.config.batch_size * trial.config.seq_len
     steps_logged(workdir, [{"tokens_per_second": tokens / (1 + 9 * seed)}] * 2)
-    results_of.append(sweep.TrialResult(trial, workdir, failure))
+    results_of.append(TrialResult(trial, workdir, failure))
   row = results.collect((FULL,), results_of, 1.0)["arms"][0]
   assert (row["seconds"], row["step_seconds"], len(row["devices"])) == (2, 1, 1)
 
 
 def test_padding_is_neither_in_the_tokens_nor_in_the_time_of_a_step(tmp_path):
-  trial = sweep.make_trial(tiny_base(tmp_path, data__packing="pad"), FULL, None, 0)
+  trial = make_trial(tiny_base(tmp_path, data__packing="pad"), FULL, None, 0)
   write_run(tmp_path / "run", trial.config, {12: 3.0})
   steps_logged(tmp_path / "run", [{"tokens": 30, "tokens_per_second": 10.0}, {"tokens": 50, "tokens_per_second": 10.0}])
-  row = results.collect((FULL,), [sweep.TrialResult(trial, tmp_path / "run", None)], 1.0)["arms"][0]
+  row = results.collect((FULL,), [TrialResult(trial, tmp_path / "run", None)], 1.0)["arms"][0]
   assert (row["tokens"], row["seconds"], row["step_seconds"]) == (80, 8, 4)
 
 
@@ -452,10 +455,10 @@ def test_a_killed_sweep_has_results_that_can_be_drawn(tmp_path, both):
 
 def test_rates_are_drawn_where_both_were_swept(tmp_path, both, monkeypatch):
   figures = []
-  monkeypatch.setattr(results, "save_figure", lambda figure, path: figures.append(figure))
+  monkeypatch.setattr(results_figures, "save_figure", lambda figure, path: figures.append(figure))
   found = results.collect((BOTH, ONE), both, 1.0)
-  assert [row["label"] for row in results.swept_rows(found)] == ["full"]
-  results.plot_rates(found, tmp_path / "rates.png", "two methods")
+  assert [row["label"] for row in swept_rows(found)] == ["full"]
+  plot_rates(found, tmp_path / "rates.png", "two methods")
   (axes,) = [axes for axes in figures[0].axes if axes.get_title()]
   assert axes.get_title() == "full" and [t.get_text() for t in axes.get_xticklabels()] == ["0.001", "0.002", "0.004"]
   shown = {text.get_position(): text.get_text() for text in axes.texts}

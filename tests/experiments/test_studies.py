@@ -6,7 +6,7 @@ import pytest
 from grids import command, imported
 from ml_collections import ConfigDict
 
-from experiments.common import sweep
+from experiments.common.trials import base_from_file, first_seed_trials
 from experiments.paper import studies
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
@@ -22,8 +22,8 @@ def load(name):
 
 def resolved(name: str, study: str) -> dict[str, dict]:
   """{label: resolved config} of a study's lines."""
-  base = sweep.base_from_file(name, {})
-  trials = sweep.first_seed_trials(base, studies.study_variants(study, base.config))
+  base = base_from_file(name, {})
+  trials = first_seed_trials(base, studies.study_variants(study, base.config))
   return {trial.variant.label: trial.config.to_dict() for trial in trials}
 
 
@@ -103,7 +103,7 @@ def test_ablate_runs_the_lines_of_its_study_at_every_rate(tmp_path, monkeypatch)
     )
     monkeypatch.setattr(ablate.results, "conclude", lambda *arguments: found.update(concluded=arguments))
     ablate.main()
-  trials = sweep.first_seed_trials(found["base"], found["variants"])
+  trials = first_seed_trials(found["base"], found["variants"])
   assert [(c.config.switch.order, c.learning_rate) for c in trials] == [
     (order, rate) for order in ("sequential", "random") for rate in (1e-2, 2e-2)
   ]

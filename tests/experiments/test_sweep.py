@@ -1,17 +1,14 @@
-"""Sweeps: their trials, which of them run, which do not run again, and the errors.
+"""Sweeps: which of their trials run, which do not run again, and the errors.
 
 `grids.Runs` replaces the processes here; those of test_compare.py are real.
 """
 
-import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
-from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
 
@@ -20,7 +17,13 @@ from grids import fake_runs, tiny_base
 from paths import ROOT
 
 from experiments.common import children, results, stored, sweep
-from experiments.common.sweep import Variant
+from experiments.common.outcomes import TrialResult, best_rates, evaluation_loss, evaluation_step
+from experiments.common.trials import (
+  Variant,
+  base_from_file,
+  first_seed_trials,
+  make_trial,
+)
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 
@@ -37,48 +40,6 @@ def run(base, variants, folder, **options):
   return sweep.run_sweep(base, variants, **{"seeds": 1, "workdir": folder, "processes": 2, "read_at": 1.0} | options)
 
 
-def test_a_trial_is_resolved_for_the_platform_of_its_run(tmp_path, monkeypatch):
-  """Otherwise a finished run, whose saved config has bfloat16, would not be recognised."""
-  base, variant = tiny_base(tmp_path), sweep.Variant("lora", {"method": "lora"})
-  for platform, dtype in (("cpu", "float32"), ("gpu", "bfloat16")):
-    monkeypatch.setattr(sweep, "probe_devices", lambda platform=platform: (platform, 1))
-    assert sweep.make_trial(base, variant, None, 0).config.dtype == dtype
-
-
-def test_a_trial_is_resolved_for_the_number_of_devices_of_its_run(tmp_path, monkeypatch):
-  base = tiny_base(tmp_path, sharding__fsdp=4, sharding__frozen="sharded")
-  for devices, sentence in ((4, None), (2, r"sharding\.fsdp \(=4\) must divide the number of devices \(=2\)")):
-    monkeypatch.setattr(sweep, "probe_devices", lambda devices=devices: ("gpu", devices))
-    with pytest.raises(UserError, match=sentence) if sentence else contextlib.nullcontext():
-      assert sweep.make_trial(base, LORA, None, 0).config.sharding.fsdp == 4
-
-
-def test_trials_of_a_sweep_and_their_names(tmp_path):
-  base = tiny_base(tmp_path, seed=7)
-  before = base.config.to_dict()
-  trials = sweep.first_seed_trials(base, (LORA, FULL))
-  names = [*(f"lora-rank-4_lr={rate}_seed=7" for rate in ("0.001", "0.01", "0.1")), "full_lr=0.001_seed=7"]
-  assert [trial.name for trial in trials] == names
-  rates = [trial.config.learning_rate for trial in trials]
-  assert rates == [1e-3, 1e-2, 1e-1, 1e-3], "each from the base config, not from the previous trial"
-  assert [trial.config.method for trial in trials] == ["lora", "lora", "lora", "full"]
-  assert base.config.to_dict() == before
-
-
-@pytest.mark.parametrize("label", ["N = 5", "350M, galore, rank 32, length 512", "a/b\\c: *?", "../up", "…", "-x", "é"])
-def test_names_are_safe_in_a_file_system(tmp_path, label):
-  name = sweep.make_trial(tiny_base(tmp_path), Variant(label, {}), 5e-4, 3).name
-  assert re.fullmatch(r"[\w.=-]*_lr=0\.0005_seed=3", name) and not name.startswith("-")
-  assert Path(name).name == name
-
-
-def test_labels_that_name_the_same_directory_are_refused(tmp_path):
-  with pytest.raises(UserError, match=r"duplicate runs \(a-b_lr=0\.02_seed=0\); give each value once"):
-    sweep.first_seed_trials(tiny_base(tmp_path), (Variant("a b", {}), Variant("a-b", {"rank": 6})))
-  with pytest.raises(UserError, match="duplicate runs"):
-    sweep.first_seed_trials(tiny_base(tmp_path), (Variant("a", {}, (1e-2, 2e-2, 0.01)),))
-
-
 def test_the_sweep_runs_first_and_then_the_other_seeds_at_the_best(tmp_path, runs):
   runs.losses = {"lora-rank-4_lr=0.01_seed=0": 2.0}
   runs.losses |= {f"lora-rank-4_lr=0.01_seed={seed}": 9.0 for seed in (1, 2)}  # a bad seed does not change the choice
@@ -87,7 +48,7 @@ def test_the_sweep_runs_first_and_then_the_other_seeds_at_the_best(tmp_path, run
   seeds = {f"{variant}_seed={seed}" for variant in ("full_lr=0.001", "lora-rank-4_lr=0.01") for seed in (1, 2)}
   assert set(runs.started[:4]) == first and set(runs.started[4:]) == seeds and len(runs.started) == 8
   assert {r.trial.name for r in ran} == first | seeds and all(r.failure is None for r in ran)
-  assert sweep.best_learning_rate(LORA, ran, 1.0) == 1e-2
+  assert best_rates(LORA, ran, 1.0) == (1e-2, None)
   assert {r.trial.config.seed for r in ran} == {0, 1, 2}
 
 
@@ -113,7 +74,7 @@ def test_a_run_with_another_config_is_neither_finished_nor_overwritten(tmp_path,
   run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
   runs.started.clear()
   base = tiny_base(tmp_path, **changes)
-  trial = sweep.first_seed_trials(base, (FULL,))[0]
+  trial = first_seed_trials(base, (FULL,))[0]
   assert not sweep.is_finished(tmp_path / "cells" / trial.name, trial.config)
   with pytest.raises(UserError, match=sentence):
     run(base, (FULL, LORA), tmp_path)
@@ -182,7 +143,7 @@ def test_a_failed_trial_stops_no_other_and_is_reported_with_the_last_line_of_its
   assert [r.trial.name for r in failed] == ["lora-rank-4_lr=0.001_seed=0"] and len(ran) == 6
   assert failed[0].failure == f"failed with exit code 2: error: what went wrong (see {log})"
   assert f"lora-rank-4_lr=0.001_seed=0: {failed[0].failure}\n" in capsys.readouterr().out
-  assert sweep.best_learning_rate(LORA, ran, 1.0) == 0.1
+  assert best_rates(LORA, ran, 1.0) == (0.1, None)
   runs.started.clear()
   run(tiny_base(tmp_path), (LORA, FULL), tmp_path, seeds=2)
   assert runs.started == ["lora-rank-4_lr=0.001_seed=0"]  # the same command tries it again
@@ -215,7 +176,7 @@ def test_ctrl_c_starts_no_queued_trial(tmp_path, runs, monkeypatch):
     if len(runs.started) == 1:
       raise KeyboardInterrupt
     time.sleep(0.3)  # the worker may have taken one more before the others were called off
-    return sweep.TrialResult(trial, folder, "stopped")
+    return TrialResult(trial, folder, "stopped")
 
   monkeypatch.setattr(sweep, "run_trial", stop_at_the_first)
   with pytest.raises(KeyboardInterrupt):
@@ -228,13 +189,13 @@ def test_diverged_trials_are_never_best(tmp_path, runs, loss, capsys):
   runs.losses = {"lora-rank-4_lr=0.001": loss, "lora-rank-4_lr=0.01": 8.0, "lora-rank-4_lr=0.1": 9.0}
   ran = run(tiny_base(tmp_path), (LORA,), tmp_path)
   assert "lora-rank-4_lr=0.001_seed=0: diverged\n" in capsys.readouterr().out
-  assert sweep.evaluation_loss(ran[0], 1.0) == float("inf") and sweep.best_learning_rate(LORA, ran, 1.0) == 1e-2
+  assert evaluation_loss(ran[0], 1.0) == float("inf") and best_rates(LORA, ran, 1.0) == (1e-2, None)
 
 
 def test_without_a_finite_loss_there_is_no_best_rate_and_no_further_seed(tmp_path, runs):
   runs.losses, runs.broken = {"lora": float("nan")}, {"lora-rank-4_lr=0.1_seed=0"}
   ran = run(tiny_base(tmp_path), (LORA, FULL), tmp_path, seeds=2)
-  assert sweep.best_learning_rate(LORA, ran, 1.0) is None
+  assert best_rates(LORA, ran, 1.0) is None
   assert [r.trial.name for r in ran if r.trial.seed == 1] == ["full_lr=0.001_seed=1"]
 
 
@@ -268,9 +229,9 @@ def test_an_invalid_learning_rate_or_evaluation_step_is_an_error_before_the_firs
 
 def test_evaluation_step(tmp_path):
   config = resolve(tiny_base(tmp_path, steps=100, eval_every=15).config, 1)
-  assert [sweep.evaluation_step(config, at) for at in (1.0, 0.3, 0.75)] == [100, 30, 75]
+  assert [evaluation_step(config, at) for at in (1.0, 0.3, 0.75)] == [100, 30, 75]
   with pytest.raises(UserError) as caught:
-    sweep.evaluation_step(config, 0.95)
+    evaluation_step(config, 0.95)
   assert str(caught.value) == (
     "the validation loss is compared at step 95 (0.95 of 100 steps), but eval_every (=15) has no evaluation there; "
     "set --config.eval_every to a divisor of 95"
@@ -279,12 +240,12 @@ def test_evaluation_step(tmp_path):
 
 def test_evaluation_loss(tmp_path, runs):
   (ran,) = run(tiny_base(tmp_path), (FULL,), tmp_path)
-  assert [sweep.evaluation_loss(ran, at) for at in (1 / 3, 2 / 3, 1.0)] == pytest.approx([3.2, 3.1, 3.0])
+  assert [evaluation_loss(ran, at) for at in (1 / 3, 2 / 3, 1.0)] == pytest.approx([3.2, 3.1, 3.0])
 
 
 def test_the_command_line_of_a_trial(tmp_path):
-  base = sweep.base_from_file("llama_tiny", {"steps": 700, "rank": 16, "learning_rate": 0.5, "data.path": "a b/*"})
-  trial = sweep.make_trial(base, Variant("lora", {"method": "lora", "rank": 8}), 1e-3, 2)
+  base = base_from_file("llama_tiny", {"steps": 700, "rank": 16, "learning_rate": 0.5, "data.path": "a b/*"})
+  trial = make_trial(base, Variant("lora", {"method": "lora", "rank": 8}), 1e-3, 2)
   assert sweep.trial_command(base, trial, tmp_path / "run") == [
     sys.executable,
     "-m",
@@ -301,15 +262,15 @@ def test_the_command_line_of_a_trial(tmp_path):
 
 
 def test_each_text_is_tokenised_once_before_the_runs(tmp_path):
-  trials = sweep.first_seed_trials(tiny_base(tmp_path), (FULL, LORA, Variant("short", {"seq_len": 8})))
+  trials = first_seed_trials(tiny_base(tmp_path), (FULL, LORA, Variant("short", {"seq_len": 8})))
   texts = sweep.prepare_datasets(trials)
   assert len(list((tmp_path / "cache").iterdir())) == 2
   assert texts["full"] == texts["lora, rank 4"] != texts["short"]
   with pytest.raises(UserError, match="no file"):
-    sweep.prepare_datasets(sweep.first_seed_trials(tiny_base(tmp_path, data__path=str(tmp_path / "*.gz")), (FULL,)))
+    sweep.prepare_datasets(first_seed_trials(tiny_base(tmp_path, data__path=str(tmp_path / "*.gz")), (FULL,)))
 
 
-# --- flags and base configs ----------------------------------------------------------------------------------------
+# --- flags ---------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_of_a_flag():
@@ -321,51 +282,6 @@ def test_numbers_of_a_flag():
       sweep.parse_numbers("ranks", words, kind)
 
 
-def test_a_value_on_the_command_line_gets_the_type_of_its_key(tmp_path):
-  config = tiny_base(tmp_path).config
-  values = {
-    "rank": ("8", 8),
-    "learning_rate": ("1e-3", 1e-3),  # None in the config
-    "clip_norm": ("2", 2.0),
-    "remat": ("full", "full"),
-    "count_per_element": ("True", True),
-    "switch.reset": ("false", False),
-    "switch.decay_to": ("0.3", 0.3),
-    "data.path": ("c4/*.json.gz", "c4/*.json.gz"),
-    "data.tokenizer": ("", ""),
-  }
-  for key, (text, value) in values.items():
-    found = sweep.parse_config_value(config, key, text)
-    assert found == value and type(found) is type(value), key
-
-
-@pytest.mark.parametrize(
-  ("key", "text", "sentence"),
-  [
-    ("rnk", "8", "unknown config key 'rnk'; configs/base.py lists all keys"),
-    ("switch.intervl", "8", "unknown config key 'switch.intervl'; configs/base.py lists all keys"),
-    ("rank.x", "8", "unknown config key 'rank.x'; configs/base.py lists all keys"),
-    ("", "8", "unknown config key ''; configs/base.py lists all keys"),
-    ("rank", "8.5", "rank must be of type int; found '8.5'"),
-    ("clip_norm", "much", "clip_norm must be of type float; found 'much'"),
-    ("switch.reset", "1", "switch.reset must be of type bool; found '1'"),
-    ("switch", "8", "switch must be of type ConfigDict; found '8'"),
-  ],
-)
-def test_a_wrong_value_on_the_command_line_is_an_error(tmp_path, key, text, sentence):
-  with pytest.raises(UserError) as caught:
-    sweep.parse_config_value(tiny_base(tmp_path).config, key, text)
-  assert str(caught.value) == sentence
-
-
-def test_the_base_of_a_config_in_the_repository():
-  base = sweep.base_from_file("llama_tiny", {"steps": 7, "switch.interval": 20})
-  assert (base.config.steps, base.config.switch.interval, base.config.rank) == (7, 20, 32)
-  assert base.file == str(ROOT / "configs" / "llama_tiny.py")
-  with pytest.raises(UserError, match="unknown config key 'stepz'"):
-    sweep.base_from_file("llama_tiny", {"stepz": 7})
-
-
 def test_the_package_is_found_from_any_directory(tmp_path, monkeypatch):
   monkeypatch.setenv("PYTHONPATH", "elsewhere")
   assert children.environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere"
@@ -374,40 +290,10 @@ def test_the_package_is_found_from_any_directory(tmp_path, monkeypatch):
   assert children.environment()["PYTHONPATH"] == str(ROOT) and children.environment()["SOME_SETTING"] == "kept"
 
 
-@pytest.fixture
-def probe(monkeypatch):
-  """What the child process that finds the devices does, and its command each time it is started."""
-  answer = SimpleNamespace(stdout="", stderr="", returncode=0, asked=[])
-  run = lambda command, **_: answer.asked.append(command) or answer
-  monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
-  sweep.probe_devices.cache_clear()
-  yield answer
-  sweep.probe_devices.cache_clear()
-
-
-@pytest.mark.parametrize(("platform", "count"), [("cpu", 1), ("cpu", 8), ("gpu", 4)])
-def test_one_process_per_core_or_one_with_accelerators(probe, platform, count):
-  probe.stdout = f"{platform} {count}\n"
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_one_process_per_core_or_one_with_accelerators(monkeypatch, platform):
+  monkeypatch.setattr(sweep, "probe_devices", lambda: (platform, 4))
   assert sweep.default_processes() == (len(os.sched_getaffinity(0)) if platform == "cpu" else 1)
-  assert sweep.probe_devices() == (platform, count) and len(probe.asked) == 1, "once per process"
-
-
-def test_the_probe_is_a_command_that_finds_the_devices_of_a_run():
-  environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-  with pytest.MonkeyPatch.context() as patch:
-    for name, value in environment.items():
-      patch.setenv(name, value)
-    sweep.probe_devices.cache_clear()
-    assert sweep.probe_devices() == ("cpu", 4)
-  sweep.probe_devices.cache_clear()
-
-
-def test_devices_that_jax_does_not_find_are_an_error(probe):
-  probe.returncode, probe.stderr = 1, "Traceback …\nRuntimeError: no device\n"
-  with pytest.raises(
-    UserError, match=r"^JAX does not find its devices: RuntimeError: no device; a run would not start"
-  ):
-    sweep.probe_devices()
 
 
 # --- sweeps of two learning rates, and their extension -------------------------------------------------------------
@@ -425,26 +311,10 @@ def bowl(best_rate, best_rest):
   return surface
 
 
-def test_a_sweep_of_both_rates_has_their_product_and_readable_names(tmp_path):
-  trials = sweep.first_seed_trials(tiny_base(tmp_path), (BOTH,))
-  pairs = [("0.001", "0.001"), ("0.001", "0.004"), ("0.002", "0.001"), ("0.002", "0.004")]
-  assert [trial.name for trial in trials] == [f"full_lr={rate}_rest={rest}_seed=0" for rate, rest in pairs]
-  found = [(trial.config.learning_rate, trial.config.rest_learning_rate) for trial in trials]
-  assert found == [trial.point for trial in trials] == [(1e-3, 1e-3), (1e-3, 4e-3), (2e-3, 1e-3), (2e-3, 4e-3)]
-  assert trials[1].overrides["rest_learning_rate"] == 4e-3
-
-
-def test_without_a_rest_sweep_the_rest_follows_the_learning_rate_or_the_config(tmp_path):
-  trial = sweep.make_trial(tiny_base(tmp_path), FULL, 2e-3, 0)
-  assert (trial.name, trial.config.rest_learning_rate) == ("full_lr=0.002_seed=0", 2e-3)
-  fixed = sweep.make_trial(tiny_base(tmp_path, rest_learning_rate=5e-3), FULL, 2e-3, 0)
-  assert (fixed.name, fixed.config.rest_learning_rate) == ("full_lr=0.002_seed=0", 5e-3)
-
-
 def test_the_sweep_is_extended_until_the_best_is_inside_and_then_the_seeds_run(tmp_path, runs, capsys):
   runs.surface = bowl(8e-3, 2.5e-4)
   ran = run(tiny_base(tmp_path), (BOTH, LORA), tmp_path, extend=6, seeds=2)
-  assert sweep.best_rates(BOTH, ran, 1.0) == (8e-3, 2.5e-4) and len(runs.started) == len(set(runs.started))
+  assert best_rates(BOTH, ran, 1.0) == (8e-3, 2.5e-4) and len(runs.started) == len(set(runs.started))
   assert [r.trial.point for r in ran if r.trial.seed == 1 and r.trial.variant is BOTH] == [(8e-3, 2.5e-4)]
   first = [r.trial.point for r in ran if r.trial.seed == 0 and r.trial.variant is BOTH]
   assert {(1.6e-2, 2.5e-4), (4e-3, 2.5e-4), (8e-3, 6.25e-5), (8e-3, 1e-3)} < set(first) and len(first) < 14
@@ -463,7 +333,7 @@ def test_rates_that_are_not_given_are_not_extended_and_diverged_edges_end_the_se
   runs.losses = {"full": 2.0, "lora-rank-4_lr=0.1": 2.0, "lora-rank-4_lr=1": float("nan")}
   ran = run(tiny_base(tmp_path), (FULL, LORA), tmp_path, extend=4)
   assert [r.trial.learning_rate for r in ran] == [1e-3, 1e-3, 1e-2, 1e-1, 1.0]
-  assert sweep.best_rates(LORA, ran, 1.0) == (0.1, None)
+  assert best_rates(LORA, ran, 1.0) == (0.1, None)
 
 
 def test_a_variant_whose_runs_all_failed_is_not_extended(tmp_path, runs):
@@ -506,7 +376,7 @@ def test_a_sweep_continues_from_results_json_alone(written, runs):
   ran = written.again(clip_norm=float("inf"), eval_every=6, accumulation=2)  # keys that change no result
   assert runs.started == [] and [r.trial.name for r in ran] == [r.trial.name for r in written.first]
   assert all(r.cell and not r.workdir.exists() for r in ran)
-  assert [sweep.evaluation_loss(r, 1.0) for r in ran] == pytest.approx([runs.surface(r.trial) for r in ran])
+  assert [evaluation_loss(r, 1.0) for r in ran] == pytest.approx([runs.surface(r.trial) for r in ran])
   cells = {cell["name"]: cell for cell in json.loads(written.path.read_text())["cells"]}
   collected = results.collect((BOTH, LORA), ran, 1.0)["cells"]
   assert [cell["curve"] for cell in collected] == [cells[cell["name"]]["curve"] for cell in collected]
@@ -555,11 +425,11 @@ def test_a_moved_text_is_recognised_by_its_fingerprint(written, runs):
 def test_a_stored_trial_without_the_required_evaluation_is_an_error(written):
   cells = stored.read_cells(written.path.parent)
   trial = written.first[0].trial
-  result = sweep.TrialResult(trial, written.path.parent / "none", None, cells[trial.name] | {"curve": [[12, 3.0]]})
+  result = TrialResult(trial, written.path.parent / "none", None, cells[trial.name] | {"curve": [[12, 3.0]]})
   with pytest.raises(
     UserError, match=r"full_lr=0\.001_rest=0\.001_seed=0 of results\.json has no evaluation at step 4"
   ):
-    sweep.evaluation_loss(result, 1 / 3)
+    evaluation_loss(result, 1 / 3)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"arms": 3, "cells": []}', '{"rows": []}'])

@@ -15,21 +15,22 @@ from paths import ROOT
 from tiny import ONE_DEVICE, ONE_DEVICE_QUICK, tiny_config
 
 from experiments.common import children, sweep
+from experiments.common.trials import BaseConfig, base_from_file
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
 from switchlora_jax.training.writers import JsonLinesWriter
 
 
-def tiny_base(folder: Path, **changes) -> sweep.BaseConfig:
+def tiny_base(folder: Path, **changes) -> BaseConfig:
   """`tiny_config` over llama_tiny.py, as a base config with command-line overrides."""
-  shared = sweep.base_from_file("llama_tiny", {}).config
+  shared = base_from_file("llama_tiny", {}).config
   config = tiny_config(folder, **changes)
   default, keys = flatten(shared), flatten(config)
   overrides = {key: value for key, value in keys.items() if value != default[key]}
-  return sweep.BaseConfig(str(ROOT / "configs" / "llama_tiny.py"), overrides, config)
+  return BaseConfig(str(ROOT / "configs" / "llama_tiny.py"), overrides, config)
 
 
-def as_flags(base: sweep.BaseConfig) -> list[str]:
+def as_flags(base: BaseConfig) -> list[str]:
   """The flags of a base config, except its config file."""
   return [f"--config.{key}={value}" for key, value in base.overrides.items()]
 

@@ -12,7 +12,7 @@ from small_model import host, same_bits
 from switchlora_jax.lowrank import switching
 from switchlora_jax.lowrank.layers import lora_vectors
 from switchlora_jax.lowrank.optimizer import clip_by_global_norm, scale_by_vector_adam, vector_adam
-from switchlora_jax.methods.galore import scale_by_galore
+from switchlora_jax.methods.galore import ProjectedAdam, scale_by_galore
 from switchlora_jax.methods.schedules import cosine_schedule
 
 pytestmark = pytest.mark.user_flags
@@ -26,7 +26,7 @@ OURS = {
   "vector_adam": vector_adam(1e-2, vectors=lora_vectors),
   "vector_adam with a schedule": vector_adam(cosine_schedule(1e-2, 2, 20), vectors=lora_vectors),
   "galore": optax.chain(
-    scale_by_galore(2, 2, 1.0, projected=lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
+    scale_by_galore(ProjectedAdam(2, 2, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)), 1.0),
     optax.scale_by_learning_rate(1e-2),
   ),
 }

@@ -14,11 +14,12 @@ from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import fira
 from switchlora_jax.methods.fira import scale_by_fira
-from switchlora_jax.methods.galore import failures, scale_by_galore
+from switchlora_jax.methods.galore import ProjectedAdam, failures, scale_by_galore
 
 pytestmark = pytest.mark.two_linear_layers
 
 HYPER = dict(rank=2, refresh_every=4, scale=0.25, limit=1.01)
+ADAM = ProjectedAdam(HYPER["rank"], HYPER["refresh_every"], matrices, directions=positive_directions)
 STACK = {"up": (3, 5, 8), "down": (3, 8, 5)}
 
 
@@ -52,8 +53,7 @@ def test_25_updates_are_those_of_numpy(sides, x64):
   """With 7 projectors, and with updates that the limiter changes and that it does not."""
   grads = gradients(25, kernel=sides)
   grads[12]["kernel"] = grads[12]["kernel"] * 30  # the norm of S jumps
-  tx = scale_by_fira(**HYPER, projected=matrices, directions=positive_directions)
-  updates, states = run(tx, grads)
+  updates, states = run(scale_by_fira(ADAM, HYPER["scale"], HYPER["limit"]), grads)
   expected, limited = fira_by_hand([grad["kernel"] for grad in grads], **HYPER)
   for ours, ref in zip(updates, expected, strict=True):
     np.testing.assert_allclose(ours["kernel"], ref, rtol=0, atol=1e-10)
@@ -63,8 +63,7 @@ def test_25_updates_are_those_of_numpy(sides, x64):
 def test_stacked_layers_are_updated_like_single_layers(x64):
   """Each layer has its own projector, column factors and limiter."""
   grads = gradients(6, **STACK)
-  tx = scale_by_fira(**HYPER, projected=matrices, directions=positive_directions)
-  updates, states = run(tx, grads)
+  updates, states = run(scale_by_fira(ADAM, HYPER["scale"], HYPER["limit"]), grads)
   for name in STACK:
     for layer in range(3):
       expected, _ = fira_by_hand([grad[name][layer] for grad in grads], **HYPER)
@@ -75,9 +74,9 @@ def test_stacked_layers_are_updated_like_single_layers(x64):
 def test_the_rest_is_orthogonal_to_the_projection_if_the_scale_is_1(x64):
   """The equation of the paper. Without the rest, the update is GaLore's."""
   grads = gradients(3, kernel=(5, 8))
-  settings = dict(projected=matrices, directions=positive_directions)
-  updates, states = run(scale_by_fira(2, 2, 1.0, **settings), grads)
-  low_rank, _ = run(scale_by_galore(2, 2, 1.0, **settings), grads)
+  adam = ADAM._replace(refresh_every=2)
+  updates, states = run(scale_by_fira(adam, 1.0), grads)
+  low_rank, _ = run(scale_by_galore(adam, 1.0), grads)
   rest = updates[-1]["kernel"] - low_rank[-1]["kernel"]
   basis = states[-1].projector["kernel"]
   np.testing.assert_allclose(basis.T @ rest, np.zeros((2, 8)), rtol=0, atol=1e-12)
@@ -88,9 +87,9 @@ def test_the_rest_is_orthogonal_to_the_projection_if_the_scale_is_1(x64):
 
 def test_leaves_that_are_not_projected_use_galores_adam(x64):
   grads = gradients(4, kernel=(5, 8), norm=(5,))
-  settings = dict(projected=matrices, directions=positive_directions)
-  (*_, ours), _ = run(scale_by_fira(2, 2, 0.25, **settings), grads)
-  (*_, theirs), _ = run(scale_by_galore(2, 2, 0.25, **settings), grads)
+  adam = ADAM._replace(refresh_every=2)
+  (*_, ours), _ = run(scale_by_fira(adam, 0.25), grads)
+  (*_, theirs), _ = run(scale_by_galore(adam, 0.25), grads)
   assert same_bits(ours["norm"], theirs["norm"])
 
 
@@ -98,7 +97,7 @@ def test_a_gradient_of_0_does_not_stop_the_rest_for_ever(x64):
   """No norm is larger than 1.01 times 0. The limiter starts again after it."""
   grads = gradients(3, kernel=(5, 8))
   grads[0]["kernel"] = 0 * grads[0]["kernel"]
-  tx = scale_by_fira(2, 1, 1.0, projected=matrices, directions=positive_directions)
+  tx = scale_by_fira(ADAM._replace(refresh_every=1), 1.0)
   updates, states = run(tx, grads)
   assert not updates[0]["kernel"].any() and states[0].norm["kernel"] == 0
   assert states[1].norm["kernel"] > 1e-3 and states[1].limited == 0
@@ -108,8 +107,7 @@ def test_limit_0_is_no_limit(x64):
   """The config accepts it, and no norm is limited where 1.01 would limit one."""
   grads = gradients(3, kernel=(5, 8))
   grads[2]["kernel"] = grads[2]["kernel"] * 30
-  settings = dict(projected=matrices, directions=positive_directions)
-  runs = {limit: run(scale_by_fira(2, 4, 0.25, limit, **settings), grads) for limit in (0, np.inf, 1.01)}
+  runs = {limit: run(scale_by_fira(ADAM, 0.25, limit), grads) for limit in (0, np.inf, 1.01)}
   limited = {limit: [int(state.limited) for state in states] for limit, (_, states) in runs.items()}
   assert same_bits(runs[0], runs[np.inf]) and limited[0] == [0, 0, 0] != limited[1.01]
   fira.check(small_model.config("fira", fira__limit=0.0))
@@ -117,14 +115,14 @@ def test_limit_0_is_no_limit(x64):
 
 def test_norms_are_computed_in_float32_of_bfloat16_gradients():
   grads = gradients(3, jax.numpy.bfloat16, kernel=(5, 8))
-  updates, states = run(scale_by_fira(2, 2, 0.25, projected=matrices), grads)
+  updates, states = run(scale_by_fira(ProjectedAdam(2, 2, matrices), 0.25), grads)
   assert updates[0]["kernel"].dtype == jax.numpy.bfloat16 and states[0].norm["kernel"].dtype == np.float32
   assert np.isfinite(updates[-1]["kernel"].astype(np.float32)).all()
 
 
 def test_a_kernel_whose_decomposition_fails_has_no_update_before_its_first_projector():
   grads = gradients(4, np.float32, **STACK)
-  tx = scale_by_fira(2, 2, 0.25, projected=matrices, directions=failing)
+  tx = scale_by_fira(ProjectedAdam(2, 2, matrices, directions=failing), 0.25)
   (first, *_), (state, *_) = run(tx, [with_failure(grads[0], 1), *grads[1:]])
   np.testing.assert_array_equal(np.any(first["up"] != 0, axis=(1, 2)), [True, False, True])
   assert failures(state) == 1 and state.norm["up"][1] == 0

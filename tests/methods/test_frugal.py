@@ -22,11 +22,12 @@ from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import frugal, projectors
 from switchlora_jax.methods.frugal import scale_by_frugal
-from switchlora_jax.methods.galore import failures
+from switchlora_jax.methods.galore import ProjectedAdam, failures
 
 pytestmark = pytest.mark.two_linear_layers
 
 HYPER = dict(rank=2, refresh_every=4, sign_scale=0.5)
+ADAM = ProjectedAdam(HYPER["rank"], HYPER["refresh_every"], matrices, eps=1e-8, directions=positive_directions)
 STACK = {"up": (3, 5, 8), "down": (3, 8, 5)}
 
 
@@ -57,7 +58,7 @@ def frugal_by_hand(grads, rank, refresh_every, sign_scale):
 def test_25_updates_are_those_of_numpy(sides, x64):
   """With 7 projectors. Adam of a leaf that is not projected does not start anew."""
   grads = gradients(25, kernel=sides, norm=(5,))
-  tx = scale_by_frugal(**HYPER, projected=matrices, directions=positive_directions)
+  tx = scale_by_frugal(ADAM, HYPER["sign_scale"])
   updates, states = run(tx, grads)
   for ours, ref in zip(updates, frugal_by_hand([grad["kernel"] for grad in grads], **HYPER), strict=True):
     np.testing.assert_allclose(ours["kernel"], ref, rtol=0, atol=1e-10)
@@ -68,7 +69,7 @@ def test_25_updates_are_those_of_numpy(sides, x64):
 
 def test_stacked_layers_are_updated_like_single_layers(x64):
   grads = gradients(6, **STACK)
-  updates, _ = run(scale_by_frugal(**HYPER, projected=matrices, directions=positive_directions), grads)
+  updates, _ = run(scale_by_frugal(ADAM, HYPER["sign_scale"]), grads)
   for name in STACK:
     for layer in range(3):
       expected = frugal_by_hand([grad[name][layer] for grad in grads], **HYPER)
@@ -78,8 +79,8 @@ def test_stacked_layers_are_updated_like_single_layers(x64):
 def test_signs_of_rounding_errors_are_not_applied():
   """If the projector has all directions, nothing is left for signSGD."""
   grads = gradients(2, np.float32, kernel=(4, 6))
-  with_signs, _ = run(scale_by_frugal(4, 2, 1.0, projected=matrices), grads)
-  without, _ = run(scale_by_frugal(4, 2, 0.0, projected=matrices), grads)
+  with_signs, _ = run(scale_by_frugal(ProjectedAdam(4, 2, matrices), 1.0), grads)
+  without, _ = run(scale_by_frugal(ProjectedAdam(4, 2, matrices), 0.0), grads)
   assert same_bits(with_signs, without) and with_signs[-1]["kernel"].any()
 
 
@@ -89,8 +90,8 @@ def test_a_gradient_of_rank_at_most_r_has_no_signs(dtype, tall):
   (factors,) = gradients(1, a=(128, 4), b=(4, 300))
   grad = (factors["a"] @ factors["b"] * np.logspace(-3, 0, 300)).astype(dtype)
   grads = [{"kernel": grad.T if tall else grad}]
-  (with_signs,), _ = run(scale_by_frugal(8, 2, 1.0, projected=matrices), grads)
-  (without,), _ = run(scale_by_frugal(8, 2, 0.0, projected=matrices), grads)
+  (with_signs,), _ = run(scale_by_frugal(ProjectedAdam(8, 2, matrices), 1.0), grads)
+  (without,), _ = run(scale_by_frugal(ProjectedAdam(8, 2, matrices), 0.0), grads)
   assert same_bits(with_signs, without) and with_signs["kernel"].any()
 
 
@@ -123,7 +124,7 @@ def test_with_coordinates_exactly_the_other_rows_have_signs():
 def test_products_of_the_rest_are_not_rounded_to_tf32():
   """The CPU ignores the precision of a product; GPUs may round its factors to 10 bits unless it is HIGHEST."""
   (grads,) = gradients(1, np.float32, kernel=(4, 6))
-  tx = scale_by_frugal(2, 2, 1.0, projected=matrices)
+  tx = scale_by_frugal(ProjectedAdam(2, 2, matrices), 1.0)
   traced = jax.make_jaxpr(tx.update)(grads, tx.init(grads))
   highest = (jax.lax.Precision.HIGHEST,) * 2
   found = [
@@ -137,7 +138,7 @@ def test_products_of_the_rest_are_not_rounded_to_tf32():
 def test_a_failed_decomposition_keeps_moments_and_age_and_is_repeated():
   """Before its first projector, a kernel has no update, not that of signSGD either."""
   grads = gradients(5, np.float32, **STACK)
-  tx = scale_by_frugal(2, 2, projected=matrices, directions=failing)
+  tx = scale_by_frugal(ProjectedAdam(2, 2, matrices, directions=failing))
   (first, *_), (state, *_) = run(tx, [with_failure(grads[0], 1)])
   np.testing.assert_array_equal(np.any(first["up"] != 0, axis=(1, 2)), [True, False, True])
   assert failures(state) == 1

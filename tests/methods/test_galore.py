@@ -15,7 +15,7 @@ from tiny import resolved, tiny_config
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.methods import galore
-from switchlora_jax.methods.galore import failures, leading_directions, scale_by_galore
+from switchlora_jax.methods.galore import ProjectedAdam, failures, leading_directions, scale_by_galore
 from switchlora_jax.models.llama import Block, LLaMA
 from switchlora_jax.runs.checkpoint import Checkpoints
 
@@ -74,9 +74,9 @@ def follow(arrays, hyper, directions):
   """
 
   def galore_with(directions):
-    given = (hyper["rank"], hyper["update_proj_gap"], hyper["scale"], *hyper["betas"], hyper["eps"])
-    tx = scale_by_galore(*given, projected=matrices, directions=directions)
-    return optax.chain(tx, optax.scale_by_learning_rate(hyper["lr"]))
+    coefficients = (*hyper["betas"], hyper["eps"])
+    adam = ProjectedAdam(hyper["rank"], hyper["update_proj_gap"], matrices, *coefficients, directions)
+    return optax.chain(scale_by_galore(adam, hyper["scale"]), optax.scale_by_learning_rate(hyper["lr"]))
 
   wrong = galore_with(lambda grad, rank: jnp.eye(len(grad))[:, :rank])  # must not be called; it would change the result
   keep, gradients, params = jax.jit(wrong.update), jax.jit(jax.value_and_grad(mean_square)), start(arrays)
@@ -151,7 +151,7 @@ def test_directions_are_found_in_float32_and_kept_in_the_dtype_of_the_gradient(d
 def test_the_projection_is_the_best_of_its_rank_on_the_smaller_side(sides):
   """Eckart–Young. For a square kernel [in, out] it spans the input side, as the authors' code does for PyTorch's Wᵀ."""
   grad = normal(1, *sides)
-  _, state = run(scale_by_galore(2, 1, 1.0, projected=matrices), [[grad]], [grad])
+  _, state = run(scale_by_galore(ProjectedAdam(2, 1, matrices), 1.0), [[grad]], [grad])
   left, sizes, right = np.linalg.svd(np.asarray(grad, np.float64))
   best = left[:, :2] if sides[0] <= sides[1] else right[:2].T
   spanned = lambda p: np.asarray(p) @ np.asarray(p).T
@@ -161,13 +161,13 @@ def test_the_projection_is_the_best_of_its_rank_on_the_smaller_side(sides):
 
 
 def _init(params, rank):
-  return scale_by_galore(rank, 1, 1.0, projected=matrices).init(params)
+  return scale_by_galore(ProjectedAdam(rank, 1, matrices), 1.0).init(params)
 
 
 @pytest.mark.parametrize("sides", [(6, 9), (9, 6), (7, 7)])
 def test_the_update_is_in_the_span_of_the_projector(sides):
   grad = normal(2, *sides)
-  (update, *_), state = run(scale_by_galore(2, 1, 1.0, projected=matrices), [[grad]], [grad])
+  (update, *_), state = run(scale_by_galore(ProjectedAdam(2, 1, matrices), 1.0), [[grad]], [grad])
   projector = np.asarray(state.projector[0])
   update = np.asarray(update[0]) if sides[0] <= sides[1] else np.asarray(update[0]).T
   np.testing.assert_allclose(projector @ (projector.T @ update), update, rtol=0, atol=1e-6)
@@ -176,7 +176,7 @@ def test_the_update_is_in_the_span_of_the_projector(sides):
 
 def test_stacked_layers_are_updated_like_single_layers():
   """The projectors are bitwise equal. Matrix products may be summed in another order."""
-  tx, grads = scale_by_galore(2, 3, 0.25, projected=matrices), [draw(t) for t in range(7)]
+  tx, grads = scale_by_galore(ProjectedAdam(2, 3, matrices), 0.25), [draw(t) for t in range(7)]
   together, state = run(tx, grads, draw(9))
   for layer in range(3):
     take = lambda tree, layer=layer: jax.tree.map(lambda x: x[layer] if x.ndim > 1 else x, tree)
@@ -190,7 +190,7 @@ def test_a_rank_above_the_smaller_side_keeps_all_directions():
   params = draw(0)
   shapes = lambda rank: jax.tree.map(jnp.shape, _init(params, rank))
   assert shapes(50) == shapes(5) != shapes(4)
-  tx = lambda rank: scale_by_galore(rank, 2, 1.0, projected=matrices)
+  tx = lambda rank: scale_by_galore(ProjectedAdam(rank, 2, matrices), 1.0)
   assert same_bits(run(tx(50), [draw(1)] * 3, params), run(tx(5), [draw(1)] * 3, params))
 
 
@@ -221,7 +221,7 @@ def adam_by_hand(grads, b1=0.9, b2=0.999, eps=1e-6):
 
 def test_leaves_that_are_not_projected_use_adam_without_the_scale(x64):
   grads = [normal(t, 5, dtype=jnp.float64) * 1e-5 for t in range(4)]
-  updates, _ = run(scale_by_galore(2, 1, 0.25, projected=matrices), grads, grads[0])
+  updates, _ = run(scale_by_galore(ProjectedAdam(2, 1, matrices), 0.25), grads, grads[0])
   np.testing.assert_allclose(updates[-1], adam_by_hand([np.asarray(g) for g in grads]), rtol=1e-12)
   optax_updates, _ = run(optax.scale_by_adam(eps=1e-6), grads, grads[0])
   assert np.abs(optax_updates[-1] / updates[-1] - 1).max() > 0.1, "optax adds eps to the bias-corrected √v"
@@ -233,7 +233,7 @@ def test_in_a_permuted_basis_galore_equals_adam(sides, x64):
   order, signs = np.array([2, 0, 3, 1]), np.array([1.0, -1.0, -1.0, 1.0])
   basis = jnp.asarray(np.eye(4)[:, order] * signs)
   grads = [[normal(t, *sides, dtype=jnp.float64)] for t in range(6)]
-  tx = scale_by_galore(4, 100, 1.0, projected=matrices, directions=lambda grad, rank: basis)
+  tx = scale_by_galore(ProjectedAdam(4, 100, matrices, directions=lambda grad, rank: basis), 1.0)
   updates, _ = run(tx, grads, grads[0])
   np.testing.assert_allclose(updates[-1][0], adam_by_hand([np.asarray(g[0]) for g in grads]), rtol=1e-12)
 
@@ -245,7 +245,7 @@ def test_at_full_rank_the_momentum_equals_adams_but_the_update_does_not(x64):
   directions. Each has at best the cosine √(2/π) with a Gaussian G, and the cosine 2/π with the other.
   """
   grads = [[normal(t, 128, 344, dtype=jnp.float64)] for t in range(4)]
-  tx = scale_by_galore(128, 3, 1.0, eps=0.0, projected=matrices)
+  tx = scale_by_galore(ProjectedAdam(128, 3, matrices, eps=0.0), 1.0)
   (first, *_), state = run(tx, grads[:3], grads[0])
   momentum = lambda state: np.asarray(state.projector[0] @ state.mu[0])
   adam = optax.scale_by_adam(eps=0.0)
@@ -271,7 +271,7 @@ def counted(refresh_every):
     jax.debug.callback(lambda: calls.append(1))
     return leading_directions(grad, rank)
 
-  return scale_by_galore(2, refresh_every, 0.25, projected=matrices, directions=directions), calls
+  return scale_by_galore(ProjectedAdam(2, refresh_every, matrices, directions=directions), 0.25), calls
 
 
 def decompositions(refresh_every, updates):
@@ -324,7 +324,7 @@ def broken(grads):
 
 
 def test_a_failed_decomposition_keeps_the_projector_and_only_it_is_repeated():
-  tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
+  tx, params = scale_by_galore(ProjectedAdam(2, 3, matrices, directions=failing), 0.25), draw(0)
   _, before = run(tx, [draw(t) for t in range(3)], params)
   updates, after = jax.jit(tx.update)(broken(draw(3)), before, params)
   assert int(failures(after)) == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, after)))
@@ -341,7 +341,7 @@ def test_a_failed_decomposition_keeps_the_projector_and_only_it_is_repeated():
 
 
 def test_a_kernel_without_a_projector_is_not_updated():
-  tx, params = scale_by_galore(2, 3, 0.25, projected=matrices, directions=failing), draw(0)
+  tx, params = scale_by_galore(ProjectedAdam(2, 3, matrices, directions=failing), 0.25), draw(0)
   updates, state = jax.jit(tx.update)(broken(draw(1)), tx.init(params), params)
   moved = np.any(np.asarray(updates["up"]) != 0, axis=(1, 2))
   np.testing.assert_array_equal(moved, [True, False, True])
@@ -350,7 +350,7 @@ def test_a_kernel_without_a_projector_is_not_updated():
 
 def test_the_moments_are_kept_at_a_refresh():
   """After a refresh, m = 0.9 · old m + 0.1 · new projection, without a rotation of the old m."""
-  tx, params = scale_by_galore(2, 2, 0.25, projected=matrices), draw(0)
+  tx, params = scale_by_galore(ProjectedAdam(2, 2, matrices), 0.25), draw(0)
   _, before = run(tx, [draw(1), draw(2)], params)
   _, after = jax.jit(tx.update)(draw(3), before, params)
   projected = np.swapaxes(after.projector["up"], -1, -2) @ np.asarray(draw(3)["up"])

@@ -74,7 +74,7 @@ def test_a_rank_above_the_smaller_side_keeps_all_directions(name):
 def transformation(seed=0, name="random", refresh_every=2):
   config = small_model.config("galore", seed=seed, galore__directions=name)
   options = projectors.options(config, config.galore)
-  return galore.scale_by_galore(2, refresh_every, 1.0, projected=matrices, **options)
+  return galore.scale_by_galore(galore.ProjectedAdam(2, refresh_every, matrices, **options), 1.0)
 
 
 def kernels(state):
@@ -107,7 +107,7 @@ def test_golore_decomposes_first_and_draws_in_the_last_updates():
   changes = dict(steps=10, warm_start_steps=6, galore__directions="golore", galore__random_share=0.5)
   config = small_model.config("galore", **changes)
   options = projectors.options(config, config.galore)
-  tx = galore.scale_by_galore(2, 1, 1.0, projected=matrices, **options)
+  tx = galore.scale_by_galore(galore.ProjectedAdam(2, 1, matrices, **options), 1.0)
   grads = gradients(4, np.float32, up=(2, 4, 6))
   _, states = run(tx, grads)
   for t, state in enumerate(states):
@@ -124,7 +124,7 @@ def test_golore_draws_when_the_random_share_begins():
   found = []
   for share in (0.5, 0.0):
     config = small_model.config("galore", steps=10, galore__directions="golore", galore__random_share=share)
-    tx = galore.scale_by_galore(2, 3, 1.0, projected=matrices, **projectors.options(config, config.galore))
+    tx = galore.scale_by_galore(galore.ProjectedAdam(2, 3, matrices, **projectors.options(config, config.galore)), 1.0)
     _, states = run(tx, gradients(10, np.float32, up=(2, 4, 6)))
     found.append([t for t, (x, y) in enumerate(pairwise(states), 1) if not same_bits(x.projector, y.projector)])
   assert found == [[3, 5, 6, 9], [3, 6, 9]]

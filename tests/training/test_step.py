@@ -19,7 +19,7 @@ from switchlora_jax.lowrank.switching import switch
 from switchlora_jax.methods import METHODS, switchlora
 from switchlora_jax.methods.apollo import scale_by_apollo
 from switchlora_jax.methods.base import Method, TrainState
-from switchlora_jax.methods.galore import scale_by_galore
+from switchlora_jax.methods.galore import ProjectedAdam, scale_by_galore
 from switchlora_jax.parallel.sharding import replicated
 from switchlora_jax.planning.collectives import collectives
 from switchlora_jax.training import step as train_step
@@ -295,7 +295,7 @@ OPTIMIZERS = {  # with the keyword arguments that a method may pass
   "extra arguments": (with_extra_arguments(), {"factor": 0.5}),
   "vector adam": (adam_of_vectors, {"reset": masks(0), "freeze": masks(1)}),
   "vector adamw": (optax.chain(adam_of_vectors, optax.add_decayed_weights(0.1)), {"reset": masks(0)}),
-  "galore": (scale_by_galore(2, 2, 0.25, projected=matrices), {}),
+  "galore": (scale_by_galore(ProjectedAdam(2, 2, matrices), 0.25), {}),
   "apollo": (scale_by_apollo(2, 2, 1.0, seed=0, projected=matrices), {}),
 }
 
