@@ -170,9 +170,19 @@ def _followed(projector, matrix):
   matrix, old = matrix.astype(dtype), projector.astype(dtype)
   largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
   matrix = matrix / jnp.where(largest > 0, largest, 1)  # its scale does not matter, and squares could underflow
-  new, _ = jnp.linalg.qr(matrix @ (matrix.mT @ old))
+  new = _orthonormal(matrix @ (matrix.mT @ old))
   good = (largest > 0) & jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
   return jnp.where(good, new, old).astype(projector.dtype)
+
+
+def _orthonormal(x):
+  """The factor Q of the QR decomposition of x [..., small, rank], one matrix at a time.
+
+  jaxlib divides a batch of decompositions over the thread pool of the CPU, and waits for it in a thread of that pool.
+  Two batches at once wait for each other for ever on two cores (jaxlib 0.10.2).
+  """
+  matrices = x.reshape(-1, *x.shape[-2:])
+  return jax.lax.map(lambda matrix: jnp.linalg.qr(matrix)[0], matrices).reshape(x.shape)
 
 
 def check(config):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import small_model
-from small_model import host, same_bits
+from small_model import equations, host, same_bits
 
 from configs.base import get_config
 from switchlora_jax import methods
@@ -181,6 +181,18 @@ def toy_config(momentum):
   with config.unlocked():
     config.toy = {"momentum": momentum}
   return config
+
+
+@each
+def test_a_step_decomposes_one_matrix_at_a_time(method):
+  """jaxlib's decompositions of several matrices can wait for each other for ever on a CPU with two cores."""
+  config = small_model.config(method)
+  phase = small_model.phase(config, 1)
+  rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+  found = list(equations(jax.make_jaxpr(phase.step)(phase.abstract, rows).jaxpr))
+  decompositions = [e for e in found if e.primitive.name in ("geqrf", "householder_product", "qr", "svd", "eigh")]
+  assert {e.invars[0].aval.ndim for e in decompositions} <= {2}
+  assert bool(decompositions) == (method in {"galore", "fira", "frugal", "ldadam", "factored"})
 
 
 def test_a_custom_method_needs_a_module_a_table_entry_and_a_config_section(monkeypatch):
