@@ -8,7 +8,7 @@ import pytest
 from fault_runs import small_config
 from forks import forks
 from grids import command, imported
-from paths import ROOT
+from paths import GOLDEN, ROOT
 from tiny import flags_of
 
 from configs import llama_tiny
@@ -37,6 +37,22 @@ def test_dry_run_prints_what_scripts_read_and_writes_nothing(pretrain, tmp_path)
   optimizer = 2 * 609_720_320 * 4 + counts * 4
   assert f"\noptimizer: {optimizer / 2**20:,.1f} MiB ({optimizer:,} bytes)\n" in done.stdout
   assert not workdir.exists()
+
+
+def test_a_warm_start_sets_the_architecture_that_the_command_line_does_not(pretrain, tmp_path):
+  source = GOLDEN / "families" / "qwen3"
+  options = (f"--config.warm_start_from={source}", "--config.rank=4", "--config.seq_len=16", "--dry_run")
+  done = pretrain(*options, "--config.data.tokenizer=mine.model", "--config.model.rope.base=5e5")
+  assert done.code == 0, done.stderr
+  (line,) = [line for line in done.stdout.splitlines() if line.startswith("set from ")]
+  assert line.startswith(f"set from {source}: model.vocab_size=48 model.hidden_size=16 ")
+  assert " model.head_dim=8 " in line and " model.qk_norm=True" in line
+  assert "rope.base" not in line and "data.tokenizer" not in line
+  assert "model.rope.base  " in done.stdout and "500000.0 (default 10000.0)" in done.stdout
+  quiet = pretrain(*options, "--quiet")
+  assert quiet.code == 0 and "set from" not in quiet.stdout
+  other = pretrain(f"--config.warm_start_from={tmp_path}", "--dry_run")
+  assert other.code == 2 and "--config.warm_start_from: " in other.stderr and "must be the directory" in other.stderr
 
 
 def test_a_run_from_ones_own_text_ends_with_its_report(tmp_path):
