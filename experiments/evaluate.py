@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import jax
 from absl import flags
+from ml_collections import FrozenConfigDict
 
 from configs.base import get_config
 from experiments.common import cli
 from switchlora_jax.data import corpus, dataset, preparation
 from switchlora_jax.data import shards as packed
 from switchlora_jax.data.readers import BAD_ROWS, RowOptions
-from switchlora_jax.data.tokenizer import tokenizer_sha256
+from switchlora_jax.data.tokenizer import copy_in_run, tokenizer_sha256
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import SavedRun, flatten, open_run
@@ -87,7 +88,9 @@ def select_text(run: SavedRun) -> EvalText:
 def own_validation_text(run: SavedRun) -> EvalText:
   """The validation sequences of the run itself."""
   try:
-    data = dataset.open_dataset(run.config, progress=not flags.FLAGS.quiet)
+    own = run.config.to_dict()
+    own["data"]["tokenizer"] = copy_in_run(own["data"]["tokenizer"], run.directory)
+    data = dataset.open_dataset(FrozenConfigDict(own), progress=not flags.FLAGS.quiet)
   except UserError as error:
     raise UserError(f"the run's own validation rows: {error}; or evaluate other text with --data") from error
   if data.fingerprint != run.fingerprint:

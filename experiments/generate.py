@@ -24,10 +24,11 @@ from switchlora_jax.models.generation import Sampling, generate, stream_text
 RUN = flags.DEFINE_string("run", None, "directory of a run: its --workdir; uses the newest checkpoint")
 MODEL = flags.DEFINE_string("model", None, "a Hugging Face folder, instead of --run")
 PROMPT = flags.DEFINE_string("prompt", None, "text to continue")
+DEFAULT_TOKENS = 512
 NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens",
   None,
-  "maximum number of sampled tokens; default: up to the sequence length of training",
+  f"maximum number of sampled tokens; default: up to the sequence length of training, at most {DEFAULT_TOKENS}",
   lower_bound=1,
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "divisor of the logits; 0 selects the likeliest token")
@@ -79,7 +80,7 @@ def new_token_count(prompt: list[int], longest: int) -> int:
       f"prompt and continuation must have at most {longest} tokens, the sequence length of training; "
       f"found {len(prompt)} + {NEW_TOKENS.value or 1}; try {remedy}"
     )
-  return NEW_TOKENS.value or left
+  return NEW_TOKENS.value or min(left, DEFAULT_TOKENS)
 
 
 def main():

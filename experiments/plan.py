@@ -24,6 +24,7 @@ from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.planning import planner, topology
 from switchlora_jax.planning.collectives import COLLECTIVE_KINDS
 from switchlora_jax.planning.planner import Estimate, StepPlan
+from switchlora_jax.training import warm_start
 from switchlora_jax.training.phases import build_phases
 
 CONFIG = cli.define_config("llama_350m")
@@ -94,6 +95,7 @@ def configs(devices: int) -> dict[str, FrozenConfigDict]:
   for name in NAMES.value or [CONFIG.value.method]:
     config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
     config.update(keys_for(config, name))
+    warm_start.adopt_architecture(config, cli.given_keys(config), None)
     found[name] = resolve(config, devices, platform="gpu")
   return found
 

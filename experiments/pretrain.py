@@ -22,7 +22,7 @@ from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.planning import topology
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
-from switchlora_jax.training import report, throughput, trainer
+from switchlora_jax.training import report, throughput, trainer, warm_start
 from switchlora_jax.training.phases import build_phases
 
 CONFIG = cli.define_config()
@@ -37,9 +37,11 @@ flags.adopt_module_key_flags(distributed)
 def main():
   """Check the config, then print its sizes (--dry_run), or train and print the report."""
   distributed.initialize()
-  config, workdir = processes.on_all_processes(check)
+  config, workdir, adopted = processes.on_all_processes(check)
   processes.check_same(what_must_agree(config, workdir))
   cli.set_precision(config)
+  if adopted and not flags.FLAGS.quiet:
+    processes.print_once(adopted)
   changes = report.describe_changes(CONFIG.value, base.get_config())
   if DRY_RUN.value:
     phases = build_phases(config, make_mesh(fsdp=config.sharding.fsdp))
@@ -61,13 +63,16 @@ def start_seconds(outcome) -> float | None:
 
 
 def check():
-  """(resolved config, directory of the run or None in a dry run), before anything expensive."""
+  """Before anything expensive: the resolved config, the directory of the run, and the keys that a warm start set.
+
+  The directory is None in a dry run. The keys are one line to print, or None.
+  """
+  workdir = None if DRY_RUN.value or WORKDIR.value is None else Path(WORKDIR.value).expanduser()
+  adopted = warm_start.adopt_architecture(CONFIG.value, cli.given_keys(CONFIG.value), workdir)
   config = resolve(CONFIG.value, jax.device_count(), jax.default_backend())
-  if DRY_RUN.value:
-    return config, None
-  if WORKDIR.value is None:
+  if workdir is None and not DRY_RUN.value:
     raise UserError("--workdir is missing: give the directory of the run, for example --workdir=runs/tiny")
-  return config, Path(WORKDIR.value).expanduser()
+  return config, workdir, adopted
 
 
 def comparison(config) -> str | None:

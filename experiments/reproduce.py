@@ -173,8 +173,10 @@ def check_prepared(folder: Path, manifest: dict, configs: list[FrozenConfigDict]
   }
   if given:
     key = "--set=data.tokenizer"
-    wanted = given if size_to_train(given, key) is not None else tokenizer_sha256(locate(given, key))
-    faults["its tokenizer is not data.tokenizer"] = manifest["request"]["tokenizer"] != wanted
+    trained = size_to_train(given, key) is not None
+    wanted = given if trained else tokenizer_sha256(locate(given, key))
+    found_there = manifest["request"]["tokenizer"] if trained else manifest["tokenizer"]
+    faults["its tokenizer is not data.tokenizer"] = found_there != wanted
   for number, key in enumerate(("data.path", "data.eval_path")):
     if pattern := keys.get(key):
       wanted = [os.path.abspath(file) for file in matching_files(pattern, f"--set={key}")]

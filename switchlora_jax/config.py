@@ -49,7 +49,7 @@ def resolve(config: ConfigDict, devices: int, platform: str = "cpu") -> FrozenCo
   """
   _check_ranges(config)
   _check_positive(config)
-  check_architecture(config)
+  check_architecture(config.model, config.seq_len)
   _check_training(config, devices)
   _check_sharding(config, devices)
   _check_precision(config)

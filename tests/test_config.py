@@ -30,7 +30,22 @@ MISTAKES = {
     dict(model__rope__scaling="ntk"),
     "model.rope.scaling (='ntk') must be one of none, linear, dynamic",
   ),
-  "unused factor": (dict(model__rope__factor=2.0), "model.rope.factor (=2) is not used with model.rope.scaling=none"),
+  "unused factor": (
+    dict(model__rope__factor=2.0),
+    "model.rope.factor (=2.0) is not used with model.rope.scaling=none; leave it at 1.0, or set --config.model.rope.scal",
+  ),
+  "unused length": (
+    dict(model__rope__scaling="linear", model__rope__original_length=8),
+    "model.rope.original_length (=8) is not used with model.rope.scaling=linear; leave it at 0, or set --config.model",
+  ),
+  "attention factor": (
+    dict(model__rope__scaling="yarn", model__rope__original_length=8, model__rope__attention_factor=-1.0),
+    "model.rope.attention_factor (=-1) must be greater than 0",
+  ),
+  "small heads": (
+    dict(model__rope__scaling="dynamic", model__rope__original_length=8, model__head_dim=2),
+    "the size of a head (=2) must be at least 4 with model.rope.scaling=dynamic",
+  ),
   "factor": (
     dict(model__rope__scaling="linear", model__rope__factor=0.5),
     "model.rope.factor (=0.5) must be at least 1",

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 
 import absl.logging
@@ -18,8 +19,7 @@ from tqdm import tqdm
 from configs import base
 from experiments.common import compiled_programs, distributed
 from switchlora_jax.errors import STOPPED, Stopped, UserError, to_stderr
-from switchlora_jax.progress import print_line
-from switchlora_jax.training import warm_start
+from switchlora_jax.runs.directory import flatten
 
 flags.disclaim_key_flags()  # the flags that this module defines are listed by --help of the command that calls it
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +79,21 @@ def define_config(name: str = "llama_tiny"):
     return config_flags.DEFINE_config_file("config", str(CONFIGS / f"{name}.py"), description)
 
 
+def given_keys(config: ConfigDict, overrides: Collection[str] | None = None) -> set[str]:
+  """The keys that a warm start does not set: those of the command line, and some that the config file changes.
+
+  A config file selects sizes for training from scratch. Its rotary positions, untied head and tokenizer count as given.
+
+  Args:
+    overrides: keys in place of those of the command line.
+  """
+  if overrides is None:
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+  now, then = flatten(config), flatten(base.get_config())
+  kept = ("model.rope.", "model.max_position", "model.tied_embeddings", "data.tokenizer")
+  return {key for key in now if key.startswith(kept) and now[key] != then.get(key)} | set(overrides)
+
+
 def define_quiet():
   """Define the --quiet flag of commands that take long."""
   flags.DEFINE_bool("quiet", False, "print only warnings, errors and the final results: no progress, no descriptions")
@@ -124,18 +139,7 @@ def run(main, continues: bool = False):
 def _start(main):
   config = flags.FLAGS.config if "config" in flags.FLAGS else base.get_config()
   compiled_programs.enable(config.data.cache_dir)
-  if "config" in flags.FLAGS:
-    _adopt_architecture(config)
   main()
-
-
-def _adopt_architecture(config):
-  """Set the keys that a warm start determines and the command line does not, and print them unless --quiet."""
-  given = config_flags.get_override_values(flags.FLAGS["config"])
-  workdir = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
-  found = warm_start.adopt_architecture(config, given, Path(workdir).expanduser() if workdir else None)
-  if found and not ("quiet" in flags.FLAGS and flags.FLAGS.quiet):
-    print_line(found)
 
 
 def _parse_flags(argv):

@@ -14,6 +14,7 @@ from experiments.common import cli
 from experiments.common.search import Point
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
+from switchlora_jax.training import warm_start
 
 
 class BaseConfig(NamedTuple):
@@ -157,9 +158,10 @@ def make_trial(
   if rest_learning_rate is not None:
     own["rest_learning_rate"] = rest_learning_rate
   update_config(config, own)
+  overrides = base.overrides | variant.overrides | own
+  warm_start.adopt_architecture(config, cli.given_keys(config, overrides), None)  # as the run does
   platform, devices = probe_devices()
   resolved = resolve(config, devices, platform)
-  overrides = base.overrides | variant.overrides | own
   return Trial(variant, resolved.learning_rate, resolved.seed, resolved, overrides, rest_learning_rate)
 
 

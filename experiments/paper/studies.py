@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments.common.trials import Variant
 from switchlora_jax.errors import UserError
+from switchlora_jax.models.architecture import smaller_sides
 
 
 class Study(NamedTuple):
@@ -65,7 +66,7 @@ def init(config) -> Study:
 def rank(config) -> Study:
   """The ranks of Table 5, relative to the config's."""
   values = [v for v in (config.rank // 4, config.rank // 2, config.rank, config.rank * 2) if v >= 2]
-  values = [value for value in values if value < config.model.hidden_size]
+  values = [value for value in values if value < max(smaller_sides(config.model))]
   return Study("which rank", "Table 5", {f"rank {value}": {"rank": value} for value in values})
 
 

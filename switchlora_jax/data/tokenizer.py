@@ -228,13 +228,17 @@ def tokenizer_sha256(path: Path) -> str:
 
 
 def gives_same_ids(path: Path, other: Path) -> bool:
-  """Whether two tokenizers are the same: equal checksums, or a SentencePiece model and its conversion.
+  """Whether two tokenizers are the same: equal checksums, a tokenizer.json written again, or a conversion.
 
-  A SentencePiece model and a tokenizer.json are compared by EOS and by the ids of a sample text.
+  They are compared by EOS and the ids of a sample text; two tokenizer.json also by the bytes of the ids that both have.
   """
-  if is_fast(path) == is_fast(other):
-    return tokenizer_sha256(path) == tokenizer_sha256(other)
-  found = [(tokenizer.eos, tokenizer.encode([PROBE])) for tokenizer in (load_tokenizer(path), load_tokenizer(other))]
+  if tokenizer_sha256(path) == tokenizer_sha256(other):
+    return True
+  if not (is_fast(path) or is_fast(other)):
+    return False
+  both = load_tokenizer(path), load_tokenizer(other)
+  shared = range(min(tokenizer.size for tokenizer in both) if is_fast(path) and is_fast(other) else 0)
+  found = [(t.eos, t.encode([PROBE]), [t.token_bytes(token) for token in shared]) for t in both]
   return found[0] == found[1]
 
 
@@ -243,6 +247,16 @@ def library_version(name: str) -> tuple[str, str]:
   if is_fast(name) or name.startswith(TRAIN_BYTES):
     return "tokenizers", tokenizers.__version__
   return "sentencepiece", sentencepiece.__version__
+
+
+def copy_in_run(name: str, workdir: Path) -> str:
+  """`data.tokenizer` of a run as the copy in its directory, which stays if the file is moved; "" and `train:SIZE` stay.
+
+  Args:
+    name: the value of `data.tokenizer`.
+    workdir: the directory of the run.
+  """
+  return str(tokenizer_in(workdir)) if name and size_to_train(name, "data.tokenizer") is None else name
 
 
 def size_to_train(name: str, key: str) -> int | None:

@@ -4,13 +4,14 @@ A family is a `model_type` whose function our decoder computes exactly. Settings
 name. A sliding window is read as the largest number of positions: within it, attention is full.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.models.architecture import Architecture, architecture_of
-from switchlora_jax.models.rotary import Rope
+from switchlora_jax.models.architecture import Architecture, architecture_of, check_architecture
+from switchlora_jax.models.rotary import Rope, extends, fixed_base
 
 SIZES = {  # our key: theirs, which every config.json must have
   "vocab_size": "vocab_size",
@@ -73,7 +74,7 @@ MISSING = {  # other model types: what the decoder would need
 }
 ROPE = {  # of a scaling: {our key: theirs}
   "linear": {"factor": "factor"},
-  "dynamic": {"factor": "factor", "original_length": "original_max_position_embeddings"},
+  "dynamic": {"factor": "factor"},
   "llama3": {
     "factor": "factor",
     "original_length": "original_max_position_embeddings",
@@ -89,6 +90,14 @@ ROPE = {  # of a scaling: {our key: theirs}
   },
 }
 OPTIONAL = ("original_length", "beta_fast", "beta_slow", "attention_factor")  # keys of a scaling that may be missing
+ORIGINAL = "original_max_position_embeddings"
+# Keys of a scaling that change nothing in `transformers`, with these values; None: with any.
+UNUSED: dict[str, dict[str, Any]] = {
+  "linear": {ORIGINAL: None},
+  "dynamic": {ORIGINAL: None},
+  "llama3": {},
+  "yarn": {"truncate": True, "finetuned": None},
+}
 
 
 # --- read ---------------------------------------------------------------------------------------------------------
@@ -103,7 +112,7 @@ def model_keys(path: Path, config: Mapping) -> dict:
   Raises:
     UserError: it is another kind of model, lacks a size, or has settings that the decoder lacks.
   """
-  kind = config.get("model_type")
+  kind = str(config.get("model_type"))
   if kind not in FAMILIES:
     needed = f", which needs {MISSING[kind]}" if kind in MISSING else ""
     raise UserError(
@@ -112,7 +121,7 @@ def model_keys(path: Path, config: Mapping) -> dict:
     )
   family = FAMILIES[kind]
   given = {key: value for key, value in config.items() if value is not None}
-  full = FIXED | ALL | family.defaults | given
+  full = FIXED | ALL | family.defaults | ({KV_HEADS: None} if KV_HEADS in config else {}) | given
   sizes = (*SIZES.values(), POSITIONS, *(key for key in (KV_HEADS, HEAD_DIM) if full[key] is not None))
   if missing := [key for key in sizes if not (_is_integer(full.get(key)) and full[key] > 0)]:
     raise UserError(f"{path / 'config.json'} must give {', '.join(missing)} as positive integers; it does not")
@@ -125,13 +134,17 @@ def model_keys(path: Path, config: Mapping) -> dict:
     **{ours: full[theirs] for ours, theirs in SIZES.items()},
     "num_kv_heads": full[KV_HEADS],
     "head_dim": full[HEAD_DIM],
-    "max_position": _positions(config, full),
-    "norm_eps": float(full[EPSILON]),
-    "tied_embeddings": full[TIED],
+    "max_position": _positions(path, config, full),
+    "norm_eps": _number(path, EPSILON, full[EPSILON]),
+    "tied_embeddings": _flag(path, TIED, full[TIED]),
     "qkv_bias": family.qkv_bias,
     "qk_norm": family.qk_norm,
     "rope": _rope(path, full)._asdict(),
   }
+  try:
+    check_architecture(keys)
+  except UserError as error:
+    raise UserError(f"{path / 'config.json'} describes no model: {error}") from error
   return architecture_of(keys)._asdict() | {"rope": keys["rope"]}
 
 
@@ -139,40 +152,66 @@ def _is_integer(value) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _positions(config: Mapping, full: Mapping) -> int:
+def _number(path: Path, key: str, value) -> float:
+  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    raise UserError(f"{key} (={value!r}) in {path / 'config.json'} must be a number; correct it")
+  return float(value)
+
+
+def _flag(path: Path, key: str, value) -> bool:
+  if not isinstance(value, bool):
+    raise UserError(f"{key} (={value!r}) in {path / 'config.json'} must be true or false; correct it")
+  return value
+
+
+def _positions(path: Path, config: Mapping, full: Mapping) -> int:
   """The number of positions within which attention is full."""
   window = config[WINDOW] if WINDOW in config else full.get(WINDOW)  # null there means none
-  used = full.get("use_sliding_window", full["model_type"] == "mistral")
-  return min(full[POSITIONS], window) if window and used else full[POSITIONS]
+  if not window or not full.get("use_sliding_window", full["model_type"] == "mistral"):
+    return full[POSITIONS]
+  return int(min(full[POSITIONS], _number(path, WINDOW, window)))
 
 
 def _rope(path: Path, full: Mapping) -> Rope:
   """The rotary positions; `rope_parameters` is the newer key for `rope_scaling` and `rope_theta`."""
-  found = {**(full.get("rope_scaling") or {}), **(full.get("rope_parameters") or {})}
-  base = float(found.pop("rope_theta", full["rope_theta"]))
-  kind = found.pop("rope_type", found.pop("type", "default"))
-  found.pop("type", None)
-  if kind == "default":
-    return Rope(base)
-  if kind not in ROPE:
+  found: dict[str, Any] = {}
+  for key in ("rope_scaling", "rope_parameters"):
+    if not isinstance(full.get(key, {}), Mapping):
+      raise UserError(f"{key} (={full[key]!r}) in {path / 'config.json'} must be an object; correct it")
+    found |= full.get(key, {})
+  base = _number(path, "rope_theta", found.pop("rope_theta", full["rope_theta"]))
+  older = found.pop("type", "default")
+  kind = found.pop("rope_type", older)
+  if kind not in ("default", *ROPE):
     raise UserError(
       f"the rotary positions of the model in {path} must be scaled by default, {', '.join(ROPE)}; its config.json has "
       f"{kind!r}; start from another model"
     )
-  names = ROPE[kind]
-  if extra := {key: value for key, value in found.items() if key not in names.values() and value is not None}:
+  names, unused = ROPE.get(kind, {}), dict(UNUSED.get(kind, {}))
+  found = {key: value for key, value in found.items() if value is not None}
+  if kind == "yarn" and not (found.get("mscale") and found.get("mscale_all_dim")):
+    unused |= {"mscale": None, "mscale_all_dim": None}
+  harmless = {key for key in found.keys() & unused.keys() if unused[key] in (None, found[key])}
+  if extra := {key: value for key, value in found.items() if key not in {*names.values(), *harmless}}:
     raise UserError(
       f"the rotary positions of the model in {path} have settings that are not supported with {kind}: {extra}; start "
       f"from another model"
     )
-  if missing := [theirs for ours, theirs in names.items() if found.get(theirs) is None and ours not in OPTIONAL]:
+  if missing := [theirs for ours, theirs in names.items() if theirs not in found and ours not in OPTIONAL]:
     raise UserError(
-      f"{path / 'config.json'} must give {', '.join(missing)} of its rotary positions ({kind}); download it again"
+      f"{path / 'config.json'} must give {', '.join(missing)} of its rotary positions ({kind}); add what the model was "
+      f"trained with"
     )
-  keys: dict[str, Any] = {ours: float(found[theirs]) for ours, theirs in names.items() if found.get(theirs) is not None}
-  if "original_length" in names:
+  keys: dict[str, Any] = {
+    ours: _number(path, theirs, found[theirs])
+    for ours, theirs in names.items()
+    if found.get(theirs) or (theirs in found and ours not in OPTIONAL)  # 0 is the default of an optional key
+  }
+  if kind in ("llama3", "yarn") and full.get(ORIGINAL):  # beside the scaling, it comes first in `transformers`
+    keys["original_length"] = _number(path, ORIGINAL, full[ORIGINAL])
+  if kind not in ("default", "linear"):
     keys["original_length"] = int(keys.get("original_length", full[POSITIONS]))
-  return Rope(base, kind, **keys)
+  return Rope(base, "none" if kind == "default" else kind, **keys)
 
 
 # --- write --------------------------------------------------------------------------------------------------------
@@ -181,21 +220,27 @@ def _rope(path: Path, full: Mapping) -> Rope:
 def hugging_face_config(keys: Mapping) -> dict:
   """The contents of config.json for keys of `config.model`, without dtype and the ids of special tokens.
 
-  Without `qkv_bias` and `qk_norm`, the family is LLaMA, which also computes Mistral's function.
+  Without `qkv_bias` and `qk_norm`, the family is LLaMA, or Mistral if the number of heads does not divide the hidden
+  size, which `transformers` refuses for LLaMA; both compute the same function.
 
   Raises:
     UserError: no family has this combination of settings.
   """
   model = architecture_of(keys)
   kind = _family_of(model)
-  extended = model.rope.scaling == "dynamic"  # `transformers` scales beyond max_position_embeddings
+  positions = model.max_position
+  if model.rope.scaling == "dynamic":
+    if extends(model.rope, positions):  # `transformers` would compute the base for the length of each sequence
+      model = model._replace(rope=Rope(fixed_base(model.rope, model.head_dim, positions)))
+    else:
+      positions = model.rope.original_length  # beyond which `transformers` scales
   return {
     "architectures": [f"{FAMILIES[kind].name}ForCausalLM"],
     "model_type": kind,
     **{theirs: int(getattr(model, ours)) for ours, theirs in SIZES.items()},
     KV_HEADS: model.num_kv_heads,
     HEAD_DIM: model.head_dim,
-    POSITIONS: model.rope.original_length if extended else model.max_position,
+    POSITIONS: positions,
     EPSILON: model.norm_eps,
     TIED: model.tied_embeddings,
     "rope_theta": model.rope.base,
@@ -207,6 +252,8 @@ def hugging_face_config(keys: Mapping) -> dict:
 
 def _family_of(model: Architecture) -> str:
   for kind, family in FAMILIES.items():
+    if kind == "llama" and model.hidden_size % model.num_heads:
+      continue
     if (family.qkv_bias, family.qk_norm) == (model.qkv_bias, model.qk_norm):
       return kind
   raise UserError(

@@ -10,6 +10,7 @@ from switchlora_jax.lowrank.layers import INITS, LoRADense, adapter_scale, lora_
 from switchlora_jax.methods.base import Method, adapter_dtypes
 from switchlora_jax.methods.optimizers import OPTIMIZERS, make_optimizer
 from switchlora_jax.methods.schedules import config_schedule
+from switchlora_jax.models.architecture import layers_of_full_rank
 
 LEARNING_RATE = 1e-2  # section 4.1
 MIN_LR_RATIO = 0.0
@@ -37,8 +38,13 @@ def describe(config) -> list[str]:
 
 
 def warnings(config) -> list[str]:
-  """No warnings."""
-  return []
+  """Warn of layers whose adapters can express any kernel."""
+  if not (layers := layers_of_full_rank(config.model, config.rank)):
+    return []
+  return [
+    f"the adapters of {layers} have more parameters than their kernels, whose min(in, out) is at most the rank "
+    f"(={config.rank}); lower --config.rank"
+  ]
 
 
 def build(config, kind=LoRADense) -> Method:

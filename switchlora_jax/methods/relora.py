@@ -24,6 +24,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers, load_kernel, store_kernel
 from switchlora_jax.lowrank.layers import LORA_A, LORA_B, LoRADense, adapter_scale, lora_vectors, merge
 from switchlora_jax.lowrank.optimizer import VectorAdamState
+from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Method, TrainState, adapter_dtypes
 from switchlora_jax.methods.optimizers import ADAM, make_optimizer
 from switchlora_jax.methods.schedules import config_schedule, warm_up_again
@@ -78,8 +79,8 @@ def describe(config) -> list[str]:
 
 
 def warnings(config) -> list[str]:
-  """Warn if the run has no restart or no full-rank warm start."""
-  lines = []
+  """As LoRA's, and warn if the run has no restart or no full-rank warm start."""
+  lines = lora.warnings(config)
   if not restart_count(config):
     lines.append("without a restart this is LoRA; lower --config.relora.restart_every below --config.steps")
   if not config.warm_start_steps and not config.warm_start_from:

@@ -13,7 +13,7 @@ from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
 from switchlora_jax.methods.optimizers import ADAM
-from switchlora_jax.models.architecture import smaller_sides
+from switchlora_jax.models.architecture import layers_of_full_rank, smaller_sides
 
 LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
@@ -74,12 +74,18 @@ def describe(config) -> list[str]:
 
 
 def warnings(config) -> list[str]:
-  """Warn if base kernels are stored in bfloat16 without a residual."""
-  if not config.switch.interval or not config.param_dtype == config.frozen_dtype == "bfloat16":
-    return []
+  """As LoRA's, and warn of layers without spares and of base kernels that drift."""
+  lines = lora.warnings(config)
+  if not config.switch.interval:
+    return lines
+  if layers := layers_of_full_rank(config.model, config.rank):
+    lines.append(f"the layers {layers} have no spare vectors at rank {config.rank} and are never switched")
+  if not config.param_dtype == config.frozen_dtype == "bfloat16":
+    return lines
   return [
+    *lines,
     "switching rounds bfloat16 base kernels at every step, so that they drift; set --config.param_dtype=float32, with "
-    "which --config.frozen_dtype=bfloat16 adds a residual, and they drift about 260 times less"
+    "which --config.frozen_dtype=bfloat16 adds a residual, and they drift about 260 times less",
   ]
 
 

@@ -79,42 +79,49 @@ def architecture_of(keys) -> Architecture:
   return Architecture(**found | {"rope": Rope(**dict(found.get("rope", {})))})
 
 
+def layers_of_full_rank(keys, rank: int) -> str:
+  """`k, v (128)`: the linear layers of a block whose min(in, out) is at most a rank, and that number; "" if none is."""
+  shapes = architecture_of(keys).linear_shapes()
+  found = {name: min(shape) for name, shape in shapes.items() if min(shape) <= rank}
+  return f"{', '.join(found)} ({', '.join(map(str, dict.fromkeys(found.values())))})" if found else ""
+
+
 def smaller_sides(keys) -> list[int]:
   """min(in, out) of each linear layer of a block, from the keys of `config.model`."""
   return [min(shape) for shape in architecture_of(keys).linear_shapes().values()]
 
 
-def check_architecture(config) -> None:
-  """Raise `UserError` if keys of `config.model` do not fit together; the config need not be resolved, and its sizes are
-  positive.
+def check_architecture(keys, seq_len: int = 1) -> None:
+  """Raise `UserError` if keys of `config.model`, resolved or not, do not fit together; sizes are positive.
+
+  Args:
+    seq_len: the length of training.
   """
-  model = config.model
-  if model.head_dim is None:
-    _check_default_head_dim(model)
-  elif model.head_dim < 2 or model.head_dim % 2:
+  if keys["head_dim"] is None:
+    _check_default_head_dim(keys["hidden_size"], keys["num_heads"])
+  elif keys["head_dim"] < 2 or keys["head_dim"] % 2:
     raise UserError(
-      f"model.head_dim (={model.head_dim}) must be a positive even integer, for rotary positions; set "
+      f"model.head_dim (={keys['head_dim']}) must be a positive even integer, for rotary positions; set "
       f"--config.model.head_dim"
     )
-  kv_heads = model.num_kv_heads
-  if kv_heads is not None and (kv_heads < 1 or model.num_heads % kv_heads):
+  model = architecture_of(keys)
+  if model.num_kv_heads < 1 or model.num_heads % model.num_kv_heads:
     raise UserError(
-      f"model.num_kv_heads (={kv_heads}) must be a divisor of model.num_heads (={model.num_heads}); set "
+      f"model.num_kv_heads (={model.num_kv_heads}) must be a divisor of model.num_heads (={model.num_heads}); set "
       f"--config.model.num_kv_heads"
     )
   if not 0 < model.norm_eps < 1:
     raise UserError(f"model.norm_eps (={model.norm_eps:g}) must lie between 0 and 1; set --config.model.norm_eps")
-  if model.max_position is not None and model.max_position < config.seq_len:
+  if model.max_position is not None and model.max_position < seq_len:
     raise UserError(
-      f"seq_len (={config.seq_len}) must be at most model.max_position (={model.max_position}); lower "
-      f"--config.seq_len, or raise --config.model.max_position; weights trained with fewer positions then need a "
-      f"scaling in --config.model.rope"
+      f"seq_len (={seq_len}) must be at most model.max_position (={model.max_position}); lower --config.seq_len, or "
+      f"raise --config.model.max_position; weights trained with fewer positions then need a scaling in "
+      f"--config.model.rope"
     )
-  check_rope(model.rope)
+  check_rope(model.rope, model.head_dim)
 
 
-def _check_default_head_dim(model):
-  hidden, heads = model.hidden_size, model.num_heads
+def _check_default_head_dim(hidden: int, heads: int):
   if hidden % heads:
     small = [n for n in range(1, math.isqrt(hidden) + 1) if hidden % n == 0]
     divisors = [n for n in (*small, *(hidden // n for n in small)) if hidden // n % 2 == 0]

@@ -12,15 +12,13 @@ import jax.numpy as jnp
 
 from switchlora_jax.errors import UserError
 
-SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn")
-
 
 class Rope(NamedTuple):
   """A resolved `config.model.rope`.
 
   Attributes:
     base: θ; the frequencies are powers of 1/θ.
-    scaling: one of `SCALINGS`.
+    scaling: one of `USED`.
     factor: how many times further the positions reach.
     original_length: positions of the original training; not used by `none` and `linear`.
     low_freq_factor, high_freq_factor: llama3: wavelengths above original_length / low_freq_factor are scaled, those
@@ -41,7 +39,17 @@ class Rope(NamedTuple):
   attention_factor: float | None = None
 
 
-def check_rope(rope) -> None:
+USED = {  # keys beside `base` and `scaling` that a scaling uses
+  "none": (),
+  "linear": ("factor",),
+  "dynamic": ("factor", "original_length"),
+  "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
+  "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor"),
+}
+SCALINGS = tuple(USED)
+
+
+def check_rope(rope: Rope, head_dim: int) -> None:
   """Raise `UserError` if a key of `config.model.rope` is invalid."""
   key = "model.rope"
   if rope.scaling not in SCALINGS:
@@ -50,19 +58,27 @@ def check_rope(rope) -> None:
     )
   if not rope.base > 1:
     raise UserError(f"{key}.base (={rope.base:g}) must be greater than 1; set --config.{key}.base")
-  if rope.scaling == "none":
-    if rope.factor != 1:
+  for name, default in Rope()._asdict().items():
+    if name not in ("base", "scaling", *USED[rope.scaling]) and getattr(rope, name) != default:
+      users = [scaling for scaling, used in USED.items() if name in used]
       raise UserError(
-        f"{key}.factor (={rope.factor:g}) is not used with {key}.scaling=none; set --config.{key}.scaling to "
-        f"{', '.join(SCALINGS[1:])}, or leave the factor out"
+        f"{key}.{name} (={getattr(rope, name)}) is not used with {key}.scaling={rope.scaling}; leave it at {default}, "
+        f"or set --config.{key}.scaling to {' or '.join(users)}"
       )
-    return
   if not rope.factor >= 1:
     raise UserError(f"{key}.factor (={rope.factor:g}) must be at least 1; set --config.{key}.factor")
-  if rope.scaling != "linear" and rope.original_length < 1:
+  if "original_length" in USED[rope.scaling] and rope.original_length < 1:
     raise UserError(
       f"{key}.original_length (={rope.original_length}) must be the number of positions of the original training with "
       f"{key}.scaling={rope.scaling}; set --config.{key}.original_length"
+    )
+  if rope.scaling == "dynamic" and head_dim < 4:
+    raise UserError(
+      f"the size of a head (={head_dim}) must be at least 4 with {key}.scaling=dynamic; set --config.model.head_dim"
+    )
+  if rope.attention_factor is not None and not rope.attention_factor > 0:
+    raise UserError(
+      f"{key}.attention_factor (={rope.attention_factor:g}) must be greater than 0; set --config.{key}.attention_factor"
     )
   if rope.scaling == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
     raise UserError(
@@ -87,14 +103,25 @@ def frequencies(rope: Rope, head_dim: int, max_position: int | None, dtype=jnp.f
     case "linear":
       return rope.base**exponents / rope.factor
     case "dynamic":
-      reach = max(1.0, (max_position or 0) / rope.original_length)
-      base = rope.base * (rope.factor * reach - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
-      return base**exponents
+      return fixed_base(rope, head_dim, max_position) ** exponents
     case "llama3":
       return _llama3(rope, rope.base**exponents)
     case "yarn":
       return _yarn(rope, rope.base**exponents, head_dim)
   return rope.base**exponents
+
+
+def extends(rope: Rope, max_position: int | None) -> bool:
+  """Whether positions go beyond those of the original training."""
+  return (max_position or 0) > rope.original_length
+
+
+def fixed_base(rope: Rope, head_dim: int, max_position: int | None) -> float:
+  """The base with which `dynamic` scaling for `max_position` has the frequencies of no scaling."""
+  if not extends(rope, max_position):
+    return rope.base
+  reach = (max_position or 0) / rope.original_length
+  return rope.base * (rope.factor * reach - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
 
 
 def _llama3(rope: Rope, plain):

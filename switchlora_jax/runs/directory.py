@@ -152,7 +152,8 @@ def _check_same_run(workdir: Path, saved: dict, config):
 def changed_keys(where, saved: dict, config) -> list[str]:
   """The changed keys that make `config` another run than the saved one, as from `differences`; empty if none does.
 
-  `data.path` of prepared data is not compared, because the folder may have moved: `check_same_data` compares the data.
+  `data.path` of prepared data and `data.tokenizer` are not compared, because the files may have moved:
+  `check_same_data` compares the data.
 
   Args:
     where: how messages name the directory of the saved run.
@@ -172,6 +173,8 @@ def changed_keys(where, saved: dict, config) -> list[str]:
   changed = differences(saved["config"], config.to_dict())
   if then.get("data.source") == now["data.source"] == "prepared":
     changed = [change for change in changed if not change.startswith("data.path:")]
+  if then.get("data.tokenizer") and now["data.tokenizer"]:
+    changed = [change for change in changed if not change.startswith("data.tokenizer:")]
   keys = {change.partition(":")[0] for change in changed}
   if changed and (keys := sorted(keys & (then.keys() ^ now.keys()))):
     raise UserError(

@@ -12,13 +12,14 @@ import logging
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from switchlora_jax.data.tokenizer import gives_same_ids
+from switchlora_jax.data.tokenizer import copy_in_run, gives_same_ids
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
 from switchlora_jax.methods.base import TrainState
@@ -67,32 +68,47 @@ def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path
   """Set `config.model` to the architecture of the model that `config.warm_start_from` names.
 
   If that is a Hugging Face folder, `data.tokenizer` is set to its tokenizer as well, if it has one and the text is not
-  prepared. A run that continues has the values that it started with; its source may be gone.
+  prepared. A run that continues has the values that it started with, and the copy of its tokenizer: its source may be
+  gone.
 
   Args:
     config: not resolved; changed in place.
     given: dotted keys that keep their values.
     workdir: the directory of the run, if known.
   Returns:
-    The keys that were set, as a line to print; None if there are none.
+    The keys that were set from the source, as a line to print; None if there are none.
   Raises:
     UserError: `warm_start_from` names no model that can be read.
   """
   if not config.warm_start_from:
     return None
-  if workdir is not None and (saved := run_directory.read(workdir)):
-    keys = {key: value for key, value in flatten(saved["config"]).items() if key.startswith("model.")}
-    keys["data.tokenizer"] = saved["config"]["data"]["tokenizer"]
-  else:
-    source = _inspect(config.warm_start_from)
-    keys = {f"model.{key}": value for key, value in flatten(source.architecture).items()}
-    if isinstance(source, huggingface.Folder) and source.tokenizer and config.data.source != "prepared":
-      keys["data.tokenizer"] = str(source.tokenizer)
+  saved = None if workdir is None else run_directory.read(workdir)
+  found = _keys_of_source(config) if saved is None else _keys_of_run(saved["config"], workdir)
   flat = flatten(config)
-  keys = {key: value for key, value in keys.items() if key not in given and value != flat[key]}
-  config.update_from_flattened_dict(keys)
-  found = " ".join(f"{key}={value}" for key, value in keys.items())
-  return f"set from {config.warm_start_from}: {found}" if keys else None
+  keys = {key: value for key, value in found.items() if key in flat.keys() - set(given) and value != flat[key]}
+  for key, value in keys.items():
+    try:
+      config.update_from_flattened_dict({key: value})
+    except TypeError as error:
+      raise UserError(f"{key} (={value!r}) of {workdir or config.warm_start_from} has another type: {error}") from error
+  line = " ".join(f"{key}={value}" for key, value in keys.items())
+  return f"set from {config.warm_start_from}: {line}" if keys and saved is None else None
+
+
+def _keys_of_source(config: ConfigDict) -> dict[str, Any]:
+  source = _inspect(config.warm_start_from)
+  keys = {f"model.{key}": value for key, value in flatten(source.architecture).items()}
+  if isinstance(source, huggingface.Folder):
+    if source.tokenizer and config.data.source != "prepared":
+      keys["data.tokenizer"] = str(source.tokenizer)
+  elif keys["model.rope.scaling"] != "dynamic":  # a run has positions for its own sequences, by default
+    del keys["model.max_position"]
+  return keys
+
+
+def _keys_of_run(saved: dict, workdir: Path) -> dict[str, Any]:
+  keys = {key: value for key, value in flatten(saved).items() if key.startswith("model.")}
+  return keys | {"data.tokenizer": copy_in_run(saved.get("data", {}).get("tokenizer", ""), workdir)}
 
 
 def _inspect(path: str) -> SavedRun | huggingface.Folder:

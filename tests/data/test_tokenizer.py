@@ -196,6 +196,10 @@ def test_a_conversion_of_a_model_is_the_same_tokenizer(path, tmp_path):
   tokenizer.train_tokenizer(DOCUMENTS, 320, other)
   assert not tokenizer.gives_same_ids(path, other)
   assert not tokenizer.gives_same_ids(tmp_path / "tokenizer.json", other)
+  again = tmp_path / "again.json"  # as `transformers` may write it, with a truncation that is not applied
+  truncation = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+  again.write_text(json.dumps(json.loads(other.read_text()) | {"truncation": truncation}, indent=1))
+  assert tokenizer.gives_same_ids(other, again)
 
 
 def test_a_model_without_eos_is_a_user_error(tmp_path):

@@ -194,9 +194,18 @@ SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 
     ("llama2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
     ("llama2", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, not None"),
     ("llama2", {"rope_parameters": SCALED | {"rope_type": "longrope"}}, "default, linear, dynamic, llama3, yarn; its"),
-    ("llama2", {"rope_parameters": SCALED | {"rope_type": "yarn", "truncate": False}}, "yarn: {'truncate': False}"),
+    ("llama2", {"rope_parameters": SCALED | {"rope_type": "yarn", "truncate": False}}, "{'truncate': False}"),
     ("llama3", {"rope_parameters": SCALED | {"rope_type": "llama3"}}, "must give low_freq_factor, high_freq_factor of"),
     ("qwen3", {"num_key_value_heads": 0}, "must give num_key_value_heads as positive integers"),
+    ("llama2", {"num_key_value_heads": 3}, "describes no model: model.num_kv_heads (=3) must be a divisor of"),
+    ("llama2", {"head_dim": 3}, "describes no model: model.head_dim (=3) must be a positive even integer"),
+    ("llama2", {"rope_parameters": "linear"}, "rope_parameters (='linear') in"),
+    ("llama2", {"rope_parameters": SCALED | {"rope_type": "linear", "factor": "2"}}, "factor (='2') in"),
+    ("llama2", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "with default: {'full_attention':"),
+    ("llama2", {"rms_norm_eps": "1e-5"}, "rms_norm_eps (='1e-5') in"),
+    ("llama2", {"tie_word_embeddings": "yes"}, "must be true or false"),
+    ("llama2", {"model_type": ["llama"]}, "its config.json has \"['llama']\"; start from"),
+    ("yarn", {"rope_parameters": SCALED | {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.5}}, "{'mscale'"),
     ("llama3", {"num_key_value_heads": 4}, "of another shape: model.layers.0.self_attn.k_proj.weight (8, 16) for (16,"),
   ],
 )  # fmt: skip
@@ -220,6 +229,50 @@ def test_what_the_decoder_lacks_is_refused_by_name(tmp_path, name, changes, sent
 def test_a_sliding_window_limits_the_positions(tmp_path, name, changes, positions):
   folder = huggingface.inspect_folder(changed_folder(tmp_path, name, **changes))
   assert folder.architecture["max_position"] == positions
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "rope"),
+  [
+    ("yarn", {"original_max_position_embeddings": 32}, {"original_length": 32}),
+    ("llama3", {"original_max_position_embeddings": 32}, {"original_length": 32}),
+    ("dynamic", {"rope_parameters": SCALED | {"rope_type": "dynamic"}}, {"original_length": 16, "factor": 4.0}),
+    ("linear", {"rope_parameters": SCALED | {"rope_type": "linear"}}, {"original_length": 0, "factor": 4.0}),
+    ("yarn", {"rope_parameters": SCALED | {"type": "yarn", "truncate": True, "beta_fast": 0}}, {"beta_fast": 32}),
+    ("yarn", {"rope_parameters": SCALED | {"type": "yarn", "mscale": 1.0}}, {"attention_factor": None}),
+    ("llama2", {"rope_parameters": None, "rope_theta": 5e5}, {"base": 5e5, "scaling": "none"}),
+    ("llama2", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, {"scaling": "linear"}),
+  ],
+)  # fmt: skip
+def test_rotary_positions_are_read_as_transformers_reads_them(tmp_path, name, changes, rope):
+  found = huggingface.inspect_folder(changed_folder(tmp_path, name, **changes)).architecture["rope"]
+  assert {key: found[key] for key in rope} == rope
+
+
+def test_a_number_of_kv_heads_of_null_is_that_of_the_heads():
+  sizes = dict(vocab_size=48, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+  keys = lambda **more: families.model_keys(MODELS, {"model_type": "qwen2"} | sizes | more)
+  assert keys(num_key_value_heads=None)["num_kv_heads"] == 2
+  with pytest.raises(UserError, match=r"model\.num_kv_heads \(=32\) must be a divisor"):
+    keys()  # the default of `transformers`
+
+
+def test_dynamic_scaling_that_extends_is_written_as_its_base(tmp_path):
+  """`transformers` would compute another base for each length."""
+  keys, weights = opened("dynamic")
+  keys = keys | {"max_position": 40}
+  huggingface.write_folder(tmp_path, keys, weights, GOLDEN / "huggingface" / "bpe.model")
+  again = huggingface.inspect_folder(tmp_path).architecture
+  assert again["rope"]["scaling"] == "none" and again["max_position"] == 40
+  tokens = recorded()["dynamic/tokens"]
+  np.testing.assert_allclose(logits(again, weights, tokens), logits(keys, weights, tokens), rtol=0, atol=1e-5)
+  np.testing.assert_allclose(logits(again, weights, tokens), recorded()["dynamic/logits/40"], rtol=0, atol=1e-4)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_written_as_mistral():
+  keys = opened("llama2")[0]
+  kind = lambda **changes: families.hugging_face_config(keys | changes)["model_type"]
+  assert (kind(), kind(num_heads=3, num_kv_heads=3, head_dim=8)) == ("llama", "mistral")
 
 
 def test_a_combination_that_no_family_has_cannot_be_exported():

@@ -133,6 +133,14 @@ def test_layers_of_another_shape_switch_with_their_own_candidates():
     assert [len(np.unique(x[0], axis=0)) for x in vectors] == [x.shape[1] for x in vectors], "no vector is lost"
 
 
+@pytest.mark.parametrize("method", ["lora", "relora", "switchlora"])
+def test_layers_whose_smaller_side_is_at_most_the_rank_are_a_warning(method):
+  lines = lambda rank: "\n".join(METHODS[method].warnings(small_model.config(method, rank=rank, **GROUPED)))
+  assert "k, v" not in lines(11)
+  assert "the adapters of k, v (12) have more parameters than their kernels" in lines(12)
+  assert ("the layers k, v (12) have no spare vectors at rank 12" in lines(12)) == (method == "switchlora")
+
+
 @pytest.mark.slow
 def test_such_a_model_trains_the_same_run_sharded_over_4_devices():
   first, last, losses = train("switchlora", 4, **MODERN)

@@ -85,6 +85,23 @@ def test_a_run_from_before_two_learning_rates_and_optimizers_continues(tmp_path,
       )
 
 
+def test_a_run_from_before_other_architectures_continues(tmp_path, dataset, caplog):
+  config, sizes = resolved(tmp_path), ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+  start(tmp_path / "run", config, dataset)
+  path = tmp_path / "run" / "config.json"
+  saved = json.loads(path.read_text())
+  saved["config"]["model"] = {key: saved["config"]["model"][key] for key in sizes}
+  path.write_text(json.dumps(saved))
+  assert run_directory.read(tmp_path / "run")["config"] == config.to_dict()
+  start(tmp_path / "run", config, dataset)
+  assert caplog.records == []
+  with pytest.raises(UserError, match=r"another config \(model\.num_kv_heads: 2 → 1\)"):
+    start(tmp_path / "run", resolved(tmp_path, model__num_kv_heads=1), dataset)
+  del saved["config"]["model"]["num_heads"]
+  path.write_text(json.dumps(saved))
+  assert "num_heads" not in run_directory.read(tmp_path / "run")["config"]["model"], "the error comes with its use"
+
+
 def test_micro_batches_may_change_and_the_global_batch_may_not(tmp_path, dataset):
   start(tmp_path / "run", resolved(tmp_path, batch_size=32), dataset)
   start(tmp_path / "run", resolved(tmp_path, batch_size=32, accumulation=4), dataset)

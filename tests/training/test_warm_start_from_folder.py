@@ -53,11 +53,16 @@ def test_a_run_from_a_hugging_face_folder_equals_one_from_the_exported_run(folde
   """Bitwise, if the folder has the weights of the run. The folder is needed only until the first checkpoint."""
   other = train(folder, "from-the-run", method="full", warm_start_from=str(full.workdir))
   there = shutil.copytree(hugging_face, folder / "gone")
-  options = dict(method="full", warm_start_from=str(there))
+  options = dict(method="full", warm_start_from=str(there), data__tokenizer=str(there / "tokenizer.model"))
   run = train(folder, "from-the-folder", **options)
   assert same_bits(run.outcome.state, other.outcome.state) and lines(run) == lines(other)
   shutil.rmtree(there)
-  assert same_bits(train(folder, "from-the-folder", **options).outcome.state, run.outcome.state)
+  continued = tiny_config(folder, **SHAPE, **options)
+  warm_start.adopt_architecture(continued, (), run.workdir)
+  kept = continued.data.tokenizer
+  assert kept == str(run.workdir / "tokenizer.model")
+  again = train(folder, "from-the-folder", **options | {"data__tokenizer": kept})
+  assert same_bits(again.outcome.state, run.outcome.state)
 
 
 def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp_path):
@@ -117,17 +122,32 @@ def test_keys_that_are_given_stay(folder, hugging_face):
 def test_a_run_gives_its_architecture_but_not_its_tokenizer(folder, full):
   """The tokenizer that a run trained is trained again from the same text, with the same cache."""
   config, line = adopted(folder, full.workdir)
-  assert config.model.to_dict() == open_run(full.workdir).architecture and config.data.tokenizer == ""
-  assert "tokenizer" not in line
+  expected = open_run(full.workdir).architecture | {"max_position": None}  # the default is the new run's seq_len
+  assert config.model.to_dict() == expected and config.data.tokenizer == ""
+  assert "tokenizer" not in line and "max_position" not in line
   config, line = adopted(folder, "")
   assert line is None and config.model.hidden_size == 64
 
 
 def test_a_run_that_continues_does_not_need_its_source(folder, full, tmp_path):
-  config, _ = adopted(folder, tmp_path / "gone", workdir=full.workdir)
-  assert config.model.to_dict() == open_run(full.workdir).architecture
+  config, line = adopted(folder, tmp_path / "gone", workdir=full.workdir)
+  assert config.model.to_dict() == open_run(full.workdir).architecture and line is None
   with pytest.raises(UserError, match=r"--config\.warm_start_from: .*gone must be the directory of a run"):
     adopted(folder, tmp_path / "gone")
+
+
+def test_a_damaged_config_of_a_run_is_left_to_its_own_check(folder, full, tmp_path):
+  workdir = shutil.copytree(full.workdir, tmp_path / "run")
+  path = workdir / "config.json"
+  saved = json.loads(path.read_text())
+  saved["config"]["model"]["a_later_key"] = 1
+  del saved["config"]["data"]["tokenizer"]
+  path.write_text(json.dumps(saved))
+  assert adopted(folder, "gone", workdir=workdir)[0].model.hidden_size == 16
+  saved["config"]["model"]["num_layers"] = "two"
+  path.write_text(json.dumps(saved))
+  with pytest.raises(UserError, match=r"model\.num_layers \(='two'\) of .*run has another type"):
+    adopted(folder, "gone", workdir=workdir)
 
 
 def test_a_tied_embedding_may_become_a_head_of_its_own(folder, full, hugging_face, tmp_path):
