@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   config.warm_start_learning_rate = placeholder(float)  # peak in the warm start; None: the default of method full
   config.warm_start_rest_learning_rate = placeholder(float)  # None: warm_start_learning_rate
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
-  config.warm_start_from = ""  # run directory or Hugging Face folder with the initial weights; "": random
+  config.warm_start_from = ""  # run or Hugging Face folder with the initial weights; it sets config.model; "": random
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
   config.accumulation = 1  # micro-batches per step on each device; may change when a run continues, as sharding may
   config.seed = 0  # seed of initialisation, data order and switching
@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
   config.model.intermediate_size = 2736  # width inside the MLP
   config.model.num_layers = 24  # number of blocks
   config.model.num_heads = 16  # attention heads per block
-  config.model.num_kv_heads = placeholder(int)  # heads of keys and values, a divisor of num_heads; None: num_heads
+  config.model.num_kv_heads = placeholder(int)  # key and value heads, a divisor of num_heads; None: num_heads
   config.model.head_dim = placeholder(int)  # size of a head, even; None: hidden_size / num_heads
   config.model.max_position = placeholder(int)  # number of positions, at least seq_len; None: seq_len
   config.model.norm_eps = 1e-6  # ε of RMSNorm
@@ -82,13 +82,13 @@ def get_config() -> ConfigDict:
   config.model.rope = ConfigDict()  # rotary positions
   config.model.rope.base = 10_000.0  # θ
   config.model.rope.scaling = "none"  # none | linear | dynamic | llama3 | yarn, as rope_scaling of `transformers`
-  config.model.rope.factor = 1.0  # of the scaling: how many times further the positions reach
+  config.model.rope.factor = 1.0  # of the scaling: context length / original context length
   config.model.rope.original_length = 0  # dynamic, llama3, yarn: positions of the original training
   config.model.rope.low_freq_factor = 1.0  # llama3: wavelengths above original_length / low_freq_factor are scaled
-  config.model.rope.high_freq_factor = 4.0  # llama3: those below original_length / high_freq_factor are not
+  config.model.rope.high_freq_factor = 4.0  # llama3: wavelengths below original_length / high_freq_factor are not
   config.model.rope.beta_fast = 32.0  # yarn: frequencies with more rotations in original_length are not scaled
-  config.model.rope.beta_slow = 1.0  # yarn: those with fewer are scaled
-  config.model.rope.attention_factor = placeholder(float)  # yarn: of rotated q and k; None: 0.1 · ln(factor) + 1
+  config.model.rope.beta_slow = 1.0  # yarn: frequencies with fewer rotations are scaled
+  config.model.rope.attention_factor = placeholder(float)  # yarn: scale of rotated q, k; None: 0.1 · ln(factor) + 1
 
   config.sharding = ConfigDict()  # shardings may change when a run continues; they change only the order of sums
   config.sharding.fsdp = 1  # devices along the mesh's second axis, which `sharded` splits over; must divide all devices

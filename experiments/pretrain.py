@@ -1,7 +1,8 @@
-"""Pre-train a LLaMA. The same command with the same --workdir continues a run that was stopped.
+"""Pre-train a decoder of the LLaMA family. The same command with the same --workdir continues a run that was stopped.
 
 python -m experiments.pretrain --config=configs/llama_tiny.py --workdir=runs/tiny
 python -m experiments.pretrain --config=configs/llama_350m.py --config.rank=128 --dry_run
+python -m experiments.pretrain --workdir=runs/continued --config.warm_start_from=llama3 --config.method=lora
 Several processes train together when SLURM starts them, or with --coordinator, --num_processes and --process_id;
 see docs/cluster.md.
 Exit codes: 2, a user error; 75, stopped by SIGTERM or Ctrl-C after saving; 69, hung or lost another process.

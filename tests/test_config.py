@@ -32,7 +32,7 @@ MISTAKES = {
   ),
   "unused factor": (
     dict(model__rope__factor=2.0),
-    "model.rope.factor (=2.0) is not used with model.rope.scaling=none; leave it at 1.0, or set --config.model.rope.scal",
+    "model.rope.factor (=2.0) is not used with model.rope.scaling=none; leave it at 1.0, or set --config.model.rope.s",
   ),
   "unused length": (
     dict(model__rope__scaling="linear", model__rope__original_length=8),

@@ -22,7 +22,7 @@ from switchlora_jax.interop import tokenizer_json
 from switchlora_jax.interop.families import hugging_face_config, model_keys
 from switchlora_jax.models import architecture_of
 from switchlora_jax.runs.files import read_json_object
-from switchlora_jax.runs.tokenizer_files import kept_files, tokenizer_in
+from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, kept_files, tokenizer_in
 
 NAMES = {
   "embed/embedding": "model.embed_tokens.weight",
@@ -84,6 +84,7 @@ def write_folder(folder: Path, architecture: dict, weights: dict, tokenizer: Pat
   """
   config, kept = hugging_face_config(architecture), kept_files(tokenizer)
   converted, remarks = tokenizer_json.convert(tokenizer, architecture["max_position"])
+  remarks = [] if {SENTENCEPIECE, FAST} <= kept.keys() else remarks  # the folder has another conversion than ours
   special = tokenizer_json.special_ids(tokenizer)
   contents = {"config.json": config | {"torch_dtype": dtype} | special, "generation_config.json": special} | converted
   for name, raw in kept.items():

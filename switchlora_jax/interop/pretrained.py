@@ -39,7 +39,7 @@ class Pretrained(NamedTuple):
     origin: a description for messages, for example `runs/tiny, switchlora, step 1000 of 2000`.
     seq_len: tokens per sequence in training.
     method: the method that trained it; None for a Hugging Face folder.
-    prefix: token ids that preceded every text in training: LLaMA 1 begins with BOS; runs of this package have none.
+    prefix: token ids that preceded every text in training: as `transformers` prepends them, such as BOS; none for runs.
   """
 
   architecture: dict
@@ -81,7 +81,8 @@ def inspect(path: Path) -> SavedRun | huggingface.Folder:
   if run_directory.read(path) is None:
     raise UserError(
       f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face folder "
-      f"(config.json, model.safetensors); {'it is neither' if path.is_dir() else 'there is no such directory'}"
+      f"(config.json, model.safetensors); {'it is neither' if path.is_dir() else 'there is no such directory'}; "
+      "`hf download NAME --local-dir FOLDER` downloads a model of the hub"
     )
   return run_directory.open_run(path)
 

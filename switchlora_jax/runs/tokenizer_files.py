@@ -60,7 +60,10 @@ def kept_files(path: Path) -> dict[str, bytes]:
   a file of that name.
   """
   if not is_fast(path):
-    return {SENTENCEPIECE: path.read_bytes()}
+    # The conversion beside a model of a Hugging Face folder may hold a chat template that ours would not.
+    converted = (FAST, *BESIDE) if path.name == SENTENCEPIECE and path.with_name(FAST).exists() else ()
+    found = {name: path.with_name(name) for name in converted if path.with_name(name).exists()}
+    return {SENTENCEPIECE: path.read_bytes()} | {name: file.read_bytes() for name, file in found.items()}
   files = {FAST: path.read_bytes()}
   if path.name != FAST:
     return files

@@ -126,8 +126,8 @@ class Source:
     phase: its first phase.
     mesh: of the new run.
   Raises:
-    UserError: `warm_start_from` names neither, or its model has other sizes; the message names the first array of
-      another shape and the keys to set.
+    UserError: `warm_start_from` names neither, or its model has another architecture; the message names the first array
+      of another shape and the keys to set.
   """
 
   def __init__(self, config, phase: Phase, mesh):
@@ -158,7 +158,7 @@ class Source:
     if tokenizer and not gives_same_ids(tokenizer, Path(tokenizer_path)):
       raise UserError(
         f"the model in {tokenizer.parent} was trained with another tokenizer than this run would be; "
-        f"pass --config.data.tokenizer={tokenizer}"
+        f"pass --config.data.tokenizer={tokenizer}, or prepare the text with --tokenizer={tokenizer}"
       )
 
   def state(self) -> TrainState:

@@ -54,3 +54,12 @@ def test_kept_files_are_unchanged_and_name_the_same_special_tokens(tmp_path):
 def test_a_sentencepiece_model_gets_its_name(tmp_path):
   (tmp_path / "t5.model").write_bytes(b"pieces")
   assert kept_files(tmp_path / "t5.model") == {"tokenizer.model": b"pieces"}
+
+
+def test_a_sentencepiece_model_keeps_the_conversion_beside_it(tmp_path):
+  write(tmp_path, tokenizer={"a": 1}, tokenizer_config={"bos_token": "x"}, config={"eos_token_id": 4})
+  for name in ("tokenizer.model", "other.model", "chat_template.jinja"):
+    (tmp_path / name).write_bytes(b"pieces")
+  kept = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+  assert kept_files(tmp_path / "tokenizer.model") == {name: (tmp_path / name).read_bytes() for name in kept}
+  assert kept_files(tmp_path / "other.model") == {"tokenizer.model": b"pieces"}
