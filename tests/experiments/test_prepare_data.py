@@ -185,7 +185,7 @@ def test_c4_without_files_is_that_of_the_hub(text, monkeypatch):
   [
     ({"out": None}, "--out is missing: set the folder"),
     ({"out": ""}, "--out is missing: set the folder"),
-    ({"tokenizer": None}, "--tokenizer is missing: pass a SentencePiece model, or train:32000"),
+    ({"tokenizer": None}, "--tokenizer is missing: pass a SentencePiece model or a tokenizer.json, or train:32000"),
     ({"tokenizer": "none.model"}, "there is no such file"),
     ({"tokenizer": "train:many"}, "must give the number of pieces"),
     ({"tokenizer": "train:²"}, "must give the number of pieces"),

@@ -8,10 +8,11 @@ import pytest
 
 from experiments.common import torch_peers
 from switchlora_jax.errors import UserError
+from switchlora_jax.interop.families import hugging_face_config
 
-SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2)
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, max_position=16)
 ROWS = [[(7 * row + 3 * at) % 64 for at in range(16)] for row in range(2)]
-SETTING = dict(sizes=SIZES, rows=ROWS, dtype="float32", clip_norm=1.0)
+SETTING = dict(model=hugging_face_config(SIZES), rows=ROWS, dtype="float32", clip_norm=1.0)
 ECHO = """
 import itertools, sys
 from experiments.common import torch_peers
@@ -21,7 +22,7 @@ def make_step(peer, rank, **setting):
   steps = itertools.count(rank)
   if peer == "torch apollo":
     sys.exit(3)
-  return lambda: [next(steps), setting["sizes"]["num_layers"]]
+  return lambda: [next(steps), setting["model"]["num_hidden_layers"]]
 
 torch_peers.make_step = make_step
 torch_peers.serve()
