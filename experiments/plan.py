@@ -91,11 +91,11 @@ def configs(devices: int) -> dict[str, FrozenConfigDict]:
   """{method: resolved config} of the columns."""
   if unknown := set(NAMES.value) - set(METHODS):
     raise UserError(f"--methods has {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}")
+  warm_start.adopt_architecture(CONFIG.value, cli.given_keys(CONFIG.value), None)
   found = {}
   for name in NAMES.value or [CONFIG.value.method]:
     config = CONFIG.value.copy_and_resolve_references()  # a plain copy would share the placeholders
     config.update(keys_for(config, name))
-    warm_start.adopt_architecture(config, cli.given_keys(config), None)
     found[name] = resolve(config, devices, platform="gpu")
   return found
 

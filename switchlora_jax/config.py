@@ -89,8 +89,8 @@ def fill_defaults(config: ConfigDict, platform: str = "cpu") -> ConfigDict:
   for key in ("frozen_dtype", "candidates_dtype"):
     if config[key] is None:
       config[key] = config.param_dtype
-  for key in ("num_kv_heads", "head_dim"):
-    config.model[key] = getattr(architecture_of(config.model), key)
+  model = architecture_of(config.model)
+  config.model.update(num_kv_heads=model.num_kv_heads, head_dim=model.head_dim)
   if config.model.max_position is None:
     config.model.max_position = config.seq_len
   return config

@@ -66,7 +66,7 @@ def init(config) -> Study:
 def rank(config) -> Study:
   """The ranks of Table 5, relative to the config's."""
   values = [v for v in (config.rank // 4, config.rank // 2, config.rank, config.rank * 2) if v >= 2]
-  values = [value for value in values if value < max(smaller_sides(config.model))]
+  values = [value for value in values if value < max(smaller_sides(config.model).values())]
   return Study("which rank", "Table 5", {f"rank {value}": {"rank": value} for value in values})
 
 

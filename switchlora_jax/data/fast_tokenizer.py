@@ -111,7 +111,7 @@ class FastTokenizer:
     return [token for half in halves for token in half.ids if token != self.eos]
 
   def _id_of(self, token: str | int | None) -> int | None:
-    """The id of a token that is given by its name or its id; None if there is no such token."""
+    """The id of a token, given as a name or an id; None if the vocabulary lacks it."""
     if isinstance(token, str):
       return self._library.token_to_id(token)
     return token if token is not None and self._library.id_to_token(token) is not None else None

@@ -26,10 +26,9 @@ from switchlora_jax.runs.files import (
   LockTaken,
   exclusive_lock,
   read_checksummed_json,
-  write_bytes,
   write_checksummed_json,
 )
-from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, is_fast, kept_files, tokenizer_in
+from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, is_fast, keep_tokenizer, tokenizer_in
 
 log = logging.getLogger(__name__)
 
@@ -219,8 +218,7 @@ class _Preparation:
     fast = is_fast(requested) or requested.startswith(tokenizer.TRAIN_BYTES)
     path = self._folder / (FAST if fast else SENTENCEPIECE)
     if (size := self._request.size_to_train) is None:
-      for name, contents in kept_files(Path(requested)).items():
-        write_bytes(self._folder / name, contents)
+      keep_tokenizer(Path(requested), self._folder)
     elif not path.exists():
       tokenizer.train_tokenizer(itertools.chain.from_iterable(corpus.train), size, path)
     loaded = tokenizer.load_tokenizer(path)

@@ -193,7 +193,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """Loads a SentencePiece model, or a file of the `tokenizers` library if its name ends in `.json`.
 
   Raises:
-    UserError: there is no such file, it is of another kind, or the tokenizer has no end-of-sequence token.
+    UserError: the file is missing or holds no tokenizer, or the tokenizer has no EOS token.
   """
   if not os.path.isfile(path):  # Path.is_file raises if a parent folder may not be entered
     raise UserError(

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -22,7 +21,7 @@ from switchlora_jax.interop import tokenizer_json
 from switchlora_jax.interop.families import hugging_face_config, model_keys
 from switchlora_jax.models import architecture_of
 from switchlora_jax.runs.files import read_json_object
-from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, kept_files, tokenizer_in
+from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, keep_tokenizer, tokenizer_in
 
 NAMES = {
   "embed/embedding": "model.embed_tokens.weight",
@@ -82,17 +81,15 @@ def write_folder(folder: Path, architecture: dict, weights: dict, tokenizer: Pat
   Returns:
     One sentence per difference between the tokenizer of the folder and that of training; see `tokenizer_json.convert`.
   """
-  config, kept = hugging_face_config(architecture), kept_files(tokenizer)
+  config = hugging_face_config(architecture)
   converted, remarks = tokenizer_json.convert(tokenizer, architecture["max_position"])
-  remarks = [] if {SENTENCEPIECE, FAST} <= kept.keys() else remarks  # the folder has another conversion than ours
+  kept = keep_tokenizer(tokenizer, folder)
+  remarks = [] if {SENTENCEPIECE, FAST} <= kept else remarks  # the folder has another conversion than ours
   special = tokenizer_json.special_ids(tokenizer)
   contents = {"config.json": config | {"torch_dtype": dtype} | special, "generation_config.json": special} | converted
-  for name, raw in kept.items():
-    (folder / name).write_bytes(raw)
-    contents.pop(name, None)
-  for name, content in contents.items():
-    indent = None if name == "tokenizer.json" else 2
-    (folder / name).write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+  for name in contents.keys() - kept:
+    indent = None if name == FAST else 2
+    (folder / name).write_text(json.dumps(contents[name], indent=indent, ensure_ascii=False) + "\n")
   save_file(tensors(weights, dtype), folder / SINGLE, metadata={"format": "pt"})
   shutil.copymode(folder / "config.json", folder / SINGLE)  # safetensors makes it readable by its owner alone
   return remarks
@@ -133,19 +130,13 @@ def read_weights(folder: Folder) -> dict:
   """The plain weights of a folder as NumPy arrays in float32; without a head if it is tied to the embedding."""
   handles = {file: _open_tensors(file) for file in set(folder.files.values())}
   weights = {}
-  for path, shape in flatten_dict(shapes(folder.architecture), sep="/").items():
-    weights[path] = np.empty(shape.shape, shape.dtype)
+  for path, shape in architecture_of(folder.architecture).plain_shapes().items():
+    weights[path] = np.empty(shape, np.float32)
     for number, layer in enumerate(_layers(path, weights[path])):
       name = NAMES[path].format(number)
       array = handles[folder.files[name]].get_tensor(folder.prefix + name)
       layer[...] = array.T if path.endswith("kernel") else array
   return unflatten_dict(weights, sep="/")
-
-
-def shapes(architecture: dict) -> dict:
-  """The plain weights of a model with these keys of `config.model`, as ShapeDtypeStructs in float32."""
-  found = architecture_of(architecture).plain_shapes()
-  return unflatten_dict({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in found.items()}, sep="/")
 
 
 def _expected_shapes(architecture: dict) -> dict[str, tuple[int, ...]]:

@@ -45,7 +45,7 @@ def check(config):
 
 def check_factors(config):
   """Raise `UserError` unless the factors of every layer can have `config.rank` independent rows."""
-  largest = min(smaller_sides(config.model))
+  largest = min(smaller_sides(config.model).values())
   if not 1 <= config.rank <= largest:
     raise UserError(
       f"rank (={config.rank}) must be at least 1 and at most that of a kernel (min(in, out) = {largest}); "

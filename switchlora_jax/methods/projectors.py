@@ -117,7 +117,7 @@ def check_rank(config):
   """Raise `UserError` unless every gradient of a block has at least `config.rank` directions."""
   if config.rank < 1:
     raise UserError(f"rank (={config.rank}) must be at least 1; set --config.rank or use --config.method=full")
-  if config.rank > (largest := max(smaller_sides(config.model))):
+  if config.rank > (largest := max(smaller_sides(config.model).values())):
     raise UserError(
       f"rank (={config.rank}) exceeds the smaller side of every kernel ({largest}); "
       f"lower --config.rank or use --config.method=full"

@@ -29,7 +29,7 @@ def check(config):
     raise UserError(
       f"rank (=1) cannot switch: a step must not switch a slot in both A and B; set --config.rank to 2 or more {hint}"
     )
-  if config.rank >= (candidates := max(smaller_sides(config.model))):
+  if config.rank >= (candidates := max(smaller_sides(config.model).values())):
     raise UserError(
       f"rank (={config.rank}) leaves no spare vectors in any layer (min(in, out) = {candidates}); "
       f"lower --config.rank {hint}"

@@ -74,21 +74,25 @@ def architecture_of(keys) -> Architecture:
   if isinstance(keys, Architecture):
     return keys
   found = {name: keys[name] for name in Architecture._fields if name in keys}
-  derived = {"num_kv_heads": found["num_heads"], "head_dim": found["hidden_size"] // found["num_heads"]}
+  derived = derived_keys(found["hidden_size"], found["num_heads"])
   found |= {name: value for name, value in derived.items() if found.get(name) is None}
   return Architecture(**found | {"rope": Rope(**dict(found.get("rope", {})))})
 
 
+def derived_keys(hidden_size: int, num_heads: int) -> dict[str, int]:
+  """The defaults of `num_kv_heads` and `head_dim`."""
+  return {"num_kv_heads": num_heads, "head_dim": hidden_size // num_heads}
+
+
+def smaller_sides(keys) -> dict[str, int]:
+  """{name: min(in, out)} of the linear layers of a block, from the keys of `config.model`."""
+  return {name: min(shape) for name, shape in architecture_of(keys).linear_shapes().items()}
+
+
 def layers_of_full_rank(keys, rank: int) -> str:
   """`k, v (128)`: the linear layers of a block whose min(in, out) is at most a rank, and that number; "" if none is."""
-  shapes = architecture_of(keys).linear_shapes()
-  found = {name: min(shape) for name, shape in shapes.items() if min(shape) <= rank}
+  found = {name: side for name, side in smaller_sides(keys).items() if side <= rank}
   return f"{', '.join(found)} ({', '.join(map(str, dict.fromkeys(found.values())))})" if found else ""
-
-
-def smaller_sides(keys) -> list[int]:
-  """min(in, out) of each linear layer of a block, from the keys of `config.model`."""
-  return [min(shape) for shape in architecture_of(keys).linear_shapes().values()]
 
 
 def check_architecture(keys, seq_len: int = 1) -> None:

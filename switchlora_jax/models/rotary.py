@@ -1,4 +1,4 @@
-"""Rotary positions, and the scalings that make them reach further than a model was trained.
+"""Rotary positions, and their scalings for contexts that are longer than in the original training.
 
 Position p rotates pair i of a head by the angle p · base^(−2i / head_dim). A scaling changes these frequencies. The
 results are those of `transformers`, except that `dynamic` is fixed: it is computed for `max_position` whatever the
@@ -19,12 +19,12 @@ class Rope(NamedTuple):
   Attributes:
     base: θ; the frequencies are powers of 1/θ.
     scaling: one of `USED`.
-    factor: how many times further the positions reach.
+    factor: context length / original context length.
     original_length: positions of the original training; not used by `none` and `linear`.
-    low_freq_factor, high_freq_factor: llama3: wavelengths above original_length / low_freq_factor are scaled, those
-      below original_length / high_freq_factor are not, and those between are interpolated.
-    beta_fast, beta_slow: yarn: frequencies with more than beta_fast rotations in original_length are not scaled, those
-      with less than beta_slow are, and those between are interpolated.
+    low_freq_factor, high_freq_factor: llama3: wavelengths above original_length / low_freq_factor are scaled.
+      Wavelengths below original_length / high_freq_factor are not scaled. Others are interpolated.
+    beta_fast, beta_slow: yarn: frequencies with more than beta_fast rotations in original_length are not scaled.
+      Frequencies with less than beta_slow rotations are scaled. Others are interpolated.
     attention_factor: yarn: factor of the rotated q and k; None: 0.1 · ln(factor) + 1.
   """
 
@@ -46,19 +46,16 @@ USED = {  # keys beside `base` and `scaling` that a scaling uses
   "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
   "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "attention_factor"),
 }
-SCALINGS = tuple(USED)
 
 
 def check_rope(rope: Rope, head_dim: int) -> None:
   """Raise `UserError` if a key of `config.model.rope` is invalid."""
   key = "model.rope"
-  if rope.scaling not in SCALINGS:
-    raise UserError(
-      f"{key}.scaling (={rope.scaling!r}) must be one of {', '.join(SCALINGS)}; set --config.{key}.scaling"
-    )
+  if rope.scaling not in USED:
+    raise UserError(f"{key}.scaling (={rope.scaling!r}) must be one of {', '.join(USED)}; set --config.{key}.scaling")
   if not rope.base > 1:
     raise UserError(f"{key}.base (={rope.base:g}) must be greater than 1; set --config.{key}.base")
-  for name, default in Rope()._asdict().items():
+  for name, default in Rope._field_defaults.items():
     if name not in ("base", "scaling", *USED[rope.scaling]) and getattr(rope, name) != default:
       users = [scaling for scaling, used in USED.items() if name in used]
       raise UserError(

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs import manifest
-from switchlora_jax.runs.files import LOCK_NAME, LockTaken, exclusive_lock, replace_text, write_bytes
-from switchlora_jax.runs.tokenizer_files import kept_files, tokenizer_in
+from switchlora_jax.runs.files import LOCK_NAME, LockTaken, exclusive_lock, replace_text
+from switchlora_jax.runs.tokenizer_files import keep_tokenizer, tokenizer_in
 
 log = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece", "tokenizers")
@@ -263,8 +263,7 @@ def record(workdir: Path, config, dataset) -> None:
   saved = read(workdir)
   check_same_data(workdir, saved, dataset.fingerprint)
   if not saved:
-    for name, contents in kept_files(Path(dataset.tokenizer_path)).items():
-      write_bytes(workdir / name, contents)
+    keep_tokenizer(Path(dataset.tokenizer_path), workdir)
     environment = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
     environment["schedule"] = SCHEDULE_VERSION
     _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | environment)

@@ -7,7 +7,7 @@ name its special tokens.
 import json
 from pathlib import Path
 
-from switchlora_jax.runs.files import read_json_object
+from switchlora_jax.runs.files import read_json_object, write_bytes
 
 SENTENCEPIECE, FAST = "tokenizer.model", "tokenizer.json"
 NAMES_TOKENS, GENERATION, MODEL_CONFIG = "tokenizer_config.json", "generation_config.json", "config.json"
@@ -74,6 +74,14 @@ def kept_files(path: Path) -> dict[str, bytes]:
   if missing:
     files[GENERATION] = (json.dumps(generation | missing, indent=2) + "\n").encode()
   return files
+
+
+def keep_tokenizer(path: Path, folder: Path) -> set[str]:
+  """Writes the `kept_files` of a tokenizer to a folder, each atomically; returns their names."""
+  files = kept_files(path)
+  for name, contents in files.items():
+    write_bytes(folder / name, contents)
+  return set(files)
 
 
 def _beside(path: Path, name: str) -> dict:

@@ -24,6 +24,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
 from switchlora_jax.methods.base import TrainState
 from switchlora_jax.models import Architecture, architecture_of, weights
+from switchlora_jax.models.architecture import derived_keys
 from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import placement
 from switchlora_jax.runs import directory as run_directory
@@ -184,9 +185,9 @@ def _place(mesh, array, spec) -> jax.Array:
 def _flags(there: Architecture, here: Architecture) -> list[str]:
   """The flags that give `here` the architecture of `there`, without those of keys that both leave to their defaults."""
   wanted, found = there._asdict(), here._asdict()
-  defaults = {"num_kv_heads": lambda m: m.num_heads, "head_dim": lambda m: m.hidden_size // m.num_heads}
-  for key, default in defaults.items():
-    if (wanted[key], found[key]) == (default(there), default(here)):
+  theirs, ours = (derived_keys(model.hidden_size, model.num_heads) for model in (there, here))
+  for key in theirs:
+    if (wanted[key], found[key]) == (theirs[key], ours[key]):
       del wanted[key]
   return [f"--config.model.{key}={value}" for key, value in wanted.items() if value != found[key]]
 

@@ -5,7 +5,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import SHARED
-from tiny import packing_in
+from tiny import DOCUMENTS, packing_in
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from switchlora_jax.data import corpus, fast_tokenizer, packing, tokenizer
@@ -13,7 +13,6 @@ from switchlora_jax.data.readers import BadRow, RowOptions
 from switchlora_jax.errors import UserError
 
 C4 = SHARED / "c4_sample" / "c4_validation_2k.jsonl.gz"
-DOCUMENTS = ["The tide rises.\n\n  The tide falls, and the waves\tbreak.\n", "A wave, a tide; 12 rocks.", ""] * 5
 NASTY = [
   "", " ", "  a \u00a0 b\r\n\t", "é e\u0301 漢字 👩‍👩‍👧‍👦🏳️‍🌈", "a\0b", "\U000e0fff\uffff\u0378",
   "a" * 3000, " " * 500, "\n" * 500,

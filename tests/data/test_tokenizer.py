@@ -8,6 +8,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import SHARED
+from tiny import DOCUMENTS
 
 from switchlora_jax.data import tokenizer
 from switchlora_jax.data.readers import BadRow, RowOptions
@@ -15,7 +16,6 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.interop import tokenizer_json
 
 T5 = SHARED / "t5_tokenizer" / "t5_32100.model"
-DOCUMENTS = ["The tide rises.\n\n  The tide falls, and the waves\tbreak.\n", "A wave, a tide; 12 rocks.", ""] * 5
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from queue import Queue
 from types import SimpleNamespace
 
 import pytest
-from grids import fake_runs, tiny_base
+from grids import FULL, LORA, fake_runs, tiny_base
 from paths import ROOT
 
 from experiments.common import children, results, stored, sweep
@@ -26,9 +26,6 @@ from experiments.common.trials import (
 )
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
-
-FULL = Variant("full", {"method": "full"})
-LORA = Variant("lora, rank 4", {"method": "lora"}, (1e-3, 1e-2, 1e-1))
 
 
 @pytest.fixture

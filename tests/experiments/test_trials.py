@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from grids import tiny_base
+from grids import FULL, LORA, tiny_base
 from paths import ROOT
 
 from experiments.common import trials as trials_module
@@ -20,8 +20,6 @@ from experiments.common.trials import (
 )
 from switchlora_jax.errors import UserError
 
-FULL = Variant("full", {"method": "full"})
-LORA = Variant("lora, rank 4", {"method": "lora"}, (1e-3, 1e-2, 1e-1))
 BOTH = Variant("full", {"method": "full"}, (1e-3, 2e-3), rest_learning_rates=(1e-3, 4e-3))
 
 

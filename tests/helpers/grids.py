@@ -15,10 +15,13 @@ from paths import ROOT
 from tiny import ONE_DEVICE, ONE_DEVICE_QUICK, tiny_config
 
 from experiments.common import children, sweep
-from experiments.common.trials import BaseConfig, base_from_file
+from experiments.common.trials import BaseConfig, Variant, base_from_file
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import flatten
 from switchlora_jax.training.writers import JsonLinesWriter
+
+FULL = Variant("full", {"method": "full"})
+LORA = Variant("lora, rank 4", {"method": "lora"}, (1e-3, 1e-2, 1e-1))
 
 
 def tiny_base(folder: Path, **changes) -> BaseConfig:

@@ -33,6 +33,10 @@ QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 ONE_DEVICE_QUICK = ONE_DEVICE | QUICK
 
 
+# Documents that tests of tokenizers train on.
+DOCUMENTS = ["The tide rises.\n\n  The tide falls, and the waves\tbreak.\n", "A wave, a tide; 12 rocks.", ""] * 5
+
+
 def write_text(folder: Path, lines: int = 400) -> str:
   """A plain text file of numbered sentences; returns its path."""
   words = "the model learns a low rank update while the frozen weight absorbs what was switched away".split()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import GOLDEN
@@ -19,7 +20,7 @@ from small_model import same_bits
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
-from switchlora_jax.models import make_model
+from switchlora_jax.models import architecture_of, make_model
 
 THEIRS = GOLDEN / "huggingface"
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, max_position=32)
@@ -57,7 +58,8 @@ def logits(weights, tokens):
 
 def random_weights(sizes, seed=0):
   generator = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: generator.standard_normal(x.shape, np.float32), huggingface.shapes(sizes))
+  shapes = architecture_of(sizes).plain_shapes()
+  return unflatten_dict({path: generator.standard_normal(shape, np.float32) for path, shape in shapes.items()}, sep="/")
 
 
 # --- compared with transformers -----------------------------------------------------------------------------------
