@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   config.warm_start_learning_rate = placeholder(float)  # peak in the warm start; None: the default of method full
   config.warm_start_rest_learning_rate = placeholder(float)  # None: warm_start_learning_rate
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
-  config.warm_start_from = ""  # run or Hugging Face folder with the initial weights; it sets config.model; "": random
+  config.warm_start_from = ""  # run, Hugging Face folder or hub:NAME with the weights; sets config.model; "": random
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
   config.accumulation = 1  # micro-batches per step on each device; may change when a run continues, as sharding may
   config.seed = 0  # seed of initialisation, data order and switching
@@ -160,6 +160,9 @@ def get_config() -> ConfigDict:
   config.data.source = "text"  # docs (documentation of the packages) | text (your files) | prepared | stream
   config.data.path = ""  # text, stream: a glob of plain text, JSON lines or Parquet, or hub:NAME; prepared: a folder
   config.data.eval_path = ""  # text, stream: a glob of validation files; "": text holds out the last 1% of the rows
+  # Further texts: docs, a prepared folder, a glob or hub:NAME, each after its share of the rows, or a name for metrics.
+  config.data.mixture = ""  # texts to train on as well: SHARE=TEXT;…, as in 0.1=old/*.txt; the rest is of `path`
+  config.data.eval_also = ""  # texts to evaluate as well: NAME=TEXT;…, as in old=held_out/*.txt
   config.data.field = "text"  # text, stream: JSON key or Parquet column that holds the text
   config.data.bad_rows = "stop"  # text, stream: rows without text end the run (stop) or are counted and left out (skip)
   config.data.packing = "pack"  # documents are joined and cut into rows (pack), or one row each, cut or padded (pad)

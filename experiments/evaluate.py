@@ -9,7 +9,6 @@ Prints each number with its standard error. The results are bitwise those that t
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -17,10 +16,10 @@ from ml_collections import FrozenConfigDict
 
 from configs.base import get_config
 from experiments.common import cli
-from switchlora_jax.data import corpus, dataset, preparation
-from switchlora_jax.data import shards as packed
+from switchlora_jax.data import dataset, texts
+from switchlora_jax.data.folders import PackedText
 from switchlora_jax.data.readers import BAD_ROWS, RowOptions
-from switchlora_jax.data.tokenizer import copy_in_run, tokenizer_sha256
+from switchlora_jax.data.tokenizer import copy_in_run
 from switchlora_jax.errors import UserError
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs.directory import SavedRun, flatten, open_run
@@ -33,8 +32,8 @@ CHECKPOINT = flags.DEFINE_integer("checkpoint", None, "step of a checkpoint; def
 DATA = flags.DEFINE_string(
   "data",
   None,
-  "glob of plain text, JSON lines or Parquet files, or a folder written by experiments.prepare_data, whose validation "
-  "sequences are used; default: the run's own validation sequences",
+  "glob of plain text, JSON lines or Parquet files; or a folder written by experiments.prepare_data, hub:NAME or docs "
+  "(documentation of the packages), whose validation sequences are used; default: the run's own validation sequences",
 )
 TOKENS = flags.DEFINE_integer(
   "tokens", None, "maximum number of tokens, at least one sequence; default: the run's eval_tokens", lower_bound=1
@@ -45,16 +44,6 @@ ROWS_WITHOUT_TEXT = flags.DEFINE_enum(
 )
 JSON = flags.DEFINE_string("json", None, "also write the results to this file")
 cli.define_quiet()
-
-
-class EvalText(NamedTuple):
-  """The text to evaluate: token sequences `rows` [n, seq_len] and their origin; `bad_rows` had no text."""
-
-  name: str
-  rows: packed.PackedSequences
-  bytes_per_token: float
-  fingerprint: str
-  bad_rows: int = 0
 
 
 def open_flagged_run() -> SavedRun:
@@ -73,19 +62,22 @@ def open_flagged_run() -> SavedRun:
   return run
 
 
-def select_text(run: SavedRun) -> EvalText:
+def select_text(run: SavedRun) -> PackedText:
   """The sequences that the flags select, tokenized first if necessary."""
+  data = run.config.data
   if DATA.value is None:
     text = own_validation_text(run)
-  elif (folder := Path(DATA.value).expanduser()).is_dir():
-    text = prepared_text(run, folder)
   else:
-    text = tokenized_text(run, DATA.value)
-  padded = run.config.data.packing == "pad"
-  return text._replace(rows=first(text.rows, TOKENS.value or run.config.eval_tokens, padded))
+    rows = RowOptions(FIELD_NAME.value or data.field, ROWS_WITHOUT_TEXT.value or data.bad_rows, flags="--")
+    form = texts.Form(run.tokenizer, run.config.seq_len, data.packing, data.cache_dir, rows)
+    named = texts.Named(DATA.value, "--data", DATA.value)
+    text = texts.open_text(named, "valid", form, progress=not flags.FLAGS.quiet)
+    if named.folder:
+      text = text._replace(label=f"validation rows of {named.folder}")
+  return text._replace(rows=first(text.rows, TOKENS.value or run.config.eval_tokens, data.packing == "pad"))
 
 
-def own_validation_text(run: SavedRun) -> EvalText:
+def own_validation_text(run: SavedRun) -> PackedText:
   """The validation sequences of the run itself."""
   try:
     own = run.config.to_dict()
@@ -98,56 +90,10 @@ def own_validation_text(run: SavedRun) -> EvalText:
       f"the data changed since the run in {run.directory} (fingerprint {data.fingerprint}, was {run.fingerprint}); "
       "restore its files, packages and code, or evaluate other text with --data"
     )
-  return EvalText("the run's own validation rows", data.valid, data.bytes_per_token, data.fingerprint)
+  return PackedText("the run's own validation rows", data.valid, data.bytes_per_token, data.fingerprint)
 
 
-def prepared_text(run: SavedRun, folder: Path) -> EvalText:
-  """The validation sequences of a folder written by experiments.prepare_data, as a run on this folder uses them."""
-  manifest = packed.read_manifest(folder)
-  if manifest is None:
-    raise UserError(
-      f"--data (={DATA.value!r}) must be a glob of files or a folder written by experiments.prepare_data; this "
-      f"folder has no {packed.MANIFEST}; give its files, as in --data='{folder}/*', or complete its preparation"
-    )
-  if manifest["tokenizer"] != tokenizer_sha256(run.tokenizer):
-    raise UserError(
-      f"--data (={DATA.value!r}) must be prepared with the tokenizer of the run, but has another; "
-      f"prepare the text with --tokenizer={run.tokenizer}, or give its files"
-    )
-  if (found := manifest["request"]["seq_len"]) != run.config.seq_len:
-    raise UserError(
-      f"--data (={DATA.value!r}) must have rows of {run.config.seq_len} tokens like the run; it has rows of {found}; "
-      f"prepare the text with --seq_len={run.config.seq_len}, or give its files"
-    )
-  if (made := packed.packing_of(manifest)) != (packing := run.config.data.packing):
-    raise UserError(
-      f"--data (={DATA.value!r}) must have rows made by the packing of the run (={packing!r}); its rows were made by "
-      f"{made!r}; prepare the text with --packing={packing}, or give its files"
-    )
-  packed.verify_checksums(folder, manifest, progress=not flags.FLAGS.quiet)
-  data = dataset.open_folder(folder, manifest, "prepared")
-  return EvalText(f"validation rows of {folder}", data.valid, data.bytes_per_token, data.fingerprint)
-
-
-def tokenized_text(run: SavedRun, pattern: str) -> EvalText:
-  """All text of the files that match a glob, tokenized with the run's tokenizer and packed into its cache."""
-  data = run.config.data
-  options = RowOptions(FIELD_NAME.value or data.field, ROWS_WITHOUT_TEXT.value or data.bad_rows, flags="--")
-  files = tuple(corpus.LocalFile(file, options) for file in corpus.matching_files(pattern, "--data"))
-  origin = [file.origin() for file in files]
-  rows_of = dict(field=options.field, bad_rows=options.bad_rows, packing=data.packing)
-  request = preparation.Request(origin, str(run.tokenizer), run.config.seq_len, **rows_of)
-  read, progress = lambda: corpus.Corpus(files, None), not flags.FLAGS.quiet
-  folder = dataset.cached_folder(data.cache_dir, "evaluate", request, read, progress=progress)
-  manifest = packed.read_manifest(folder)
-  packed.verify_checksums(folder, manifest, progress=progress)
-  found = manifest["train"]
-  rows = packed.open_sequences(folder, found)
-  fingerprint, bad_rows = packed.fingerprint(manifest), found.get("bad_rows", 0)
-  return EvalText(pattern, rows, dataset.bytes_per_token(found), fingerprint, bad_rows)
-
-
-def evaluate_text(run: SavedRun, text: EvalText) -> dict:
+def evaluate_text(run: SavedRun, text: PackedText) -> dict:
   """Evaluate a checkpoint on a text; returns all results as plain JSON values."""
   config, devices = run.config, jax.device_count()
   mesh = make_mesh(fsdp=math.gcd(config.sharding.fsdp, devices))
@@ -160,7 +106,7 @@ def evaluate_text(run: SavedRun, text: EvalText) -> dict:
   tokens = token_count(text.rows) if config.data.packing == "pad" else rows * seq_len
   sizes = {"rows": rows, "tokens": tokens, "bytes": round(tokens * text.bytes_per_token)}
   names = {"run": str(run.directory), "method": config.method, "step": int(state.step)}
-  origin = {"data": text.name, "fingerprint": text.fingerprint, "bad_rows": text.bad_rows}
+  origin = {"data": text.label, "fingerprint": text.fingerprint, "bad_rows": text.bad_rows}
   return names | origin | sizes | numbers
 
 

@@ -16,7 +16,7 @@ from absl import flags
 
 from configs import llama_tiny
 from experiments.common import cli
-from switchlora_jax.data import corpus, dataset, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, folders, preparation, shards, tokenizer
 from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.tokenizer_files import tokenizer_in
@@ -115,7 +115,7 @@ def main():
     packing=PACKING.value,
   )
   manifest = preparation.fill_folder(folder, request, lambda: text, wait=False, progress=not flags.FLAGS.quiet)
-  summary = dataset.summarize_folder(manifest, SOURCE.value)
+  summary = folders.summarize_folder(manifest, SOURCE.value)
   print(report.describe_data(summary))
   if not all(summary[split]["rows"] for split in ("train", "valid")):
     raise UserError(f"{folder} is finished but has too little text for --seq_len={SEQ_LEN.value}; see the rows above")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import FrozenConfigDict
 
 from experiments.common import search, stored
-from experiments.common.outcomes import TrialResult, evaluation_loss, read_metrics, trial_evaluations
+from experiments.common.outcomes import TrialResult, evaluation_loss, evaluation_step, read_metrics, trial_evaluations
 from experiments.common.paired import paired_difference
 from experiments.common.results_figures import plot_curves, plot_parameters, plot_rates, swept_rows, wrapped
 from experiments.common.results_table import results_table
@@ -20,6 +20,7 @@ from switchlora_jax.methods import switchlora
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.files import replace_text
+from switchlora_jax.training import evaluation
 from switchlora_jax.training.phases import build_phase
 from switchlora_jax.training.report import bytes_of, describe_warnings, parameter_count
 
@@ -78,6 +79,7 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
     "perplexities": perplexities,
     "mean": statistics.mean(perplexities) if perplexities else None,
     "std": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
+    "further": mean_further(at_best),
     "tokens": median_of(at_best, "tokens") or (None if config.data.packing == "pad" else positions),
     **{key: median_of(timed, key) for key in ("seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes")},
     "devices": sorted({cell["devices"] for cell in timed}),
@@ -143,12 +145,28 @@ def trial_entry(result: TrialResult, read_at: float) -> dict:
     "failure": result.failure,
     "val_loss": loss,
     "curve": [[row["step"], row["val_loss"]] for row in rows],
+    "further": {} if result.failure else further_perplexities(rows, evaluation_step(trial.config, read_at)),
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if "learnt_rank" in row],
     **run_costs(result.workdir, trial.config),
     "devices": saved and saved["devices"],
     "data_fingerprint": saved and saved["data_fingerprint"],
     "config": stored.config_keys(trial.config),
   }
+
+
+def further_perplexities(rows: list[dict], step: int) -> dict[str, float | None]:
+  """{label: perplexity} of the further validation texts in the evaluation at a step."""
+  return next((evaluation.further(row) for row in rows if row["step"] == step), {})
+
+
+def mean_further(cells: list[dict]) -> dict[str, dict]:
+  """{label: mean and standard deviation} of the perplexities of further validation texts over finite trials."""
+  found = {}
+  for label in {label: None for cell in cells for label in cell.get("further", ())}:
+    values = [cell["further"][label] for cell in cells if cell.get("further", {}).get(label) is not None]
+    if values:
+      found[label] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+  return found
 
 
 def run_costs(workdir: Path, config) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ the machine, such as concurrent runs, are included in both.
 COLUMNS = {
   "": lambda row: row["label"],
   "validation perplexity": lambda row: format_perplexity(row),
+  "further perplexities": lambda row: format_further(row),
   "learning rate": lambda row: format_learning_rate(row, 0),
   "of embedding, norms, head": lambda row: format_learning_rate(row, 1),
   "rates tried": lambda row: str(len(row["sweep"])) if len(row["sweep"]) > 1 else "",
@@ -78,6 +79,13 @@ def format_perplexity(row: dict) -> str:
   spread = f" ± {row['std']:.2f}" if row["std"] is not None else ""
   among = f" ({good} of {seeds} seeds)" if good < seeds else f" ({seeds} seeds)" if seeds > 1 else ""
   return f"{row['mean']:.2f}{spread}{among}"
+
+
+def format_further(row: dict) -> str:
+  """`old 41.30 ± 0.15, code 12.01 ± 0.08`: the validation texts of `data.eval_also`; empty if there are none."""
+  spread = lambda found: f" ± {found['std']:.2f}" if found["std"] is not None else ""
+  further = row.get("further", {}).items()
+  return ", ".join(f"{label} {found['mean']:.2f}{spread(found)}" for label, found in further)
 
 
 def format_learning_rate(row: dict, dimension: int) -> str:

@@ -1,56 +1,33 @@
 """`config.data` → a `Dataset` of packed sequences, from which `loader` makes the batch of a step.
 
 Sequences come from a folder filled by `experiments.prepare_data`, or from a folder in `cache_dir`, which is filled on
-first use and is named by a hash of everything that determines the sequences. With `source=stream`, training sequences
-are packed while the text is read.
+first use. With `source=stream`, training sequences are packed while the text is read. `mixture` adds rows of other
+texts to training, and `eval_also` names further validation texts.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from switchlora_jax.data import corpus, documentation, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, documentation, folders, preparation, shards, texts, tokenizer
+from switchlora_jax.data.folders import Dataset, PackedText
 from switchlora_jax.data.loader import SequenceStream
+from switchlora_jax.data.mixture import Mixture, row_counts
 from switchlora_jax.data.preparation import Request
 from switchlora_jax.data.readers import BAD_ROWS, FIELD, RowOptions
-from switchlora_jax.data.shards import PACKINGS, PackedSequences
+from switchlora_jax.data.shards import PACKINGS
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 TOKENIZER = "--config.data.tokenizer"
-HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
 SOURCES = {
   "docs": "documentation of the installed packages",
   "text": "your own files, packed into cache_dir first",
   "prepared": "a folder filled by experiments.prepare_data",
   "stream": "your own files, packed while they are read",
 }
-
-
-class Dataset(NamedTuple):
-  """Packed sequences for training and validation.
-
-  Attributes:
-    train: [sequences, seq_len] on disk, or a stream of sequences of unknown length.
-    valid: [sequences, seq_len] on disk.
-    tokenizer_path: the tokenizer of the tokens, see `tokenizer.load_tokenizer`.
-    fingerprint: hash of the sequences and the tokenizer, 16 hexadecimal digits; of a stream, hash of the validation
-      sequences, the tokenizer, and the training files' paths, sizes and modification times.
-    bytes_per_token: UTF-8 bytes per token of the validation text, or of the whole text if validation is held out of it.
-      Padding is not counted.
-    summary: sizes to print: source, fingerprint, and for train and valid the numbers of documents, characters, bytes,
-      tokens and rows; with padding, also of the tokens that were cut off, and of padding.
-  """
-
-  train: PackedSequences | SequenceStream
-  valid: PackedSequences
-  tokenizer_path: str
-  fingerprint: str
-  bytes_per_token: float
-  summary: dict
 
 
 def check_data_config(config) -> None:
@@ -75,7 +52,7 @@ def check_data_config(config) -> None:
       f"data.packing (={data.packing!r}) must be pack (documents are joined and cut into rows) or pad (each document "
       "is one row, cut or padded); set --config.data.packing"
     )
-  rows = {"field": FIELD, "bad_rows": BAD_ROWS[0]}
+  rows = {} if data.mixture or data.eval_also else {"field": FIELD, "bad_rows": BAD_ROWS[0]}
   unused = {"docs": ("path", "eval_path", *rows), "prepared": ("eval_path", *rows)}.get(data.source, ())
   for key in unused:
     if data[key] != rows.get(key, ""):
@@ -88,6 +65,7 @@ def check_data_config(config) -> None:
   else:
     _text_origin(data)
     _check_tokenizer(config)
+  _check_further_texts(config)
 
 
 def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
@@ -110,9 +88,11 @@ def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 
   manifest = shards.read_manifest(folder)
   shards.verify_checksums(folder, manifest, progress, share)
   if config.data.source == "stream":
-    return _open_stream(config, folder, manifest)
-  _check_length(_split_sizes(manifest), config)
-  return open_folder(folder, manifest, config.data.source)
+    data = _open_stream(config, folder, manifest)
+  else:
+    _check_length(folders.split_sizes(manifest), config)
+    data = folders.open_folder(folder, manifest, config.data.source)
+  return _with_further_texts(data, config, progress)
 
 
 def check_length_after_skips(data: Dataset, config, skipped: int) -> None:
@@ -120,15 +100,18 @@ def check_length_after_skips(data: Dataset, config, skipped: int) -> None:
 
   A stream, whose length is unknown, is not checked: it raises when it ends.
   """
-  if isinstance(data.train, SequenceStream):
-    return
-  needed, available = (config.steps + skipped) * config.batch_size, len(data.train)
-  if needed > available * config.data.epochs:
-    raise UserError(
-      f"the run skips {skipped:,} batches because of loss spikes and so needs {needed:,} rows; the text has "
-      f"{available:,} rows and is used data.epochs (={config.data.epochs}) times; repeat it once more: "
-      f"--config.data.epochs={-(-needed // available)}"
-    )
+  shares, parts = (), (data.train,)
+  if isinstance(data.train, Mixture):
+    shares, parts = data.train.shares, (data.train.main, *data.train.others)
+  for text, needed in zip(parts, row_counts((config.steps + skipped) * config.batch_size, shares), strict=True):
+    if isinstance(text, SequenceStream):
+      continue
+    if needed > (available := len(text)) * config.data.epochs:
+      raise UserError(
+        f"the run skips {skipped:,} batches because of loss spikes and so needs {needed:,} rows; the text has "
+        f"{available:,} rows and is used data.epochs (={config.data.epochs}) times; repeat it once more: "
+        f"--config.data.epochs={-(-needed // available)}"
+      )
 
 
 def _expanded(path: str) -> Path:
@@ -184,13 +167,65 @@ def _check_prepared(config) -> None:
         "leave it out, or prepare the text with it"
       )
   tokenizer.check_vocabulary(tokenizer_in(folder), config.model.vocab_size)
-  _check_length(_split_sizes(manifest), config)
+  _check_length(folders.split_sizes(manifest), config)
+
+
+def _check_further_texts(config) -> None:
+  """Checks `mixture` and `eval_also`: their form, their folders and globs, and that no file has both uses."""
+  data = config.data
+  added, also = texts.parse_mixture(data.mixture), texts.parse_eval_also(data.eval_also)
+  if data.source == "prepared":
+    model = tokenizer_in(_expanded(data.path))
+  else:
+    trained = not data.tokenizer or tokenizer.size_to_train(data.tokenizer, TOKENIZER) is not None
+    model = None if trained else tokenizer.locate(data.tokenizer, TOKENIZER)
+  for text in (*added, *also):
+    texts.check(text, _form(config, model))
+  files = lambda named: [file for text in named for file in texts.local_files(text)]
+  own = data.source in ("text", "stream")
+  local = lambda key: list(texts.local_files(texts.Named(data[key], f"--config.data.{key}", ""))) if data[key] else []
+  train, valid = (local("path"), local("eval_path")) if own else ([], [])
+  texts.check_separate(train + files(added), valid + files(also))
+
+
+def _form(config, model: Path | None) -> texts.Form:
+  """How the run packs further texts, with the tokenizer `model`."""
+  data = config.data
+  return texts.Form(model, config.seq_len, data.packing, data.cache_dir, RowOptions(data.field, data.bad_rows))
+
+
+def _with_further_texts(data: Dataset, config, progress: bool) -> Dataset:
+  """The dataset with the texts of `mixture` in its training rows, and those of `eval_also`."""
+  form = _form(config, Path(data.tokenizer_path))
+  if added := texts.parse_mixture(config.data.mixture):
+    opened = [texts.open_text(text, "train", form, progress) for text in added]
+    for text, packed, needed in zip(added, opened, _needed_rows(config)[1:], strict=True):
+      _check_rows(f"the text {text.place!r} of data.mixture", len(packed.rows), needed, config)
+    shares = tuple(text.share for text in added)
+    contents = [data.fingerprint, *map(str, shares), *(packed.fingerprint for packed in opened)]
+    data = data._replace(
+      train=Mixture(data.train, tuple(packed.rows for packed in opened), shares),
+      fingerprint=hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16],
+    )
+    sizes = {f"mixture {text.place}": _sizes(opened[i], text.share) for i, text in enumerate(added)}
+    data = data._replace(summary=data.summary | {"fingerprint": data.fingerprint, "further": sizes})
+  also = tuple(texts.open_text(text, "valid", form, progress) for text in texts.parse_eval_also(config.data.eval_also))
+  sizes = {f"valid {packed.label}": _sizes(packed) for packed in also}
+  summary = data.summary | ({"further": data.summary.get("further", {}) | sizes} if sizes else {})
+  return data._replace(also=also, summary=summary)
+
+
+def _sizes(packed: PackedText, share: Fraction | None = None) -> dict:
+  """The sizes of a further text for `Dataset.summary`."""
+  sizes = {"share": f"{float(share):.4g} of all rows"} if share else {}
+  skipped = {"bad rows skipped": packed.bad_rows} if packed.bad_rows else {}
+  return sizes | {"rows": len(packed.rows)} | skipped
 
 
 def _text_origin(data) -> list:
   """Versions of the packages, or paths, sizes and times of the files, to detect that the text has changed."""
   if data.source == "docs":
-    return sorted(documentation.package_versions().items())
+    return documentation.origin()
   text = _open_corpus(data)
   return [[part.origin() for part in parts or ()] for parts in (text.train, text.valid)]
 
@@ -203,22 +238,7 @@ def _fill_cache(config, progress: bool) -> Path:
   if tokenizer.size_to_train(model, TOKENIZER) is None:
     model = str(tokenizer.locate(model, TOKENIZER))
   request = Request(origin, model, config.seq_len, field=data.field, bad_rows=data.bad_rows, packing=data.packing)
-  return cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
-
-
-def cached_folder(
-  cache_dir: str, name: str, request: Request, read: Callable[[], corpus.Corpus], progress: bool
-) -> Path:
-  """The folder `NAME-KEY` of the cache, filled if necessary. See `preparation.fill_folder` for the arguments."""
-  folder = _expanded(cache_dir) / f"{name}-{_cache_key(request)}"
-  preparation.fill_folder(folder, request, read, wait=True, progress=progress)
-  return folder
-
-
-def _cache_key(request: Request) -> str:
-  """Hash of everything that determines the sequences, 16 hexadecimal digits."""
-  contents = [preparation.FORMAT_VERSION, request.to_json(), tokenizer.library_version(request.tokenizer)[1]]
-  return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+  return folders.cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
 
 
 def _local_corpus(data) -> corpus.Corpus:
@@ -229,8 +249,7 @@ def _local_corpus(data) -> corpus.Corpus:
 def _open_corpus(data, progress: bool = False) -> corpus.Corpus:
   """The text to pack into the cache."""
   if data.source == "docs":
-    text = documentation.read_documentation(progress)
-    return corpus.Corpus([text.train], [text.valid], {"overlap": documentation.ngram_overlap(*text)})
+    return documentation.read_corpus(progress)
   text = _local_corpus(data)
   return _validation_corpus(text) if data.source == "stream" else text
 
@@ -245,86 +264,33 @@ def _validation_corpus(text: corpus.Corpus) -> corpus.Corpus:
   return corpus.Corpus(text.valid, None)
 
 
-def open_folder(folder: Path, manifest: dict, source: str) -> Dataset:
-  """Opens a finished folder. `source` only appears in the summary."""
-  summary = summarize_folder(manifest, source)
-  count = summary["train"]["rows"]
-  packed = shards.open_sequences(folder, manifest["train"])
-  measured = manifest["valid"] or manifest["train"]
-  return Dataset(
-    train=packed[:count],
-    valid=shards.open_sequences(folder, manifest["valid"]) if manifest["valid"] else packed[count:],
-    tokenizer_path=str(tokenizer_in(folder)),
-    fingerprint=summary["fingerprint"],
-    bytes_per_token=bytes_per_token(measured),
-    summary=summary,
-  )
-
-
-def bytes_per_token(split: dict) -> float:
-  """UTF-8 bytes of text per token in the rows of a split, from its entry in the manifest.
-
-  Of documents that were cut, the bytes of the rest of their text are not counted: it is assumed to have as many bytes
-  per token as the whole text. EOS has none, and is counted as a token.
-  """
-  whole, cut = split["tokens"], split.get("cut_tokens", 0)
-  if not cut:
-    return split["bytes"] / max(1, whole)
-  of_text = split["bytes"] / (whole - split["documents"])
-  return of_text * (whole - cut - split["documents"]) / (whole - cut)
-
-
-def summarize_folder(manifest: dict, source: str) -> dict:
-  """`Dataset.summary` of a finished folder."""
-  return {"source": source, "fingerprint": shards.fingerprint(manifest)} | _split_sizes(manifest) | manifest["notes"]
-
-
 def _open_stream(config, folder: Path, manifest: dict) -> Dataset:
   """Opens the training text as a stream, and the packed validation text, which is the split `train` of the folder."""
   data, valid = config.data, manifest["train"]
   text = _local_corpus(data)
   origin = json.dumps([part.origin() for part in text.train] + ([data.field] if data.field != FIELD else []))
   fingerprint = hashlib.sha256(f"{shards.fingerprint(manifest)} {origin}".encode()).hexdigest()[:16]
-  sizes = {"train": {"read from": data.path.encode(errors="backslashreplace").decode()}, "valid": _printed_sizes(valid)}
+  read_from = {"read from": data.path.encode(errors="backslashreplace").decode()}
+  sizes = {"train": read_from, "valid": folders.printed_sizes(valid)}
   return Dataset(
     train=SequenceStream(text.train, tokenizer_in(folder), config.seq_len, data.packing == "pad"),
     valid=shards.open_sequences(folder, valid),
     tokenizer_path=str(tokenizer_in(folder)),
     fingerprint=fingerprint,
-    bytes_per_token=bytes_per_token(valid),
+    bytes_per_token=folders.bytes_per_token(valid),
     summary={"source": data.source, "fingerprint": fingerprint} | sizes,
   )
 
 
-def _split_sizes(manifest: dict) -> dict[str, dict]:
-  """Sizes of `train` and `valid`. Without validation text, the last training sequences are counted as `valid`."""
-  padded = shards.packing_of(manifest) == "pad"
-  sizes = {name: _printed_sizes(manifest[name]) for name in preparation.SPLITS if manifest[name]}
-  if "valid" not in sizes:
-    train, seq_len = sizes["train"], manifest["request"]["seq_len"]
-    held = min(train["rows"], max(1, train["rows"] // HELD_OUT))
-    train["rows"] -= held
-    tokens = {} if padded else {"tokens": held * seq_len}  # with padding they would have to be read to be counted
-    sizes["valid"] = {"held out of": "train, its last rows", **tokens, "rows": held}
-  return sizes
-
-
-def _printed_sizes(split: dict) -> dict:
-  """The sizes of a split, with the number of skipped rows if there are any, and those of padding if it is padded."""
-  sizes = {key: value for key, value in split.items() if key not in ("shards", "bad_rows", "cut_tokens", "padding")}
-  skipped = split.get("bad_rows", 0)
-  sizes |= {"bad rows skipped": skipped} if skipped else {}
-  if "padding" in split:
-    kept, padding = split["tokens"] - split["cut_tokens"], split["padding"]
-    share = f"{padding / max(1, kept + padding):.1%} of the rows"
-    sizes |= {"tokens cut off": split["cut_tokens"], "tokens in rows": kept, "padding": share}
-  return sizes
+def _needed_rows(config) -> list[int]:
+  """Numbers of rows that the run needs, of its text and of each text of `data.mixture`."""
+  shares = [text.share for text in texts.parse_mixture(config.data.mixture)]
+  return row_counts(config.steps * config.batch_size, shares)
 
 
 def _check_length(sizes: dict[str, dict], config) -> None:
   """Raises `UserError` if the run needs more training sequences than there are. `sizes` is as in the summary."""
-  available, seq_len = sizes["train"]["rows"], config.seq_len
-  needed = config.steps * config.batch_size
+  available = sizes["train"]["rows"]
   if not available and config.data.packing == "pad":
     raise UserError(
       "with data.packing=pad each document is one row, and the text has none besides validation; give a text of more "
@@ -332,13 +298,18 @@ def _check_length(sizes: dict[str, dict], config) -> None:
     )
   if not available:
     raise UserError(
-      f"the text must hold at least one row of {seq_len} tokens besides validation; it has "
+      f"the text must hold at least one row of {config.seq_len} tokens besides validation; it has "
       f"{sizes['train']['tokens']:,} tokens; add text, or lower --config.seq_len"
     )
+  _check_rows("the text", available, _needed_rows(config)[0], config)
+
+
+def _check_rows(name: str, available: int, needed: int, config) -> None:
+  """Raises `UserError` if the run needs `needed` rows of a text that has fewer in `data.epochs` passes."""
   if needed > available * config.data.epochs:
-    steps, epochs = available * config.data.epochs // config.batch_size, -(-needed // available)
+    steps, epochs = available * config.data.epochs * config.steps // needed, -(-needed // available)
     raise UserError(
-      f"the run needs {needed:,} rows ({config.steps:,} steps of {config.batch_size}); the text has {available:,} rows "
-      f"of {seq_len} tokens, enough for {steps:,} steps with data.epochs (={config.data.epochs}); add text, lower "
-      f"--config.steps, or repeat the text: --config.data.epochs={epochs}"
+      f"the run needs {needed:,} rows ({config.steps:,} steps of {config.batch_size}); {name} has {available:,} rows "
+      f"of {config.seq_len} tokens, enough for {steps:,} steps with data.epochs (={config.data.epochs}); add text, "
+      f"lower --config.steps, or repeat the text: --config.data.epochs={epochs}"
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
+from switchlora_jax.data.corpus import Corpus
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import progress_bar
 
@@ -82,6 +83,17 @@ def package_versions() -> dict[str, str]:
       f"--config.data.source=docs reads the documentation of {', '.join(PACKAGES)}; {error.name} is not installed; "
       "install requirements.txt, or train on your own files with --config.data.source=text"
     ) from None
+
+
+def origin() -> list:
+  """[package, version] of each package, to detect that the text has changed."""
+  return sorted(package_versions().items())
+
+
+def read_corpus(progress: bool = False) -> Corpus:
+  """The documentation as a corpus, with the share of its validation text that occurs in training as a note."""
+  text = read_documentation(progress)
+  return Corpus([text.train], [text.valid], {"overlap": ngram_overlap(*text)})
 
 
 def ngram_overlap(train: Iterable[str], valid: Iterable[str], n: int = SHINGLE) -> float:

@@ -1,7 +1,8 @@
 """Data loader: the batch of step t is a pure function of (seed, t).
 
 `make_batch_fn` returns the function from a step to its batch. Sequences on disk are shuffled per epoch
-(`shuffled_batch`). A `SequenceStream` packs sequences while the text is read, in the order of the text.
+(`shuffled_batch`). A `SequenceStream` packs sequences while the text is read, in the order of the text. The rows of a
+`Mixture` come from several texts (`mixed_batch`).
 """
 
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from switchlora_jax.data import packing, tokenizer
+from switchlora_jax.data.mixture import JoinedSequences, Mixture, locate
 from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.errors import UserError
 
@@ -27,7 +29,7 @@ class Batch:
     indices: [batch_size], int64, the sequences in the batch.
   """
 
-  sequences: PackedSequences | np.ndarray
+  sequences: PackedSequences | JoinedSequences | np.ndarray
   indices: np.ndarray
 
   @property
@@ -40,11 +42,34 @@ class Batch:
     return np.asarray(self.sequences[self.indices[part]], np.int32)
 
 
-def make_batch_fn(train: "PackedSequences | SequenceStream", config) -> Callable[[int], Batch]:
+def make_batch_fn(train: "PackedSequences | SequenceStream | Mixture", config) -> Callable[[int], Batch]:
   """Returns the function from a step, counted from 0, to its batch. Uses `config.batch_size` and `config.seed`."""
+  size = config.batch_size
+  if isinstance(train, Mixture):
+    return lambda step: mixed_batch(train, seed=config.seed, step=step, batch_size=size)
   if isinstance(train, SequenceStream):
-    return lambda step: Batch(train.batch(step, config.batch_size), np.arange(config.batch_size))
-  return lambda step: shuffled_batch(train, seed=config.seed, step=step, batch_size=config.batch_size)
+    return lambda step: Batch(train.rows(step * size, size, step), np.arange(size))
+  return lambda step: shuffled_batch(train, seed=config.seed, step=step, batch_size=size)
+
+
+def mixed_batch(train: Mixture, *, seed: int, step: int, batch_size: int) -> Batch:
+  """The batch of a step, [batch_size, seq_len], of rows from several texts: see `mixture`.
+
+  The rows of each text are those that a run on this text alone would have, in the same order.
+  """
+  of_row, positions = locate(step * batch_size + np.arange(batch_size), train.shares)
+  main, rows = train.main, positions[of_row == 0]
+  if isinstance(main, SequenceStream):
+    main, found = main.rows(int(rows[0]) if len(rows) else 0, len(rows), step), np.arange(len(rows))
+  else:
+    found = _shuffled(rows, len(main), seed)
+  joined = JoinedSequences((main, *train.others))
+  indices = np.empty(batch_size, np.int64)
+  indices[of_row == 0] = found
+  for number, text in enumerate(train.others, 1):
+    here = of_row == number
+    indices[here] = joined.starts[number] + _shuffled(positions[here], len(text), seed)
+  return Batch(joined, indices)
 
 
 # Sequences on disk.
@@ -55,11 +80,17 @@ def shuffled_batch(sequences: PackedSequences | np.ndarray, *, seed: int, step: 
 
   Epochs follow each other without a gap: a batch may contain the end of one epoch and the start of the next.
   """
-  epochs, positions = np.divmod(step * batch_size + np.arange(batch_size), len(sequences))
-  per_epoch = [
-    shuffled_indices(positions[epochs == epoch], len(sequences), seed=seed, epoch=epoch) for epoch in np.unique(epochs)
-  ]
-  return Batch(sequences, np.concatenate(per_epoch))
+  return Batch(sequences, _shuffled(step * batch_size + np.arange(batch_size), len(sequences), seed))
+
+
+def _shuffled(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
+  """The sequences, of `size`, at positions in the order of a run, over all its epochs. int64 [n] -> int64 [n]."""
+  epochs, positions = np.divmod(positions, size)
+  indices = np.empty(len(positions), np.int64)
+  for epoch in np.unique(epochs):
+    here = epochs == epoch
+    indices[here] = shuffled_indices(positions[here], size, seed=seed, epoch=epoch)
+  return indices
 
 
 def shuffled_indices(positions: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -117,14 +148,15 @@ class SequenceStream:
   """
 
   def __init__(self, parts: packing.Parts, model: Path, seq_len: int, padded: bool = False):
-    self._parts, self._model, self._seq_len, self._padded = parts, model, seq_len, padded
+    self.seq_len = seq_len
+    self._parts, self._model, self._padded = parts, model, padded
     self._restart()
 
   def _restart(self):
     loaded = tokenizer.load_tokenizer(self._model)
     encoded = packing.encode_chunks(loaded, packing.read_chunks(self._parts))
     self._progress = packing.SplitProgress()
-    pad = lambda tokens: self._progress.pad(tokens, self._seq_len, loaded.eos).reshape(-1)
+    pad = lambda tokens: self._progress.pad(tokens, self.seq_len, loaded.eos).reshape(-1)
     self._tokens = (pad(group.tokens) if self._padded else group.tokens for group in encoded)
     self._buffer, self._consumed = np.empty(0, np.int32), 0
 
@@ -133,18 +165,21 @@ class SequenceStream:
     """Tokens that padding has cut off at the end of long documents, in the text read so far; 0 if not padded."""
     return self._progress.cut_tokens
 
-  def batch(self, step: int, batch_size: int) -> np.ndarray:
-    """The sequences of a step, int32 [batch_size, seq_len]. A step before the last requested one reads from the start.
+  def rows(self, start: int, count: int, step: int) -> np.ndarray:
+    """Sequences `start` to `start + count`, int32 [count, seq_len]. Earlier ones than before are read from the start.
+
+    Args:
+      step: the step that needs them, for the error message.
 
     Raises:
-      UserError: the text ends before the batch is complete.
+      UserError: the text ends before the last of them.
     """
-    size = batch_size * self._seq_len
-    if step * size < self._consumed:
+    begin, size = start * self.seq_len, count * self.seq_len
+    if begin < self._consumed:
       self._restart()
-    while skipped := min(step * size - self._consumed, size):  # batch by batch, to bound the memory
+    while skipped := min(begin - self._consumed, size):  # in parts, to bound the memory
       self._take(skipped, step)
-    return self._take(size, step).reshape(batch_size, self._seq_len)
+    return self._take(size, step).reshape(count, self.seq_len)
 
   def _take(self, count: int, step: int) -> np.ndarray:
     """The next `count` tokens. `step` appears in the error message."""

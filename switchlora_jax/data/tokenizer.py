@@ -16,13 +16,13 @@ import sentencepiece
 import tokenizers
 
 from switchlora_jax.data.fast_tokenizer import FastTokenizer, train_byte_level
-from switchlora_jax.data.readers import BadRow, Document, one_line, pieces_of
+from switchlora_jax.data.readers import BadRow, Document, pieces_of
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256, write_bytes
+from switchlora_jax.runs.hub import HUB, download
 from switchlora_jax.runs.tokenizer_files import FAST, KEPT, MODEL_CONFIG, SENTENCEPIECE, is_fast, tokenizer_in
 
 TRAIN, TRAIN_BYTES = "train:", "train_bytes:"  # followed by the size of the vocabulary
-HUB = "hub:"  # followed by the name of a model on the Hugging Face hub
 PROBE = "The Tide  rises:\n\tÀ la mer, ½ ﬁn ①. "  # capitals, accents, compatibility characters, runs of spaces
 SAMPLE = 20_000_000  # characters at the start of the text that the tokenizer is trained on
 MAX_SENTENCE = 1000  # characters per training sentence; SentencePiece skips lines longer than 4192 bytes
@@ -164,7 +164,10 @@ def locate(name: str, key: str) -> Path:
   Raises:
     UserError: the folder or the model has neither file, or the hub cannot be reached. A file is not checked.
   """
-  path = _download(name, key) if name.startswith(HUB) else Path(name).expanduser()
+  if name.startswith(HUB):
+    path = download(name, (*KEPT, MODEL_CONFIG), key, f"its {FAST} or {SENTENCEPIECE}")
+  else:
+    path = Path(name).expanduser()
   if not os.path.isdir(path):
     return path
   if not (found := tokenizer_in(path)).exists():
@@ -173,20 +176,6 @@ def locate(name: str, key: str) -> Path:
       "be trained"
     )
   return found
-
-
-@functools.cache
-def _download(name: str, key: str) -> Path:
-  """A folder with the files of the tokenizer of `hub:NAME`."""
-  import huggingface_hub  # local import: it takes a while, and most runs do not use the hub
-
-  try:
-    return Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=[*KEPT, MODEL_CONFIG]))
-  except Exception as error:  # network errors, and errors of invalid, missing and gated models
-    raise UserError(
-      f"{key} (={name!r}) could not be downloaded: {one_line(error)}; it needs network access and the name of a model, "
-      f"as in hub:openai-community/gpt2; for a local copy, pass its {FAST} or {SENTENCEPIECE}"
-    ) from error
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

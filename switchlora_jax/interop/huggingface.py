@@ -21,7 +21,7 @@ from switchlora_jax.interop import tokenizer_json
 from switchlora_jax.interop.families import hugging_face_config, model_keys
 from switchlora_jax.models import architecture_of
 from switchlora_jax.runs.files import read_json_object
-from switchlora_jax.runs.tokenizer_files import FAST, SENTENCEPIECE, keep_tokenizer, tokenizer_in
+from switchlora_jax.runs.tokenizer_files import FAST, KEPT, SENTENCEPIECE, keep_tokenizer, tokenizer_in
 
 NAMES = {
   "embed/embedding": "model.embed_tokens.weight",
@@ -38,6 +38,7 @@ HEAD = NAMES["head/kernel"]
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}  # prefix of tensor names: who adds it
 COMPUTED = "rotary_emb.inv_freq"  # a tensor in old folders that is computed rather than read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", *KEPT)  # patterns of what is read of a model of the hub
 STORED = ("F32", "F16", "BF16")  # safetensors' names of the dtypes that can be read
 SHOWN = 8  # tensor names in an error message, at most
 

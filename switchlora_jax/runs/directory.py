@@ -34,7 +34,7 @@ SCHEDULE_VERSION, LOWER_BOUND_METHODS = 2, ("full", "lora", "switchlora")
 # Config keys that earlier runs do not have, with the values that they trained with; see `with_added_keys`.
 ADDED = {
   "profile_steps": 0,
-  "data": {"field": "text", "bad_rows": "stop", "packing": "pack"},
+  "data": {"field": "text", "bad_rows": "stop", "packing": "pack", "mixture": "", "eval_also": ""},
   "schedule": {"name": "cosine", "decay_share": 0.2},
   "optimizer": {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
   "galore": {"directions": "svd", "random_share": 0.2},
@@ -77,6 +77,7 @@ FREE = (
   "data.cache_dir",
   "data.epochs",
   "data.bad_rows",
+  "data.eval_also",
   *LAYOUT,
 )
 

@@ -15,6 +15,7 @@ from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import BOTH, replicated
 from switchlora_jax.progress import progress_bar
 
+FURTHER = "val_ppl/"  # prefix of the perplexity of a further validation text
 COUNTED = 4096  # sequences whose tokens are counted at a time
 
 
@@ -114,3 +115,20 @@ def summary(losses: np.ndarray, bytes_per_token: float, counts: np.ndarray | Non
       "val_bpb": loss * bits,
       "val_bpb_se": error * bits,
     }
+
+
+def add_further(values: dict[str, float], label: str, found: dict[str, float]) -> None:
+  """Add the metrics `found` of a further validation text to `values`, each as `METRIC/LABEL`."""
+  values.update({f"{name}/{label}": value for name, value in found.items()})
+
+
+def further(row: dict) -> dict[str, float | None]:
+  """{label: perplexity} of the further validation texts in an evaluation's row of metrics.jsonl."""
+  return {name.removeprefix(FURTHER): value for name, value in row.items() if name.startswith(FURTHER)}
+
+
+def describe_perplexities(row: dict) -> str:
+  """`validation perplexity 40.72; old 41.30`, of an evaluation's row of metrics.jsonl."""
+  shown = lambda value: "not finite" if value is None else f"{value:.2f}"
+  others = "".join(f"; {label} {shown(value)}" for label, value in further(row).items())
+  return f"validation perplexity {shown(row['val_ppl'])}{others}"

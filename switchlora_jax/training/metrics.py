@@ -13,6 +13,7 @@ import numpy as np
 
 from switchlora_jax.parallel import processes
 from switchlora_jax.progress import print_line, progress_bar, set_rate
+from switchlora_jax.training.evaluation import describe_perplexities
 from switchlora_jax.training.throughput import model_flops, peak_memory
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Metrics:
     """Write the metrics of an evaluation after `step`. Flush before it: its duration is not training time."""
     self._write([{"step": step} | values])
     if self._shown:
-      print_line(f"step {step}: validation perplexity {values['val_ppl']:.2f}")
+      print_line(f"step {step}: {describe_perplexities(values)}")
     self._since = time.monotonic()
 
   def sync(self) -> None:

@@ -31,6 +31,10 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
     axes.plot(steps, running_mean(losses), color="tab:green", label=f"training, centred mean of {WINDOW} steps")
   if valid:
     axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
+  for name in sorted({name for row in rows for name in row if name.startswith("val_loss/")}):
+    steps = [row["step"] for row in rows if name in row]
+    losses = [np.nan if row[name] is None else row[name] for row in rows if name in row]
+    axes.plot(steps, losses, "o--", markersize=3, label=f"validation, {name.partition('/')[2]}")
   for row in rows:
     if row.get("hand_over"):
       mark_hand_over(axes, row["step"] - 1)

@@ -16,6 +16,7 @@ from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
 from switchlora_jax.runs.directory import flatten
 from switchlora_jax.runs.tokenizer_files import tokenizer_in
+from switchlora_jax.training.evaluation import describe_perplexities, further
 
 LARGE_ERROR = 0.05  # standard error of a perplexity, relative to it, that is reported
 PROMPT_ROWS = 100  # validation rows that are searched for the start of a document
@@ -94,8 +95,8 @@ def describe_warnings(config) -> list[str]:
 def describe_data(summary: dict) -> str:
   """Sizes of the training and validation text, and the fingerprint of the packed rows, from `Dataset.summary`."""
   lines = [f"data: {summary['source']}, fingerprint {summary['fingerprint']}"]
-  for part in ("train", "valid"):
-    sizes = [f"{value:,} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in summary[part].items()]
+  for part, found in ({part: summary[part] for part in ("train", "valid")} | summary.get("further", {})).items():
+    sizes = [f"{value:,} {key}" if isinstance(value, int) else f"{key} {value}" for key, value in found.items()]
     lines.append(f"  {part}: {', '.join(sizes)}")
   if "overlap" in summary:
     lines.append(f"  8-word sequences of validation that occur in training: {summary['overlap']:.2%}")
@@ -145,6 +146,8 @@ def _validation_lines(rows: list[dict]) -> list[str]:
   lines = [f"validation perplexity: {perplexity} (loss {loss} nats per token, step {last['step']})"]
   if "val_bpb" in last:
     lines.append(f"validation bits per byte: {shown('val_bpb', 4)} (perplexity is per token; this compares tokenizers)")
+  if evaluations[0]["step"] == 0 or further(last):
+    lines += [f"step {row['step']}: {describe_perplexities(row)}" for row in (evaluations[0], last)]
   error, value = last.get("val_ppl_se", 0), last["val_ppl"]
   if value is not None and (error is None or error > LARGE_ERROR * value):
     lines.append(

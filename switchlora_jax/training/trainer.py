@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs import manifest
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import anomalies, metrics, report, warm_start
-from switchlora_jax.training.evaluation import first, validate
+from switchlora_jax.training.evaluation import add_further, first, validate
 from switchlora_jax.training.metrics import Metrics, due
 from switchlora_jax.training.phases import Phase, build_phases, phase_at
 from switchlora_jax.training.throughput import StepTracer
@@ -100,6 +101,8 @@ def _train(
     # the process may be ended while `report_errors` waits.
     with supervisor.report_errors(), run:
       first_step = run.begin(source)
+      if source:  # what the run starts from
+        run.evaluate()
       supervisor.begin_steps()
       stop = False
       while run.done < config.steps and not stop:
@@ -178,7 +181,7 @@ class Run:
     self._source = source
     self._supervisor.mark("restoring the newest checkpoint")
     self._restore()
-    self._resume()
+    self._resume(self.done if self.done or not source else -1)  # step 0 is evaluated again
     return self.done
 
   def roll_back(self, step: int) -> None:
@@ -195,7 +198,7 @@ class Run:
     self.metrics.close()
     self._restore()
     self.state = self.state._replace(spikes=anomalies.state_after_rollback(self.state.spikes, before, step - self.done))
-    self._resume()
+    self._resume(self.done)
 
   def _restore(self):
     state = self._checkpoints.restore(lambda step: phase_at(self._phases, step).abstract)
@@ -203,11 +206,12 @@ class Run:
       state = self._source.state() if self._source else self._phases[0].create()
     self.state, self.done = state, int(state.step)
 
-  def _resume(self):
+  def _resume(self, kept: int):
+    """Prepare for the next step; metrics.jsonl keeps its rows up to step `kept`."""
     self._offset = int(self.state.spikes.offset)
     dataset.check_length_after_skips(self._data, self._config, self._offset)
     self.phase = phase_at(self._phases, self.done)
-    writers = default_writers(self._workdir, self.done) if processes.is_first() else []
+    writers = default_writers(self._workdir, kept) if processes.is_first() else []
     self.metrics = Metrics(self._config, self.done, writers, self._quiet, self._peak_flops)
     self._supervisor.mark("start of training")
 
@@ -278,7 +282,7 @@ def prepare_data(config, quiet: bool = False) -> dataset.Dataset:
 
 
 def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = False):
-  """The evaluation of a run: (phase, state) -> validation metrics of the first `eval_tokens` validation tokens.
+  """The evaluation of a run: (phase, state) -> metrics of the first `eval_tokens` tokens of each validation text.
 
   Adds `learnt_rank`, the effective rank of W_t - W_0, unless `warm_start_from` is set: then W_0 cannot be drawn again.
 
@@ -286,12 +290,15 @@ def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = Fal
     start: the first phase of the run.
     quiet: whether to show no progress.
   """
-  rows = first(data.valid, config.eval_tokens, padded=config.data.packing == "pad")
+  select = partial(first, tokens=config.eval_tokens, padded=config.data.packing == "pad")
+  rows, also = select(data.valid), [text._replace(rows=select(text.rows)) for text in data.also]
   batch_size = config.batch_size // config.accumulation
   learnt_rank = None if config.warm_start_from else make_learnt_rank(start)
 
   def evaluate(phase, state) -> dict[str, float]:
     values = validate(phase, state, rows, batch_size, data.bytes_per_token, quiet)
+    for text in also:
+      add_further(values, text.label, validate(phase, state, text.rows, batch_size, text.bytes_per_token, quiet))
     if learnt_rank is not None:
       values["learnt_rank"] = float(learnt_rank(state.params, state.frozen, phase.scale))
     return values

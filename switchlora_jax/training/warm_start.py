@@ -1,7 +1,8 @@
 """Warm starts: full-rank training first, then another method from its weights (section 4.3).
 
 There are two ways. `warm_start_steps` makes the first steps of a run full-rank; the data order continues afterwards.
-`warm_start_from` starts a new run from the weights of a run (as the authors do) or of a Hugging Face folder.
+`warm_start_from` starts a new run from the weights of a run (as the authors do), of a Hugging Face folder, or of a
+model of the hub.
 Embedding, norms and head stay the same. Methods with base kernels keep the function of the model: each kernel is split
 into a base kernel and an adapter. Layers without base kernels store an approximation, and its error is logged if it is
 more than rounding.
@@ -29,6 +30,7 @@ from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import placement
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import SavedRun, flatten
+from switchlora_jax.runs.hub import HUB, download
 from switchlora_jax.training.phases import Phase
 
 log = logging.getLogger(__name__)
@@ -68,9 +70,8 @@ def _initial_state(phase: Phase, params, frozen, scale: float | None) -> TrainSt
 def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path | None) -> str | None:
   """Set `config.model` to the architecture of the model that `config.warm_start_from` names.
 
-  If that is a Hugging Face folder, `data.tokenizer` is set to its tokenizer as well, if it has one and the text is not
-  prepared. A run that continues has the values that it started with, and the copy of its tokenizer: its source may be
-  gone.
+  `data.tokenizer` is set to its tokenizer as well, if it has one and the text is not prepared. A run that continues has
+  the values that it started with, and the copy of its tokenizer: its source may be gone.
 
   Args:
     config: not resolved; changed in place.
@@ -99,10 +100,10 @@ def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path
 def _keys_of_source(config: ConfigDict) -> dict[str, Any]:
   source = _inspect(config.warm_start_from)
   keys = {f"model.{key}": value for key, value in flatten(source.architecture).items()}
-  if isinstance(source, huggingface.Folder):
-    if source.tokenizer and config.data.source != "prepared":
-      keys["data.tokenizer"] = str(source.tokenizer)
-  elif keys["model.rope.scaling"] != "dynamic":  # a run has positions for its own sequences, by default
+  if source.tokenizer and config.data.source != "prepared":
+    keys["data.tokenizer"] = str(source.tokenizer)
+  # By default, a run has positions for its own sequences.
+  if isinstance(source, SavedRun) and keys["model.rope.scaling"] != "dynamic":
     del keys["model.max_position"]
   return keys
 
@@ -112,9 +113,13 @@ def _keys_of_run(saved: dict, workdir: Path) -> dict[str, Any]:
   return keys | {"data.tokenizer": copy_in_run(saved.get("data", {}).get("tokenizer", ""), workdir)}
 
 
-def _inspect(path: str) -> SavedRun | huggingface.Folder:
+def _inspect(name: str) -> SavedRun | huggingface.Folder:
+  if name.startswith(HUB):
+    path = download(name, huggingface.FILES, "--config.warm_start_from", "its folder")
+  else:
+    path = Path(name).expanduser()
   try:
-    return pretrained.inspect(Path(path).expanduser())
+    return pretrained.inspect(path)
   except UserError as error:
     raise UserError(f"--config.warm_start_from: {error}") from error
 

@@ -9,7 +9,7 @@ import pytest
 from paths import GOLDEN
 from tiny import packing_in, padded_rows_of, rows_of, sentences, tiny_config, write_lines
 
-from switchlora_jax.data import corpus, dataset, documentation, loader, preparation, shards, tokenizer
+from switchlora_jax.data import corpus, dataset, documentation, folders, loader, preparation, shards, tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.training import report
 
@@ -136,8 +136,8 @@ def test_each_document_is_a_row_if_rows_are_padded(config):
     assert f"{tokens - kept:,} tokens cut off, {kept:,} tokens in rows, padding {counts['padding']}" in said
   config.data.update(source="stream", tokenizer=made.tokenizer_path)
   stream = open_dataset(config)
-  np.testing.assert_array_equal(stream.train.batch(3, 4), padded_rows_of(model, ["A tide.", *TRAIN], 16)[12:16])
-  np.testing.assert_array_equal(stream.train.batch(0, 102), made.train)
+  np.testing.assert_array_equal(stream.train.rows(12, 4, 3), padded_rows_of(model, ["A tide.", *TRAIN], 16)[12:16])
+  np.testing.assert_array_equal(stream.train.rows(0, 102, 0), made.train)
   assert stream.train.cut_tokens == made.summary["train"]["tokens cut off"]
   np.testing.assert_array_equal(stream.valid, made.valid)
 
@@ -218,7 +218,7 @@ def test_the_cache_folder_depends_only_on_what_affects_the_sequences(config, tmp
 
 def test_the_field_and_bad_rows_in_the_cache(config, tmp_path):
   """The default field has the folder of earlier versions; bad rows are counted in the folder."""
-  before = dataset._cache_key(preparation.Request("origin", "train:320", 16))
+  before = folders.cache_key(preparation.Request("origin", "train:320", 16))
   contents = {"text": "origin", "tokenizer": "train:320", "seq_len": 16, "take": None}  # as earlier versions wrote it
   versions = [preparation.FORMAT_VERSION, contents, tokenizer.sentencepiece.__version__]
   assert before == hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]

@@ -157,7 +157,7 @@ def expected(path):
 def test_a_stream_has_the_sequences_of_a_prepared_folder(path, expected, group):
   with packing_in(group):  # each document is one chunk
     stream = SequenceStream(PARTS, path, LENGTH)
-    batches = np.stack([stream.batch(step, BATCH) for step in range(len(expected))])
+    batches = np.stack([stream.rows(step * BATCH, BATCH, step) for step in range(len(expected))])
   np.testing.assert_array_equal(batches, expected)
   assert batches.dtype == np.int32 and len(expected) > 10
 
@@ -167,7 +167,7 @@ def test_a_stream_has_the_sequences_of_a_prepared_folder(path, expected, group):
 def test_steps_of_a_stream_can_be_requested_in_any_order(path, expected, steps):
   stream = SequenceStream(PARTS, path, LENGTH)
   for step in steps:
-    np.testing.assert_array_equal(stream.batch(step, BATCH), expected[step])
+    np.testing.assert_array_equal(stream.rows(step * BATCH, BATCH, step), expected[step])
 
 
 def test_skipped_steps_of_a_stream_are_not_kept_in_memory(path):
@@ -175,7 +175,7 @@ def test_skipped_steps_of_a_stream_are_not_kept_in_memory(path):
     stream, taken = SequenceStream([sentences(0, 50)] * 20, path, LENGTH), []
     take = stream._take
     stream._take = lambda count, step: taken.append(count) or take(count, step)
-    stream.batch(200, BATCH)
+    stream.rows(200 * BATCH, BATCH, 200)
   assert len(taken) == 201 and max(taken) == BATCH * LENGTH and len(stream._buffer) < 1000
 
 
@@ -183,14 +183,14 @@ def test_the_end_of_a_stream_is_an_error(path, expected):
   stream = SequenceStream(PARTS, path, LENGTH)
   for step in (len(expected), 10_000):
     with pytest.raises(UserError, match=rf"the text ended before step {step + 1}; a stream is not repeated: lower"):
-      stream.batch(step, BATCH)
+      stream.rows(step * BATCH, BATCH, step)
   last = len(expected) - 1
-  np.testing.assert_array_equal(stream.batch(last, BATCH), expected[last])
-  np.testing.assert_array_equal(stream.batch(0, BATCH), expected[0])
+  np.testing.assert_array_equal(stream.rows(last * BATCH, BATCH, last), expected[last])
+  np.testing.assert_array_equal(stream.rows(0, BATCH, 0), expected[0])
 
 
 def test_a_stream_reads_its_text_on_demand(path):
   documents = iter(sentences(0, 10_000))
   with packing_in(200):
-    SequenceStream([documents], path, LENGTH).batch(0, BATCH)
+    SequenceStream([documents], path, LENGTH).rows(0, BATCH, 0)
   assert len(list(documents)) > 9_900

@@ -188,6 +188,22 @@ def test_learnt_ranks_are_kept(tmp_path, runs):
   assert found["cells"][0]["learnt_rank"] == [[12, 5.5]]
 
 
+def test_further_validation_texts_have_a_column(tmp_path, runs):
+  """Means over the seeds at the best rate; a value that is not finite is left out."""
+  base, ran = tiny_base(tmp_path), []
+  for seed, old in enumerate((8.0, 9.0, None)):
+    trial, workdir = make_trial(base, FULL, None, seed), tmp_path / str(seed)
+    write_run(workdir, trial.config, {12: 3.0})
+    row = {"step": 12, "val_loss": 3.0, "val_ppl": 20.1, "val_ppl/old": old, "val_ppl/code": 5.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    ran.append(TrialResult(trial, workdir, None))
+  found = results.collect((FULL,), ran, 1.0)
+  assert found["cells"][1]["further"] == {"old": 9.0, "code": 5.0}
+  assert "| old 8.50 ± 0.71, code 5.00 ± 0.00 |" in results_table(found)
+  again = [TrialResult(one.trial, one.workdir, None, cell) for one, cell in zip(ran, found["cells"], strict=True)]
+  assert results.collect((FULL,), again, 1.0)["arms"][0]["further"] == found["arms"][0]["further"]
+
+
 def is_a_picture(path) -> bool:
   pixels = plt.imread(path)
   return (

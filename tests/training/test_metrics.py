@@ -202,7 +202,7 @@ def test_progress_is_shown_unless_quiet(capsys, quiet):
     log.flush()
     if step % 20 == 0:
       log.print_progress()
-  log.write_evaluation(40, {"val_loss": 1.5, "val_ppl": 4.5})
+  log.write_evaluation(40, {"val_loss": 1.5, "val_ppl": 4.5, "val_ppl/old": 7.125})
   log.close()
   out, err = capsys.readouterr()
   if quiet:
@@ -210,7 +210,7 @@ def test_progress_is_shown_unless_quiet(capsys, quiet):
   else:
     assert [line.split(",")[0] for line in err.splitlines()] == ["train: 20 of 40", "train: 40 of 40"]
     assert re.search(r", loss=0.200, tokens/s=[\d,]+\n", err) and re.search(r", skipped=1\n$", err)
-    assert out == "step 40: validation perplexity 4.50\n" and "\r" not in err
+    assert out == "step 40: validation perplexity 4.50; old 7.12\n" and "\r" not in err
 
 
 def test_every_writer_gets_all_rows():

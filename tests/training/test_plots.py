@@ -50,6 +50,12 @@ def test_the_hand_over_of_a_warm_start_is_marked(axes):
   assert [4, 4] in [list(line.get_xdata()) for line in found.lines]
 
 
+def test_further_validation_texts_have_lines_of_their_own(axes):
+  rows = [{"step": step, "val_loss": 3.0, "val_loss/old": loss} for step, loss in ((0, 2.0), (4, None), (8, 2.5))]
+  (line,) = [line for line in axes(rows).lines if line.get_label() == "validation, old"]
+  np.testing.assert_array_equal(line.get_xydata(), [[0, 2], [4, np.nan], [8, 2.5]])
+
+
 def test_the_picture_is_drawn(tmp_path):
   rows = [{"step": s, "loss": 5 / s} for s in range(1, 50)] + [{"step": 20, "val_loss": 0.4}, {"step": 3, "loss": None}]
   plot_loss(rows, tmp_path / "loss.png", "a title")

@@ -48,6 +48,15 @@ def test_data_are_described():
   )
 
 
+def test_further_texts_are_described():
+  sizes = {"source": "docs", "fingerprint": "f00", "train": {"rows": 12}, "valid": {"rows": 2}}
+  further = {"mixture old/*": {"share": "0.1 of all rows", "rows": 1200}, "valid old": {"rows": 7}}
+  assert report.describe_data(sizes | {"further": further}).splitlines()[3:] == [
+    "  mixture old/*: share 0.1 of all rows, 1,200 rows",
+    "  valid old: 7 rows",
+  ]
+
+
 def test_metrics_that_are_missing_or_not_finite_do_not_raise():
   assert report._validation_lines([]) == report._training_lines([]) == []
   rows = [{"step": 3, "tokens_per_second": 5.0}, {"step": 3, "val_loss": None, "val_ppl": None}]
@@ -63,6 +72,17 @@ def test_the_last_perplexity_is_printed_with_bits_per_byte():
     "validation perplexity: 35.12 (loss 3.5000 nats per token, step 2)",
     "validation bits per byte: 1.2346 (perplexity is per token; this compares tokenizers)",
   ]
+
+
+def test_perplexities_before_and_after_are_printed_for_a_run_that_starts_from_weights():
+  """And those of further validation texts, in any run that has them; one may have diverged."""
+  rows = [
+    {"step": step, "val_loss": 3.5, "val_ppl": 33.1 + step, "val_ppl/old": old} for step, old in ((0, 9.0), (2, None))
+  ]
+  lines = ["step 0: validation perplexity 33.10; old 9.00", "step 2: validation perplexity 35.10; old not finite"]
+  assert report._validation_lines(rows)[1:] == lines
+  from_weights = [{key: value for key, value in row.items() if "/" not in key} for row in rows]
+  assert report._validation_lines(from_weights)[1:] == [line.partition(";")[0] for line in lines]
 
 
 @pytest.mark.parametrize(("error", "warned"), [(2.0, True), (None, True), (1.0, False)])

@@ -12,7 +12,7 @@ import numpy as np
 import poison
 import pytest
 from stages import slowly
-from tiny import resolved
+from tiny import resolved, sentences, write_lines
 
 from switchlora_jax.data import loader
 from switchlora_jax.errors import RunFailed, Stopped, UserError
@@ -21,6 +21,7 @@ from switchlora_jax.parallel.supervision import Supervisor
 from switchlora_jax.runs.checkpoint import Checkpoints
 from switchlora_jax.training import metrics, phases, trainer
 from switchlora_jax.training import step as train_step
+from switchlora_jax.training.evaluation import validate
 
 pytestmark = [pytest.mark.user_flags, pytest.mark.two_linear_layers]
 
@@ -120,6 +121,37 @@ def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
   assert again.first_step == stop // 4 * 4
   assert lines(workdir) == lines(uninterrupted)
   assert_same(again.state, outcome.state)
+
+
+def test_a_run_on_a_mixture_continues_bitwise(tmp_path, monkeypatch):
+  """It has the rows of two texts, and evaluates a third; without these settings it is another run."""
+  for name in ("old", "held_out"):
+    write_lines(tmp_path / f"{name}.jsonl", sentences(0, 60) if name == "old" else sentences(60, 80))
+  changes = dict(data__mixture=f"0.25={tmp_path}/old.jsonl", data__eval_also=f"old={tmp_path}/held_out.jsonl")
+  config = resolved(tmp_path, **changes)
+  whole = trainer.train(config, tmp_path / "whole")
+  rows = [row for row in lines(tmp_path / "whole") if "val_loss" in row]
+  assert [row["step"] for row in rows] == [4, 8, 12] and all(row["val_loss/old"] != row["val_loss"] for row in rows)
+  assert {name for name in rows[0] if name.endswith("/old")} == {
+    f"val_{of}{se}/old" for of in ("loss", "ppl", "bpb") for se in ("", "_se")
+  }
+  (also,) = whole.data.also
+  found = validate(whole.phase, whole.state, also.rows[:16], 8, also.bytes_per_token)
+  assert found["val_loss"] == rows[-1]["val_loss/old"], "the first 256 tokens"
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+    add = metrics.Metrics.add
+    patch.setattr(metrics.Metrics, "add", lambda self, step, row: add(self, step, row) if step < 7 else error("stop"))
+    trainer.train(config, tmp_path / "stopped")
+  again = trainer.train(config, tmp_path / "stopped")
+  assert again.first_step == 4 and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+  assert_same(again.state, whole.state)
+  with pytest.raises(UserError, match=r"data\.mixture"):
+    trainer.train(resolved(tmp_path), tmp_path / "whole")
+  trainer.train(resolved(tmp_path, **changes | dict(data__eval_also="")), tmp_path / "whole")  # nothing is left to do
+
+
+def error(message):
+  raise RuntimeError(message)
 
 
 def test_a_finished_run_is_not_trained_again(finished):

@@ -319,7 +319,10 @@ def test_a_run_from_another_run_starts_at_step_0(folder, runs):
   losses = [[line["loss"] for line in lines(r)] for r in (run, source)]
   assert losses[0][0] < losses[1][0] - 0.1, "the source must have seen the first rows"
   assert same_bits(run.saved[1].params, source.saved[STEPS].params), "a learning rate of 0 must keep them"
-  assert all("learnt_rank" not in line for line in lines(run, "val_loss"))
+  evaluations, theirs = lines(run, "val_loss"), lines(source, "val_loss")[-1]
+  assert all("learnt_rank" not in line for line in evaluations)
+  assert [line["step"] for line in evaluations] == [0, 4, 8, 12]
+  assert evaluations[0]["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-6), "what it starts from"
 
   for later in range(8, STEPS + 1):
     shutil.rmtree(run.workdir / "checkpoints" / str(later))
@@ -369,7 +372,9 @@ def test_a_run_killed_during_its_first_save_starts_from_its_source_again(folder,
   uninterrupted = train(folder, "uninterrupted", **options)
   shutil.copytree(uninterrupted.workdir, folder / "cut", ignore=shutil.ignore_patterns("checkpoints"))
   (folder / "cut" / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-  assert same_bits(train(folder, "cut", **options).outcome.state, uninterrupted.outcome.state)
+  again = train(folder, "cut", **options)
+  assert same_bits(again.outcome.state, uninterrupted.outcome.state) and lines(again) == lines(uninterrupted)
+  assert lines(again, "val_loss") == lines(uninterrupted, "val_loss"), "step 0 is evaluated once"
 
 
 def test_a_damaged_checkpoint_of_the_source_is_not_moved(folder, runs, tmp_path, caplog):

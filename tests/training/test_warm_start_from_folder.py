@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -63,6 +64,19 @@ def test_a_run_from_a_hugging_face_folder_equals_one_from_the_exported_run(folde
   assert kept == str(run.workdir / "tokenizer.model")
   again = train(folder, "from-the-folder", **options | {"data__tokenizer": kept})
   assert same_bits(again.outcome.state, run.outcome.state)
+
+
+def test_a_model_of_the_hub_is_downloaded_once(folder, hugging_face, monkeypatch):
+  asked = []
+  download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(hugging_face)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  config = tiny_config(folder, method="full", warm_start_from="hub:some/model", model__num_layers=1)
+  for _ in range(2):
+    line = warm_start.adopt_architecture(config, (), None)
+  assert line is None and config.model.num_layers == 2
+  assert config.data.tokenizer == str(hugging_face / "tokenizer.model")
+  ((name, patterns),) = asked
+  assert name == "some/model" and {"config.json", "model.safetensors", "tokenizer.json"} <= set(patterns)
 
 
 def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp_path):
