@@ -1,6 +1,8 @@
 # Commands for a checkout. Each first installs what it needs into .venv; see .ci/venv.
 # PYTHON=python3.12 chooses the Python of .venv; the default is that of an existing .venv, else python3.
+# PART='--minutes=10 --rotate=3' runs a part of the slow tests or of the fault suite; see `pytest --help`.
 PYTHON ?=
+PART ?=
 VENV := .venv/bin
 ENVIRONMENT := PYTHON='$(PYTHON)' sh .ci/venv
 
@@ -17,10 +19,10 @@ test: dev-environment  ## Run the tests.
 	$(VENV)/python -m pytest -n 2 --dist worksteal
 
 slow: dev-environment  ## Run the slow tests: further configurations of the same properties.
-	$(VENV)/python -m pytest -n 2 --dist worksteal -m slow
+	$(VENV)/python -m pytest -n 2 --dist worksteal -m slow $(PART)
 
 faults: dev-environment  ## Run the fault suite: kills, full disks, damaged files and hangs in real runs.
-	$(VENV)/python -m pytest -n 2 --dist worksteal --faults tests/faults
+	$(VENV)/python -m pytest -n 2 --dist worksteal --faults tests/faults $(PART)
 
 lint: dev-environment  ## Check style, formatting, the import contracts, and types.
 	$(VENV)/ruff check .

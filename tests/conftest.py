@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, no silent broadcasting, and access to the recorded numbers."""
 
 import gc
+import time
 
 import compiled_programs
 import jax
@@ -58,6 +59,30 @@ def x64():
 def pytest_addoption(parser):
   """`--faults`: see tests/faults/conftest.py; only this file may add options."""
   parser.addoption("--faults", action="store_true", help="run every injected fault, as `make faults` does")
+  parser.addoption("--minutes", type=float, help="start no test after so many minutes; the tests left are skipped")
+  parser.addoption(
+    "--rotate", type=int, default=0, help="begin with another file of tests, for sessions with --minutes"
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  """Rotate the files of tests by `--rotate`: sessions that have no time for all tests differ in those that they run."""
+  files = list(dict.fromkeys(item.path for item in items))
+  if files:
+    first = config.getoption("--rotate") % len(files)
+    place = {path: number for number, path in enumerate(files[first:] + files[:first])}
+    items.sort(key=lambda item: place[item.path])
+
+
+_begin = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Skip the test if the time of `--minutes` is over."""
+  minutes = item.config.getoption("--minutes")
+  if minutes is not None and time.monotonic() - _begin > 60 * minutes:
+    pytest.skip(f"not started within the {minutes:g} minutes of --minutes")
 
 
 def pytest_unconfigure():

@@ -11,7 +11,6 @@ Optimizer state, candidates and counts are reinitialised.
 
 import logging
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,11 @@ class Source:
     if self._unties:
       plain["head"] = {"kernel": np.ascontiguousarray(plain["embed"]["embedding"].T)}
     specs = placement(self._config, self._mesh)._replace(trained=True).specs(plain, "trained")
-    return _initial_state(self._phase, jax.tree.map(partial(_place, self._mesh), plain, specs), {}, None)
+    arrays, structure = jax.tree.flatten(plain)
+    del plain
+    for number, spec in enumerate(structure.flatten_up_to(specs)):  # each copy on the host is freed once it is placed
+      arrays[number] = _place(self._mesh, arrays[number], spec)
+    return _initial_state(self._phase, structure.unflatten(arrays), {}, None)
 
 
 def _place(mesh, array, spec) -> jax.Array:

@@ -104,7 +104,7 @@ def test_the_default_text_is_installed_with_the_package():
   assert set(map(canonicalize_name, documentation.PACKAGES)) <= requirements(PROJECT["dependencies"]).keys()
 
 
-@pytest.mark.parametrize("extra", ["gpu", "torch", "dev", "docs"])
+@pytest.mark.parametrize("extra", ["gpu", "torch", "eval", "dev", "docs"])
 def test_each_extra_has_its_file_of_pins(extra):
   assert pins(f"requirements-{extra}.txt").keys() == requirements(PROJECT["optional-dependencies"][extra]).keys()
 

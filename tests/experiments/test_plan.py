@@ -23,6 +23,7 @@ def no_gpu_compiler(monkeypatch):
   monkeypatch.setattr(topology, "gpu_mesh", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_column_for_each_method(no_gpu_compiler, tmp_path, capsys):
   out = tmp_path / "out.json"
   with imported("plan", *SMALL, "--methods=full,lora", f"--json={out}", "--largest") as plan:

@@ -12,6 +12,7 @@ import pytest
 from grids import imported
 from safetensors import SafetensorError
 from small_model import same_bits
+from stages import slowly
 from tiny import saved_run
 
 from switchlora_jax.errors import UserError
@@ -39,7 +40,7 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("method", slowly(STEPS, quick=["switchlora", "sltrain"]))
 def test_an_export_computes_the_logits_of_the_run(run, tmp_path, method):
   """The factors and the sparse part are merged into the kernels, not left out.
 

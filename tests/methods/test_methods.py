@@ -14,6 +14,7 @@ import optax
 import pytest
 import small_model
 from small_model import equations, host, same_bits
+from stages import slowly
 
 from configs.base import get_config
 from switchlora_jax import methods
@@ -94,7 +95,7 @@ def test_a_method_has_the_attributes_of_the_contract(method):
   assert (built.scale is None) == (method not in FACTORS)
 
 
-@each
+@pytest.mark.parametrize("method", slowly(METHODS, quick=["switchlora", "galore", "sltrain"]))
 def test_steps_compute_in_bfloat16_and_store_float32(method):
   states, metrics = train(3, method)
   config = prepared(method)[0]
@@ -115,8 +116,9 @@ def test_steps_compute_in_bfloat16_and_store_float32(method):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize(("method", "residual"), [("lora", False), ("switchlora", True), ("relora", True)])
-def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method, residual):
+@pytest.mark.parametrize("method", slowly(["lora", "switchlora", "relora"], quick=["switchlora"]))
+def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method):
+  residual = method != "lora"
   states, metrics = train(3, method, frozen_dtype="bfloat16")
   assert all(kinds(state) == kinds(states[0]) for state in states)
   layers = states[-1].frozen["blocks"].values()

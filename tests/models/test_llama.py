@@ -9,6 +9,7 @@ import pytest
 import small_model
 from ml_collections import FrozenConfigDict
 from small_model import equations
+from stages import slowly
 
 from switchlora_jax.lowrank.layers import lora_vectors
 from switchlora_jax.models import attention_kernel, llama, make_model
@@ -127,7 +128,7 @@ LENGTHS = (1, 3, 4, 5, 9, 12, 13, 50)
 
 
 @pytest.mark.parametrize("kernel", ["batched", "loop"])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", slowly(LENGTHS, quick=(3, 5, 12)))
 def test_attention_in_blocks_is_that_of_all_scores(x64, monkeypatch, kernel, length):
   monkeypatch.setattr(llama, "BLOCK", 4)
   monkeypatch.setattr(llama, "BLOCKS", 3)
@@ -248,7 +249,7 @@ def first_gradients(remat):
   return small_model.host(gradients(model, tokens)(*state))
 
 
-@pytest.mark.parametrize("remat", ["linear", "full"])
+@pytest.mark.parametrize("remat", slowly(["linear", "full"], quick=["full"]))
 def test_remat_gives_the_same_numbers(remat):
   results = first_gradients("none"), first_gradients(remat)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), *results)
@@ -287,7 +288,7 @@ def test_the_activations_that_remat_saves():
   assert of_activations("none") == sorted([*of_activations("linear"), (16, 2, 8, 8)])
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", slowly(REMAT, quick=["full"]))
 def test_no_copy_of_the_frozen_kernels_is_stacked(remat):
   """What the layer scan saves for the backward pass includes no [layers, in, out] array."""
   kernels = {(3, 16, 16), (3, 16, 24), (3, 24, 16)}

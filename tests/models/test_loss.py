@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import small_model
+from stages import slowly
 
 from switchlora_jax.models.loss import (
   CHUNK,
@@ -51,7 +52,7 @@ def value_and_gradients(function):
 # --- its numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, CHUNK - 1, CHUNK, CHUNK + 1, TOKENS])
+@pytest.mark.parametrize("tokens", slowly([1, 7, 8, CHUNK - 1, CHUNK, CHUNK + 1, TOKENS], quick=[1, CHUNK, TOKENS]))
 def test_losses_and_gradients_are_the_unchunked_ones(tokens, x64):
   args = drawn(tokens, jnp.float64)
   np.testing.assert_allclose(jax.jit(token_losses)(*args), jax.jit(unchunked)(*args), rtol=0, atol=1e-12)

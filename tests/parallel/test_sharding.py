@@ -213,9 +213,9 @@ def test_operations_per_device_do_not_grow_with_devices():
 @pytest.mark.parametrize(
   ("saved", "restored_as"),
   [
-    (SPARES, REPLICATED),
-    (REPLICATED, LAYOUTS["all over 4 of 8 devices"]),
-    (LAYOUTS["candidates on the host"], SPARES),
+    pytest.param(SPARES, REPLICATED, marks=pytest.mark.slow),
+    pytest.param(REPLICATED, LAYOUTS["all over 4 of 8 devices"], marks=pytest.mark.slow),
+    pytest.param(LAYOUTS["candidates on the host"], SPARES, marks=pytest.mark.slow),
     (LAYOUTS["all over 4 of 8 devices"], LAYOUTS["candidates on the host"]),
   ],
 )

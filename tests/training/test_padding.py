@@ -74,7 +74,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", slowly(LAYOUTS, quick=["one device", "micro-batches", "micro-batches, sharded"]))
+@pytest.mark.parametrize("layout", slowly(LAYOUTS, quick=["one device", "micro-batches, sharded"]))
 def test_loss_and_gradients_are_those_of_the_documents_one_by_one(layout, x64):
   """The mean over the tokens of the whole batch: a mean over rows, micro-batches or devices would be another."""
   devices, changes = LAYOUTS[layout]

@@ -85,7 +85,13 @@ def test_each_device_gets_its_shard_of_the_batch(tmp_path):
   assert placed.dtype == np.int32 and placed.sharding == by_rows(make_mesh())
 
 
-@pytest.mark.parametrize("layout", [{}, dict(fsdp=4, frozen="sharded", candidates="host")], ids=["default", "all"])
+@pytest.mark.parametrize(
+  "layout",
+  [
+    pytest.param({}, id="default", marks=pytest.mark.slow),
+    pytest.param(dict(fsdp=4, frozen="sharded", candidates="host"), id="all"),
+  ],
+)
 def test_the_handed_over_state_has_the_shardings_of_the_next_phase(layout, tmp_path, monkeypatch):
   """Shapes, dtypes and shardings on eight devices, so that the step is not compiled again for this state."""
   monkeypatch.setattr(

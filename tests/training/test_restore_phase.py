@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 from small_model import same_bits
+from stages import slowly
 from tiny import resolved
 
 from switchlora_jax.parallel.sharding import make_mesh
@@ -32,7 +33,7 @@ def run(tmp_path_factory):
   return folder, state
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", slowly([1, 8], quick=[8]))
 def test_only_the_weights_are_restored(run, devices):
   phase, state = restore_phase(open_run(run[0]), None, make_mesh(jax.devices()[:devices]))
   assert (int(state.step), phase.start) == (7, 5)

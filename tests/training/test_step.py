@@ -306,7 +306,7 @@ def drawn_params(seed):
   return {"q": layer, "norm": jax.random.normal(keys[2], (5,))}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slowly(OPTIMIZERS, quick=["adamw", "extra arguments"]))
 def test_a_skipped_step_keeps_params_and_state_of_any_optimizer(name):
   """Bitwise, with gradients that are not finite. A step that is not skipped is that of the optimizer itself."""
   tx, extra = OPTIMIZERS[name]
@@ -408,8 +408,12 @@ def test_a_skipped_step_does_not_decay():
   assert same_bits(skipped, state)
 
 
-@pytest.mark.parametrize(("method", "name"), [("full", "muon"), ("lora", "muon"), ("full", "sgd"), ("lora", "lion")])
-def test_every_optimizer_trains_on_eight_devices_as_on_one(method, name):
+ON_ANY_DEVICES = [("full", "muon"), ("lora", "muon"), ("full", "sgd"), ("lora", "lion")]
+
+
+@pytest.mark.parametrize("case", slowly(ON_ANY_DEVICES, quick=[("lora", "muon")]))
+def test_every_optimizer_trains_on_eight_devices_as_on_one(case):
+  method, name = case
   changes = dict(optimizer__name=name, rest_learning_rate=5e-3, optimizer__weight_decay=0.1)
   many, one = (train(3, method, devices, **changes) for devices in (8, 1))
   for ours, theirs in zip(jax.tree.leaves(many[0][-1].params), jax.tree.leaves(one[0][-1].params), strict=True):

@@ -85,7 +85,7 @@ def test_counters_of_skipped_steps_are_kept(runs):
   assert same_bits(after.spikes, spikes)
 
 
-@pytest.mark.parametrize("method", APPROXIMATE)
+@pytest.mark.parametrize("method", slowly(APPROXIMATE, quick=["sltrain"]))
 def test_layers_without_base_kernels_store_the_best_approximation_and_log_its_error(folder, runs, method, caplog):
   """The error by NumPy's decomposition of each kernel; embedding, norms and head are kept."""
   run = train(folder, f"{method}-approximated", method=method, checkpoint_every=STEPS, **PHASE)
@@ -250,9 +250,13 @@ def sources(folder, runs):
   return ends | {"half": (half, lora.handed[0][0][1], lora.saved[K - 1])}
 
 
-@pytest.mark.parametrize(("source", "method"), [("full", "switchlora"), ("lora", "galore"), ("half", "galore")])
-def test_the_initial_logits_are_those_of_the_other_run(folder, runs, sources, source, method):
+FROM = [("full", "switchlora"), ("lora", "galore"), ("half", "galore")]
+
+
+@pytest.mark.parametrize("case", slowly(FROM, quick=[("full", "switchlora"), ("half", "galore")]))
+def test_the_initial_logits_are_those_of_the_other_run(folder, runs, sources, case):
   """Those of its newest checkpoint. Everything else is as at step 0."""
+  source, method = case
   workdir, theirs, saved = sources[source]
   config = resolved(folder, devices=1, **SHAPE, method=method, warm_start_from=str(workdir))
   ours = phases.build_phase(config, small_model.mesh(1))
