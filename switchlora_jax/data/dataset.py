@@ -7,12 +7,11 @@ texts to training, and `eval_also` names further validation texts.
 
 import hashlib
 import json
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from switchlora_jax.data import corpus, documentation, folders, preparation, shards, texts, tokenizer
-from switchlora_jax.data.folders import Dataset, PackedText
+from switchlora_jax.data.folders import Dataset
 from switchlora_jax.data.loader import SequenceStream
 from switchlora_jax.data.mixture import Mixture, row_counts
 from switchlora_jax.data.preparation import Request
@@ -207,19 +206,15 @@ def _with_further_texts(data: Dataset, config, progress: bool) -> Dataset:
       train=Mixture(data.train, tuple(packed.rows for packed in opened), shares),
       fingerprint=hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16],
     )
-    sizes = {f"mixture {text.place}": _sizes(opened[i], text.share) for i, text in enumerate(added)}
+    sizes = {
+      f"mixture {text.place}": {"share": f"{float(text.share):.4g} of all rows"} | packed.sizes
+      for text, packed in zip(added, opened, strict=True)
+    }
     data = data._replace(summary=data.summary | {"fingerprint": data.fingerprint, "further": sizes})
   also = tuple(texts.open_text(text, "valid", form, progress) for text in texts.parse_eval_also(config.data.eval_also))
-  sizes = {f"valid {packed.label}": _sizes(packed) for packed in also}
+  sizes = {f"valid {packed.label}": packed.sizes for packed in also}
   summary = data.summary | ({"further": data.summary.get("further", {}) | sizes} if sizes else {})
   return data._replace(also=also, summary=summary)
-
-
-def _sizes(packed: PackedText, share: Fraction | None = None) -> dict:
-  """The sizes of a further text for `Dataset.summary`."""
-  sizes = {"share": f"{float(share):.4g} of all rows"} if share else {}
-  skipped = {"bad rows skipped": packed.bad_rows} if packed.bad_rows else {}
-  return sizes | {"rows": len(packed.rows)} | skipped
 
 
 def _text_origin(data) -> list:

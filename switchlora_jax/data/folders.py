@@ -5,9 +5,10 @@ A folder of the cache is named by a hash of everything that determines its seque
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from switchlora_jax.data import corpus, preparation, shards, tokenizer
 from switchlora_jax.data.loader import SequenceStream
@@ -16,6 +17,7 @@ from switchlora_jax.data.preparation import Request
 from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
+SKIPPED = "bad rows skipped"  # key of printed sizes
 HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
 
 
@@ -27,14 +29,19 @@ class PackedText(NamedTuple):
     rows: [sequences, seq_len] on disk.
     bytes_per_token: UTF-8 bytes of text per token, without padding.
     fingerprint: hash of the sequences and the tokenizer, 16 hexadecimal digits.
-    bad_rows: number of rows of its files that have no text and were left out.
+    sizes: to print, as in `Dataset.summary`.
   """
 
   label: str
   rows: PackedSequences
   bytes_per_token: float
   fingerprint: str
-  bad_rows: int = 0
+  sizes: Mapping[str, Any] = MappingProxyType({})
+
+  @property
+  def bad_rows(self) -> int:
+    """Number of rows of its files that have no text and were left out."""
+    return self.sizes.get(SKIPPED, 0)
 
 
 class Dataset(NamedTuple):
@@ -129,7 +136,7 @@ def printed_sizes(split: dict) -> dict:
   """The sizes of a split, with the number of skipped rows if there are any, and those of padding if it is padded."""
   sizes = {key: value for key, value in split.items() if key not in ("shards", "bad_rows", "cut_tokens", "padding")}
   skipped = split.get("bad_rows", 0)
-  sizes |= {"bad rows skipped": skipped} if skipped else {}
+  sizes |= {SKIPPED: skipped} if skipped else {}
   if "padding" in split:
     kept, padding = split["tokens"] - split["cut_tokens"], split["padding"]
     share = f"{padding / max(1, kept + padding):.1%} of the rows"

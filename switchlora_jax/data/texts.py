@@ -78,6 +78,8 @@ def parse_mixture(setting: str) -> list[Named]:
         f"{MIXTURE} (={setting!r}): the share of {place!r} must be a number between 0 and 1 with at most four "
         f"decimals; found {left!r}; write e.g. 0.1={place}"
       )
+    if place in {text.place for text in found}:
+      raise UserError(f"{MIXTURE} (={setting!r}) must have different texts; found {place!r} twice; add up its shares")
     found.append(Named(place, f"{MIXTURE}={left}", place, share))
   if (total := sum(text.share for text in found)) >= 1:
     raise UserError(
@@ -165,11 +167,11 @@ def open_text(text: Named, split: str, form: Form, progress: bool) -> PackedText
   if text.folder or text.place == DOCS:
     data = folders.open_folder(folder, manifest, text.place)
     rows = data.train if split == "train" else data.valid
-    opened = PackedText(text.label, rows, data.bytes_per_token, fingerprint)
+    opened = PackedText(text.label, rows, data.bytes_per_token, fingerprint, data.summary[split])
   else:
     found = manifest["train"]
-    rows, skipped = shards.open_sequences(folder, found), found.get("bad_rows", 0)
-    opened = PackedText(text.label, rows, folders.bytes_per_token(found), fingerprint, skipped)
+    rows, sizes = shards.open_sequences(folder, found), folders.printed_sizes(found)
+    opened = PackedText(text.label, rows, folders.bytes_per_token(found), fingerprint, sizes)
   if not len(opened.rows):
     raise UserError(
       f"{text.flag} (={text.place!r}) must hold at least one row of {form.seq_len} tokens; add text, or lower seq_len"

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from switchlora_jax.data.tokenizer import copy_in_run, gives_same_ids
@@ -178,10 +178,10 @@ class Source:
       plain["head"] = {"kernel": np.ascontiguousarray(plain["embed"]["embedding"].T)}
     specs = placement(self._config, self._mesh)._replace(trained=True).specs(plain, "trained")
     arrays, structure = jax.tree.flatten(plain)
-    del plain
-    for number, spec in enumerate(structure.flatten_up_to(specs)):  # each copy on the host is freed once it is placed
+    del plain  # with `arrays`, so that each copy on the host is freed once it is placed
+    for number, spec in enumerate(jax.tree.leaves(specs, is_leaf=lambda at: isinstance(at, PartitionSpec))):
       arrays[number] = _place(self._mesh, arrays[number], spec)
-    return _initial_state(self._phase, structure.unflatten(arrays), {}, None)
+    return _initial_state(self._phase, jax.tree.unflatten(structure, arrays), {}, None)
 
 
 def _place(mesh, array, spec) -> jax.Array:

@@ -62,10 +62,11 @@ def test_files_are_packed_with_the_tokenizer_of_the_run(folder, config, plain):
   tokens = sum(len(model.encode([text])[0]) + 1 for text in HELD_OUT)
   assert also.label == "old" and also.bytes_per_token == sum(len(text.encode()) for text in HELD_OUT) / tokens
   assert made.train.shares == (Fraction(1, 10),)
-  assert made.summary["further"] == {
-    f"mixture {folder}/old/*": {"share": "0.1 of all rows", "rows": len(made.train.others[0])},
-    "valid old": {"rows": len(also.rows)},
-  }
+  printed = made.summary["further"]
+  assert list(printed) == [f"mixture {folder}/old/*", "valid old"]
+  added, held_out = printed.values()
+  assert (added["share"], added["documents"], added["rows"]) == ("0.1 of all rows", len(OLD), len(made.train.others[0]))
+  assert (held_out["documents"], held_out["tokens"], held_out["rows"]) == (len(HELD_OUT), tokens, len(also.rows))
 
 
 def test_a_prepared_folder_has_training_and_validation_rows(folder, plain):
@@ -115,6 +116,7 @@ def test_the_fingerprint_depends_on_the_mixture_but_not_on_further_validation(fo
     ("0=old", r"the share of 'old' must be a number between 0 and 1"),
     ("1/0=old", r"the share of 'old' must be a number between 0 and 1"),
     ("0.12345=old", r"with at most four decimals; found '0\.12345'"),
+    ("0.1=a; 0.2=a", r"must have different texts; found 'a' twice; add up its shares"),
     ("0.6=a;0.4=b", r"the shares must add up to less than 1, .*; found 1; lower them"),
   ],
 )

@@ -22,7 +22,18 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:python -m experiments\.([\w.]*\w)|experiments/slurm/(pretrain)\.sbatch)((?:[ \t][^\n]*)?)")
 DEFINED = re.compile(r'DEFINE_\w+\(\s*"(\w+)"')
-FOREIGN = {"gpus-per-task", "kill-on-bad-exit", "wait", "requeue", "signal", "nodes", "faults", "local-dir"}
+FOREIGN = {
+  "gpus-per-task",
+  "kill-on-bad-exit",
+  "wait",
+  "requeue",
+  "signal",
+  "nodes",
+  "faults",
+  "local-dir",
+  "rotate",
+  "tasks",
+}
 
 
 def code_of(path) -> list[str]:

@@ -133,12 +133,11 @@ def test_keys_that_are_given_stay(folder, hugging_face):
   assert "num_heads=" not in line and "tokenizer" not in line
 
 
-def test_a_run_gives_its_architecture_but_not_its_tokenizer(folder, full):
-  """The tokenizer that a run trained is trained again from the same text, with the same cache."""
+def test_a_run_gives_its_architecture_and_its_tokenizer(folder, full):
   config, line = adopted(folder, full.workdir)
   expected = open_run(full.workdir).architecture | {"max_position": None}  # the default is the new run's seq_len
-  assert config.model.to_dict() == expected and config.data.tokenizer == ""
-  assert "tokenizer" not in line and "max_position" not in line
+  assert config.model.to_dict() == expected and config.data.tokenizer == str(full.workdir / "tokenizer.model")
+  assert "data.tokenizer=" in line and "max_position" not in line
   config, line = adopted(folder, "")
   assert line is None and config.model.hidden_size == 64
 
