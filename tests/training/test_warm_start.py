@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -272,12 +273,17 @@ def test_the_initial_logits_are_those_of_the_other_run(folder, runs, sources, ca
 
 
 def test_weights_of_another_run_get_the_shardings_of_the_new_run(folder, runs, monkeypatch):
-  """On eight devices with fsdp=4, a device receives only its shard. The weights are those on one device."""
+  """On eight devices with fsdp=4, a device receives only its shard. The weights are those on one device.
+
+  The copy of each array on the host is freed before the next one is placed.
+  """
   options = dict(SHAPE, method="lora", warm_start_from=str(runs("lora").workdir))
-  shards, place = [], warm_start._place
+  shards, hosts, place = [], [], warm_start._place
 
   def recorded(mesh, array, spec):
-    placed = place(mesh, array, spec)
+    assert not any(host() is not None for host in hosts)
+    hosts.append(weakref.ref(array))
+    placed = place(mesh, array.copy(), spec)  # on CPUs, the array itself may become part of what is placed
     shards.append((array.size, placed.addressable_shards[0].data.size))
     return placed
 
