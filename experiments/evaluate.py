@@ -82,7 +82,7 @@ def own_validation_text(run: SavedRun) -> PackedText:
   try:
     own = run.config.to_dict()
     own["data"]["tokenizer"] = copy_in_run(own["data"]["tokenizer"], run.directory)
-    data = dataset.open_dataset(FrozenConfigDict(own), progress=not flags.FLAGS.quiet)
+    data = dataset.open_dataset(FrozenConfigDict(own), progress=not flags.FLAGS.quiet, also=False)
   except UserError as error:
     raise UserError(f"the run's own validation rows: {error}; or evaluate other text with --data") from error
   if data.fingerprint != run.fingerprint:

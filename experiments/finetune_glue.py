@@ -163,9 +163,10 @@ def run_or_reuse(tuning: FineTuning, rate: float, seed: int) -> dict:
   folder = tuning.folder / f"lr={rate:g}_seed={seed}"
   settings_used = {"weights": tuning.model.checksum, "rows": len(tuning.train.tokens)}
   settings_used |= {"epochs": EPOCHS.value, "seq_len": SEQ_LEN.value, "learning_rate": rate, "seed": seed}
-  settings_used["architecture"] = tuning.model.pretrained.architecture  # results of earlier versions have none
+  settings_used["architecture"] = tuning.model.pretrained.architecture
   if (path := folder / "result.json").exists():
     saved = json.loads(path.read_text())
+    saved.setdefault("architecture", settings_used["architecture"])  # results of earlier versions have none
     changed = [
       f"{key}: {saved[key]!r} → {value!r}" for key, value in settings_used.items() if saved.get(key, value) != value
     ]

@@ -46,17 +46,19 @@ def collect(
   for variant in variants:
     own = [(r.trial.config, entry) for r, entry in zip(results, entries, strict=True) if r.trial.variant is variant]
     if own:
-      rows.append(variant_row(variant, own[0][0], [entry for _, entry in own], times.get(variant.label)))
+      row = variant_row(variant, own[0][0], [entry for _, entry in own], times.get(variant.label), read_at)
+      rows.append(row)
   add_differences(rows, entries, reference)
   return stored.with_shared_config({"read_at": read_at, "reference": reference, "arms": rows, "cells": entries})
 
 
-def variant_row(variant: Variant, config, cells: list[dict], step_time: float | None) -> dict:
+def variant_row(variant: Variant, config, cells: list[dict], step_time: float | None, read_at: float) -> dict:
   """One line of the table: a variant at its best learning rates.
 
   Args:
     config: the resolved config of one of its trials.
     cells: the entries of its trials, from `trial_entry`.
+    read_at: as for `collect`.
   """
   first_seed = [cell for cell in cells if cell["seed"] == min(cell["seed"] for cell in cells)]
   losses = {cell_point(cell): math.inf if cell["val_loss"] is None else cell["val_loss"] for cell in first_seed}
@@ -79,7 +81,7 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
     "perplexities": perplexities,
     "mean": statistics.mean(perplexities) if perplexities else None,
     "std": statistics.stdev(perplexities) if len(perplexities) > 1 else None,
-    "further": mean_further(at_best),
+    "further": mean_further(at_best, evaluation_step(config, read_at)),
     "tokens": median_of(at_best, "tokens") or (None if config.data.packing == "pad" else positions),
     **{key: median_of(timed, key) for key in ("seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes")},
     "devices": sorted({cell["devices"] for cell in timed}),
@@ -145,7 +147,7 @@ def trial_entry(result: TrialResult, read_at: float) -> dict:
     "failure": result.failure,
     "val_loss": loss,
     "curve": [[row["step"], row["val_loss"]] for row in rows],
-    "further": {} if result.failure else further_perplexities(rows, evaluation_step(trial.config, read_at)),
+    "further": further_curves(rows),
     "learnt_rank": [[row["step"], row["learnt_rank"]] for row in rows if "learnt_rank" in row],
     **run_costs(result.workdir, trial.config),
     "devices": saved and saved["devices"],
@@ -154,18 +156,23 @@ def trial_entry(result: TrialResult, read_at: float) -> dict:
   }
 
 
-def further_perplexities(rows: list[dict], step: int) -> dict[str, float | None]:
-  """{label: perplexity} of the further validation texts in the evaluation at a step."""
-  return next((evaluation.further(row) for row in rows if row["step"] == step), {})
-
-
-def mean_further(cells: list[dict]) -> dict[str, dict]:
-  """{label: mean and standard deviation} of the perplexities of further validation texts over finite trials."""
+def further_curves(rows: list[dict]) -> dict[str, list]:
+  """{label: [step, perplexity] of each evaluation} of the further validation texts."""
   found = {}
-  for label in {label: None for cell in cells for label in cell.get("further", ())}:
-    values = [cell["further"][label] for cell in cells if cell.get("further", {}).get(label) is not None]
+  for row in rows:
+    for label, perplexity in evaluation.further(row).items():
+      found.setdefault(label, []).append([row["step"], perplexity])
+  return found
+
+
+def mean_further(cells: list[dict], step: int) -> dict[str, dict]:
+  """{label: mean, standard deviation and number} of the finite perplexities of further validation texts at a step."""
+  found, curves = {}, [cell.get("further", {}) for cell in cells]
+  for label in {label: None for curve in curves for label in curve}:
+    values = [value for curve in curves for at, value in curve.get(label, ()) if at == step and value is not None]
     if values:
-      found[label] = {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+      spread = statistics.stdev(values) if len(values) > 1 else None
+      found[label] = {"mean": statistics.mean(values), "std": spread, "seeds": len(values)}
   return found
 
 

@@ -82,10 +82,11 @@ def format_perplexity(row: dict) -> str:
 
 
 def format_further(row: dict) -> str:
-  """`old 41.30 ± 0.15, code 12.01 ± 0.08`: the validation texts of `data.eval_also`; empty if there are none."""
+  """`old 41.30 ± 0.15, code 12.01 (1 of 3 seeds)`: the texts of `data.eval_also`; empty if there are none."""
   spread = lambda found: f" ± {found['std']:.2f}" if found["std"] is not None else ""
+  among = lambda found: f" ({found['seeds']} of {row['seeds']} seeds)" if found["seeds"] < row["seeds"] else ""
   further = row.get("further", {}).items()
-  return ", ".join(f"{label} {found['mean']:.2f}{spread(found)}" for label, found in further)
+  return ", ".join(f"{label} {found['mean']:.2f}{spread(found)}{among(found)}" for label, found in further)
 
 
 def format_learning_rate(row: dict, dimension: int) -> str:

@@ -7,6 +7,7 @@ texts to training, and `eval_also` names further validation texts.
 
 import hashlib
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 TOKENIZER = "--config.data.tokenizer"
+MIXED = "the text {!r} of data.mixture"
 SOURCES = {
   "docs": "documentation of the installed packages",
   "text": "your own files, packed into cache_dir first",
@@ -29,8 +31,11 @@ SOURCES = {
 }
 
 
-def check_data_config(config) -> None:
-  """Checks `config.data` before any expensive work: source, globs, tokenizer and prepared folder.
+def check_data_config(config, also: bool = True) -> None:
+  """Checks `config.data` before any expensive work: source, globs, tokenizer and prepared folders.
+
+  Args:
+    also: whether to check the texts of `data.eval_also` as well.
 
   Raises:
     UserError: a setting is invalid.
@@ -64,10 +69,10 @@ def check_data_config(config) -> None:
   else:
     _text_origin(data)
     _check_tokenizer(config)
-  _check_further_texts(config)
+  _check_further_texts(config, also)
 
 
-def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 1)) -> Dataset:
+def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 1), also: bool = True) -> Dataset:
   """Opens the packed sequences that `config` trains and validates on, and makes them first if necessary.
 
   With `data.packing=pack`, documents are joined, each ended by EOS, and cut into sequences of `seq_len` tokens; the
@@ -78,11 +83,12 @@ def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 
     config: the resolved config.
     progress: whether to show progress bars.
     share: the files to verify, see `shards.verify_checksums`.
+    also: whether to open the texts of `data.eval_also` as well.
 
   Raises:
     UserError: `check_data_config` fails, before any expensive work; or the text is too short, or a file is damaged.
   """
-  check_data_config(config)
+  check_data_config(config, also)
   folder = _expanded(config.data.path) if config.data.source == "prepared" else _fill_cache(config, progress)
   manifest = shards.read_manifest(folder)
   shards.verify_checksums(folder, manifest, progress, share)
@@ -91,7 +97,7 @@ def open_dataset(config, *, progress: bool = True, share: tuple[int, int] = (0, 
   else:
     _check_length(folders.split_sizes(manifest), config)
     data = folders.open_folder(folder, manifest, config.data.source)
-  return _with_further_texts(data, config, progress)
+  return _with_further_texts(data, config, progress, also)
 
 
 def check_length_after_skips(data: Dataset, config, skipped: int) -> None:
@@ -169,22 +175,40 @@ def _check_prepared(config) -> None:
   _check_length(folders.split_sizes(manifest), config)
 
 
-def _check_further_texts(config) -> None:
+def _check_further_texts(config, also: bool) -> None:
   """Checks `mixture` and `eval_also`: their form, their folders and globs, and that no file has both uses."""
   data = config.data
-  added, also = texts.parse_mixture(data.mixture), texts.parse_eval_also(data.eval_also)
+  added, further = texts.parse_mixture(data.mixture), texts.parse_eval_also(data.eval_also) if also else []
   if data.source == "prepared":
     model = tokenizer_in(_expanded(data.path))
   else:
     trained = not data.tokenizer or tokenizer.size_to_train(data.tokenizer, TOKENIZER) is not None
     model = None if trained else tokenizer.locate(data.tokenizer, TOKENIZER)
-  for text in (*added, *also):
+  for text in (*added, *further):
     texts.check(text, _form(config, model))
+  for text, needed in zip(added, _needed_rows(config)[1:], strict=True):
+    if text.folder:
+      available = folders.split_sizes(shards.read_manifest(text.folder))["train"]["rows"]
+      texts.check_not_empty(text, available, _form(config, model))
+      _check_rows(MIXED.format(text.place), available, needed, config)
   files = lambda named: [file for text in named for file in texts.local_files(text)]
   own = data.source in ("text", "stream")
   local = lambda key: list(texts.local_files(texts.Named(data[key], f"--config.data.{key}", ""))) if data[key] else []
   train, valid = (local("path"), local("eval_path")) if own else ([], [])
-  texts.check_separate(train + files(added), valid + files(also))
+  texts.check_separate(train + files(added), valid + files(further))
+  _check_held_out(data, added, train, files(added))
+
+
+def _check_held_out(data, added: list[texts.Named], own: list[str], mixed: list[str]) -> None:
+  """Raises `UserError` if the mixture would train on rows of `data.path` that are held out for validation."""
+  own_files = set(map(os.path.realpath, own))
+  again = [text.place for text in added if text.place == data.path and data.path.startswith(corpus.HUB)]
+  again += [file for file in mixed if os.path.realpath(file) in own_files]
+  if again and not data.eval_path:
+    raise UserError(
+      f"--config.data.mixture has {again[0]!r}, which is in data.path as well, whose last rows are held out for "
+      "validation; set --config.data.eval_path to another text, or leave it out of one of them"
+    )
 
 
 def _form(config, model: Path | None) -> texts.Form:
@@ -193,13 +217,13 @@ def _form(config, model: Path | None) -> texts.Form:
   return texts.Form(model, config.seq_len, data.packing, data.cache_dir, RowOptions(data.field, data.bad_rows))
 
 
-def _with_further_texts(data: Dataset, config, progress: bool) -> Dataset:
+def _with_further_texts(data: Dataset, config, progress: bool, also: bool) -> Dataset:
   """The dataset with the texts of `mixture` in its training rows, and those of `eval_also`."""
   form = _form(config, Path(data.tokenizer_path))
   if added := texts.parse_mixture(config.data.mixture):
     opened = [texts.open_text(text, "train", form, progress) for text in added]
     for text, packed, needed in zip(added, opened, _needed_rows(config)[1:], strict=True):
-      _check_rows(f"the text {text.place!r} of data.mixture", len(packed.rows), needed, config)
+      _check_rows(MIXED.format(text.place), len(packed.rows), needed, config)
     shares = tuple(text.share for text in added)
     contents = [data.fingerprint, *map(str, shares), *(packed.fingerprint for packed in opened)]
     data = data._replace(
@@ -211,10 +235,11 @@ def _with_further_texts(data: Dataset, config, progress: bool) -> Dataset:
       for text, packed in zip(added, opened, strict=True)
     }
     data = data._replace(summary=data.summary | {"fingerprint": data.fingerprint, "further": sizes})
-  also = tuple(texts.open_text(text, "valid", form, progress) for text in texts.parse_eval_also(config.data.eval_also))
-  sizes = {f"valid {packed.label}": packed.sizes for packed in also}
+  named = texts.parse_eval_also(config.data.eval_also) if also else []
+  further = tuple(texts.open_text(text, "valid", form, progress) for text in named)
+  sizes = {f"valid {packed.label}": packed.sizes for packed in further}
   summary = data.summary | ({"further": data.summary.get("further", {}) | sizes} if sizes else {})
-  return data._replace(also=also, summary=summary)
+  return data._replace(also=further, summary=summary)
 
 
 def _text_origin(data) -> list:
@@ -232,7 +257,9 @@ def _fill_cache(config, progress: bool) -> Path:
   model = data.tokenizer or f"{tokenizer.TRAIN}{config.model.vocab_size}"
   if tokenizer.size_to_train(model, TOKENIZER) is None:
     model = str(tokenizer.locate(model, TOKENIZER))
-  request = Request(origin, model, config.seq_len, field=data.field, bad_rows=data.bad_rows, packing=data.packing)
+  request = Request(origin, model, config.seq_len, packing=data.packing)
+  if data.source != "docs":
+    request = request._replace(field=data.field, bad_rows=data.bad_rows)
   return folders.cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
 
 

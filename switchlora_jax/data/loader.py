@@ -174,6 +174,8 @@ class SequenceStream:
     Raises:
       UserError: the text ends before the last of them.
     """
+    if not count:  # whatever `start` is: nothing is read again
+      return np.empty((0, self.seq_len), np.int32)
     begin, size = start * self.seq_len, count * self.seq_len
     if begin < self._consumed:
       self._restart()

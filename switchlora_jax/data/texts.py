@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from switchlora_jax.data import corpus, documentation, folders, preparation, shards
 from switchlora_jax.data.folders import PackedText
-from switchlora_jax.data.mixture import PARTS
 from switchlora_jax.data.readers import RowOptions
 from switchlora_jax.data.tokenizer import tokenizer_sha256
 from switchlora_jax.errors import UserError
@@ -41,7 +40,7 @@ class Named(NamedTuple):
   @property
   def folder(self) -> Path | None:
     """The folder that `place` names, if it is one."""
-    path = Path(self.place).expanduser()
+    path = Path(os.path.expanduser(self.place))
     return path if self.place != DOCS and path.is_dir() else None
 
 
@@ -69,11 +68,8 @@ def parse_mixture(setting: str) -> list[Named]:
   """
   found = []
   for left, place in _entries(setting, MIXTURE, "SHARE=TEXT, as in 0.1=old/*.txt"):
-    try:
-      share = Fraction(left)
-    except (ValueError, ZeroDivisionError):
-      share = Fraction(0)
-    if not 0 < share < 1 or (share * PARTS).denominator > 1:
+    share = Fraction(left) if re.fullmatch(r"0?\.\d{1,4}", left, re.ASCII) else Fraction(0)
+    if not share:
       raise UserError(
         f"{MIXTURE} (={setting!r}): the share of {place!r} must be a number between 0 and 1 with at most four "
         f"decimals; found {left!r}; write e.g. 0.1={place}"
@@ -127,8 +123,13 @@ def check(text: Named, form: Form) -> None:
   """
   if text.folder:
     _check_folder(text, text.folder, form)
-  elif text.place != DOCS:
-    _parts(text, "train", form)
+  elif text.place == DOCS:
+    try:
+      documentation.origin()
+    except UserError as error:
+      raise UserError(f"{text.flag} (={text.place!r}): {error}") from error
+  else:
+    _parts(text, "valid" if text.share is None else "train", form)
 
 
 def local_files(text: Named) -> Sequence[str]:
@@ -172,11 +173,16 @@ def open_text(text: Named, split: str, form: Form, progress: bool) -> PackedText
     found = manifest["train"]
     rows, sizes = shards.open_sequences(folder, found), folders.printed_sizes(found)
     opened = PackedText(text.label, rows, folders.bytes_per_token(found), fingerprint, sizes)
-  if not len(opened.rows):
+  check_not_empty(text, len(opened.rows), form)
+  return opened
+
+
+def check_not_empty(text: Named, rows: int, form: Form) -> None:
+  """Raises `UserError` if a text has no row."""
+  if not rows:
     raise UserError(
       f"{text.flag} (={text.place!r}) must hold at least one row of {form.seq_len} tokens; add text, or lower seq_len"
     )
-  return opened
 
 
 def _fill_cache(text: Named, split: str, form: Form, progress: bool) -> Path:

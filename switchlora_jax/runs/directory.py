@@ -153,8 +153,8 @@ def _check_same_run(workdir: Path, saved: dict, config):
 def changed_keys(where, saved: dict, config) -> list[str]:
   """The changed keys that make `config` another run than the saved one, as from `differences`; empty if none does.
 
-  `data.path` of prepared data and `data.tokenizer` are not compared, because the files may have moved:
-  `check_same_data` compares the data.
+  `data.path` of prepared data, `data.tokenizer` and the texts of `data.mixture` are not compared, because the files may
+  have moved: `check_same_data` compares the data. Earlier versions did not set the tokenizer of a warm start.
 
   Args:
     where: how messages name the directory of the saved run.
@@ -174,8 +174,10 @@ def changed_keys(where, saved: dict, config) -> list[str]:
   changed = differences(saved["config"], config.to_dict())
   if then.get("data.source") == now["data.source"] == "prepared":
     changed = [change for change in changed if not change.startswith("data.path:")]
-  if then.get("data.tokenizer") and now["data.tokenizer"]:
+  if now["data.tokenizer"] and (then.get("data.tokenizer") or now["warm_start_from"]):
     changed = [change for change in changed if not change.startswith("data.tokenizer:")]
+  if then.get("data.mixture") and now["data.mixture"]:
+    changed = [change for change in changed if not change.startswith("data.mixture:")]
   keys = {change.partition(":")[0] for change in changed}
   if changed and (keys := sorted(keys & (then.keys() ^ now.keys()))):
     raise UserError(
@@ -256,18 +258,29 @@ def check_is_run(named: str, directory: Path, *parts: str) -> None:
 
 
 def record(workdir: Path, config, dataset) -> None:
-  """Writes config.json and the tokenizer of a new run; compares the data fingerprint of an existing one.
+  """Writes config.json and the tokenizer of a new run; compares the data fingerprints of an existing one.
 
   Raises:
-    UserError: the run was started on other data.
+    UserError: the run was started on other data, or a text of `data.eval_also` has changed.
   """
   saved = read(workdir)
   check_same_data(workdir, saved, dataset.fingerprint)
+  known = saved.get("eval_also", {}) if saved else {}
+  further = {text.label: text.fingerprint for text in dataset.also}
+  for label, fingerprint in further.items():
+    if known.get(label, fingerprint) != fingerprint:
+      raise UserError(
+        f"the text of --config.data.eval_also={label} is not the one that the run in {workdir} was evaluated on "
+        f"(fingerprint {known[label]}, now {fingerprint}); restore it, or give this text another name"
+      )
+  if saved and further.keys() - known.keys():
+    _write(workdir, saved | {"eval_also": known | further})
   if not saved:
     keep_tokenizer(Path(dataset.tokenizer_path), workdir)
     environment = {"versions": versions(), "devices": devices(), "git_revision": git_revision()}
     environment["schedule"] = SCHEDULE_VERSION
-    _write(workdir, {"config": config.to_dict(), "data_fingerprint": dataset.fingerprint} | environment)
+    fingerprints = {"data_fingerprint": dataset.fingerprint, "eval_also": further}
+    _write(workdir, {"config": config.to_dict()} | fingerprints | environment)
 
 
 def check_same_data(workdir: Path, saved: dict | None, fingerprint: str) -> None:

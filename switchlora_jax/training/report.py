@@ -147,7 +147,8 @@ def _validation_lines(rows: list[dict]) -> list[str]:
   if "val_bpb" in last:
     lines.append(f"validation bits per byte: {shown('val_bpb', 4)} (perplexity is per token; this compares tokenizers)")
   if evaluations[0]["step"] == 0 or further(last):
-    lines += [f"step {row['step']}: {describe_perplexities(row)}" for row in (evaluations[0], last)]
+    shown_rows = evaluations if len(evaluations) < 2 else (evaluations[0], last)
+    lines += [f"step {row['step']}: {describe_perplexities(row)}" for row in shown_rows]
   error, value = last.get("val_ppl_se", 0), last["val_ppl"]
   if value is not None and (error is None or error > LARGE_ERROR * value):
     lines.append(

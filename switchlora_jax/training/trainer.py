@@ -154,7 +154,7 @@ class Run:
     self._config, self._workdir, self._phases, self._checkpoints = config, workdir, phases, checkpoints
     self._supervisor, self._quiet = supervisor, quiet
     self._data, self._batch_of = data, loader.make_batch_fn(data.train, config)
-    self._validate = make_evaluate(config, phases[0], data, quiet)
+    self._validate = make_evaluate(config, phases[0], data, quiet, supervisor.mark)
     self._peak_flops = peak_flops and peak_flops * jax.device_count()
     self._tracer = StepTracer(workdir / "tensorboard", config.profile_steps if processes.is_first() else 0)
     self.metrics, self.first_step_at = None, None
@@ -277,11 +277,12 @@ def prepare_data(config, quiet: bool = False) -> dataset.Dataset:
   share = (jax.process_index(), jax.process_count())
   progress = processes.is_first() and not quiet
   data = processes.first_then_others(lambda: dataset.open_dataset(config, progress=progress, share=share))
-  processes.check_same({"data fingerprint": data.fingerprint})
+  further = {f"fingerprint of data.eval_also={text.label}": text.fingerprint for text in data.also}
+  processes.check_same({"data fingerprint": data.fingerprint} | further)
   return data
 
 
-def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = False):
+def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = False, mark=lambda what: None):
   """The evaluation of a run: (phase, state) -> metrics of the first `eval_tokens` tokens of each validation text.
 
   Adds `learnt_rank`, the effective rank of W_t - W_0, unless `warm_start_from` is set: then W_0 cannot be drawn again.
@@ -289,6 +290,7 @@ def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = Fal
   Args:
     start: the first phase of the run.
     quiet: whether to show no progress.
+    mark: called with a description before each further text is evaluated; see `Supervisor.mark`.
   """
   select = partial(first, tokens=config.eval_tokens, padded=config.data.packing == "pad")
   rows, also = select(data.valid), [text._replace(rows=select(text.rows)) for text in data.also]
@@ -298,6 +300,7 @@ def make_evaluate(config, start: Phase, data: dataset.Dataset, quiet: bool = Fal
   def evaluate(phase, state) -> dict[str, float]:
     values = validate(phase, state, rows, batch_size, data.bytes_per_token, quiet)
     for text in also:
+      mark(f"evaluation of {text.label}")
       add_further(values, text.label, validate(phase, state, text.rows, batch_size, text.bytes_per_token, quiet))
     if learnt_rank is not None:
       values["learnt_rank"] = float(learnt_rank(state.params, state.frozen, phase.scale))

@@ -89,6 +89,18 @@ def test_the_rows_of_a_stream_keep_their_order(tmp_path):
   assert sorted(set(others)) == [1, 2] and mixture.cut_tokens == 0
 
 
+def test_a_batch_without_rows_of_the_stream_reads_nothing_again(tmp_path):
+  """Two rows a batch, of which the stream has less than one."""
+  documents = sentences(0, 40)
+  tokenizer.train_tokenizer(documents, 300, tmp_path / "tokenizer.model")
+  stream, restarts = loader.SequenceStream([documents], tmp_path / "tokenizer.model", LENGTH), []
+  restart = stream._restart
+  stream._restart = lambda: restarts.append(1) or restart()
+  mixture = Mixture(stream, (numbered(1000, 9),), (Fraction(4, 5),))
+  rows = [loader.mixed_batch(mixture, seed=0, step=step, batch_size=2)[:] for step in range(10)]
+  assert not restarts and any((batch >= 1000).all() for batch in rows)
+
+
 def test_joined_sequences():
   joined = JoinedSequences((numbered(0, 3), numbered(10, 2)))
   assert joined.shape == (5, LENGTH)

@@ -10,7 +10,6 @@ from tiny import rows_of, sentences, tiny_config, write_lines, write_text
 
 from switchlora_jax.data import corpus, dataset, preparation, texts, tokenizer
 from switchlora_jax.data.mixture import Mixture
-from switchlora_jax.data.readers import RowOptions
 from switchlora_jax.errors import UserError
 
 OLD, HELD_OUT = sentences(0, 60), sentences(60, 80)
@@ -43,10 +42,10 @@ def plain(folder):
   return dataset.open_dataset(config_of(folder), progress=False)
 
 
-def prepared(folder: Path, model: str, seq_len: int = 16) -> Path:
-  """A prepared folder with the two texts of files as training and validation."""
-  text = lambda: corpus.open_corpus(f"{folder}/old/*", f"{folder}/held_out/*", RowOptions(flags="--"))
-  where = folder / f"prepared-{Path(model).name}-{seq_len}"
+def prepared(folder: Path, model: str, seq_len: int = 16, texts_of=OLD) -> Path:
+  """A prepared folder with training text and the validation text of the files."""
+  text = lambda: corpus.Corpus([texts_of], [HELD_OUT])
+  where = folder / f"prepared-{Path(model).name}-{seq_len}-{len(texts_of)}"
   preparation.fill_folder(where, preparation.Request(["text"], model, seq_len), text, wait=True, progress=False)
   return where
 
@@ -117,6 +116,7 @@ def test_the_fingerprint_depends_on_the_mixture_but_not_on_further_validation(fo
     ("1/0=old", r"the share of 'old' must be a number between 0 and 1"),
     ("0.12345=old", r"with at most four decimals; found '0\.12345'"),
     ("0.1=a; 0.2=a", r"must have different texts; found 'a' twice; add up its shares"),
+    ("1e-3000000=old", r"found '1e-3000000'"),
     ("0.6=a;0.4=b", r"the shares must add up to less than 1, .*; found 1; lower them"),
   ],
 )
@@ -165,12 +165,50 @@ def test_texts_that_do_not_fit_are_refused_before_any_work(folder, config, plain
       dataset.check_data_config(config)
 
 
-def test_a_mixture_is_not_repeated_unless_allowed(folder, config):
+def test_rows_that_are_held_out_are_not_trained_on(folder, config):
+  """Without a validation text, the last rows of data.path are held out; the mixture takes all rows of a file."""
+  config.data.mixture = f"0.1={folder}/own.tx*"
+  with pytest.raises(UserError, match=r"mixture has '.*own\.txt', which is in data\.path as well, .* set --config"):
+    dataset.check_data_config(config)
+  config.data.update(eval_path=f"{folder}/held_out/*", eval_also="")
+  dataset.check_data_config(config)
+
+
+def test_the_validation_split_of_a_hub_dataset_is_checked_first(config, monkeypatch):
+  monkeypatch.setattr(corpus, "_hub", lambda *_: corpus.Corpus([OLD], None))
+  config.data.eval_also = "old=hub:some/text"
+  with pytest.raises(UserError, match=r"eval_also=old \(='hub:some/text'\) must have a split `validation`"):
+    dataset.check_data_config(config)
+
+
+def test_missing_documentation_is_found_first(config, monkeypatch):
+  def missing():
+    raise UserError("packages are missing")
+
+  monkeypatch.setattr(texts.documentation, "origin", missing)
+  config.data.mixture = "0.1=docs"
+  with pytest.raises(UserError, match=r"mixture=0\.1 \(='docs'\): packages are missing"):
+    dataset.check_data_config(config)
+
+
+def test_further_validation_texts_need_not_exist_for_other_uses(folder, config):
+  config.data.eval_also = "old=nowhere/*"
+  assert dataset.open_dataset(config, progress=False, also=False).also == ()
+  with pytest.raises(UserError, match="eval_also=old"):
+    dataset.open_dataset(config, progress=False)
+
+
+def test_a_mixture_is_not_repeated_unless_allowed(folder, config, plain, monkeypatch):
   """12 steps of 8 rows: the mixture of a half needs 48 of its rows, the text of the run the other 48."""
   write_lines(folder / "short" / "a.jsonl", OLD[:10])
   config.data.mixture = f"0.5={folder}/short/*"
-  with pytest.raises(UserError, match=r"needs 48 rows \(12 steps of 8\); the text '.*' of data\.mixture .*epochs=2"):
+  sentence = r"needs 48 rows \(12 steps of 8\); the text '.*' of data\.mixture .*epochs=2"
+  with pytest.raises(UserError, match=sentence):
     dataset.open_dataset(config, progress=False)
+  short = prepared(folder, plain.tokenizer_path, texts_of=OLD[:10])
+  with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
+    patch.setattr(preparation, "fill_folder", lambda *_, **__: pytest.fail("work before the check"))
+    dataset.check_data_config(config_of(folder, data__mixture=f"0.5={short}"))
   config.data.epochs = 5
   made = dataset.open_dataset(config, progress=False)
   assert 48 / 5 <= len(made.train.others[0]) < 48

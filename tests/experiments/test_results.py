@@ -198,8 +198,8 @@ def test_further_validation_texts_have_a_column(tmp_path, runs):
     (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     ran.append(TrialResult(trial, workdir, None))
   found = results.collect((FULL,), ran, 1.0)
-  assert found["cells"][1]["further"] == {"old": 9.0, "code": 5.0}
-  assert "| old 8.50 ± 0.71, code 5.00 ± 0.00 |" in results_table(found)
+  assert found["cells"][1]["further"] == {"old": [[12, 9.0]], "code": [[12, 5.0]]}
+  assert "| old 8.50 ± 0.71 (2 of 3 seeds), code 5.00 ± 0.00 |" in results_table(found)
   again = [TrialResult(one.trial, one.workdir, None, cell) for one, cell in zip(ran, found["cells"], strict=True)]
   assert results.collect((FULL,), again, 1.0)["arms"][0]["further"] == found["arms"][0]["further"]
 

@@ -43,7 +43,8 @@ def write_run(workdir: Path, config, losses: dict[int, float], fingerprint="abc"
   tokenizer = workdir.parent / "some.model"
   run_directory.prepare(workdir, config)
   tokenizer.write_bytes(b"pieces")
-  run_directory.record(workdir, config, SimpleNamespace(fingerprint=fingerprint, tokenizer_path=str(tokenizer)))
+  data = SimpleNamespace(also=(), fingerprint=fingerprint, tokenizer_path=str(tokenizer))
+  run_directory.record(workdir, config, data)
   log = JsonLinesWriter(workdir, 0)
   with np.errstate(over="ignore"):
     log.write([{"step": step, "val_loss": loss, "val_ppl": float(np.exp(loss))} for step, loss in losses.items()])

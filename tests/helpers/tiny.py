@@ -112,7 +112,7 @@ def saved_run(workdir: Path, steps: int = 0, **changes) -> Path:
   config = resolved(workdir, devices=1, **{"learning_rate": 0.05, "warmup_steps": 1} | changes)
   text = workdir / "text.txt"
   tokenizer.train_tokenizer([text.read_text()], 320, workdir / "own.model")
-  data = SimpleNamespace(fingerprint="random ids", tokenizer_path=workdir / "own.model")
+  data = SimpleNamespace(also=(), fingerprint="random ids", tokenizer_path=workdir / "own.model")
   mesh = small_model.mesh(1)
   phase = build_phase(config, mesh)
   with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", 1) as checkpoints:

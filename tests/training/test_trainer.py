@@ -148,6 +148,15 @@ def test_a_run_on_a_mixture_continues_bitwise(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"data\.mixture"):
     trainer.train(resolved(tmp_path), tmp_path / "whole")
   trainer.train(resolved(tmp_path, **changes | dict(data__eval_also="")), tmp_path / "whole")  # nothing is left to do
+  (tmp_path / "old.jsonl").rename(tmp_path / "moved.jsonl")
+  moved = changes | dict(data__mixture=f"0.25={tmp_path}/moved.jsonl")
+  trainer.train(resolved(tmp_path, **moved), tmp_path / "whole")
+  write_lines(tmp_path / "held_out.jsonl", sentences(60, 90))
+  with pytest.raises(UserError, match=r"eval_also=old is not the one that the run in .* was evaluated on"):
+    trainer.train(resolved(tmp_path, **moved), tmp_path / "whole")
+  added = dict(data__eval_also=f"longer={tmp_path}/held_out.jsonl")
+  trainer.train(resolved(tmp_path, **moved | added), tmp_path / "whole")
+  assert json.loads((tmp_path / "whole" / "config.json").read_text())["eval_also"].keys() == {"old", "longer"}
 
 
 def error(message):
