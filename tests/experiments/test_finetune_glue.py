@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
   with Checkpoints(run / "checkpoints", keep=1) as saves:
     saves.save(0, build_phase(config, make_mesh(jax.devices()[:1])).create())
   train_tokenizer([Path(config.data.path).read_text()], config.model.vocab_size, folder / "own.model")
-  run_directory.record(run, config, SimpleNamespace(fingerprint="none", tokenizer_path=folder / "own.model"))
+  run_directory.record(run, config, SimpleNamespace(also=(), fingerprint="none", tokenizer_path=folder / "own.model"))
   for name in ("rte", "stsb"):
     glue_files.write_task(folder / "glue", name)
   return folder

@@ -19,7 +19,7 @@ from switchlora_jax.runs import directory as run_directory
 @pytest.fixture
 def dataset(tmp_path):
   (tmp_path / "some.model").write_bytes(b"pieces")
-  return SimpleNamespace(fingerprint="abc", tokenizer_path=str(tmp_path / "some.model"))
+  return SimpleNamespace(also=(), fingerprint="abc", tokenizer_path=str(tmp_path / "some.model"))
 
 
 def start(workdir, config, dataset):
