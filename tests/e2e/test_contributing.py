@@ -82,13 +82,14 @@ EXTENSIONS = {
         ("from switchlora_jax.data import ", "from switchlora_jax.data import countdown, "),
         ("SOURCES = {", 'SOURCES = {\n  "countdown": "documents that count down",'),
         (
-          '  if data.source == "docs":\n    return ',
-          '  if data.source == "countdown":\n    return countdown.ORIGIN\n  if data.source == "docs":\n    return ',
+          '  if data.source == "docs":\n    return documentation.origin()',
+          '  if data.source == "countdown":\n    return countdown.ORIGIN\n'
+          '  if data.source == "docs":\n    return documentation.origin()',
         ),
         (
-          '  if data.source == "docs":\n    text = ',
+          '  if data.source == "docs":\n    return documentation.read_corpus',
           '  if data.source == "countdown":\n    return countdown.open_countdowns()\n'
-          '  if data.source == "docs":\n    text = ',
+          '  if data.source == "docs":\n    return documentation.read_corpus',
         ),
       ],
     },
