@@ -17,7 +17,7 @@ from switchlora_jax.errors import UserError
 from switchlora_jax.runs.directory import FREE, differences, flatten, with_added_keys
 from switchlora_jax.runs.files import read_json_object, replace_text
 
-PATHS = ("data.path", "data.eval_path", "data.tokenizer", "data.mixture")
+PATHS = ("data.path", "data.eval_path", "data.tokenizer")
 
 
 def config_keys(config) -> dict[str, Any]:
