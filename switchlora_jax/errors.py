@@ -24,3 +24,8 @@ def to_stderr(text: str):
   with contextlib.suppress(OSError, ValueError):
     sys.stderr.write(f"\n{text}\n")
     sys.stderr.flush()
+
+
+def one_line(error: Exception) -> str:
+  """Type and message of a library's error, on one line."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -59,7 +59,7 @@ def x64():
 def pytest_addoption(parser):
   """`--faults`: see tests/faults/conftest.py; only this file may add options."""
   parser.addoption("--faults", action="store_true", help="run every injected fault, as `make faults` does")
-  parser.addoption("--minutes", type=float, help="start no test after so many minutes; the tests left are skipped")
+  parser.addoption("--minutes", type=float, help="time limit: tests that have not started by then are skipped")
   parser.addoption(
     "--rotate", type=int, default=0, help="begin with another file of tests, for sessions with --minutes"
   )

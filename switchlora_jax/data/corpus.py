@@ -17,7 +17,7 @@ import fsspec.compression
 
 from switchlora_jax.data import readers
 from switchlora_jax.data.readers import DEFAULT_ROWS, BadRow, Document, RowOptions
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import UserError, one_line
 
 HUB = "hub:"  # prefix of the name of a hub dataset
 C4 = "hub:allenai/c4:en"  # the paper's corpus
@@ -60,13 +60,18 @@ def open_corpus(path: str, eval_path: str, rows: RowOptions) -> Corpus:
   if not eval_path:
     return Corpus(files(train), None)
   valid = matching_files(eval_path, flags[1])
-  seen = set(map(os.path.realpath, train))  # resolves links and `..`
-  if shared := [file for file in valid if os.path.realpath(file) in seen]:
+  if shared := shared_files(train, valid):
     raise UserError(
       f"training and validation must not share files; {flags[0]} and {flags[1]} both match {shared[0]} "
       f"(shared files: {len(shared)}); narrow one of the globs"
     )
   return Corpus(files(train), files(valid))
+
+
+def shared_files(one: Sequence[str], other: Sequence[str]) -> list[str]:
+  """The files of `other` that are in `one` as well, also under another name."""
+  seen = set(map(os.path.realpath, one))  # resolves links and `..`
+  return [file for file in other if os.path.realpath(file) in seen]
 
 
 def matching_files(pattern: str, flag: str) -> tuple[str, ...]:
@@ -155,8 +160,7 @@ class HubShard:
       yield from self.split.shard(self.split.num_shards, self.index)
     except Exception as error:  # network errors, and errors of every file format
       raise UserError(
-        f"{self.name}, shard {self.index}: reading failed with {readers.one_line(error)}; "
-        "the same command continues from here"
+        f"{self.name}, shard {self.index}: reading failed with {one_line(error)}; the same command continues from here"
       ) from error
 
 
@@ -175,7 +179,7 @@ def _hub(path: str, eval_path: str, rows: RowOptions) -> Corpus:
     splits = datasets.load_dataset(name, subset or None, streaming=True)
   except Exception as error:
     raise UserError(
-      f"{path} could not be opened: {readers.one_line(error)}; it needs network access and the name of a dataset, as "
+      f"{path} could not be opened: {one_line(error)}; it needs network access and the name of a dataset, as "
       f"in {C4}; for a local copy, pass its files: {rows.flags}path='c4/en/*.json.gz'"
     ) from error
   if "train" not in splits:

@@ -7,7 +7,6 @@ texts to training, and `eval_also` names further validation texts.
 
 import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -179,17 +178,20 @@ def _check_further_texts(config, also: bool) -> None:
   """Checks `mixture` and `eval_also`: their form, their folders and globs, and that no file has both uses."""
   data = config.data
   added, further = texts.parse_mixture(data.mixture), texts.parse_eval_also(data.eval_also) if also else []
+  if not (added or further):
+    return
   if data.source == "prepared":
     model = tokenizer_in(_expanded(data.path))
   else:
     trained = not data.tokenizer or tokenizer.size_to_train(data.tokenizer, TOKENIZER) is not None
     model = None if trained else tokenizer.locate(data.tokenizer, TOKENIZER)
+  form = _form(config, model)
   for text in (*added, *further):
-    texts.check(text, _form(config, model))
+    texts.check(text, form)
   for text, needed in zip(added, _needed_rows(config)[1:], strict=True):
     if text.folder:
       available = folders.split_sizes(shards.read_manifest(text.folder))["train"]["rows"]
-      texts.check_not_empty(text, available, _form(config, model))
+      texts.check_not_empty(text, available, form)
       _check_rows(MIXED.format(text.place), available, needed, config)
   files = lambda named: [file for text in named for file in texts.local_files(text)]
   own = data.source in ("text", "stream")
@@ -201,9 +203,8 @@ def _check_further_texts(config, also: bool) -> None:
 
 def _check_held_out(data, added: list[texts.Named], own: list[str], mixed: list[str]) -> None:
   """Raises `UserError` if the mixture would train on rows of `data.path` that are held out for validation."""
-  own_files = set(map(os.path.realpath, own))
   again = [text.place for text in added if text.place == data.path and data.path.startswith(corpus.HUB)]
-  again += [file for file in mixed if os.path.realpath(file) in own_files]
+  again += corpus.shared_files(own, mixed)
   if again and not data.eval_path:
     raise UserError(
       f"--config.data.mixture has {again[0]!r}, which is in data.path as well, whose last rows are held out for "

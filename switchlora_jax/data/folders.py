@@ -18,7 +18,7 @@ from switchlora_jax.data.shards import PackedSequences
 from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 SKIPPED = "bad rows skipped"  # key of printed sizes
-HELD_OUT = 100  # the last 1/HELD_OUT of the training sequences is held out if there is no validation text
+HELD_OUT = 100  # without a validation text, the last 1/100 of the training sequences is held out
 
 
 class PackedText(NamedTuple):

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import UserError, one_line
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # second suffixes of files that are decompressed
 ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".rar")  # hold several files
@@ -380,8 +380,3 @@ def _remedy(number: int) -> str:
       return "check that it exists and that you may read it, or leave it out of the glob"
     case _:
       return "check the disk or the network drive"
-
-
-def one_line(error: Exception) -> str:
-  """Type and message of a library's error, on one line."""
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

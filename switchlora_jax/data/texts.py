@@ -141,8 +141,7 @@ def local_files(text: Named) -> Sequence[str]:
 
 def check_separate(training: Sequence[str], validation: Sequence[str]) -> None:
   """Raises `UserError` if a file is among those of training and of validation."""
-  seen = set(map(os.path.realpath, training))
-  if shared := [file for file in validation if os.path.realpath(file) in seen]:
+  if shared := corpus.shared_files(training, validation):
     raise UserError(
       f"training and validation must not share files; {shared[0]} is in both (shared files: {len(shared)}); narrow the "
       "globs of data.path and data.mixture, or of data.eval_path and data.eval_also"

@@ -38,7 +38,7 @@ HEAD = NAMES["head/kernel"]
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}  # prefix of tensor names: who adds it
 COMPUTED = "rotary_emb.inv_freq"  # a tensor in old folders that is computed rather than read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", *KEPT)  # patterns of what is read of a model of the hub
+FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", *KEPT)  # file names to download from the hub
 STORED = ("F32", "F16", "BF16")  # safetensors' names of the dtypes that can be read
 SHOWN = 8  # tensor names in an error message, at most
 

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from switchlora_jax.errors import UserError
+from switchlora_jax.errors import UserError, one_line
 
 HUB = "hub:"  # followed by the name of a model
 
@@ -28,8 +28,7 @@ def download(name: str, files: tuple[str, ...], flag: str, local: str) -> Path:
   try:
     return Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=list(files)))
   except Exception as error:  # network errors, and errors of invalid, missing and gated models
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     raise UserError(
-      f"{flag} (={name!r}) could not be downloaded: {reason}; it needs network access and the name of a model, "
-      f"as in hub:openai-community/gpt2; for a local copy, pass {local}"
+      f"{flag} (={name!r}) could not be downloaded: {one_line(error)}; it needs network access and the name of a "
+      f"model, as in hub:openai-community/gpt2; for a local copy, pass {local}"
     ) from error

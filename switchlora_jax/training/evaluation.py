@@ -15,7 +15,6 @@ from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import BOTH, replicated
 from switchlora_jax.progress import progress_bar
 
-FURTHER = "val_ppl/"  # prefix of the perplexity of a further validation text
 COUNTED = 4096  # sequences whose tokens are counted at a time
 
 
@@ -122,9 +121,9 @@ def add_further(values: dict[str, float], label: str, found: dict[str, float]) -
   values.update({f"{name}/{label}": value for name, value in found.items()})
 
 
-def further(row: dict) -> dict[str, float | None]:
-  """{label: perplexity} of the further validation texts in an evaluation's row of metrics.jsonl."""
-  return {name.removeprefix(FURTHER): value for name, value in row.items() if name.startswith(FURTHER)}
+def further(row: dict, metric: str = "val_ppl") -> dict[str, float | None]:
+  """{label: value} of a metric of the further validation texts in an evaluation's row of metrics.jsonl."""
+  return {name.partition("/")[2]: value for name, value in row.items() if name.startswith(f"{metric}/")}
 
 
 def describe_perplexities(row: dict) -> str:

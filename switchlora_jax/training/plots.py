@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from switchlora_jax.training.evaluation import further
 from switchlora_jax.training.metrics import warn_on_os_error
 
 WINDOW = 11  # steps in the running mean; odd
@@ -31,10 +32,10 @@ def plot_loss(rows: list[dict], path: Path, title: str) -> None:
     axes.plot(steps, running_mean(losses), color="tab:green", label=f"training, centred mean of {WINDOW} steps")
   if valid:
     axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
-  for name in sorted({name for row in rows for name in row if name.startswith("val_loss/")}):
-    steps = [row["step"] for row in rows if name in row]
-    losses = [np.nan if row[name] is None else row[name] for row in rows if name in row]
-    axes.plot(steps, losses, "o--", markersize=3, label=f"validation, {name.partition('/')[2]}")
+  others = [(row["step"], further(row, "val_loss")) for row in rows]
+  for label in sorted({label for _, losses in others for label in losses}):
+    points = [(step, np.nan if losses[label] is None else losses[label]) for step, losses in others if label in losses]
+    axes.plot(*zip(*points, strict=True), "o--", markersize=3, label=f"validation, {label}")
   for row in rows:
     if row.get("hand_over"):
       mark_hand_over(axes, row["step"] - 1)

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, **changes):
-  """A run on `own.txt`, which is written once: its time is part of what the cache knows of it."""
+  """A run on `own.txt`, which is not written again: the name of its cache folder depends on its modification time."""
   return tiny_config(folder, **dict(data__path=str(folder / "own.txt")) | changes)
 
 
