@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   config.warm_start_learning_rate = placeholder(float)  # peak in the warm start; None: the default of method full
   config.warm_start_rest_learning_rate = placeholder(float)  # None: warm_start_learning_rate
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
-  config.warm_start_from = ""  # run, Hugging Face folder or hub:NAME with the weights; sets config.model; "": random
+  config.warm_start_from = ""  # run, Hugging Face folder or hub:NAME[@REVISION]: first weights; sets config.model
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
   config.accumulation = 1  # micro-batches per step on each device; may change when a run continues, as sharding may
   config.seed = 0  # seed of initialisation, data order and switching
@@ -166,7 +166,7 @@ def get_config() -> ConfigDict:
   config.data.field = "text"  # text, stream: JSON key or Parquet column that holds the text
   config.data.bad_rows = "stop"  # text, stream: rows without text end the run (stop) or are counted and left out (skip)
   config.data.packing = "pack"  # documents are joined and cut into rows (pack), or one row each, cut or padded (pad)
-  # A SentencePiece model, a tokenizer.json, a folder with one of them, or hub:NAME, a model of the Hugging Face hub.
+  # A SentencePiece model, a tokenizer.json, a folder with one of them, or hub:NAME[@REVISION], a model of the hub.
   # train:SIZE trains a SentencePiece model on the text, train_bytes:SIZE a byte-level tokenizer.json.
   config.data.tokenizer = ""  # "": train:SIZE with the size of the model's vocabulary
   config.data.epochs = 1  # largest number of passes over the training rows; a run that needs more does not start

@@ -152,6 +152,7 @@ def trial_entry(result: TrialResult, read_at: float) -> dict:
     **run_costs(result.workdir, trial.config),
     "devices": saved and saved["devices"],
     "data_fingerprint": saved and saved["data_fingerprint"],
+    "eval_also": saved.get("eval_also", {}) if saved else {},
     "config": stored.config_keys(trial.config),
   }
 

@@ -13,11 +13,12 @@ from typing import Any
 from flax.traverse_util import unflatten_dict
 
 from experiments.common.search import Point
+from switchlora_jax.data.folders import Dataset
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.directory import FREE, differences, flatten, with_added_keys
+from switchlora_jax.runs.directory import FREE, changed_texts, differences, flatten, with_added_keys
 from switchlora_jax.runs.files import read_json_object, replace_text
 
-PATHS = ("data.path", "data.eval_path", "data.tokenizer")
+PATHS = ("data.path", "data.eval_path", "data.mixture", "data.tokenizer")
 
 
 def config_keys(config) -> dict[str, Any]:
@@ -68,17 +69,19 @@ def point_key(point: Point) -> str:
   return ", ".join(f"{rate:g}" for rate in point if rate is not None)
 
 
-def mismatch(cell: dict, config, fingerprint: str) -> str | None:
-  """Why a cell is not the finished run of a resolved config on this data, or None if it is.
+def mismatch(cell: dict, config, data: Dataset) -> str | None:
+  """Why a cell is not the finished run of a resolved config on `data`, or None if it is.
 
   Args:
     cell: from `read_cells`.
   """
   then = with_added_keys(unflatten_dict(cell["config"], sep="."))  # the cell may be of an earlier version of the code
-  if changed := differences(then, config_keys(config)):
+  if changed := differences(config_keys(then), config_keys(config)):
     return "; ".join(changed)
-  if cell["data_fingerprint"] != fingerprint:
-    return f"data fingerprint: {cell['data_fingerprint']} → {fingerprint}"
+  if cell["data_fingerprint"] != data.fingerprint:
+    return f"data fingerprint: {cell['data_fingerprint']} → {data.fingerprint}"
+  if changed := changed_texts(cell, data):
+    return f"the text of data.eval_also={changed[0]} has changed"
   if cell["failure"]:
     return "it failed"
   if not cell["curve"] or cell["curve"][-1][0] != config.steps:

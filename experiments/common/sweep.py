@@ -31,6 +31,7 @@ from experiments.common.outcomes import (
 from experiments.common.search import Point
 from experiments.common.trials import BaseConfig, Trial, first_seed_trials, make_trial, probe_devices
 from switchlora_jax.data import dataset
+from switchlora_jax.data.folders import Dataset
 from switchlora_jax.errors import UserError
 from switchlora_jax.progress import print_line, progress_bar
 from switchlora_jax.runs import directory as run_directory
@@ -132,7 +133,7 @@ class Runner(NamedTuple):
     folder: where each trial has its directory.
     processes: number of concurrent runs.
     quiet: whether to print failed runs alone.
-    fingerprints: from `prepare_datasets`.
+    data: from `prepare_datasets`.
     cells: {name: cell} of results.json, from `stored.read_cells`.
     end: called with each result, and whether its process has run now.
   """
@@ -141,7 +142,7 @@ class Runner(NamedTuple):
   folder: Path
   processes: int
   quiet: bool
-  fingerprints: dict[str, str]
+  data: dict[str, Dataset]
   cells: dict[str, dict]
   end: Callable[[TrialResult, bool], None]
 
@@ -177,10 +178,10 @@ def run_sweep(
     evaluation_step(trial.config, read_at)
   cells, folder = stored.read_cells(workdir) if reuse else {}, workdir / "cells"
   cli.make_folder(folder)
-  fingerprints = prepare_datasets(trials, quiet)
+  data = prepare_datasets(trials, quiet)
   for label, config in {trial.variant.label: trial.config for trial in trials}.items():
     print("".join(f"{label}: {warning}\n" for warning in describe_warnings(config)), end="", flush=True)
-  runner = Runner(base, folder, processes, quiet, fingerprints, cells, collector(record))
+  runner = Runner(base, folder, processes, quiet, data, cells, collector(record))
   results = run_trials(runner, trials, "sweep" if len(trials) > len(variants) else "runs")
   while more := extension_trials(base, variants, results, read_at, extend, quiet):
     results += run_trials(runner, more, "extension")
@@ -235,17 +236,17 @@ def describe_point(point: Point) -> str:
   return f"learning rate {point[0]:g}{rest}"
 
 
-def prepare_datasets(trials: list[Trial], quiet: bool = False) -> dict[str, str]:
-  """Tokenize each dataset once, before several processes need it; returns {label of a variant: fingerprint}."""
+def prepare_datasets(trials: list[Trial], quiet: bool = False) -> dict[str, Dataset]:
+  """Tokenize each dataset once, before several processes need it; returns {label of a variant: dataset}."""
   prepared = {}
 
-  def fingerprint(config) -> str:
+  def prepare(config) -> Dataset:
     key = config.data, config.seq_len, config.model.vocab_size, config.steps * config.batch_size
     if key not in prepared:
-      prepared[key] = dataset.open_dataset(config, progress=not quiet).fingerprint
+      prepared[key] = dataset.open_dataset(config, progress=not quiet)
     return prepared[key]
 
-  return {trial.variant.label: fingerprint(trial.config) for trial in trials}
+  return {trial.variant.label: prepare(trial.config) for trial in trials}
 
 
 def run_trials(runner: Runner, trials: list[Trial], stage: str) -> list[TrialResult]:
@@ -256,12 +257,10 @@ def run_trials(runner: Runner, trials: list[Trial], stage: str) -> list[TrialRes
   Raises:
     UserError: a directory holds a run with another config or other data. No trial has run yet.
   """
-  folder, fingerprints = runner.folder, runner.fingerprints
+  folder, data = runner.folder, runner.data
   for trial in trials:
-    check_same_run(folder / trial.name, trial.config, fingerprints[trial.variant.label])
-  finished = {
-    trial.name: finished_result(trial, folder, fingerprints[trial.variant.label], runner.cells) for trial in trials
-  }
+    check_same_run(folder / trial.name, trial.config, data[trial.variant.label])
+  finished = {trial.name: finished_result(trial, folder, data[trial.variant.label], runner.cells) for trial in trials}
   shares, children = SimpleQueue(), Children()
   for share in range(runner.processes):
     shares.put(share)
@@ -301,14 +300,14 @@ def run_trial(base: BaseConfig, trial: Trial, folder: Path, share: tuple[int, in
   return TrialResult(trial, workdir, f"failed with exit code {code}: {last_line} (see {log})" if code else None)
 
 
-def finished_result(trial: Trial, folder: Path, fingerprint: str, cells: dict[str, dict]) -> TrialResult | None:
+def finished_result(trial: Trial, folder: Path, data: Dataset, cells: dict[str, dict]) -> TrialResult | None:
   """The result of a trial that has finished in its directory, or else in results.json; None if it has to run."""
   workdir, cell = folder / trial.name, cells.get(trial.name)
   if is_finished(workdir, trial.config):
     return TrialResult(trial, workdir, None)
   if cell is None or cell["failure"]:
     return None
-  if (difference := stored.mismatch(cell, trial.config, fingerprint)) is None:
+  if (difference := stored.mismatch(cell, trial.config, data)) is None:
     return TrialResult(trial, workdir, None, cell)
   print_line(f"{trial.name} runs, since results.json holds another run of this name ({difference})")
   return None
@@ -328,9 +327,9 @@ def is_finished(workdir: Path, config) -> bool:
   return any(row["step"] == config.steps for row in evaluations(workdir))
 
 
-def check_same_run(workdir: Path, config, fingerprint: str):
+def check_same_run(workdir: Path, config, data: Dataset):
   """Raise `UserError` if `workdir` holds a run with another config or other data, which must not be continued."""
   saved = run_directory.read(workdir)
   if saved and (changed := run_directory.changed_keys(workdir, saved, config)):
     raise run_directory.another_run(workdir, changed)
-  run_directory.check_same_data(workdir, saved, fingerprint)
+  run_directory.check_same_data(workdir, saved, data)

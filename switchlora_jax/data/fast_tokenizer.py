@@ -50,12 +50,12 @@ class FastTokenizer:
 
   def encode(self, texts: Sequence[str], parallel: bool = True) -> list[list[int]]:
     """See `Tokenizer.encode`."""
-    # The library encodes the texts of a call in parallel. On C4, its encode_batch_fast takes 10% longer.
+    # The library encodes the texts of a call in parallel. encode_batch_fast gives the same ids without offsets.
     groups = [texts] if parallel else [[text] for text in texts]
     return [
       self._without_end(encoding.ids)
       for group in groups
-      for encoding in self._library.encode_batch(group, add_special_tokens=False)
+      for encoding in self._library.encode_batch_fast(group, add_special_tokens=False)
     ]
 
   def decode(self, ids: Sequence[int]) -> str:

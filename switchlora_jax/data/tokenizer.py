@@ -19,7 +19,7 @@ from switchlora_jax.data.fast_tokenizer import FastTokenizer, train_byte_level
 from switchlora_jax.data.readers import BadRow, Document, pieces_of
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.files import file_sha256, write_bytes
-from switchlora_jax.runs.hub import HUB, download
+from switchlora_jax.runs.hub import folder_of
 from switchlora_jax.runs.tokenizer_files import FAST, KEPT, MODEL_CONFIG, SENTENCEPIECE, is_fast, tokenizer_in
 
 TRAIN, TRAIN_BYTES = "train:", "train_bytes:"  # followed by the size of the vocabulary
@@ -164,10 +164,7 @@ def locate(name: str, key: str) -> Path:
   Raises:
     UserError: the folder or the model has neither file, or the hub cannot be reached. A file is not checked.
   """
-  if name.startswith(HUB):
-    path = download(name, (*KEPT, MODEL_CONFIG), key, f"its {FAST} or {SENTENCEPIECE}")
-  else:
-    path = Path(name).expanduser()
+  path = folder_of(name, (*KEPT, MODEL_CONFIG), key, f"its {FAST} or {SENTENCEPIECE}")
   if not os.path.isdir(path):
     return path
   if not (found := tokenizer_in(path)).exists():

@@ -38,18 +38,19 @@ HEAD = NAMES["head/kernel"]
 WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}  # prefix of tensor names: who adds it
 COMPUTED = "rotary_emb.inv_freq"  # a tensor in old folders that is computed rather than read
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ("config.json", SINGLE, INDEX, "model-*.safetensors", *KEPT)  # file names to download from the hub
+DESCRIPTION = ("config.json", *KEPT)  # names of the files that describe a model, to download from the hub
+FILES = (*DESCRIPTION, SINGLE, INDEX, "model-*.safetensors")  # the same with the weights
 STORED = ("F32", "F16", "BF16")  # safetensors' names of the dtypes that can be read
 SHOWN = 8  # tensor names in an error message, at most
 
 
 class Folder(NamedTuple):
-  """A Hugging Face folder whose tensor names and shapes were checked; no tensor was read.
+  """A Hugging Face folder that was inspected; no tensor was read.
 
   Attributes:
     path: the folder.
     architecture: the keys of `config.model`.
-    files: {name of a tensor without `prefix`: the file that holds it}.
+    files: {name of a tensor without `prefix`: the file that holds it}; empty if the tensors were not inspected.
     prefix: common prefix of the names in the files, such as "_orig_mod."; usually empty.
     tokenizer: its tokenizer.model, or else its tokenizer.json; None if it has neither.
   """
@@ -109,22 +110,30 @@ def tensors(weights: dict, dtype: str = "float32") -> dict[str, np.ndarray]:
 # --- read ---------------------------------------------------------------------------------------------------------
 
 
-def inspect_folder(path: Path) -> Folder:
+def inspect_folder(path: Path, tensors: bool = True) -> Folder:
   """Checks the config.json of a folder and the names and shapes of its tensors; reads no tensor.
 
+  Args:
+    path: the folder.
+    tensors: False if the files of the tensors are not there yet.
   Raises:
     UserError: it holds a model that `families` does not know, or tensors that do not match its config.json.
   """
   architecture = model_keys(path, read_json_object(path / "config.json"))
+  files, prefix = _inspect_tensors(path, architecture) if tensors else ({}, "")
+  tokenizer = tokenizer_in(path)
+  return Folder(path, architecture, files, prefix, tokenizer if tokenizer.exists() else None)
+
+
+def _inspect_tensors(path: Path, architecture: dict) -> tuple[dict[str, Path], str]:
+  """`Folder.files` and `Folder.prefix` of a folder."""
   prefix, tensors = _without_wrappers(path, _find_tensors(path))
   found = {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
   expected = _expected_shapes(architecture)
   if architecture["tied_embeddings"]:  # some folders store the embedding twice
     found.pop(HEAD, None)
   _check_tensors(path, {name: tensor.shape for name, tensor in found.items()}, expected)
-  files = {name: tensor.file for name, tensor in found.items()}
-  tokenizer = tokenizer_in(path)
-  return Folder(path, architecture, files, prefix, tokenizer if tokenizer.exists() else None)
+  return {name: tensor.file for name, tensor in found.items()}, prefix
 
 
 def read_weights(folder: Folder) -> dict:

@@ -70,14 +70,17 @@ class RunWeights(NamedTuple):
   scale: float | None
 
 
-def inspect(path: Path) -> SavedRun | huggingface.Folder:
+def inspect(path: Path, tensors: bool = True) -> SavedRun | huggingface.Folder:
   """Opens a run or a Hugging Face folder without reading its weights; both have `architecture` and `tokenizer`.
 
+  Args:
+    path: the directory.
+    tensors: see `huggingface.inspect_folder`.
   Raises:
     UserError: it is neither, the run has no checkpoint, or the folder holds another kind of model.
   """
   if huggingface.is_folder(path):
-    return huggingface.inspect_folder(path)
+    return huggingface.inspect_folder(path, tensors)
   if run_directory.read(path) is None:
     raise UserError(
       f"{path} must be the directory of a run that has saved a checkpoint, or a Hugging Face folder "

@@ -261,18 +261,12 @@ def record(workdir: Path, config, dataset) -> None:
   """Writes config.json and the tokenizer of a new run; compares the data fingerprints of an existing one.
 
   Raises:
-    UserError: the run was started on other data, or a text of `data.eval_also` has changed.
+    UserError: see `check_same_data`.
   """
   saved = read(workdir)
-  check_same_data(workdir, saved, dataset.fingerprint)
+  check_same_data(workdir, saved, dataset)
   known = saved.get("eval_also", {}) if saved else {}
   further = {text.label: text.fingerprint for text in dataset.also}
-  for label, fingerprint in further.items():
-    if known.get(label, fingerprint) != fingerprint:
-      raise UserError(
-        f"the text of --config.data.eval_also={label} is not the one that the run in {workdir} was evaluated on "
-        f"(fingerprint {known[label]}, now {fingerprint}); restore it, or give this text another name"
-      )
   if saved and further.keys() - known.keys():
     _write(workdir, saved | {"eval_also": known | further})
   if not saved:
@@ -283,14 +277,34 @@ def record(workdir: Path, config, dataset) -> None:
     _write(workdir, {"config": config.to_dict()} | fingerprints | environment)
 
 
-def check_same_data(workdir: Path, saved: dict | None, fingerprint: str) -> None:
-  """Raises `UserError` if `workdir` holds a run (`saved`, its config.json) that was started on other data."""
-  if saved and saved["data_fingerprint"] != fingerprint:
+def check_same_data(workdir: Path, saved: dict | None, dataset) -> None:
+  """Checks that the run in `workdir` was started on this data, and evaluated on these texts of `data.eval_also`.
+
+  Args:
+    saved: config.json of the run; None if there is none.
+
+  Raises:
+    UserError: it was started on other data, or a text of `data.eval_also` has changed.
+  """
+  if not saved:
+    return
+  if (then := saved["data_fingerprint"]) != dataset.fingerprint:
     raise UserError(
-      f"the run in {workdir} was started on other data (fingerprint {saved['data_fingerprint']}, now {fingerprint}); "
+      f"the run in {workdir} was started on other data (fingerprint {then}, now {dataset.fingerprint}); "
       f"restore the files, the packages and the code that it was started with (git revision {saved['git_revision']}), "
       f"or choose a new --workdir"
     )
+  if changed := changed_texts(saved, dataset):
+    raise UserError(
+      f"the text of --config.data.eval_also={changed[0]} is not the one that the run in {workdir} was evaluated on; "
+      "restore it, or give this text another name"
+    )
+
+
+def changed_texts(saved: dict, dataset) -> list[str]:
+  """The names of `data.eval_also` whose text is not that of a run: `saved` has its fingerprints as `eval_also`."""
+  known = saved.get("eval_also", {})
+  return [text.label for text in dataset.also if known.get(text.label, text.fingerprint) != text.fingerprint]
 
 
 def check_shared(workdir: Path) -> None:

@@ -29,7 +29,7 @@ from switchlora_jax.parallel import processes
 from switchlora_jax.parallel.sharding import placement
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.runs.directory import SavedRun, flatten
-from switchlora_jax.runs.hub import HUB, download
+from switchlora_jax.runs.hub import HUB, folder_of
 from switchlora_jax.training.phases import Phase
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path
 
 
 def _keys_of_source(config: ConfigDict) -> dict[str, Any]:
-  source = _inspect(config.warm_start_from)
+  source = _inspect(config.warm_start_from, weights=False)
   keys = {f"model.{key}": value for key, value in flatten(source.architecture).items()}
   if source.tokenizer and config.data.source != "prepared":
     keys["data.tokenizer"] = str(source.tokenizer)
@@ -112,13 +112,12 @@ def _keys_of_run(saved: dict, workdir: Path) -> dict[str, Any]:
   return keys | {"data.tokenizer": copy_in_run(saved.get("data", {}).get("tokenizer", ""), workdir)}
 
 
-def _inspect(name: str) -> SavedRun | huggingface.Folder:
-  if name.startswith(HUB):
-    path = download(name, huggingface.FILES, "--config.warm_start_from", "its folder")
-  else:
-    path = Path(name).expanduser()
+def _inspect(name: str, weights: bool) -> SavedRun | huggingface.Folder:
+  """What `warm_start_from` names; of a model of the hub, the weights are downloaded only if `weights` is set."""
+  files = huggingface.FILES if weights else huggingface.DESCRIPTION
+  path = folder_of(name, files, "--config.warm_start_from", "its folder")
   try:
-    return pretrained.inspect(path)
+    return pretrained.inspect(path, tensors=weights or not name.startswith(HUB))
   except UserError as error:
     raise UserError(f"--config.warm_start_from: {error}") from error
 
@@ -137,7 +136,7 @@ class Source:
 
   def __init__(self, config, phase: Phase, mesh):
     self._config, self._phase, self._mesh = config, phase, mesh
-    self._source = _inspect(config.warm_start_from)
+    self._source = _inspect(config.warm_start_from, weights=True)
     if self._source.tokenizer is None and not config.data.tokenizer:
       raise UserError(
         f"--config.warm_start_from={config.warm_start_from} has no tokenizer.model or tokenizer.json, the tokenizer of "

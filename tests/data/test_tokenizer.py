@@ -167,14 +167,18 @@ def test_a_folder_names_its_tokenizer(path, tmp_path):
 
 def test_the_tokenizer_of_a_model_of_the_hub_is_downloaded_once_and_alone(monkeypatch, tmp_path):
   asked = []
-  download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path)
+  download = lambda name, revision, allow_patterns: asked.append((name, revision, allow_patterns)) or str(tmp_path)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   (tmp_path / "tokenizer.json").touch()
   for _ in range(2):
     assert tokenizer.locate("hub:some/model", "--tokenizer") == tmp_path / "tokenizer.json"
-  ((name, patterns),) = asked
-  assert name == "some/model" and not any("safetensors" in pattern or "*" in pattern for pattern in patterns)
+  ((name, revision, patterns),) = asked
+  assert (name, revision) == ("some/model", None) and not any(
+    "safetensors" in pattern or "*" in pattern for pattern in patterns
+  )
   assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "config.json"} <= set(patterns)
+  tokenizer.locate("hub:some/model@v1.0", "--tokenizer")
+  assert asked[1][:2] == ("some/model", "v1.0")
 
 
 def test_an_unreachable_hub_is_a_user_error(monkeypatch):

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from grids import fake_runs, tiny_base, write_run
+from grids import fake_runs, fake_text, tiny_base, write_run
 from matplotlib import pyplot as plt
 from scipy import stats
 
@@ -392,7 +392,7 @@ def test_differences_to_the_reference_are_those_of_paired_seeds(both):
 def test_runs_on_other_data_or_of_one_seed_are_not_compared(tmp_path, runs, both):
   one = [r for r in both if r.trial.seed == 0]
   assert [row["difference"] for row in results.collect((BOTH, ONE), one, 1.0, reference="full")["arms"]] == [None] * 2
-  runs.text = "def"
+  runs.text = fake_text("def")
   other = sweep.run_sweep(tiny_base(tmp_path), (ONE,), workdir=tmp_path / "other", **OPTIONS)
   mixed = [r for r in both if r.trial.variant is BOTH] + other
   assert results.collect((BOTH, ONE), mixed, 1.0, reference="full")["arms"][1]["difference"] is None

@@ -13,7 +13,7 @@ from queue import Queue
 from types import SimpleNamespace
 
 import pytest
-from grids import FULL, LORA, fake_runs, tiny_base
+from grids import FULL, LORA, fake_runs, fake_text, tiny_base
 from paths import ROOT
 
 from experiments.common import children, results, stored, sweep
@@ -80,12 +80,19 @@ def test_a_run_with_another_config_is_neither_finished_nor_overwritten(tmp_path,
 
 def test_finished_trials_on_other_data_are_refused(tmp_path, runs):
   """The files behind a glob may have changed; beside such trials, new ones would be trained on other text."""
+  runs.text = fake_text(old="first")
   run(tiny_base(tmp_path), (FULL,), tmp_path)
   runs.started.clear()
-  runs.text = "def"
-  message = r"cells/full_lr=0\.001_seed=0 was started on other data \(fingerprint abc, now def\)"
-  with pytest.raises(UserError, match=message):
-    run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
+  for text, message in (
+    (fake_text("def"), r"cells/full_lr=0\.001_seed=0 was started on other data \(fingerprint abc, now def\)"),
+    (
+      fake_text(old="second"),
+      r"eval_also=old is not the one that the run in .*/full_lr=0\.001_seed=0 was evaluated on",
+    ),
+  ):
+    runs.text = text
+    with pytest.raises(UserError, match=message):
+      run(tiny_base(tmp_path), (FULL, LORA), tmp_path)
   assert runs.started == []
 
 
@@ -113,7 +120,7 @@ def test_a_prepared_folder_may_have_moved(tmp_path, runs):
   runs.started.clear()
   run(moved("there"), (FULL,), tmp_path)
   assert runs.started == []
-  runs.text = "def"
+  runs.text = fake_text("def")
   with pytest.raises(UserError, match="was started on other data"):
     run(moved("there"), (FULL,), tmp_path)
 
@@ -390,10 +397,14 @@ def test_trials_of_another_config_in_results_json_run_again(written, runs, chang
 
 
 def test_trials_on_other_data_in_results_json_run_again(written, runs, capsys):
-  runs.text = "def"
+  runs.text = fake_text("def", old="first")
   written.again(clip_norm=float("inf"))
   assert len(runs.started) == len(written.first)
   assert "(data fingerprint: abc → def)" in capsys.readouterr().out
+  shutil.rmtree(written.path.parent / "cells")
+  runs.text = fake_text("def", old="second")
+  written.again(clip_norm=float("inf"))
+  assert "(the text of data.eval_also=old has changed)" in capsys.readouterr().out
 
 
 def test_unfinished_and_failed_trials_of_results_json_run_again_and_the_others_are_kept(written, runs):
@@ -417,6 +428,15 @@ def test_unfinished_and_failed_trials_of_results_json_run_again_and_the_others_a
 def test_a_moved_text_is_recognised_by_its_fingerprint(written, runs):
   written.again(clip_norm=float("inf"), data__path="elsewhere/*.txt", data__tokenizer="elsewhere/t5.model")
   assert runs.started == []
+
+
+def test_a_moved_text_of_the_mixture_is_recognised_as_well(tmp_path, runs):
+  options = {"workdir": tmp_path / "grid", "read_at": 1.0}
+  for where in ("here", "there"):
+    base = tiny_base(tmp_path, data__mixture=f"0.1={where}/*.txt")
+    run(base, (LORA,), options["workdir"], record=results.recorder((LORA,), options, "title"))
+    shutil.rmtree(options["workdir"] / "cells", ignore_errors=True)
+  assert len(runs.started) == 3, "the three rates, once"
 
 
 def test_a_stored_trial_without_the_required_evaluation_is_an_error(written):

@@ -38,13 +38,18 @@ def as_flags(base: BaseConfig) -> list[str]:
   return [f"--config.{key}={value}" for key, value in base.overrides.items()]
 
 
-def write_run(workdir: Path, config, losses: dict[int, float], fingerprint="abc") -> None:
+def fake_text(fingerprint: str = "abc", **also: str) -> SimpleNamespace:
+  """A dataset of which only the fingerprints are known, its own and those of `data.eval_also`."""
+  further = tuple(SimpleNamespace(label=label, fingerprint=found) for label, found in also.items())
+  return SimpleNamespace(fingerprint=fingerprint, also=further)
+
+
+def write_run(workdir: Path, config, losses: dict[int, float], text=None) -> None:
   """The files of a run, {step: validation loss}, without any training or checkpoint."""
   tokenizer = workdir.parent / "some.model"
   run_directory.prepare(workdir, config)
   tokenizer.write_bytes(b"pieces")
-  data = SimpleNamespace(also=(), fingerprint=fingerprint, tokenizer_path=str(tokenizer))
-  run_directory.record(workdir, config, data)
+  run_directory.record(workdir, config, SimpleNamespace(**vars(text or fake_text()), tokenizer_path=str(tokenizer)))
   log = JsonLinesWriter(workdir, 0)
   with np.errstate(over="ignore"):
     log.write([{"step": step, "val_loss": loss, "val_ppl": float(np.exp(loss))} for step, loss in losses.items()])
@@ -65,11 +70,11 @@ class Runs:
     losses: {name of a trial, or the beginning of it: last validation loss}; 3.0 where there is none.
     surface: from a trial to its last validation loss; if given, it replaces `losses`.
     broken: names of trials whose process fails.
-    text: the fingerprint of the data that they are trained on.
+    text: the data that they are trained on.
   """
 
   def __init__(self):
-    self.started, self.losses, self.broken, self.text = [], {}, set(), "abc"
+    self.started, self.losses, self.broken, self.text = [], {}, set(), fake_text()
     self.surface = None
 
   def open(self, command, stdout, **_):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -66,17 +67,29 @@ def test_a_run_from_a_hugging_face_folder_equals_one_from_the_exported_run(folde
   assert same_bits(again.outcome.state, run.outcome.state)
 
 
-def test_a_model_of_the_hub_is_downloaded_once(folder, hugging_face, monkeypatch):
+def test_the_weights_of_a_model_of_the_hub_are_downloaded_last_and_once(folder, hugging_face, monkeypatch, tmp_path):
   asked = []
-  download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(hugging_face)
+
+  def download(name, revision, allow_patterns):
+    asked.append((name, revision, allow_patterns))
+    for file in filter(Path.exists, map(hugging_face.joinpath, allow_patterns)):
+      shutil.copy(file, tmp_path)
+    return str(tmp_path)
+
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  config = tiny_config(folder, method="full", warm_start_from="hub:some/model", model__num_layers=1)
+  keys = dict(SHAPE, method="full", warm_start_from="hub:some/model@v1.0")
+  config = tiny_config(folder, **keys | dict(model__num_layers=1))
   for _ in range(2):
     line = warm_start.adopt_architecture(config, (), None)
   assert line is None and config.model.num_layers == 2
-  assert config.data.tokenizer == str(hugging_face / "tokenizer.model")
-  ((name, patterns),) = asked
-  assert name == "some/model" and {"config.json", "model.safetensors", "tokenizer.json"} <= set(patterns)
+  assert config.data.tokenizer == str(tmp_path / "tokenizer.model")
+  ((*which, patterns),) = asked
+  assert which == ["some/model", "v1.0"] and not any("safetensors" in pattern for pattern in patterns)
+  config = resolved(folder, devices=1, **keys)
+  for _ in range(2):
+    warm_start.Source(config, phases.build_phase(config, small_model.mesh(1)), small_model.mesh(1))
+  (_, (*which, patterns)) = asked
+  assert which == ["some/model", "v1.0"] and {"config.json", "model.safetensors", "tokenizer.json"} <= set(patterns)
 
 
 def test_another_kind_of_hugging_face_model_is_refused(folder, hugging_face, tmp_path):
