@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
   config.switch.decay_point = 0.1  # fraction of `steps` after which the switching rate has fallen to decay_to
   config.switch.decay_to = 1 / 3  # rate at decay_point / rate at the start (0.3 in the authors' code)
   config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
+  config.switch.candidates = "stored"  # stored (evicted vectors come back) | fresh (new random ones, none are kept)
   config.switch.order = "sequential"  # order in which spare vectors are used: sequential | random (section 2.2)
   config.switch.reset = True  # reset the optimizer state of the counterpart of a switched vector
 

@@ -129,6 +129,19 @@ MISTAKES = {
   "huge odd head": (dict(model__hidden_size=2**31 - 1), "must divide model.hidden_size (=2147483647); try --config"),
   "init": (dict(switch__init="kaiming"), "switch.init (='kaiming') must be one of switchlora, lora"),
   "short rows": (dict(seq_len=1), "seq_len (=1) must be at least 2"),
+  "candidates": (dict(switch__candidates="new"), "switch.candidates (='new') must be stored (evicted vectors are kept"),
+  "order of fresh ones": (
+    dict(switch__candidates="fresh", switch__order="random"),
+    "switch.order is a setting of stored candidates, and switch.candidates=fresh stores none; leave out --config.sw",
+  ),
+  "place of fresh ones": (
+    dict(switch__candidates="fresh", sharding__candidates="host"),
+    "sharding.candidates is a setting of stored candidates",
+  ),
+  "dtype of fresh ones": (
+    dict(switch__candidates="fresh", candidates_dtype="bfloat16"),
+    "candidates_dtype is a setting of stored candidates",
+  ),
   "order": (dict(switch__order="shuffled"), "switch.order (='shuffled') must be one of sequential, random; set"),
   "negative ratio": (dict(min_lr_ratio=-0.1), "min_lr_ratio (=-0.1) must lie between 0 and 1; set --config.min_lr"),
   "large ratio": (dict(min_lr_ratio=1.5), "min_lr_ratio (=1.5) must lie between 0 and 1"),
@@ -164,6 +177,7 @@ def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
     dict(switch__interval=0),
     dict(switch__interval=10, switch__freeze_steps=5),
     dict(switch__order="random", switch__reset=False),
+    dict(switch__candidates="fresh", sharding__candidates="replicated"),
     dict(warm_start_steps=12),
     dict(warm_start_steps=2, warm_start_warmup_steps=11),
     dict(method="galore", warm_start_steps=5),

@@ -16,6 +16,7 @@ from experiments.common.results_table import results_table
 from experiments.common.stored import cell_point, point_key
 from experiments.common.trials import Variant
 from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import STORED
 from switchlora_jax.methods import switchlora
 from switchlora_jax.parallel.sharding import make_mesh
 from switchlora_jax.runs import directory as run_directory
@@ -87,11 +88,15 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
     "devices": sorted({cell["devices"] for cell in timed}),
     **sizes(FrozenConfigDict(config.to_dict() | {"seed": 0, "learning_rate": 1.0, "rest_learning_rate": 1.0})),
     "warnings": describe_warnings(config),
-    "candidates_cycled": switchlora.cycles(config) if config.method == "switchlora" else None,
+    "candidates_cycled": switchlora.cycles(config) if _stores_candidates(config) else None,
     "hand_over": config.warm_start_steps if 0 < config.warm_start_steps < config.steps else None,
     "step_time": step_time,
     "paper": variant.paper,
   }
+
+
+def _stores_candidates(config) -> bool:
+  return config.method == "switchlora" and config.switch.candidates == STORED
 
 
 @functools.cache

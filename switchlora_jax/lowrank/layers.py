@@ -6,7 +6,7 @@ The arrays of a layer are in three collections:
   frozen      kernel [in, out]: the base kernel, which gets no gradient. Where it is stored in bfloat16 and the method
               changes it, also kernel_tail [in, out], its int8 residual, which the forward pass does not read.
   candidates  spare_a [c - r, in], spare_b [c - r, out], timer_a [r], timer_b [r], cursor [], with c = min(in, out).
-              `init` creates them; `apply` does not need them.
+              `init` creates them; `apply` does not need them. Layers with fresh candidates have no spares.
 
 In the notation of the paper, `y = (W + s·B·A) x` (eq. 4), `kernel` is Wᵀ, `lora_a` is A and `lora_b` is Bᵀ.
 """
@@ -25,6 +25,7 @@ GAIN = 3**-0.5  # of every layer, as in the authors' code; in the paper the gain
 KERNEL_STD = 0.02
 KERNEL_INIT = nn.initializers.normal(KERNEL_STD)
 INITS = ("switchlora", "lora")
+STORED, FRESH = CANDIDATES = ("stored", "fresh")  # candidates that are kept, or drawn when they are loaded
 
 
 def adapter_scale(rank: int, alpha: float = 1.0) -> float:
@@ -47,6 +48,12 @@ def adapter_std(in_features: int, out_features: int, rank: int, init: str = "swi
   if init == "lora":
     return GAIN / n**0.5, 0.0
   return (m**0.5 * rank / n**1.5) ** 0.25 * GAIN**0.5, (rank / (m * n) ** 0.5) ** 0.25 * GAIN**0.5
+
+
+def draw_vectors(key, std: float, shape, dtype):
+  """Random vectors, uniform with mean 0 and standard deviation `std`, as in the authors' code."""
+  bound = 3**0.5 * std
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def merge(kernel, lora_a, lora_b, scale, dtype=None):
@@ -157,8 +164,7 @@ class LoRADense(nn.Module):
     return {KERNEL: kernel.astype(dtype)}
 
   def _draw(self, key, number: int, std: float, shape):
-    bound = 3**0.5 * std
-    return jax.random.uniform(jax.random.fold_in(key, number), shape, self.param_dtype, -bound, bound)
+    return draw_vectors(jax.random.fold_in(key, number), std, shape, self.param_dtype)
 
 
 class SwitchLoRADense(LoRADense):
@@ -207,22 +213,28 @@ class SwitchLoRADense(LoRADense):
 
   kernel_residual: bool = True
   candidates_dtype: Any = None  # of the spares; a vector is rounded when it becomes a spare; None: `param_dtype`
+  candidates: str = STORED  # or FRESH: no spares, `switch` draws each vector that it loads
 
   def initial(self, key, in_features: int):
-    """As `LoRADense.initial`, with the spares; all c candidates of a factor have the same distribution."""
+    """As `LoRADense.initial`, with the state of the switch; all c candidates of a factor have the same distribution."""
     variables = super().initial(key, in_features)
     spares = min(in_features, self.features) - self.rank
     if spares <= 0:  # the layer is never switched
       return variables
+    clock = {
+      "timer_a": jnp.zeros(self.rank, jnp.int32),  # steps for which a vector remains frozen
+      "timer_b": jnp.zeros(self.rank, jnp.int32),
+      "cursor": jnp.zeros((), jnp.int32),  # number of vectors loaded so far, per factor
+    }
+    if self.candidates == FRESH:
+      return variables | {"candidates": clock}
     std_a, std_b = adapter_std(in_features, self.features, self.rank, self.adapter_init)
     dtype = self.candidates_dtype or self.param_dtype
     return variables | {
       "candidates": {
         "spare_a": self._draw(key, 3, std_a, (spares, in_features)).astype(dtype),
         "spare_b": self._draw(key, 4, std_b, (spares, self.features)).astype(dtype),
-        "timer_a": jnp.zeros(self.rank, jnp.int32),  # steps for which a vector remains frozen
-        "timer_b": jnp.zeros(self.rank, jnp.int32),
-        "cursor": jnp.zeros((), jnp.int32),  # number of vectors loaded so far, per factor
+        **clock,
       }
     }
 

@@ -1,16 +1,20 @@
-"""The spare candidate vectors of SwitchLoRA: gather and scatter of their rows, random draws, and metrics.
+"""The candidate vectors of SwitchLoRA: gather and scatter of the rows of spares, random draws, and metrics.
 
 The candidates of a layer are `spare_a [c - r, in]`, `spare_b [c - r, out]`, `timer_a [r]`, `timer_b [r]` and
 `cursor []`, with or without leading axes along which layers are stacked. The spares may be padded with rows beyond
-c - r to a multiple of the number of devices. The padding is never read or written.
+c - r to a multiple of the number of devices. The padding is never read or written. Layers with fresh candidates have no
+spares: see `FreshVectors`.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
+
+from switchlora_jax.lowrank.layers import adapter_std, draw_vectors
 
 SPARES = ("spare_a", "spare_b")  # the names of a layer's spares in `candidates`
 IN_BOUNDS = dict(mode="promise_in_bounds", unique_indices=True)
@@ -66,7 +70,7 @@ def for_each_active(active, body, carry):
 
 
 def switchable(candidates) -> list[tuple[str, ...]]:
-  """The paths of the layers that have spares, sorted; the random draws are numbered in this order."""
+  """The paths of the layers that can switch, sorted; the random draws are numbered in this order."""
   return sorted({path[:-1] for path in flatten_dict(candidates)})
 
 
@@ -76,7 +80,7 @@ def stack_shape(candidates, path) -> tuple[int, ...]:
 
 
 def rank_and_spares(candidates, path) -> tuple[int, int]:
-  """r and c - r of the layers under `path`; padding of the spares is not counted."""
+  """r and c - r of the layers under `path`, which have spares; their padding is not counted."""
   flat = flatten_dict(candidates)
   rank = flat[*path, "timer_a"].shape[-1]
   return rank, min(flat[*path, name].shape[-1] for name in SPARES) - rank
@@ -99,6 +103,43 @@ def draw_uniforms(key, candidates) -> dict:
     draws[path] = jax.vmap(jax.random.uniform)(keys).reshape(shape)
     number += size
   return draws
+
+
+class FreshVectors(NamedTuple):
+  """Candidates that are drawn when they are loaded, and not kept when they are evicted: no spares are stored.
+
+  A vector depends on `key`, and on its layer, its factor and how many the layer has loaded before. It has the
+  distribution of the initial vectors.
+
+  Attributes:
+    key: a random key, the same in all steps.
+    init: `adapter_init` of the layers.
+  """
+
+  key: jax.Array
+  init: str = "switchlora"
+
+  def draw(self, layers, loads, rank: int, sizes: tuple[int, int], dtype):
+    """The vectors that L layers load.
+
+    Args:
+      layers: [L] int32, the numbers of the layers.
+      loads: [L, K] int32, the numbers of the loads of each layer.
+      rank: r.
+      sizes: (in, out).
+      dtype: of the vectors.
+
+    Returns:
+      ([L, K, in] for A, [L, K, out] for B).
+    """
+    stds, fold = adapter_std(*sizes, rank, self.init), jax.random.fold_in
+
+    def vectors(layer, load):
+      keys = jax.random.split(fold(fold(self.key, layer), load))
+      return tuple(draw_vectors(*of, dtype) for of in zip(keys, stds, sizes, strict=True))
+
+    of_layers = jax.vmap(jax.vmap(vectors, (None, 0)))
+    return tuple(map(replicate, of_layers(layers, loads)))
 
 
 def draw_spare_indices(key, candidates, schedule) -> dict:

@@ -1,4 +1,4 @@
-"""Algorithms 1 and 2 of SwitchLoRA (arXiv 2406.06564): in each step, swap a few LoRA vectors with spare candidates.
+"""Algorithms 1 and 2 of SwitchLoRA (arXiv 2406.06564): in each step, swap a few LoRA vectors with other candidates.
 
 Invariant: a switch changes A, B, the spares and W, but not `W + s·B·A`. In the layout of `layers`, it keeps
 `kernel + scale·AᵀB` with one LoRA vector per row of `lora_a [r, in]` and `lora_b [r, out]`.
@@ -6,13 +6,15 @@ Invariant: a switch changes A, B, the spares and W, but not `W + s·B·A`. In th
 All positions in a layer follow from `cursor`, the number k of vectors loaded so far per factor. Load k of A goes to
 slot `k mod r` and load k of B to slot `(k + r//2) mod r`. Both exchange their vector with spare `k mod (c - r)`, unless
 `draw_spare_indices` draws the spares at random. The authors' code stores all c candidates and writes an evicted vector
-back to its own position. Swapping with c - r spares visits the same vectors in the same order.
+back to its own position. Swapping with c - r spares visits the same vectors in the same order. Layers without stored
+spares load fresh random vectors instead, and do not keep the evicted ones.
 
 The functions are pure and independent of models and configs. They take any pytrees `params`, `frozen` and `candidates`
 that have the arrays of a layer under one path, with or without leading axes along which layers are stacked.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, load_kernel, store_kernel
 from switchlora_jax.lowrank.layers import ADAPTER, LORA_A, LORA_B
-from switchlora_jax.lowrank.spares import gather_rows, replicate, scatter_rows, stack_shape, switchable
+from switchlora_jax.lowrank.spares import FreshVectors, gather_rows, replicate, scatter_rows, stack_shape, switchable
 
 
 class SwitchSchedule(NamedTuple):
@@ -79,8 +81,8 @@ class Layer(NamedTuple):
   kernel: jax.Array  # [L, in, out]
   lora_a: jax.Array  # [L, r, in]
   lora_b: jax.Array  # [L, r, out]
-  spare_a: jax.Array  # [L, c - r, in]
-  spare_b: jax.Array  # [L, c - r, out]
+  spare_a: jax.Array | None = None  # [L, c - r, in]; None: candidates are fresh
+  spare_b: jax.Array | None = None  # [L, c - r, out]
   kernel_tail: jax.Array | None = None  # [L, in, out], the int8 residual of a bfloat16 kernel
 
   @property
@@ -108,8 +110,10 @@ def switch_count(uniform, expected):
   return (whole + (uniform < expected - whole)).astype(jnp.int32)
 
 
-def swap(vectors, spares, slots, indices, active):
+def swap(vectors, spares, slots, indices, active, fresh=None):
   """Algorithm 1, line 2, for one factor of L layers: exchange `vectors[slots]` with `spares[indices]` where `active`.
+
+  With `fresh` vectors, these are loaded, and the evicted ones are not kept.
 
   Inactive rows are overwritten with themselves. Their slots and indices must differ from those of active rows, which
   holds within a window. Both writes depend on both reads, so that XLA can update the arrays in place.
@@ -117,21 +121,23 @@ def swap(vectors, spares, slots, indices, active):
   Spares may be narrower than vectors. A vector is then rounded when it becomes a spare, and the kernel is corrected
   by the rounded vector when it returns.
 
-  Shapes: vectors [L, r, d], spares [L, c - r, d], slots, indices, active [L, K].
+  Shapes: vectors [L, r, d], spares [L, c - r, d], slots, indices, active [L, K], fresh [L, K, d].
 
   Returns:
     The new vectors, the new spares, and evicted minus loaded rows [L, K, d] in float32 or wider (0 where inactive).
   """
-  old, new = gather_rows(vectors, slots, active), gather_rows(spares, indices, active).astype(vectors.dtype)
+  old = gather_rows(vectors, slots, active)
+  new = gather_rows(spares, indices, active).astype(vectors.dtype) if fresh is None else fresh
   mask = active[:, :, None]
   vectors = scatter_rows(vectors, slots, active, jnp.where(mask, new, old))  # P[:, i] ← C(P)[j]
-  evicted = jnp.where(mask, old, new).astype(spares.dtype)
-  spares = scatter_rows(spares, indices, active, evicted)  # C(P)[j] ← P[:, i]
+  if fresh is None:
+    evicted = jnp.where(mask, old, new).astype(spares.dtype)
+    spares = scatter_rows(spares, indices, active, evicted)  # C(P)[j] ← P[:, i]
   wide = jnp.promote_types(vectors.dtype, jnp.float32)
   return vectors, spares, jnp.where(mask, old.astype(wide) - new.astype(wide), 0)
 
 
-def swap_factors(layers: Layer, slots_a, slots_b, indices_a, indices_b, active):
+def swap_factors(layers: Layer, slots_a, slots_b, indices_a, indices_b, active, fresh_a=None, fresh_b=None):
   """Algorithm 1, line 2, for both factors of L layers, with the correction that lines 1 and 4 add to the kernel.
 
   The slots of A and B are disjoint, so the counterpart of a switched vector is not switched in the same step. Lines 1
@@ -141,8 +147,8 @@ def swap_factors(layers: Layer, slots_a, slots_b, indices_a, indices_b, active):
     The layers, whose kernels are unchanged, and the factors left [L, 2K, in] and right [L, 2K, out] of the decrease
     leftᵀ·right of AᵀB.
   """
-  lora_a, spare_a, evicted_a = swap(layers.lora_a, layers.spare_a, slots_a, indices_a, active)
-  lora_b, spare_b, evicted_b = swap(layers.lora_b, layers.spare_b, slots_b, indices_b, active)
+  lora_a, spare_a, evicted_a = swap(layers.lora_a, layers.spare_a, slots_a, indices_a, active, fresh_a)
+  lora_b, spare_b, evicted_b = swap(layers.lora_b, layers.spare_b, slots_b, indices_b, active, fresh_b)
   counterparts_b = replicate(jnp.take_along_axis(lora_b, slots_a[:, :, None], 1))
   counterparts_a = replicate(jnp.take_along_axis(lora_a, slots_b[:, :, None], 1))
   layers = layers._replace(lora_a=lora_a, lora_b=lora_b, spare_a=spare_a, spare_b=spare_b)
@@ -177,12 +183,13 @@ def add_to_kernels(frozen, left, right, active_layers):
   return jax.lax.fori_loop(0, jnp.sum(active_layers) * chunks, add_chunk, frozen)
 
 
-def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None):
+def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None, draw=None):
   """Algorithm 1 for `count` [L] vectors per factor of L layers, starting at `cursor` [L].
 
   Args:
     window: K, an upper bound of `count`.
     indices: the spares to load, a pair ([L, K] for A, [L, K] for B); None: in sequential order.
+    draw: if candidates are fresh, from the numbers of the loads [L, K] to the vectors ([L, K, in], [L, K, out]).
   Returns:
     The layers, and the squared norm of the change of all kernels, [].
   """
@@ -193,7 +200,8 @@ def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None
   indices_a, indices_b = indices or (loads % spares, loads % spares)
 
   def switch_once(_, carry):
-    layers, left, right = swap_factors(carry[0], slots_a, slots_b, indices_a, indices_b, active)
+    fresh = draw(loads) if draw else ()
+    layers, left, right = swap_factors(carry[0], slots_a, slots_b, indices_a, indices_b, active, *fresh)
     right = scale * right
     return layers._replace(**add_to_kernels(layers.frozen, left, right, count > 0)), norm_squared(left, right)
 
@@ -234,8 +242,8 @@ def available(clock: Clock):
   return half - jnp.maximum(*frozen)
 
 
-def switch_stack(layers: Layer, clock: Clock, uniforms, indices, schedule: SwitchSchedule, scale, step, skip):
-  """Algorithm 2, lines 4 to 14, for L stacked layers; `uniforms` [L], `indices` as in `switch_layers`.
+def switch_stack(layers: Layer, clock: Clock, uniforms, indices, draw, schedule: SwitchSchedule, scale, step, skip):
+  """Algorithm 2, lines 4 to 14, for L stacked layers; `uniforms` [L], `indices` and `draw` as in `switch_layers`.
 
   One draw gives the count of both factors, as in the authors' code.
 
@@ -247,7 +255,7 @@ def switch_stack(layers: Layer, clock: Clock, uniforms, indices, schedule: Switc
   window = schedule.window(rank, spares)
   drawn = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)  # lines 5 and 10
   count = jnp.where(skip, 0, jnp.clip(drawn, 0, jnp.minimum(window, available(clock))))
-  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, indices)  # lines 6, 7, 11 and 12
+  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, indices, draw)  # lines 6, 7, 11 and 12
   reset_b = switched_slots(clock.cursor, count, rank, 0)  # Algorithm 1, line 3: a switch of a_k resets b_k …
   reset_a = switched_slots(clock.cursor, count, rank, rank // 2)  # … and a switch of b_k resets a_k
   frozen_a, timer_a = freeze(clock.timer_a, reset_a, schedule.freeze_steps, skip)  # line 8
@@ -261,31 +269,46 @@ COLLECTION = dict.fromkeys(ADAPTER, "params") | dict.fromkeys((KERNEL, RESIDUAL)
 
 
 def switch(
-  params, frozen, candidates=None, *, schedule: SwitchSchedule, scale, step, uniforms, spare_indices=None, skip=False
+  params,
+  frozen,
+  candidates=None,
+  *,
+  schedule: SwitchSchedule,
+  scale,
+  step,
+  uniforms,
+  spare_indices=None,
+  fresh: FreshVectors | None = None,
+  skip=False,
 ) -> Switched:
-  """Algorithm 2 for one step and all layers that have spares; `kernel + scale·AᵀB` does not change.
+  """Algorithm 2 for one step and all layers that can switch; `kernel + scale·AᵀB` does not change.
 
   Where a bfloat16 kernel has a residual, this holds for their sum. The layer computes with the bfloat16 kernel alone,
   so its function changes by at most the rounding of the kernel to bfloat16, regardless of the number of switches.
 
   Args:
     params, frozen, candidates: the collections of `layers.SwitchLoRADense`, nested under equal paths. `candidates` is
-      empty or None if no layer has spares.
+      empty or None if no layer can switch.
     schedule: switching rate and freeze time.
     scale: s = α/r.
     step: t, from 0.
     uniforms: {path: [...] in [0, 1)} from `draw_uniforms`, or one number for all layers.
     spare_indices: from `draw_spare_indices`; None: sequential order, as in the authors' code.
+    fresh: how layers without spares draw the vectors that they load.
     skip: [] bool; if true, nothing changes, including timers and cursors.
   Returns:
     The new collections, the masks for the optimizer and the metrics, see `Switched`.
+  Raises:
+    ValueError: a layer has no spares, and `fresh` is None.
   """
   candidates = candidates or {}
   flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
   reset, frozen_now = dict.fromkeys(flat["params"], False), dict.fromkeys(flat["params"], False)
-  total, moved = jnp.zeros((), jnp.int32), 0.0
+  total, moved, number = jnp.zeros((), jnp.int32), 0.0, 0
   for path in switchable(candidates):
     lead = stack_shape(candidates, path)
+    numbers = number + jnp.arange(math.prod(lead))
+    number += math.prod(lead)
     find = lambda name, path=path: flat[COLLECTION.get(name, "candidates")].get((*path, name))
     stack = lambda x, lead=lead: None if x is None else x.reshape(-1, *x.shape[len(lead) :])
     layers, clock = (kind(*(stack(find(name)) for name in kind._fields)) for kind in (Layer, Clock))
@@ -293,8 +316,14 @@ def switch(
       continue
     draws = uniforms[path] if isinstance(uniforms, dict) else jnp.full(lead, uniforms)
     indices = spare_indices and tuple(rows.reshape(-1, rows.shape[-1]) for rows in spare_indices[path])
+    draw = None
+    if layers.spare_a is None:
+      if fresh is None:
+        raise ValueError(f"the layer {'/'.join(path)} stores no spares; pass fresh=FreshVectors(key)")
+      rank, sizes, dtype = layers.lora_a.shape[1], layers.kernel.shape[1:], layers.lora_a.dtype
+      draw = partial(fresh.draw, numbers, rank=rank, sizes=sizes, dtype=dtype)
     layers, clock, masks, count, norm2 = switch_stack(
-      layers, clock, draws.reshape(-1), indices, schedule, scale, step, skip
+      layers, clock, draws.reshape(-1), indices, draw, schedule, scale, step, skip
     )
     for name, value in (layers._asdict() | clock._asdict()).items():
       if value is not None:

@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.layers import SwitchLoRADense
+from switchlora_jax.lowrank.layers import CANDIDATES, FRESH, SwitchLoRADense
 from switchlora_jax.lowrank.optimizer import VectorAdamState
-from switchlora_jax.lowrank.spares import coverage, draw_spare_indices, draw_uniforms, exchanged_bytes
+from switchlora_jax.lowrank.spares import (
+  FreshVectors,
+  coverage,
+  draw_spare_indices,
+  draw_uniforms,
+  exchanged_bytes,
+)
 from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_cycles, switch
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
@@ -19,6 +25,7 @@ LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
 ACCEPTED = ADAM  # a switch resets and freezes its state
 ORDERS = ("sequential", "random")
+RANDOM_ORDER, FRESH_VECTORS = 2**31 - 1, 2**31 - 2  # folded into keys, where steps and layers have smaller numbers
 
 
 def check(config):
@@ -46,9 +53,32 @@ def check(config):
     raise UserError(
       f"switch.order (={config.switch.order!r}) must be one of {', '.join(ORDERS)}; set --config.switch.order"
     )
+  _check_candidates(config)
   for name in ("decay_point", "decay_to"):
     if not 0 < config.switch[name] < 1:
       raise UserError(f"switch.{name} (={config.switch[name]}) must lie between 0 and 1; set --config.switch.{name}")
+
+
+def _check_candidates(config):
+  """Raise `UserError` if the kind of candidates is unknown, or a setting of stored ones is given for fresh ones."""
+  kind = config.switch.candidates
+  if kind not in CANDIDATES:
+    raise UserError(
+      f"switch.candidates (={kind!r}) must be stored (evicted vectors are kept and come back) or fresh (each vector is "
+      "a new random one, and nothing is stored); set --config.switch.candidates"
+    )
+  if kind != FRESH:
+    return
+  given = {
+    "switch.order": config.switch.order == "random",
+    "sharding.candidates": config.sharding.candidates == "host",
+    "candidates_dtype": config.candidates_dtype not in (None, config.param_dtype),
+  }
+  if found := [key for key in given if given[key]]:
+    raise UserError(
+      f"{found[0]} is a setting of stored candidates, and switch.candidates=fresh stores none; leave out "
+      f"--config.{found[0]}, or --config.switch.candidates"
+    )
 
 
 def schedule(config) -> SwitchSchedule:
@@ -67,9 +97,15 @@ def cycles(config) -> float:
 
 
 def describe(config) -> list[str]:
-  """The number of cycles through the candidates; far below 1, switching can have little effect."""
+  """The number of cycles through the candidates; far below 1, switching can have little effect.
+
+  With fresh candidates, the number of vectors that are loaded.
+  """
   if not config.switch.interval:
     return []
+  if config.switch.candidates == FRESH:
+    loaded = cycles(config) * (config.model.hidden_size - config.rank)
+    return [f"new vectors over the run, hidden × hidden layers: {loaded:.0f} per factor"]
   return [f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times"]
 
 
@@ -91,31 +127,29 @@ def warnings(config) -> list[str]:
 
 def build(config) -> Method:
   """`SwitchLoRADense` layers and the switch; with an interval of 0, neither a switch nor residuals of the kernels."""
-  switches = config.switch.interval > 0
-  options = dict(candidates_dtype=jnp.dtype(config.candidates_dtype), kernel_residual=switches)
-  method = lora.build(config, partial(SwitchLoRADense, **options))
+  switches, fresh = config.switch.interval > 0, config.switch.candidates == FRESH
+  options = dict(candidates=config.switch.candidates, candidates_dtype=jnp.dtype(config.candidates_dtype))
+  method = lora.build(config, partial(SwitchLoRADense, **options, kernel_residual=switches))
   if not switches:
     return method
-  plan = schedule(config)
+  plan, fold = schedule(config), jax.random.fold_in
 
   def before_update(state: TrainState, skip) -> Adjusted:
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    random = config.switch.order == "random"
+    seeded = jax.random.key(config.seed)
+    key, random = fold(seeded, state.step), config.switch.order == "random"
     moved = switch(
       state.params, state.frozen, state.candidates, schedule=plan, scale=method.scale, step=state.step,
       uniforms=draw_uniforms(key, state.candidates), skip=skip,
-      spare_indices=draw_spare_indices(jax.random.fold_in(key, 2**31 - 1), state.candidates, plan) if random else None,
+      spare_indices=draw_spare_indices(fold(key, RANDOM_ORDER), state.candidates, plan) if random else None,
+      fresh=FreshVectors(fold(seeded, FRESH_VECTORS), config.switch.init) if fresh else None,
     )  # fmt: skip
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
     masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.reset else {})
-    covered = {} if random else {"coverage": coverage(moved.candidates)}
+    covered = {} if random or fresh else {"coverage": coverage(moved.candidates)}
     return Adjusted(state, masks, switch_metrics(moved) | covered)
 
-  return method._replace(
-    before_update=before_update,
-    check_optimizer=check_optimizer,
-    exchanged_bytes=lambda candidates: exchanged_bytes(candidates, plan),
-  )
+  exchanged = lambda candidates: 0 if fresh else exchanged_bytes(candidates, plan)
+  return method._replace(before_update=before_update, check_optimizer=check_optimizer, exchanged_bytes=exchanged)
 
 
 def check_optimizer(opt_state):

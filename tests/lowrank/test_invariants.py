@@ -13,7 +13,7 @@ from small_model import same_bits
 
 from switchlora_jax.lowrank.kernel_storage import load_kernel, split_float32
 from switchlora_jax.lowrank.layers import SwitchLoRADense
-from switchlora_jax.lowrank.spares import coverage, draw_spare_indices, rank_and_spares
+from switchlora_jax.lowrank.spares import FreshVectors, coverage, draw_spare_indices
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 SCALE = 0.5
@@ -60,20 +60,24 @@ class Traced(NamedTuple):
     return getattr(self.schedule, name)
 
 
+FRESH = FreshVectors(jax.random.key(2))
+
+
 @partial(jax.jit, static_argnames=("window", "random"))
 def switched(layers, uniforms, step, skip, times, *, window, random):
   """(layers, uniforms [L], step, skip, (interval, freeze_steps)) -> Switched. The rate is almost constant."""
   schedule = Traced(SwitchSchedule(*times, total_steps=10_000), window)
   indices = indices_at(step, layers["candidates"], schedule) if random else None
-  plan = dict(schedule=schedule, scale=SCALE, step=step, uniforms={(): uniforms}, spare_indices=indices, skip=skip)
-  return switch(**layers, **plan)
+  draws = dict(uniforms={(): uniforms}, spare_indices=indices, fresh=FRESH)
+  return switch(**layers, schedule=schedule, scale=SCALE, step=step, skip=skip, **draws)
 
 
 def switcher(interval, freeze_steps, random=False):
   """`switched` for one schedule."""
 
   def run(layers, uniforms, step, skip):
-    window = SwitchSchedule(interval, freeze_steps).window(*rank_and_spares(layers["candidates"], ()))
+    rank, sizes = layers["params"]["lora_a"].shape[-2], layers["frozen"]["kernel"].shape[-2:]
+    window = SwitchSchedule(interval, freeze_steps).window(rank, min(sizes) - rank)
     return switched(layers, uniforms, step, skip, (interval, freeze_steps), window=window, random=random)
 
   return run
@@ -91,12 +95,15 @@ def collections(out):
 split, join = jax.jit(split_float32), jax.jit(load_kernel)
 
 
-def history(shape, times, seed, dtype=np.float32, random=False, residual=False, bfloat16_spares=False):
+def history(shape, times, seed, dtype=np.float32, random=False, residual=False, bfloat16_spares=False, change=None):
   """(before, after) of each of `STEPS` steps, on the host. The first draws and a third of the others are 0.
 
-  `residual` stores the kernels as bfloat16 and int8, `bfloat16_spares` the spares in bfloat16.
+  `residual` stores the kernels as bfloat16 and int8, `bfloat16_spares` the spares in bfloat16. `change` is called with
+  the first collections, and may change them.
   """
   layers, rng = draw_layers(shape, dtype, seed), np.random.default_rng(seed)
+  if change:
+    change(layers)
   if residual:
     kernel, kernel_tail = split(layers["frozen"]["kernel"])
     layers["frozen"] = {"kernel": np.asarray(kernel), "kernel_tail": np.asarray(kernel_tail)}
@@ -264,6 +271,75 @@ def test_random_order_loads_the_drawn_spares():
         np.testing.assert_array_equal(new, before["candidates"][f"spare_{factor}"][layer][taken])
         np.testing.assert_array_equal(after.candidates[f"spare_{factor}"][layer][taken], old)
   assert differ
+
+
+def without_spares(layers):
+  del layers["candidates"]["spare_a"], layers["candidates"]["spare_b"]
+
+
+def vectors_loaded(shape, before, count, dtype=np.float64):
+  """The fresh vectors that a step loads, {factor: [L, K, d]}."""
+  loads = before["candidates"]["cursor"][:, None] + np.arange(max(count))
+  drawn = FRESH.draw(jnp.arange(shape[0]), loads, shape[3], shape[1:3], dtype)
+  return dict(zip("ab", map(np.asarray, drawn), strict=True))
+
+
+@few
+@given(*anything)
+def test_fresh_candidates_keep_the_merged_weight_and_are_new_at_every_load(shape, times, seed):
+  """Counts, slots and timers are those of stored candidates."""
+  with jax.enable_x64(True):
+    stored, steps = (history(shape, times, seed, np.float64, change=change) for change in (None, without_spares))
+    for (before, after), (_, other) in zip(steps, stored, strict=True):
+      assert after.candidates.keys() == {"timer_a", "timer_b", "cursor"}
+      assert same_bits(after.candidates, {name: other.candidates[name] for name in after.candidates})
+      assert same_bits((after.reset, after.freeze), (other.reset, other.freeze))
+      products = [x["params"]["lora_a"] for x in (before, collections(after))]
+      largest = max(np.abs(x).max() for x in (*products, before["params"]["lora_b"], after.params["lora_b"]))
+      assert drift(before, after) <= 1e-12 * (np.abs(before["frozen"]["kernel"]).max() + SCALE * shape[3] * largest**2)
+      count = counts(before, after)
+      new = vectors_loaded(shape, before, count)
+      for factor, offset in (("a", 0), ("b", shape[3] // 2)):
+        for layer in range(shape[0]):
+          slots = (before["candidates"]["cursor"][layer] + offset + np.arange(count[layer])) % shape[3]
+          expected = before["params"][f"lora_{factor}"][layer].copy()
+          expected[slots] = new[factor][layer, : count[layer]]
+          np.testing.assert_array_equal(after.params[f"lora_{factor}"][layer], expected)
+  assert sum(int(after.count) for _, after in steps) > 0
+
+
+def test_fresh_candidates_are_bitwise_stored_ones_until_these_come_back():
+  """If the spares are the vectors that would be drawn, the first c - r loads are the same."""
+  shape, times = SHAPES[5], (12, 5)
+  spares = min(shape[1:3]) - shape[3]
+
+  def from_the_start(layers):
+    layers["candidates"]["cursor"][:] = 0
+
+  def store(layers):
+    from_the_start(layers)
+    for factor, rows in vectors_loaded(shape, layers, [spares], np.float32).items():
+      layers["candidates"][f"spare_{factor}"] = rows
+
+  def draw(layers):
+    from_the_start(layers)
+    without_spares(layers)
+
+  compared = 0
+  for (_, stored), (_, fresh) in zip(
+    *(history(shape, times, 3, change=change) for change in (store, draw)), strict=True
+  ):
+    again = np.any(stored.candidates["cursor"] > spares)
+    assert same_bits((stored.params, stored.frozen, stored.moved), (fresh.params, fresh.frozen, fresh.moved)) != again
+    compared += not again
+  assert 3 < compared < STEPS
+
+
+def test_layers_without_spares_need_fresh_vectors():
+  layers = draw_layers(SHAPES[0], np.float32, 0)
+  without_spares(layers)
+  with pytest.raises(ValueError, match=r"stores no spares; pass fresh=FreshVectors\(key\)"):
+    switch(**layers, schedule=SwitchSchedule(interval=2), scale=SCALE, step=0, uniforms=0.0)
 
 
 @few

@@ -8,7 +8,9 @@ import small_model
 from jax.sharding import NamedSharding, PartitionSpec
 from small_model import same_bits
 
+from switchlora_jax.lowrank.layers import adapter_std
 from switchlora_jax.lowrank.spares import (
+  FreshVectors,
   coverage,
   draw_spare_indices,
   draw_uniforms,
@@ -77,6 +79,24 @@ def test_indices_of_every_spare_are_a_permutation():
   for factor in draw_spare_indices(jax.random.key(3), {"q": candidates_of(20)}, DRAWING)["q",]:
     np.testing.assert_array_equal(np.sort(factor, -1), np.tile([0, 1], (20, 1)))
     assert len({tuple(row) for row in np.asarray(factor)}) == 2, "both orders occur"
+
+
+@pytest.mark.parametrize("init", ["switchlora", "lora"])
+def test_fresh_vectors_have_the_distribution_of_the_initial_ones(init):
+  """Uniform, and independent of the other loads of the call. There are 19,200 and 25,600 elements."""
+  draw = jax.jit(FreshVectors(jax.random.key(7), init).draw, static_argnums=(2, 3, 4))
+  layers, loads = np.arange(5), np.arange(40) + 100 * np.arange(5)[:, None]
+  found = [np.asarray(x) for x in draw(layers, loads, 8, (96, 128), np.float32)]
+  stds = adapter_std(96, 128, 8, init)
+  for rows, size, std in zip(found, (96, 128), stds, strict=True):
+    assert rows.shape == (5, 40, size) and np.abs(rows).max() <= 3**0.5 * std * (1 + 1e-6)
+    np.testing.assert_allclose(rows.std(), std, rtol=2e-2)
+    assert std == 0 or len(np.unique(rows[..., 0])) == 200, "each layer and load has its own"
+  assert same_bits(draw(layers[1:2], loads[1:2, 7:9], 8, (96, 128), np.float32), tuple(x[1:2, 7:9] for x in found))
+  other = FreshVectors(jax.random.key(8), init).draw(layers, loads, 8, (96, 128), np.float32)
+  assert not np.any(np.all(other[0] == found[0], -1)), "other keys give other vectors"
+  if init == "switchlora":
+    assert abs(np.corrcoef(found[0].ravel(), found[1][..., :96].ravel())[0, 1]) < 0.04, "A and B are independent"
 
 
 # --- coverage -----------------------------------------------------------------------------------------------------

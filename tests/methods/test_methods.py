@@ -248,7 +248,8 @@ def train_without_a_model(**changes):
   method = METHODS["switchlora"].build(small_model.config("switchlora", **changes))
   draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal((2, *shape)), jnp.float32)
   timer, cursor, zero = jnp.zeros((2, 4), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32)
-  spares = {"spare_a": draw(3, 4, 9), "spare_b": draw(4, 4, 8)}
+  fresh = changes.get("switch__candidates") == "fresh"
+  spares = {} if fresh else {"spare_a": draw(3, 4, 9), "spare_b": draw(4, 4, 8)}
   params, frozen = {"q": {"lora_a": draw(0, 4, 9), "lora_b": draw(1, 4, 8)}}, {"q": {"kernel": draw(2, 9, 8)}}
   candidates = {"q": spares | {"timer_a": timer, "timer_b": timer, "cursor": cursor}}
   state = TrainState(
@@ -323,14 +324,28 @@ def test_random_order_loads_other_spares_at_the_same_steps():
   )
 
 
+def test_fresh_candidates_are_switched_at_the_same_steps_and_not_stored():
+  fresh = dict(switch__candidates="fresh")
+  (order, reports, _), (drawn, reports_drawn, masks) = train_without_a_model(), train_without_a_model(**fresh)
+  assert masks == {"freeze", "reset"} and drawn[-1].candidates["q"].keys() == {"cursor", "timer_a", "timer_b"}
+  assert same_bits(train_without_a_model(**fresh)[:2], (drawn, reports_drawn))
+  for one, other in zip(reports, reports_drawn, strict=True):
+    assert one["switched"] == other["switched"] and one["frozen_share"] == other["frozen_share"]
+  assert reports[0]["switched"] > 0 and same_bits(clocks(order[-1]), clocks(drawn[-1]))
+  assert not same_bits(order[-1].params, drawn[-1].params) and "coverage" not in reports_drawn[0]
+  assert not same_bits(train_without_a_model(**fresh, seed=1)[0][1].params, drawn[1].params)
+  built = METHODS["switchlora"].build(small_model.config("switchlora", **fresh))
+  assert built.exchanged_bytes(drawn[0].candidates) == 0
+
+
 def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
   state = prepared("switchlora")[1]
 
   class Drawn(BaseException):
     pass
 
-  def seen(*_, spare_indices, **__):
-    raise Drawn(spare_indices)
+  def seen(*_, spare_indices, fresh, **__):
+    raise Drawn(fresh or spare_indices)
 
   def indices(step=0, **changes):
     config = small_model.config("switchlora", **dict(switch__order="random") | changes)
@@ -338,10 +353,16 @@ def test_random_spares_follow_from_the_seed_and_the_step(monkeypatch):
       METHODS["switchlora"].build(config).before_update(state._replace(step=np.int32(step)), False)
     return drawn.value.args[0]
 
+  def fresh(**changes):
+    found = indices(switch__order="sequential", switch__candidates="fresh", **changes)
+    return found.init, np.asarray(jax.random.key_data(found.key))
+
   monkeypatch.setattr(switchlora, "switch", seen)
   assert len(indices()) == 2 and same_bits(indices(), indices())
   assert not same_bits(indices(), indices(step=1)) and not same_bits(indices(), indices(seed=1))
   assert indices(switch__order="sequential") is None
+  assert same_bits(fresh(), fresh(step=1)), "the numbers of the loads distinguish the steps"
+  assert not same_bits(fresh()[1], fresh(seed=1)[1]) and fresh(switch__init="lora")[0] == "lora" != fresh()[0]
 
 
 def test_metrics_of_the_switch():

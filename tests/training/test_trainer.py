@@ -123,6 +123,22 @@ def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
   assert_same(again.state, outcome.state)
 
 
+def test_a_run_with_fresh_candidates_continues_bitwise(tmp_path, monkeypatch):
+  often = dict(switch__decay_point=0.9)
+  config = resolved(tmp_path, **often, switch__candidates="fresh")
+  whole = trainer.train(config, tmp_path / "whole")
+  assert sum(row.get("switched", 0) for row in lines(tmp_path / "whole")[6:]) > 0, "after the checkpoint as well"
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+    add = metrics.Metrics.add
+    patch.setattr(metrics.Metrics, "add", lambda self, step, row: add(self, step, row) if step < 7 else error("stop"))
+    trainer.train(config, tmp_path / "stopped")
+  again = trainer.train(config, tmp_path / "stopped")
+  assert again.first_step == 4 and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+  assert_same(again.state, whole.state)
+  with pytest.raises(UserError, match=r"switch\.candidates: 'fresh' → 'stored'"):
+    trainer.train(resolved(tmp_path, **often), tmp_path / "whole")
+
+
 def test_a_run_on_a_mixture_continues_bitwise(tmp_path, monkeypatch):
   """It has the rows of two texts, and evaluates a third; without these settings it is another run."""
   for name in ("old", "held_out"):
