@@ -21,17 +21,18 @@ The public names work in any Flax model; the example in `SwitchLoRADense` trains
   LoRADense, SwitchLoRADense   linear layers with a frozen base kernel and a trainable adapter
   merge                        the merged weight `kernel + scale·AᵀB`
   SwitchSchedule, switch       Algorithms 1 and 2 of the paper
-  draw_uniforms                the random numbers that `switch` takes
+  draw_uniforms, FreshVectors  the random numbers and, without stored spares, the vectors that `switch` takes
   vector_adam                  Adam with a step count per LoRA vector
   lora_vectors                 marks the parameters whose rows are LoRA vectors
 """
 
 from switchlora_jax.lowrank.layers import LoRADense, SwitchLoRADense, lora_vectors, merge
 from switchlora_jax.lowrank.optimizer import vector_adam
-from switchlora_jax.lowrank.spares import draw_uniforms
+from switchlora_jax.lowrank.spares import FreshVectors, draw_uniforms
 from switchlora_jax.lowrank.switching import SwitchSchedule, switch
 
 __all__ = [
+  "FreshVectors",
   "LoRADense",
   "SwitchLoRADense",
   "SwitchSchedule",

@@ -335,6 +335,16 @@ def test_fresh_candidates_are_bitwise_stored_ones_until_these_come_back():
   assert 3 < compared < STEPS
 
 
+def test_layers_under_different_paths_load_different_fresh_vectors():
+  layers = draw_layers(SHAPES[0], np.float32, 0)
+  without_spares(layers)
+  both = {collection: {"q": arrays, "v": arrays} for collection, arrays in layers.items()}
+  options = dict(schedule=SwitchSchedule(interval=2), scale=SCALE, step=0, uniforms=0.0, fresh=FRESH)
+  after = jax.jit(partial(switch, **options))(**both).params
+  new = {name: after[name]["lora_a"][after[name]["lora_a"] != layers["params"]["lora_a"]] for name in "qv"}
+  assert new["q"].size == new["v"].size > 0 and not np.any(new["q"] == new["v"])
+
+
 def test_layers_without_spares_need_fresh_vectors():
   layers = draw_layers(SHAPES[0], np.float32, 0)
   without_spares(layers)

@@ -85,7 +85,7 @@ def test_indices_of_every_spare_are_a_permutation():
 def test_fresh_vectors_have_the_distribution_of_the_initial_ones(init):
   """Uniform, and independent of the other loads of the call. There are 19,200 and 25,600 elements."""
   draw = jax.jit(FreshVectors(jax.random.key(7), init).draw, static_argnums=(2, 3, 4))
-  layers, loads = np.arange(5), np.arange(40) + 100 * np.arange(5)[:, None]
+  layers, loads = np.arange(5), np.tile(np.arange(40), (5, 1))
   found = [np.asarray(x) for x in draw(layers, loads, 8, (96, 128), np.float32)]
   stds = adapter_std(96, 128, 8, init)
   for rows, size, std in zip(found, (96, 128), stds, strict=True):
