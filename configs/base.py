@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
   config.warm_start_learning_rate = placeholder(float)  # peak in the warm start; None: the default of method full
   config.warm_start_rest_learning_rate = placeholder(float)  # None: warm_start_learning_rate
   config.warm_start_warmup_steps = placeholder(int)  # warm-up in the warm start; None: warmup_steps
-  config.warm_start_from = ""  # run, Hugging Face folder or hub:NAME[@REVISION]: first weights; sets config.model
+  # The weights to start from: a run, a Hugging Face folder or hub:NAME[@REVISION], which sets config.model.
+  config.warm_start_from = ""  # "": random weights
   config.clip_norm = 1.0  # largest global norm of the gradients; larger ones are scaled down to it
   config.accumulation = 1  # micro-batches per step on each device; may change when a run continues, as sharding may
   config.seed = 0  # seed of initialisation, data order and switching

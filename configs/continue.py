@@ -1,4 +1,4 @@
-"""Continue pre-training a model that exists: a run, a Hugging Face folder, or hub:NAME.
+"""Continue pre-training a model that exists: a run, a Hugging Face folder, or hub:NAME[@REVISION].
 
 python -m experiments.pretrain --config=configs/continue.py --workdir=runs/continued \
     --config.warm_start_from=runs/tiny --config.data.path='books/*.jsonl' --config.seq_len=128

@@ -27,7 +27,9 @@ from switchlora_jax.progress import progress_bar
 from switchlora_jax.runs.tokenizer_files import is_fast
 
 PATH = flags.DEFINE_string("path", "", "glob of text, JSON lines or Parquet files, possibly compressed")
-TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece model, tokenizer.json, folder with one, or hub:NAME")
+TOKENIZER = flags.DEFINE_string(
+  "tokenizer", "", "SentencePiece model, tokenizer.json, folder with one, or hub:NAME[@REVISION]"
+)
 CHARACTERS = flags.DEFINE_integer(
   "characters", 40_000_000, "characters of text to prepare; the text is repeated to reach this length", lower_bound=1
 )

@@ -38,7 +38,7 @@ ROWS_WITHOUT_TEXT = flags.DEFINE_enum(
 TOKENIZER = flags.DEFINE_string(
   "tokenizer",
   None,
-  "SentencePiece model, tokenizer.json, folder with one, or hub:NAME; or train:SIZE (SentencePiece) or "
+  "SentencePiece model, tokenizer.json, folder with one, or hub:NAME[@REVISION]; or train:SIZE (SentencePiece) or "
   "train_bytes:SIZE (byte-level) to train one on the text",
 )
 PACKING = flags.DEFINE_enum(

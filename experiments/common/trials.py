@@ -159,7 +159,8 @@ def make_trial(
     own["rest_learning_rate"] = rest_learning_rate
   update_config(config, own)
   overrides = base.overrides | variant.overrides | own
-  warm_start.adopt_architecture(config, cli.given_keys(config, overrides), None)  # as the run does
+  # As the run does, with the weights: several runs will need them.
+  warm_start.adopt_architecture(config, cli.given_keys(config, overrides), None, weights=True)
   platform, devices = probe_devices()
   resolved = resolve(config, devices, platform)
   return Trial(variant, resolved.learning_rate, resolved.seed, resolved, overrides, rest_learning_rate)

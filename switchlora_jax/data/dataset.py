@@ -180,12 +180,7 @@ def _check_further_texts(config, also: bool) -> None:
   added, further = texts.parse_mixture(data.mixture), texts.parse_eval_also(data.eval_also) if also else []
   if not (added or further):
     return
-  if data.source == "prepared":
-    model = tokenizer_in(_expanded(data.path))
-  else:
-    trained = not data.tokenizer or tokenizer.size_to_train(data.tokenizer, TOKENIZER) is not None
-    model = None if trained else tokenizer.locate(data.tokenizer, TOKENIZER)
-  form = _form(config, model)
+  form = _form(config, _known_tokenizer(config))
   for text in (*added, *further):
     texts.check(text, form)
   for text, needed in zip(added, _needed_rows(config)[1:], strict=True):
@@ -199,6 +194,17 @@ def _check_further_texts(config, also: bool) -> None:
   train, valid = (local("path"), local("eval_path")) if own else ([], [])
   texts.check_separate(train + files(added), valid + files(further))
   _check_held_out(data, added, train, files(added))
+
+
+def _known_tokenizer(config) -> Path | None:
+  """The tokenizer of the run; None if it is to be trained, and no earlier run on this text has trained it."""
+  data = config.data
+  if data.source == "prepared":
+    return tokenizer_in(_expanded(data.path))
+  if data.tokenizer and tokenizer.size_to_train(data.tokenizer, TOKENIZER) is None:
+    return tokenizer.locate(data.tokenizer, TOKENIZER)
+  folder = folders.cache_folder(data.cache_dir, data.source, _cache_request(config))
+  return tokenizer_in(folder) if shards.read_manifest(folder) else None
 
 
 def _check_held_out(data, added: list[texts.Named], own: list[str], mixed: list[str]) -> None:
@@ -253,6 +259,12 @@ def _text_origin(data) -> list:
 
 def _fill_cache(config, progress: bool) -> Path:
   """The cache folder with the packed text, filled if necessary. Of a stream, only the validation text is packed."""
+  data, request = config.data, _cache_request(config)
+  return folders.cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
+
+
+def _cache_request(config) -> Request:
+  """What to pack into the cache."""
   data = config.data
   origin = [data.source, _text_origin(data)]
   model = data.tokenizer or f"{tokenizer.TRAIN}{config.model.vocab_size}"
@@ -261,7 +273,7 @@ def _fill_cache(config, progress: bool) -> Path:
   request = Request(origin, model, config.seq_len, packing=data.packing)
   if data.source != "docs":
     request = request._replace(field=data.field, bad_rows=data.bad_rows)
-  return folders.cached_folder(data.cache_dir, data.source, request, partial(_open_corpus, data, progress), progress)
+  return request
 
 
 def _local_corpus(data) -> corpus.Corpus:

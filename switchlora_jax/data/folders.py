@@ -74,9 +74,14 @@ def cached_folder(
   cache_dir: str, name: str, request: Request, read: Callable[[], corpus.Corpus], progress: bool
 ) -> Path:
   """The folder `NAME-KEY` of the cache, filled if necessary. See `preparation.fill_folder` for the arguments."""
-  folder = Path(cache_dir).expanduser() / f"{name}-{cache_key(request)}"
+  folder = cache_folder(cache_dir, name, request)
   preparation.fill_folder(folder, request, read, wait=True, progress=progress)
   return folder
+
+
+def cache_folder(cache_dir: str, name: str, request: Request) -> Path:
+  """The folder `NAME-KEY` of the cache, which may not exist."""
+  return Path(cache_dir).expanduser() / f"{name}-{cache_key(request)}"
 
 
 def cache_key(request: Request) -> str:

@@ -17,7 +17,6 @@ from switchlora_jax.data.folders import PackedText
 from switchlora_jax.data.readers import RowOptions
 from switchlora_jax.data.tokenizer import tokenizer_sha256
 from switchlora_jax.errors import UserError
-from switchlora_jax.runs.tokenizer_files import tokenizer_in
 
 DOCS = "docs"
 MIXTURE, EVAL_ALSO = "--config.data.mixture", "--config.data.eval_also"
@@ -223,12 +222,7 @@ def _check_folder(text: Named, folder: Path, form: Form):
       f"{found} must be a glob of files or a folder written by experiments.prepare_data; this folder has no "
       f"{shards.MANIFEST}; give its files, as in {text.flag}='{folder}/*', or complete its preparation"
     )
-  if form.tokenizer is None:
-    raise UserError(
-      f"{found} must be prepared with the tokenizer of the run, which is yet to be trained; "
-      f"set --config.data.tokenizer={tokenizer_in(folder)}, or give its files"
-    )
-  if manifest["tokenizer"] != tokenizer_sha256(form.tokenizer):
+  if form.tokenizer and manifest["tokenizer"] != tokenizer_sha256(form.tokenizer):
     raise UserError(
       f"{found} must be prepared with the tokenizer of the run, but has another; "
       f"prepare the text with --tokenizer={form.tokenizer}, or give its files"

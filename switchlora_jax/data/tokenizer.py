@@ -157,8 +157,8 @@ def locate(name: str, key: str) -> Path:
   """The file of the tokenizer that a setting names. Models of the hub are downloaded, their tokenizers alone.
 
   Args:
-    name: a SentencePiece model, a tokenizer.json, a folder with one, or `hub:NAME`. Of a folder with both files,
-      tokenizer.model is used.
+    name: a SentencePiece model, a tokenizer.json, a folder with one, or `hub:NAME[@REVISION]`. Of a folder with both
+      files, tokenizer.model is used.
     key: the setting, for messages, such as `--tokenizer`.
 
   Raises:

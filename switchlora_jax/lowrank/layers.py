@@ -217,6 +217,8 @@ class SwitchLoRADense(LoRADense):
 
   def initial(self, key, in_features: int):
     """As `LoRADense.initial`, with the state of the switch; all c candidates of a factor have the same distribution."""
+    if self.candidates not in CANDIDATES:
+      raise ValueError(f"candidates (={self.candidates!r}) must be one of {', '.join(CANDIDATES)}")
     variables = super().initial(key, in_features)
     spares = min(in_features, self.features) - self.rank
     if spares <= 0:  # the layer is never switched

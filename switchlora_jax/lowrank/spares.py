@@ -74,15 +74,26 @@ def switchable(candidates) -> list[tuple[str, ...]]:
   return sorted({path[:-1] for path in flatten_dict(candidates)})
 
 
+def no_spares(path) -> str:
+  """The message for layers with fresh candidates where stored ones are needed."""
+  return f"{'/'.join(path) or 'the layer'} stores no spares"
+
+
 def stack_shape(candidates, path) -> tuple[int, ...]:
   """The leading axes along which the layers under `path` are stacked: () or (layers,)."""
   return flatten_dict(candidates)[(*path, "cursor")].shape
 
 
 def rank_and_spares(candidates, path) -> tuple[int, int]:
-  """r and c - r of the layers under `path`, which have spares; their padding is not counted."""
+  """r and c - r of the layers under `path`; padding of the spares is not counted.
+
+  Raises:
+    ValueError: the layers store no spares.
+  """
   flat = flatten_dict(candidates)
   rank = flat[*path, "timer_a"].shape[-1]
+  if (*path, SPARES[0]) not in flat:
+    raise ValueError(no_spares(path))
   return rank, min(flat[*path, name].shape[-1] for name in SPARES) - rank
 
 
@@ -161,7 +172,7 @@ def draw_spare_indices(key, candidates, schedule) -> dict:
 
 
 def exchanged_bytes(candidates, schedule) -> int:
-  """The largest number of bytes of spares that one step reads, and that it writes back.
+  """The largest number of bytes of spares that one step reads, and that it writes back; 0 for fresh candidates.
 
   A step that switches the most vectors it can, as the first steps do, exchanges K spares per factor of each layer.
 
@@ -170,7 +181,7 @@ def exchanged_bytes(candidates, schedule) -> int:
     schedule: a `SwitchSchedule`.
   """
   flat, total = flatten_dict(candidates), 0
-  for path in switchable(candidates):
+  for path in (path for path in switchable(candidates) if (*path, SPARES[0]) in flat):
     rows = math.prod(stack_shape(candidates, path)) * schedule.window(*rank_and_spares(candidates, path))
     spares = (flat[*path, name] for name in SPARES)
     total += sum(rows * x.shape[-1] * x.dtype.itemsize for x in spares)

@@ -23,7 +23,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, load_kernel, store_kernel
 from switchlora_jax.lowrank.layers import ADAPTER, LORA_A, LORA_B
-from switchlora_jax.lowrank.spares import FreshVectors, gather_rows, replicate, scatter_rows, stack_shape, switchable
+from switchlora_jax.lowrank.spares import (
+  FreshVectors,
+  gather_rows,
+  no_spares,
+  replicate,
+  scatter_rows,
+  stack_shape,
+  switchable,
+)
 
 
 class SwitchSchedule(NamedTuple):
@@ -319,7 +327,7 @@ def switch(
     draw = None
     if layers.spare_a is None:
       if fresh is None:
-        raise ValueError(f"the layer {'/'.join(path)} stores no spares; pass fresh=FreshVectors(key)")
+        raise ValueError(f"{no_spares(path)}; pass fresh=FreshVectors(key)")
       rank, sizes, dtype = layers.lora_a.shape[1], layers.kernel.shape[1:], layers.lora_a.dtype
       draw = partial(fresh.draw, numbers, rank=rank, sizes=sizes, dtype=dtype)
     layers, clock, masks, count, norm2 = switch_stack(

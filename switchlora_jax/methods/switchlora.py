@@ -25,7 +25,10 @@ LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
 ACCEPTED = ADAM  # a switch resets and freezes its state
 ORDERS = ("sequential", "random")
-RANDOM_ORDER, FRESH_VECTORS = 2**31 - 1, 2**31 - 2  # folded into keys, where steps and layers have smaller numbers
+RANDOM_ORDER, FRESH_VECTORS = (
+  2**31 - 1,
+  2**31 - 2,
+)  # folded into keys; steps and layers have smaller numbers in practice
 
 
 def check(config):
@@ -148,8 +151,11 @@ def build(config) -> Method:
     covered = {} if random or fresh else {"coverage": coverage(moved.candidates)}
     return Adjusted(state, masks, switch_metrics(moved) | covered)
 
-  exchanged = lambda candidates: 0 if fresh else exchanged_bytes(candidates, plan)
-  return method._replace(before_update=before_update, check_optimizer=check_optimizer, exchanged_bytes=exchanged)
+  return method._replace(
+    before_update=before_update,
+    check_optimizer=check_optimizer,
+    exchanged_bytes=lambda candidates: exchanged_bytes(candidates, plan),
+  )
 
 
 def check_optimizer(opt_state):

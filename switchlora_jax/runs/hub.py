@@ -28,7 +28,9 @@ def _download(name: str, files: tuple[str, ...], flag: str, local: str) -> Path:
   """Downloads files of a model into the cache of `huggingface_hub`, unless they are there; returns their folder."""
   import huggingface_hub  # local import: it takes a while, and most runs do not use the hub
 
-  model, _, revision = name.removeprefix(HUB).partition("@")
+  model, at, revision = name.removeprefix(HUB).partition("@")
+  if at and not revision:
+    raise UserError(f"{flag} (={name!r}) must have a branch, a tag or a commit after @; add it, or leave out the @")
   try:
     return Path(huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(files)))
   except Exception as error:  # network errors, and errors of invalid, missing and gated models

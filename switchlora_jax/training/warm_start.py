@@ -66,7 +66,9 @@ def _initial_state(phase: Phase, params, frozen, scale: float | None) -> TrainSt
   return state
 
 
-def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path | None) -> str | None:
+def adopt_architecture(
+  config: ConfigDict, given: Collection[str], workdir: Path | None, weights: bool = False
+) -> str | None:
   """Set `config.model` to the architecture of the model that `config.warm_start_from` names.
 
   `data.tokenizer` is set to its tokenizer as well, if it has one and the text is not prepared. A run that continues has
@@ -76,6 +78,7 @@ def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path
     config: not resolved; changed in place.
     given: dotted keys that keep their values.
     workdir: the directory of the run, if known.
+    weights: whether to download the weights of a model of the hub as well, and to check their names and shapes.
   Returns:
     The keys that were set from the source, as a line to print; None if there are none.
   Raises:
@@ -84,7 +87,7 @@ def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path
   if not config.warm_start_from:
     return None
   saved = None if workdir is None else run_directory.read(workdir)
-  found = _keys_of_source(config) if saved is None else _keys_of_run(saved["config"], workdir)
+  found = _keys_of_source(config, weights) if saved is None else _keys_of_run(saved["config"], workdir)
   flat = flatten(config)
   keys = {key: value for key, value in found.items() if key in flat.keys() - set(given) and value != flat[key]}
   for key, value in keys.items():
@@ -96,8 +99,8 @@ def adopt_architecture(config: ConfigDict, given: Collection[str], workdir: Path
   return f"set from {config.warm_start_from}: {line}" if keys and saved is None else None
 
 
-def _keys_of_source(config: ConfigDict) -> dict[str, Any]:
-  source = _inspect(config.warm_start_from, weights=False)
+def _keys_of_source(config: ConfigDict, weights: bool) -> dict[str, Any]:
+  source = _inspect(config.warm_start_from, weights)
   keys = {f"model.{key}": value for key, value in flatten(source.architecture).items()}
   if source.tokenizer and config.data.source != "prepared":
     keys["data.tokenizer"] = str(source.tokenizer)

@@ -70,7 +70,7 @@ def test_files_are_packed_with_the_tokenizer_of_the_run(folder, config, plain):
 
 def test_a_prepared_folder_has_training_and_validation_rows(folder, plain):
   where = prepared(folder, plain.tokenizer_path)
-  changes = dict(data__tokenizer=plain.tokenizer_path, data__mixture=f"0.25={where}", data__eval_also=f"old = {where};")
+  changes = dict(data__mixture=f"0.25={where}", data__eval_also=f"old = {where};")
   made = dataset.open_dataset(config_of(folder, **changes), progress=False)
   model = tokenizer.load_tokenizer(made.tokenizer_path)
   np.testing.assert_array_equal(made.train.others[0], rows_of(model, OLD, 16))
@@ -163,9 +163,11 @@ def test_texts_that_do_not_fit_are_refused_before_any_work(folder, config, plain
     config.data.eval_also = f"old={where}"
     with pytest.raises(UserError, match=sentence):
       dataset.check_data_config(config)
-  config.data.update(tokenizer="", eval_also=f"old={prepared(folder, plain.tokenizer_path)}")
-  with pytest.raises(UserError, match=r"which is yet to be trained; set --config\.data\.tokenizer=.*tokenizer\.model"):
-    dataset.check_data_config(config)
+  config.data.update(tokenizer="", eval_also=f"old={prepared(folder, str(other))}")
+  with pytest.raises(UserError, match="must be prepared with the tokenizer of the run, but has another"):
+    dataset.check_data_config(config)  # it was trained for `plain`
+  config.data.eval_also = f"old={prepared(folder, plain.tokenizer_path)}"
+  dataset.check_data_config(config)
 
 
 def test_rows_that_are_held_out_are_not_trained_on(folder, config):
@@ -211,8 +213,7 @@ def test_a_mixture_is_not_repeated_unless_allowed(folder, config, plain, monkeyp
   short = prepared(folder, plain.tokenizer_path, texts_of=OLD[:10])
   with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
     patch.setattr(preparation, "fill_folder", lambda *_, **__: pytest.fail("work before the check"))
-    changes = dict(data__tokenizer=plain.tokenizer_path, data__mixture=f"0.5={short}")
-    dataset.check_data_config(config_of(folder, **changes))
+    dataset.check_data_config(config_of(folder, data__mixture=f"0.5={short}"))
   config.data.epochs = 5
   made = dataset.open_dataset(config, progress=False)
   assert 48 / 5 <= len(made.train.others[0]) < 48
@@ -229,7 +230,7 @@ def test_a_text_without_a_row_is_an_error(folder, config, plain):
   request = preparation.Request(["row"], plain.tokenizer_path, 16)
   text = lambda: corpus.Corpus([["The tide rises and falls."]], None)
   preparation.fill_folder(folder / "row", request, text, wait=True, progress=False)
-  config.data.update(tokenizer=plain.tokenizer_path, mixture=f"0.1={folder}/row", eval_also="")
+  config.data.update(mixture=f"0.1={folder}/row", eval_also="")
   with pytest.raises(UserError, match=r"mixture=0\.1 \(='.*/row'\) must hold at least one row of 16 tokens; add text"):
     dataset.open_dataset(config, progress=False)  # its only rows are held out
 

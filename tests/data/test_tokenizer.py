@@ -179,6 +179,8 @@ def test_the_tokenizer_of_a_model_of_the_hub_is_downloaded_once_and_alone(monkey
   assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "config.json"} <= set(patterns)
   tokenizer.locate("hub:some/model@v1.0", "--tokenizer")
   assert asked[1][:2] == ("some/model", "v1.0")
+  with pytest.raises(UserError, match="must have a branch, a tag or a commit after @"):
+    tokenizer.locate("hub:some/model@", "--tokenizer")
 
 
 def test_an_unreachable_hub_is_a_user_error(monkeypatch):

@@ -348,7 +348,7 @@ def test_layers_under_different_paths_load_different_fresh_vectors():
 def test_layers_without_spares_need_fresh_vectors():
   layers = draw_layers(SHAPES[0], np.float32, 0)
   without_spares(layers)
-  with pytest.raises(ValueError, match=r"stores no spares; pass fresh=FreshVectors\(key\)"):
+  with pytest.raises(ValueError, match=r"^the layer stores no spares; pass fresh=FreshVectors\(key\)$"):
     switch(**layers, schedule=SwitchSchedule(interval=2), scale=SCALE, step=0, uniforms=0.0)
 
 

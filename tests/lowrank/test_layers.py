@@ -319,3 +319,8 @@ def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked)
 def test_an_invalid_rank_or_initialisation_raises(wrong):
   with pytest.raises(ValueError, match="must be at least 1 and init"):
     start(SwitchLoRADense(6, **wrong))
+
+
+def test_an_unknown_kind_of_candidates_raises():
+  with pytest.raises(ValueError, match=r"^candidates \(='Fresh'\) must be one of stored, fresh"):
+    start(SwitchLoRADense(6, rank=4, candidates="Fresh"))

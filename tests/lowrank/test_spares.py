@@ -99,6 +99,14 @@ def test_fresh_vectors_have_the_distribution_of_the_initial_ones(init):
     assert abs(np.corrcoef(found[0].ravel(), found[1][..., :96].ravel())[0, 1]) < 0.04, "A and B are independent"
 
 
+def test_functions_of_spares_refuse_fresh_candidates():
+  clock = {name: x for name, x in candidates_of(2).items() if "spare" not in name}
+  for function in (coverage, lambda layers: draw_spare_indices(jax.random.key(0), layers, DRAWING)):
+    with pytest.raises(ValueError, match=r"^blocks/q stores no spares$"):
+      function({"blocks": {"q": clock}})
+  assert exchanged_bytes({"blocks": {"q": clock}}, DRAWING) == 0
+
+
 # --- coverage -----------------------------------------------------------------------------------------------------
 
 

