@@ -84,7 +84,7 @@ def comparison(config) -> str | None:
   measured = ", ".join(
     f"{name} {perplexity:.2f} ({bits:.3f} bits per byte)" for name, (perplexity, bits) in llama_tiny.REFERENCE.items()
   )
-  return f"at this budget with one learning rate per method, mean of 3 seeds: {measured}; see docs/results/index.md"
+  return f"at this budget with both learning rates swept, mean of 3 seeds: {measured}; see docs/results/index.md"
 
 
 def what_must_agree(config, workdir: Path | None) -> dict:
