@@ -80,8 +80,8 @@ def mismatch(cell: dict, config, data: Dataset) -> str | None:
     return "; ".join(changed)
   if cell["data_fingerprint"] != data.fingerprint:
     return f"data fingerprint: {cell['data_fingerprint']} → {data.fingerprint}"
-  if changed := changed_texts(cell, data):
-    return f"the text of data.eval_also={changed[0]} has changed"
+  for label, then, now in changed_texts(cell, data):
+    return f"the text of data.eval_also={label} has changed: {then} → {now}"
   if cell["failure"]:
     return "it failed"
   if not cell["curve"] or cell["curve"][-1][0] != config.steps:

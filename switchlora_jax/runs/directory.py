@@ -295,17 +295,22 @@ def check_same_data(workdir: Path, saved: dict | None, dataset) -> None:
       f"restore the files, the packages and the code that it was started with (git revision {saved['git_revision']}), "
       f"or choose a new --workdir"
     )
-  if changed := changed_texts(saved, dataset):
+  for label, then, now in changed_texts(saved, dataset):
     raise UserError(
-      f"the text of --config.data.eval_also={changed[0]} is not the one that the run in {workdir} was evaluated on; "
-      "restore it, or give this text another name"
+      f"the text of --config.data.eval_also={label} is not the one that the run in {workdir} was evaluated on "
+      f"(fingerprint {then}, now {now}); restore it, or give this text another name"
     )
 
 
-def changed_texts(saved: dict, dataset) -> list[str]:
-  """The names of `data.eval_also` whose text is not that of a run: `saved` has its fingerprints as `eval_also`."""
+def changed_texts(saved: dict, dataset) -> list[tuple[str, str, str]]:
+  """(name, fingerprint then, fingerprint now) of each text of `data.eval_also` that is not that of a run.
+
+  Args:
+    saved: with the fingerprints of the run under `eval_also`.
+  """
   known = saved.get("eval_also", {})
-  return [text.label for text in dataset.also if known.get(text.label, text.fingerprint) != text.fingerprint]
+  found = [(text.label, known.get(text.label, text.fingerprint), text.fingerprint) for text in dataset.also]
+  return [(label, then, now) for label, then, now in found if then != now]
 
 
 def check_shared(workdir: Path) -> None:

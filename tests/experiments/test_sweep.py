@@ -404,7 +404,7 @@ def test_trials_on_other_data_in_results_json_run_again(written, runs, capsys):
   shutil.rmtree(written.path.parent / "cells")
   runs.text = fake_text("def", old="second")
   written.again(clip_norm=float("inf"))
-  assert "(the text of data.eval_also=old has changed)" in capsys.readouterr().out
+  assert "(the text of data.eval_also=old has changed: first → second)" in capsys.readouterr().out
 
 
 def test_unfinished_and_failed_trials_of_results_json_run_again_and_the_others_are_kept(written, runs):

@@ -123,18 +123,23 @@ def test_a_stopped_run_continues_bitwise(finished, stop, monkeypatch):
   assert_same(again.state, outcome.state)
 
 
+def check_continues(config, folder, whole, monkeypatch):
+  """A run that stops after step 7 and continues from step 4 is bitwise equal to `whole`, the run in `folder/whole`."""
+  add = metrics.Metrics.add
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+    patch.setattr(metrics.Metrics, "add", lambda self, step, row: add(self, step, row) if step < 7 else error("stop"))
+    trainer.train(config, folder / "stopped")
+  again = trainer.train(config, folder / "stopped")
+  assert again.first_step == 4 and lines(folder / "stopped") == lines(folder / "whole")
+  assert_same(again.state, whole.state)
+
+
 def test_a_run_with_fresh_candidates_continues_bitwise(tmp_path, monkeypatch):
   often = dict(switch__decay_point=0.9)
   config = resolved(tmp_path, **often, switch__candidates="fresh")
   whole = trainer.train(config, tmp_path / "whole")
   assert sum(row.get("switched", 0) for row in lines(tmp_path / "whole")[6:]) > 0, "after the checkpoint as well"
-  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-    add = metrics.Metrics.add
-    patch.setattr(metrics.Metrics, "add", lambda self, step, row: add(self, step, row) if step < 7 else error("stop"))
-    trainer.train(config, tmp_path / "stopped")
-  again = trainer.train(config, tmp_path / "stopped")
-  assert again.first_step == 4 and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
-  assert_same(again.state, whole.state)
+  check_continues(config, tmp_path, whole, monkeypatch)
   with pytest.raises(UserError, match=r"switch\.candidates: 'fresh' → 'stored'"):
     trainer.train(resolved(tmp_path, **often), tmp_path / "whole")
 
@@ -154,13 +159,7 @@ def test_a_run_on_a_mixture_continues_bitwise(tmp_path, monkeypatch):
   (also,) = whole.data.also
   found = validate(whole.phase, whole.state, also.rows[:16], 8, also.bytes_per_token)
   assert found["val_loss"] == rows[-1]["val_loss/old"], "the first 256 tokens"
-  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
-    add = metrics.Metrics.add
-    patch.setattr(metrics.Metrics, "add", lambda self, step, row: add(self, step, row) if step < 7 else error("stop"))
-    trainer.train(config, tmp_path / "stopped")
-  again = trainer.train(config, tmp_path / "stopped")
-  assert again.first_step == 4 and lines(tmp_path / "stopped") == lines(tmp_path / "whole")
-  assert_same(again.state, whole.state)
+  check_continues(config, tmp_path, whole, monkeypatch)
   with pytest.raises(UserError, match=r"data\.mixture"):
     trainer.train(resolved(tmp_path), tmp_path / "whole")
   trainer.train(resolved(tmp_path, **changes | dict(data__eval_also="")), tmp_path / "whole")  # nothing is left to do
