@@ -103,10 +103,12 @@ def get_config() -> ConfigDict:
   config.switch.freeze_steps = 5  # steps for which the counterpart of a switched vector is frozen
   config.switch.decay_point = 0.1  # fraction of `steps` after which the switching rate has fallen to decay_to
   config.switch.decay_to = 1 / 3  # rate at decay_point / rate at the start (0.3 in the authors' code)
+  config.switch.decay = "exponential"  # of the switching rate: exponential | learning_rate (in proportion to it)
+  config.switch.start = 0  # the first step that may switch; the exponential decay counts from it
   config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
   config.switch.candidates = "stored"  # stored (evicted vectors come back) | fresh (new random ones, none are kept)
   config.switch.order = "sequential"  # order in which spare vectors are used: sequential | random (section 2.2)
-  config.switch.reset = True  # reset the optimizer state of the counterpart of a switched vector
+  config.switch.state = "reset"  # optimizer state of the counterpart of a switched vector: reset | keep | transport
 
   config.relora = ConfigDict()  # settings of relora
   config.relora.restart_every = 5000  # steps between two merges of the adapters into the base kernels

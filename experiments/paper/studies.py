@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from experiments.common.trials import Variant
 from switchlora_jax.errors import UserError
+from switchlora_jax.lowrank.layers import CANDIDATES
+from switchlora_jax.methods.switchlora import DECAYS, STATES
 from switchlora_jax.models.architecture import smaller_sides
 
 
@@ -70,15 +72,30 @@ def rank(config) -> Study:
   return Study("which rank", "Table 5", {f"rank {value}": {"rank": value} for value in values})
 
 
-def reset(config) -> Study:
-  """Effect of resetting the counterpart's optimizer state and of freezing it, separately; not in the paper."""
+def state(config) -> Study:
+  """What becomes of the counterpart's optimizer state, with and without freezing it; not in the paper."""
   own = config.switch.freeze_steps
+  lines = {f"{state}, N = {n}": {"switch.state": state, "switch.freeze_steps": n} for state in STATES for n in (own, 0)}
+  return Study("what becomes of Adam's state, and whether to freeze", "App. A, eq. 11", lines)
+
+
+def decay(config) -> Study:
+  """When switching starts and how its rate falls; not in the paper, which decays exponentially from the first step."""
+  starts = sorted({0, config.warmup_steps, config.switch.start})
   lines = {
-    f"{'reset' if reset else 'no reset'}, N = {n}": {"switch.reset": reset, "switch.freeze_steps": n}
-    for reset in (True, False)
-    for n in (own, 0)
+    f"from step {start}, {kind.replace('_', ' ')}": {"switch.start": start, "switch.decay": kind}
+    for kind in DECAYS
+    for start in starts
   }
-  return Study("whether to reset and to freeze", "App. A, eq. 11", lines)
+  return Study("when switching starts, and how it falls", "Algorithm 2, lines 5 and 10", lines)
+
+
+def candidates(config) -> Study:
+  """Stored candidates, which come back, or fresh random vectors; not in the paper."""
+  del config
+  return Study(
+    "whether evicted vectors are kept", "section 2.2", {kind: {"switch.candidates": kind} for kind in CANDIDATES}
+  )
 
 
 def order(config) -> Study:
@@ -88,7 +105,7 @@ def order(config) -> Study:
   return Study("in which order candidates come", "section 2.2", lines)
 
 
-STUDIES = {s.__name__: s for s in (interval, ratio, grid, freeze, init, rank, reset, order)}
+STUDIES = {s.__name__: s for s in (interval, ratio, grid, freeze, init, rank, state, decay, candidates, order)}
 
 
 def study_variants(name: str, config, learning_rates=()) -> list[Variant]:

@@ -14,6 +14,7 @@ that have the arrays of a layer under one path, with or without leading axes alo
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +45,9 @@ class SwitchSchedule(NamedTuple):
     total_steps: T, the number of steps of the run.
     decay_point: p, the fraction of T after which the rate has fallen to `decay_to` of its start.
     decay_to: d, 1/3 in the paper (0.3 in the authors' code).
+    start: the first step that may switch; the decay counts from it. 0 in the paper.
+    curve: from a step to the rate relative to the start, in [0, 1], in place of the exponential decay by p and d; None:
+      that decay, as in the paper.
   """
 
   interval: int = 40
@@ -51,10 +55,17 @@ class SwitchSchedule(NamedTuple):
   total_steps: int = 40_000
   decay_point: float = 0.1
   decay_to: float = 1 / 3
+  start: int = 0
+  curve: Callable | None = None
 
   def rate(self, step):
-    """The switching rate at `step` t relative to the start, d^((t+1) / (p·T)), [], at least 1e-8."""
-    return jnp.maximum(self.decay_to ** ((step + 1) / (self.decay_point * self.total_steps)), 1e-8)
+    """The switching rate at `step` t relative to the start, d^((t+1) / (p·T)), [], at least 1e-8; 0 before `start`."""
+    if self.curve:
+      relative = self.curve(step)
+    else:
+      relative = self.decay_to ** ((step - self.start + 1) / (self.decay_point * self.total_steps))
+    relative = jnp.maximum(relative, 1e-8)
+    return jnp.where(step < self.start, 0, relative) if self.start else relative
 
   def window(self, rank: int, spares: int) -> int:
     """K, the largest number of vectors per factor that one step can switch; 0 if the interval is 0."""
@@ -342,14 +353,16 @@ def switch(
   return Switched(*map(unflatten_dict, (*flat.values(), reset, frozen_now)), total, jnp.sqrt(moved))
 
 
-def expected_cycles(schedule: SwitchSchedule, rank: int, candidates: int) -> float:
-  """The expected number of times that a run cycles through the spares of a layer.
+def expected_loads(schedule: SwitchSchedule, rank: int, first_step: int = 0) -> float:
+  """The expected number of vectors that a run loads per factor of a layer, from `first_step` on.
 
-  If it is far below 1, most candidates are never used and switching can have little effect.
+  Divided by the number of spares, it is the number of cycles through them. If that is far below 1, most candidates are
+  never used and switching can have little effect.
 
   Args:
     rank: r, LoRA vectors per factor.
-    candidates: c, vectors per factor including spares.
   """
-  decayed = schedule.decay_point * schedule.total_steps / math.log(1 / schedule.decay_to)
-  return rank / (candidates - rank) * decayed / schedule.interval
+  if schedule.interval == 0:
+    return 0.0
+  rates = jax.vmap(schedule.rate)(jnp.arange(first_step, schedule.total_steps))
+  return float(jnp.sum(rates)) * rank / schedule.interval

@@ -15,16 +15,20 @@ from switchlora_jax.lowrank.spares import (
   draw_uniforms,
   exchanged_bytes,
 )
-from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_cycles, switch
+from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_loads, switch
+from switchlora_jax.lowrank.transport import transport_moments
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
 from switchlora_jax.methods.optimizers import ADAM
+from switchlora_jax.methods.schedules import config_schedule
 from switchlora_jax.models.architecture import layers_of_full_rank, smaller_sides
 
 LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
 ACCEPTED = ADAM  # a switch resets and freezes its state
 ORDERS = ("sequential", "random")
+EXPONENTIAL, LEARNING_RATE_DECAY = DECAYS = ("exponential", "learning_rate")
+RESET, KEEP, TRANSPORT = STATES = ("reset", "keep", "transport")
 RANDOM_ORDER, FRESH_VECTORS = (
   2**31 - 1,
   2**31 - 2,
@@ -52,9 +56,15 @@ def check(config):
       f"switch.interval (={interval}) must be 0 (never switch) or at least 2 × switch.freeze_steps (= {2 * frozen}): "
       f"raise --config.switch.interval or lower --config.switch.freeze_steps"
     )
-  if config.switch.order not in ORDERS:
+  for name, values in {"order": ORDERS, "decay": DECAYS, "state": STATES}.items():
+    if config.switch[name] not in values:
+      raise UserError(
+        f"switch.{name} (={config.switch[name]!r}) must be one of {', '.join(values)}; set --config.switch.{name}"
+      )
+  if not 0 <= config.switch.start < config.steps:
     raise UserError(
-      f"switch.order (={config.switch.order!r}) must be one of {', '.join(ORDERS)}; set --config.switch.order"
+      f"switch.start (={config.switch.start}) must be at least 0 and less than steps (={config.steps}); "
+      f"set --config.switch.start, or --config.switch.interval=0 to switch never"
     )
   _check_candidates(config)
   for name in ("decay_point", "decay_to"):
@@ -85,18 +95,23 @@ def _check_candidates(config):
 
 
 def schedule(config) -> SwitchSchedule:
-  """The switching schedule of a config."""
-  keys = ("interval", "freeze_steps", "decay_point", "decay_to")
-  return SwitchSchedule(total_steps=config.steps, **{key: config.switch[key] for key in keys})
+  """The switching schedule of a resolved config."""
+  keys = ("interval", "freeze_steps", "decay_point", "decay_to", "start")
+  plan = SwitchSchedule(total_steps=config.steps, **{key: config.switch[key] for key in keys})
+  if config.switch.decay == EXPONENTIAL:
+    return plan
+  learning_rate = config_schedule(config)
+  return plan._replace(curve=lambda step: learning_rate(step) / config.learning_rate)
+
+
+def loads(config) -> float:
+  """Expected number of vectors that the run loads per factor of a layer; a warm start does not switch."""
+  return expected_loads(schedule(config), config.rank, config.warm_start_steps)
 
 
 def cycles(config) -> float:
-  """Expected number of cycles through the candidates of a hidden × hidden layer; a warm start does not switch."""
-  if not config.switch.interval:
-    return 0.0
-  plan = schedule(config)
-  decayed = plan.decay_to ** (config.warm_start_steps / (plan.decay_point * plan.total_steps))
-  return decayed * expected_cycles(plan, config.rank, config.model.hidden_size)
+  """Expected number of cycles through the candidates of a hidden × hidden layer."""
+  return loads(config) / (config.model.hidden_size - config.rank)
 
 
 def describe(config) -> list[str]:
@@ -107,8 +122,7 @@ def describe(config) -> list[str]:
   if not config.switch.interval:
     return []
   if config.switch.candidates == FRESH:
-    loaded = cycles(config) * (config.model.hidden_size - config.rank)
-    return [f"new vectors over the run, hidden × hidden layers: {loaded:.0f} per factor"]
+    return [f"new vectors over the run: {loads(config):.0f} per factor of a layer"]
   return [f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times"]
 
 
@@ -146,8 +160,10 @@ def build(config) -> Method:
       spare_indices=draw_spare_indices(fold(key, RANDOM_ORDER), state.candidates, plan) if random else None,
       fresh=FreshVectors(fold(seeded, FRESH_VECTORS), config.switch.init) if fresh else None,
     )  # fmt: skip
+    if config.switch.state == TRANSPORT:
+      state = state._replace(opt_state=transport_moments(state.opt_state, state.params, moved.params, moved.reset))
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
-    masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.reset else {})
+    masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.state == RESET else {})
     covered = {} if random or fresh else {"coverage": coverage(moved.candidates)}
     return Adjusted(state, masks, switch_metrics(moved) | covered)
 

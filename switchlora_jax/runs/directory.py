@@ -38,7 +38,7 @@ ADDED = {
   "schedule": {"name": "cosine", "decay_share": 0.2},
   "optimizer": {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
   "galore": {"directions": "svd", "random_share": 0.2},
-  "switch": {"candidates": "stored"},
+  "switch": {"candidates": "stored", "decay": "exponential", "start": 0},
   "model": {
     "norm_eps": 1e-6,
     "tied_embeddings": False,
@@ -228,6 +228,9 @@ def with_added_keys(config: dict) -> dict:
     "model": _attention_keys(config.get("model"), config.get("seq_len")),
   }
   config = dict(config)
+  if isinstance(switch := config.get("switch"), dict) and "reset" in switch:  # true or false, before there was `state`
+    switch = dict(switch)
+    config["switch"] = {"state": "reset" if switch.pop("reset") else "keep"} | switch
   for keys in (ADDED, added):
     for key, value in keys.items():
       found = config.get(key, {} if isinstance(value, dict) else value)

@@ -248,15 +248,15 @@ def test_set_changes_every_line(capsys):
     "--set=warmup_steps=30",
     "--set=data.path=a b/*",
     "--set=data.source=text",
-    "--set=switch.reset=false",
+    "--set=count_per_element=true",
   ]
   for item in ("table2", "table5", "figure6"):  # of which Table 5 sets the steps itself
     trials = planned(capsys, f"--item={item}", *flags)
     for trial in trials:
       found = [
-        trial[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "switch.reset")
+        trial[f"--config.{key}"] for key in ("steps", "warmup_steps", "data.path", "data.source", "count_per_element")
       ]
-      assert found == ["300", "30", "a b/*", "text", "False"]
+      assert found == ["300", "30", "a b/*", "text", "True"]
   trials = planned(capsys, "--item=table2", "--scale=paper", "--set=accumulation=3", "--set=batch_size=24")
   assert {(trial["--config.accumulation"], trial["--config.batch_size"]) for trial in trials} == {("3", "24")}
 

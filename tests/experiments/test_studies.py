@@ -12,7 +12,7 @@ from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.directory import differences
 
-NAMES = ("interval", "ratio", "grid", "freeze", "init", "rank", "reset", "order")
+NAMES = ("interval", "ratio", "grid", "freeze", "init", "rank", "state", "decay", "candidates", "order")
 CONFIGS = ("llama_tiny", "llama_130m")
 
 
@@ -27,7 +27,7 @@ def resolved(name: str, study: str) -> dict[str, dict]:
   return {trial.variant.label: trial.config.to_dict() for trial in trials}
 
 
-def test_there_are_these_eight():
+def test_there_are_these_ten():
   assert tuple(studies.STUDIES) == NAMES
 
 
@@ -74,11 +74,13 @@ def test_a_config_that_never_switches_has_nothing_to_study(study):
     studies.study_variants(study, config)
 
 
-def test_reset_has_its_four_combinations():
-  pairs = zip(changed("reset", "switch.reset"), changed("reset", "switch.freeze_steps"), strict=True)
-  assert list(pairs) == [(True, 5), (True, 0), (False, 5), (False, 0)]
-  labels = ["reset, N = 5", "reset, N = 0", "no reset, N = 5", "no reset, N = 0"]
-  assert [variant.label for variant in studies.study_variants("reset", load("llama_130m"))] == labels
+def test_studies_of_two_keys_have_all_combinations():
+  pairs = lambda study, *keys: list(zip(*(changed(study, f"switch.{key}") for key in keys), strict=True))
+  assert pairs("state", "state", "freeze_steps") == [(s, n) for s in ("reset", "keep", "transport") for n in (5, 0)]
+  assert pairs("decay", "decay", "start") == [(d, n) for d in ("exponential", "learning_rate") for n in (0, 100)]
+  labels = {study: [v.label for v in studies.study_variants(study, load("llama_130m"))] for study in ("state", "decay")}
+  assert labels["state"][:3] == ["reset, N = 5", "reset, N = 0", "keep, N = 5"]
+  assert labels["decay"][1:3] == ["from step 100, exponential", "from step 0, learning rate"]
 
 
 @pytest.mark.parametrize("study", NAMES)
@@ -86,7 +88,9 @@ def test_values_follow_the_config(study):
   """A config with its own values is among its lines, whatever they are."""
   config = load("llama_130m")
   config.rank = 24
-  config.switch.update(interval=60, freeze_steps=3, decay_point=0.25, init="lora", order="random", reset=False)
+  config.switch.update(
+    interval=60, freeze_steps=3, decay_point=0.25, init="lora", order="random", state="keep", start=7
+  )
   keys = studies.study_variants(study, config)[0].overrides.keys() - {"method"}
   own = {key: config[key] if "." not in key else config.switch[key.removeprefix("switch.")] for key in keys}
   assert [
@@ -116,7 +120,10 @@ def test_ablate_runs_the_lines_of_its_study_at_every_rate(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    ([], "--study is missing; it must be one of interval, ratio, grid, freeze, init, rank, reset, order"),
+    (
+      [],
+      f"--study is missing; it must be one of {', '.join(NAMES)}",
+    ),
     (["--study=order"], "--workdir is missing"),
     (["--study=order", "--learning_rates=fast"], "--learning_rates must be a list of numbers"),
   ],

@@ -92,7 +92,7 @@ def test_a_value_on_the_command_line_gets_the_type_of_its_key(tmp_path):
     "clip_norm": ("2", 2.0),
     "remat": ("full", "full"),
     "count_per_element": ("True", True),
-    "switch.reset": ("false", False),
+    "model.qk_norm": ("false", False),
     "switch.decay_to": ("0.3", 0.3),
     "data.path": ("c4/*.json.gz", "c4/*.json.gz"),
     "data.tokenizer": ("", ""),
@@ -111,7 +111,7 @@ def test_a_value_on_the_command_line_gets_the_type_of_its_key(tmp_path):
     ("", "8", "unknown config key ''; configs/base.py lists all keys"),
     ("rank", "8.5", "rank must be of type int; found '8.5'"),
     ("clip_norm", "much", "clip_norm must be of type float; found 'much'"),
-    ("switch.reset", "1", "switch.reset must be of type bool; found '1'"),
+    ("model.qk_norm", "1", "model.qk_norm must be of type bool; found '1'"),
     ("switch", "8", "switch must be of type ConfigDict; found '8'"),
   ],
 )

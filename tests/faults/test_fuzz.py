@@ -55,7 +55,7 @@ FLAGS = {
   "--config=.": "Is a directory",
   "--config=/dev/null": "must define get_config()",
   f"--config={'x' * 5000}.py": "File name too long",
-  "--config.switch={}": "the config has no switch.candidates, switch.decay_point",
+  "--config.switch={}": "the config has no switch.candidates, switch.decay, switch.decay_point",
   "--config.rank[0]=3": "does not support integer indexing",
   "--config.model=3": "is not a dict",
   "--config.model.hidden_size=2147483647": "must divide model.hidden_size (=2147483647); try",

@@ -11,7 +11,7 @@ from switchlora_jax.lowrank.layers import SwitchLoRADense
 from switchlora_jax.lowrank.switching import (
   Layer,
   SwitchSchedule,
-  expected_cycles,
+  expected_loads,
   norm_squared,
   switch,
   switch_count,
@@ -113,13 +113,29 @@ def test_rate_falls_to_decay_to_at_the_decay_point_and_stays_positive(x64):
   assert schedule.rate(10**6) == 1e-8
 
 
-def test_expected_cycles_are_those_of_the_recorded_run(golden, x64):
-  """r128: 256 vectors are loaded through 32 spare rows: 8 cycles. The formula, a mean over draws, gives 8.3."""
+def test_before_its_start_nothing_is_switched_and_the_decay_counts_from_it(x64):
+  now, later = SwitchSchedule(total_steps=1000), SwitchSchedule(total_steps=1000, start=300)
+  assert np.all(later.rate(np.arange(300)) == 0)
+  np.testing.assert_array_equal(later.rate(np.arange(300, 1000)), now.rate(np.arange(700)))
+
+
+def test_a_curve_replaces_the_decay(x64):
+  schedule = SwitchSchedule(total_steps=100, start=10, curve=lambda step: 1 - step / 100)
+  np.testing.assert_array_equal(schedule.rate(np.asarray([0, 9, 10, 50])), [0, 0, 0.9, 0.5])
+  assert schedule.rate(100) == 1e-8
+  np.testing.assert_allclose(expected_loads(schedule, 8), 8 / 40 * sum(1 - t / 100 for t in range(10, 100)), rtol=1e-6)
+
+
+def test_expected_loads_are_those_of_the_recorded_run(golden, x64):
+  """r128: 256 vectors are loaded; the sum, a mean over draws, gives 265."""
   arrays, meta = golden("schedule")
   ref, case, schedule = recorded_case(arrays, meta, "r128")
-  cycles = expected_cycles(schedule, case["r"], case["c"])
-  np.testing.assert_allclose(cycles, 128 / 32 * 0.1 * 1000 / (40 * np.log(1 / 0.3)), rtol=1e-12)
-  np.testing.assert_allclose(cycles, ref["num"].sum() / (case["c"] - case["r"]), rtol=0.1)
+  loads = expected_loads(schedule, case["r"])
+  np.testing.assert_allclose(loads, 128 / 40 * np.sum(0.3 ** (np.arange(1, 1001) / 100)), rtol=1e-9)
+  np.testing.assert_allclose(loads, ref["num"].sum(), rtol=0.1)
+  later = expected_loads(schedule, case["r"], first_step=100)
+  np.testing.assert_allclose(later, 0.3 * (loads - 128 / 40 * np.sum(0.3 ** (np.arange(901, 1001) / 100))), rtol=1e-9)
+  assert expected_loads(schedule._replace(interval=0), case["r"]) == 0
 
 
 def test_switch_count_rounds_up_with_the_probability_of_the_fraction():

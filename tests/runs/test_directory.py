@@ -72,7 +72,9 @@ def test_a_run_from_before_two_learning_rates_and_optimizers_continues(tmp_path,
   saved = json.loads(path.read_text())
   for key in ("rest_learning_rate", "warm_start_rest_learning_rate", "schedule", "optimizer", "fira", "apollo"):
     del saved["config"][key]
-  del saved["config"]["galore"]["directions"], saved["config"]["switch"]["candidates"]
+  del saved["config"]["galore"]["directions"]
+  for key in ("candidates", "decay", "start"):
+    del saved["config"]["switch"][key]
   path.write_text(json.dumps(saved))
   read = run_directory.read(tmp_path / "run")["config"]
   assert read == {key: value for key, value in config.to_dict().items() if key not in ("fira", "apollo")}
@@ -83,6 +85,22 @@ def test_a_run_from_before_two_learning_rates_and_optimizers_continues(tmp_path,
       start(
         tmp_path / "run", resolved(tmp_path, method=method, **{key.replace(".", "__"): float(change[-3:])}), dataset
       )
+
+
+def test_a_run_that_reset_the_state_on_a_switch_or_not_continues(tmp_path, dataset, caplog):
+  """Earlier versions had the key `switch.reset`, true or false."""
+  for reset, state in ((True, "reset"), (False, "keep")):
+    config, workdir = resolved(tmp_path, switch__state=state), tmp_path / state
+    start(workdir, config, dataset)
+    saved = json.loads((workdir / "config.json").read_text())
+    del saved["config"]["switch"]["state"]
+    saved["config"]["switch"]["reset"] = reset
+    (workdir / "config.json").write_text(json.dumps(saved))
+    assert run_directory.read(workdir)["config"] == config.to_dict()
+    start(workdir, config, dataset)
+    with pytest.raises(UserError, match=rf"another config \(switch\.state: '{state}' → 'transport'\)"):
+      start(workdir, resolved(tmp_path, switch__state="transport"), dataset)
+  assert caplog.records == []
 
 
 def test_a_run_from_before_other_architectures_continues(tmp_path, dataset, caplog):

@@ -134,8 +134,8 @@ def check_continues(config, folder, whole, monkeypatch):
   assert_same(again.state, whole.state)
 
 
-def test_a_run_with_fresh_candidates_continues_bitwise(tmp_path, monkeypatch):
-  often = dict(switch__decay_point=0.9)
+def test_a_run_with_fresh_candidates_and_transported_moments_continues_bitwise(tmp_path, monkeypatch):
+  often = dict(switch__decay="learning_rate", switch__start=1, switch__state="transport")
   config = resolved(tmp_path, **often, switch__candidates="fresh")
   whole = trainer.train(config, tmp_path / "whole")
   assert sum(row.get("switched", 0) for row in lines(tmp_path / "whole")[6:]) > 0, "after the checkpoint as well"
