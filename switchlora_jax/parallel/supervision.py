@@ -234,7 +234,7 @@ class Supervisor:
     elif self._ending_since is None:
       self._request_stop(number.name)
     elif number == signal.SIGINT and time.monotonic() - self._ending_since > REPEAT:
-      self._on_failure("stopped at once by Ctrl-C; the same command continues from the last save", 128 + number)
+      self._fail("stopped at once by Ctrl-C; the same command continues from the last save", 128 + number)
 
   def _request_stop(self, cause: str):
     self._ending_since = time.monotonic()

@@ -60,6 +60,7 @@ def test_every_package_is_pinned():
   assert set(documentation.PACKAGES) <= set(pins)
 
 
+@pytest.mark.slow
 def test_documentation_is_large_and_validation_does_not_overlap_with_training(docs):
   train, valid = ["\n\n".join(documents) for documents in docs]
   assert len(train) > 5e6 and 3e5 < len(valid) < 1e6

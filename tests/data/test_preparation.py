@@ -256,6 +256,7 @@ def test_a_stopped_preparation_continues_when_bad_rows_are_skipped(text):
 # Killed.
 
 
+@pytest.mark.slow
 def test_preparation_killed_at_random_times_ends_with_the_same_bytes(made):
   for _ in range(3):
     process = made.process("killed", SLOWLY)

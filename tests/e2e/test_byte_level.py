@@ -14,6 +14,8 @@ from switchlora_jax.interop import export, huggingface, pretrained
 from switchlora_jax.runs import directory as run_directory
 from switchlora_jax.training import metrics, report, trainer
 
+pytestmark = pytest.mark.slow
+
 SEQ_LEN = 32
 
 

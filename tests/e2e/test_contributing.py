@@ -155,6 +155,7 @@ def rows(run: Path) -> list[dict]:
   return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_the_method_and_the_model_train(run):
   config = json.loads((run / "config.json").read_text())
   losses = [row["loss"] for row in rows(run)]
@@ -175,6 +176,7 @@ def test_the_model_trains_with_sharded_parameters():
   assert gathered.count((24, 16)) == 2, "the kernel of `down`"
 
 
+@pytest.mark.slow
 def test_the_writer_gets_every_row(run):
   written = [line.split(",") for line in (run / "loss.csv").read_text().splitlines()]
   assert [(int(step), float(loss)) for step, loss in written] == [(row["step"], row["loss"]) for row in rows(run)]

@@ -192,6 +192,7 @@ def test_the_output_on_the_home_page_is_that_of_the_code(run):
   assert not [label for label in found if label not in printed]
 
 
+@pytest.mark.slow
 def test_the_output_of_the_planner_is_that_of_the_code(run):
   ended = run("plan", "--config=configs/llama_tiny.py", "--topology=1x1x2", "--methods=full")
   assert ended.code == 0, ended.stderr

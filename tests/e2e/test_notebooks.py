@@ -5,7 +5,6 @@ import pytest
 from grids import tiny_base
 from nbclient import NotebookClient
 from paths import ROOT
-from stages import slowly
 from tiny import ONE_DEVICE_QUICK
 
 FOLDER = ROOT / "experiments" / "notebooks"
@@ -21,7 +20,8 @@ def outputs(notebook):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own packages
-@pytest.mark.parametrize("name", slowly(["quickstart", "ablations"], quick=["quickstart"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "ablations"])
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
   for key, value in ONE_DEVICE_QUICK.items():
     monkeypatch.setenv(key, value)

@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_library_its_data_and_nothing_else(wheel):
   assert any(name.endswith("gpus.toml") for name in files) and any(name.endswith("h100.textproto") for name in files)
 
 
+@pytest.mark.slow
 def test_the_doctest_of_the_layer_passes_from_the_wheel(installed, tmp_path):
   """Started elsewhere, with only the wheel on the path; configs and experiments are not there."""
   code = (

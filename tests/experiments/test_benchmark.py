@@ -69,6 +69,7 @@ def cases(*flags):
     return benchmark.make_cases(64, benchmark.make_mesh(jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_costs_on_gpus_are_those_of_the_planner(monkeypatch):
   """Compiled here for eight simulated CPUs in place of GPUs, with a micro-batch on each."""
   with imported("benchmark", *SMALL, "--methods=lora", "--gpu=h100") as benchmark:

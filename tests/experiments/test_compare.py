@@ -74,6 +74,7 @@ def story(tmp_path_factory):
   return SimpleNamespace(**locals())
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_continues(story):
   assert story.process.returncode == -signal.SIGKILL
   assert 0 < len(story.before) < 3  # killed halfway
@@ -82,6 +83,7 @@ def test_a_killed_comparison_continues(story):
   assert {*TRIALS} == finished(story.workdir)
 
 
+@pytest.mark.slow
 def test_table_and_results(story):
   full, lora = story.first_results["arms"]
   assert [variant["label"] for variant in (full, lora)] == ["full", "lora, rank 4"]
@@ -98,6 +100,7 @@ def test_table_and_results(story):
     assert (story.workdir / name).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_methods_saw_the_same_data_and_budget(story):
   configs = [json.loads((story.workdir / "cells" / name / "config.json").read_text()) for name in TRIALS]
   assert len({config["data_fingerprint"] for config in configs}) == 1
@@ -106,6 +109,7 @@ def test_methods_saw_the_same_data_and_budget(story):
   assert [config["config"]["seed"] for config in configs] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_an_error_after_all_files_are_written(story):
   printed = story.printed.getvalue()
   assert str(story.failing.value).startswith(f"1 of 4 runs failed: {BROKEN}; repeat the same command")
@@ -125,16 +129,19 @@ def lora(story):
   return TrialResult(trial, story.workdir / "cells" / trial.name, None)
 
 
+@pytest.mark.slow
 def test_a_process_trains_the_config_of_its_trial(lora):
   assert run_directory.read(lora.workdir)["config"] == lora.trial.config.to_dict()
   assert [row["step"] for row in evaluations(lora.workdir)] == [3, 6]
   assert re.fullmatch(r"validation perplexity \d+\.\d\d", trial_summary(lora))
 
 
+@pytest.mark.slow
 def test_a_finished_trial_starts_no_process(story, lora):
   assert sweep.run_trial(story.base, lora.trial, lora.workdir.parent, (0, 2), None) == lora
 
 
+@pytest.mark.slow
 def test_a_run_without_its_last_evaluation_is_not_finished(lora, tmp_path):
   shutil.copytree(lora.workdir, tmp_path / "run")
   assert sweep.is_finished(tmp_path / "run", lora.trial.config)
@@ -146,6 +153,7 @@ def test_a_run_without_its_last_evaluation_is_not_finished(lora, tmp_path):
   assert not sweep.is_finished(tmp_path / "none", lora.trial.config)
 
 
+@pytest.mark.slow
 def test_write_run_writes_files_like_a_real_run(lora, tmp_path):
   """Other tests depend on `write_run`."""
   write_run(tmp_path / "run", lora.trial.config, curve(lora.trial.config, 3.0))
@@ -293,6 +301,7 @@ def test_variants_without_methods_and_the_options_of_the_search(tmp_path, monkey
   assert (options["allow_edges"], options["reference"], title) == (False, "a", "llama_tiny: comparison of methods")
 
 
+@pytest.mark.slow
 def test_redraw_writes_and_prints_the_same_again_without_runs(story, tmp_path, capsys):
   shutil.copy(story.workdir / "results.json", tmp_path)
   with imported("compare", "--redraw", f"--workdir={tmp_path}") as compare:
@@ -306,6 +315,7 @@ def test_redraw_writes_and_prints_the_same_again_without_runs(story, tmp_path, c
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_real_run_has_its_times_memory_and_sizes(story):
   full = story.first_results["arms"][0]
   assert full["tokens"] == 6 * story.base.config.batch_size * story.base.config.seq_len

@@ -335,6 +335,7 @@ def test_process_0_writes(runs):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_config_on_one_process_stops_both(runs):
   ended = start(
     runs.folder, [f"--workdir={runs.folder / 'none'}"], first=["--config.seed=1"], second=["--config.rank=8"]
@@ -346,6 +347,7 @@ def test_another_config_on_one_process_stops_both(runs):
   assert not (runs.folder / "none").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_found_by_process_0_alone_stops_both(runs):
   """The other one waits for the directory that process 0 cannot create."""
   (runs.folder / "file").touch()

@@ -20,10 +20,12 @@ def found():
   return drift.drifts(SMALL, 4)
 
 
+@pytest.mark.slow
 def test_a_vector_a_side_is_switched_in_every_step(found):
   assert found["switched"] == [300, 600, 900, 1200]
 
 
+@pytest.mark.slow
 def test_plain_bfloat16_drifts_far_more_than_with_a_residual(found):
   """A residual has 8 bits more: 256 times less is lost at every switch."""
   plain, tail = np.array(found[PLAIN]), np.array(found[RESIDUAL])
@@ -31,6 +33,7 @@ def test_plain_bfloat16_drifts_far_more_than_with_a_residual(found):
   assert np.all(np.diff(plain) > 0), "it adds up"
 
 
+@pytest.mark.slow
 def test_rounding_at_random_is_no_remedy(found):
   assert found[drift.STOCHASTIC][-1] > 0.05
 
@@ -42,6 +45,7 @@ def test_rounding_at_random_has_the_right_mean_and_keeps_what_is_rounded():
   assert np.array_equal(drift.round_stochastically(jax.random.key(1), many), many)
 
 
+@pytest.mark.slow
 def test_all_storages_see_the_same_vectors(monkeypatch):
   """Without kernels that can be told apart, nothing drifts."""
   monkeypatch.setitem(drift.FORMATS, PLAIN, {})
@@ -49,6 +53,7 @@ def test_all_storages_see_the_same_vectors(monkeypatch):
   assert found[PLAIN] == [0, 0] and found[RESIDUAL][1] > 0
 
 
+@pytest.mark.slow
 def test_the_command_leaves_numbers_and_a_picture(tmp_path):
   done = command("drift", "--switches=8", "--size=16", "--rank=4", f"--workdir={tmp_path / 'new'}")
   assert done.returncode == 0, done.stderr

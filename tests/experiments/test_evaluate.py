@@ -117,6 +117,7 @@ def test_results_are_bitwise_those_of_the_log(trained, tmp_path, name):
     assert {key: found[key] for key in NUMBERS} == {key: logs[step][key] for key in NUMBERS}, "to the bit"
 
 
+@pytest.mark.slow
 def test_results_are_bitwise_equal_on_another_number_of_devices(trained, tmp_path):
   """The run was trained on 8; a process of its own has one."""
   run, out = trained("switchlora"), tmp_path / "out.json"
@@ -151,6 +152,7 @@ def direct(run: Path, rows) -> np.ndarray:
   return np.asarray(row_losses(phase.model, state.params, state.frozen, np.asarray(rows, np.int32)))
 
 
+@pytest.mark.slow
 def test_tokens_limits_the_sequences(trained, tmp_path):
   run = trained("switchlora")
   own = dataset.open_dataset(open_run(run).config)
@@ -200,6 +202,7 @@ def test_a_prepared_folder_gives_its_validation_sequences(trained, prepared, tmp
   assert {key: found[key] for key in NUMBERS} == {key: log[key] for key in NUMBERS}
 
 
+@pytest.mark.slow
 def test_a_padded_run_is_evaluated_without_padding(tmp_path, monkeypatch):
   """As the run logged it; its tokens and bytes are those of the rows without padding. Packed rows are refused."""
   run, path = tmp_path / "run", write_lines(tmp_path / "a.jsonl", [text[: n % 70] for n, text in enumerate(TEXTS)])

@@ -60,6 +60,7 @@ def results(folder):
   return json.loads((folder / "out" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_results(folder, results):
   """The words that tell the label are learnt, at the learning rate that is not far too small."""
   assert [(row["model"], row["task"], row["learning_rate"]) for row in results] == [
@@ -76,6 +77,7 @@ def test_the_results(folder, results):
     assert all(cell["losses"][-1] < cell["losses"][0] and cell["rows"] == 240 for cell in row["cells"])
 
 
+@pytest.mark.slow
 def test_the_table(folder, results):
   text = (folder / "out" / "table.md").read_text()
   mean, std = (100 * results[0]["best_epoch"][key] for key in ("mean", "std"))
@@ -85,6 +87,7 @@ def test_the_table(folder, results):
   assert "| SwitchLoRA, 350M | 56.24±5 | 87.71±0.5 |" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rte", "stsb"])
 def test_predictions_and_the_best_weights_have_the_score(folder, results, name):
   task = TASKS[name]
@@ -108,6 +111,7 @@ def test_predictions_and_the_best_weights_have_the_score(folder, results, name):
   np.testing.assert_allclose(glue.predictions_of(task, outputs), answered, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_nothing_again(folder, results, monkeypatch):
   monkeypatch.setattr(classifier, "fit", lambda *_: pytest.fail("trained again"))
   with finetune(folder, *SHORT, task="rte,stsb") as command:
@@ -115,6 +119,7 @@ def test_the_same_command_trains_nothing_again(folder, results, monkeypatch):
   assert json.loads((folder / "out" / "results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_fine_tuned_as_its_run_is(folder, results, tmp_path, capfd):
   export.export(folder / "run", tmp_path / "exported")
   flags = ["--epochs=4", "--rows=240", "--seq_len=64", "--seeds=1", "--learning_rates=1e-2", f"--workdir={tmp_path}"]
@@ -136,6 +141,7 @@ def test_by_default_it_is_as_the_paper_has_it(folder):
   assert classifier.FineTuningPlan(1e-5, 30, 0).batch_size == 16
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on_with_what_is_missing(folder, results, tmp_path, monkeypatch):
   """Of three fine-tunings on RTE, the one whose result is not there; it finds what it found before."""
   shutil.copytree(folder / "out", tmp_path / "out")
@@ -149,12 +155,14 @@ def test_what_was_stopped_goes_on_with_what_is_missing(folder, results, tmp_path
   assert row["best_epoch"]["scores"] == pytest.approx(scores)
 
 
+@pytest.mark.slow
 def test_another_fine_tuning_is_not_taken_for_this_one(folder, results):
   flags = [*SHORT[1:], "--epochs=5"]
   with finetune(folder, *flags) as command, pytest.raises(UserError, match=r"epochs: 4 → 5\); choose a new --workdir"):
     command.main()
 
 
+@pytest.mark.slow
 def test_a_model_is_known_by_its_weights_and_not_by_its_path(folder, results, monkeypatch):
   """A folder may be trained or exported anew; and the same one may be given from elsewhere."""
   monkeypatch.setattr(classifier, "fit", lambda *_: pytest.fail("trained again"))

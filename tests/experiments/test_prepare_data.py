@@ -34,6 +34,7 @@ def flags(text, **changes) -> list[str]:
   return [f"--{name}={value}" for name, value in wanted.items() if value is not None]
 
 
+@pytest.mark.slow
 def test_prepare_then_train_on_it(text):
   done = command("prepare_data", *flags(text))
   assert done.returncode == 0, done.stderr

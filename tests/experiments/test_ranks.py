@@ -20,6 +20,8 @@ from switchlora_jax.models.llama import LLaMA
 from switchlora_jax.runs.directory import open_run
 from switchlora_jax.training import trainer
 
+pytestmark = pytest.mark.slow
+
 RANK, WIDTH, LAYERS = 2, 16, 2
 RUNS = {
   "full": dict(method="full"),

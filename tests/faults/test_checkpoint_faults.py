@@ -240,7 +240,6 @@ def test_every_file_of_a_real_checkpoint_is_verified(uninterrupted_run, tmp_path
     assert command("checkpoints", f"--run={tmp_path / 'run'}").code == 0
 
 
-@pytest.mark.in_default_tests
 def test_a_run_skips_damaged_checkpoints(uninterrupted_run, tmp_path):
   """Cases 8 and 9. A flipped bit in the newest, a truncated file in the one before, and a directory without files."""
   folder, uninterrupted = uninterrupted_run

@@ -3,7 +3,6 @@
 import signal
 import time
 
-import pytest
 from fault_runs import assert_same_end, finish, finish_pair, last_step, saved_steps, small_config, start, start_pair
 
 from switchlora_jax.data import dataset
@@ -19,7 +18,6 @@ def stopped_at(run) -> int:
   return step
 
 
-@pytest.mark.in_default_tests
 def test_a_signal_finishes_and_saves_the_step(uninterrupted_run, tmp_path):
   """Case 3. SIGTERM, then SIGINT to the relaunch, both between two scheduled checkpoints: nothing is lost."""
   folder, uninterrupted = uninterrupted_run

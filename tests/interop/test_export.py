@@ -135,6 +135,7 @@ def test_wrong_weights_are_refused(run, tmp_path, monkeypatch, wrong):
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_only_an_earlier_export_is_replaced(run, tmp_path):
   out = tmp_path / "out"
   export.export(run("lora"), out)

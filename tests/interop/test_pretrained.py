@@ -51,6 +51,7 @@ def test_the_plain_weights_of_a_run_compute_its_logits(run):
   assert largest_difference(base, opened) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [{"frozen_dtype": "bfloat16"}, {"param_dtype": "bfloat16"}], ids=str)
 def test_weights_stored_in_bfloat16_are_merged_in_float32(tmp_path, stored):
   """Residuals are left out, as in the forward pass."""
@@ -93,6 +94,7 @@ def test_a_key_that_only_the_warm_start_needs_is_not_reported_as_damage(tmp_path
     pretrained.restore_weights(open_run(workdir), 0)
 
 
+@pytest.mark.slow
 def test_a_run_in_float64_is_read_in_float64(tmp_path):
   with jax.enable_x64(True):
     workdir = saved_run(tmp_path / "run", dtype="float64", param_dtype="float64", method="lora")

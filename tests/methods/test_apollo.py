@@ -262,6 +262,7 @@ def train(steps, devices=1, state=None, method="apollo", **changes):
   return states, reports
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit_across_a_new_projection():
   """From the state after the second update; the third is the last with the first projection."""
   straight, reports = train(6)

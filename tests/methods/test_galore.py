@@ -124,6 +124,7 @@ def test_directions_are_the_recorded_ones_up_to_their_sign(golden):
       np.testing.assert_allclose(aligned(ours, ref[len(grad)]), ref[len(grad)], rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_computes_its_directions_stays_near_the_recorded_one(golden, x64):
   """With the recorded signs, only the rounding of the float32 decomposition differs."""
   arrays, meta = golden("galore")

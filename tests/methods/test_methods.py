@@ -33,6 +33,9 @@ from switchlora_jax.training.phases import assemble_phase, create_state
 pytestmark = pytest.mark.two_linear_layers
 
 each = pytest.mark.parametrize("method", METHODS)
+each_trained = pytest.mark.parametrize(
+  "method", slowly(METHODS, quick=["full", "switchlora", "galore", "apollo", "factored"])
+)
 PARTS = ("params", "frozen", "candidates")
 
 
@@ -96,7 +99,7 @@ def test_a_method_has_the_attributes_of_the_contract(method):
   assert (built.scale is None) == (method not in FACTORS)
 
 
-@pytest.mark.parametrize("method", slowly(METHODS, quick=["switchlora", "galore", "sltrain"]))
+@pytest.mark.parametrize("method", slowly(METHODS, quick=["switchlora", "galore"]))
 def test_steps_compute_in_bfloat16_and_store_float32(method):
   states, metrics = train(3, method)
   config = prepared(method)[0]
@@ -117,7 +120,8 @@ def test_steps_compute_in_bfloat16_and_store_float32(method):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("method", slowly(["lora", "switchlora", "relora"], quick=["switchlora"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "switchlora", "relora"])
 def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method):
   residual = method != "lora"
   states, metrics = train(3, method, frozen_dtype="bfloat16")
@@ -132,7 +136,7 @@ def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(me
   assert moved == (method == "switchlora"), "no restart of ReLoRA is due"
 
 
-@each
+@each_trained
 def test_a_step_is_deterministic_and_resumes_from_any_state(method):
   straight, reports = train(3, method)
   again, reports_again = train(3, method)
@@ -142,7 +146,7 @@ def test_a_step_is_deterministic_and_resumes_from_any_state(method):
   assert not same_bits(reports[0]["loss"], reports[1]["loss"])
 
 
-@each
+@each_trained
 def test_a_step_with_a_nan_loss_changes_only_the_counters(method):
   """ReLoRA restarts before the loss is known, but no restart is due at this step."""
   trained = train(3, method)[0][-1]

@@ -9,6 +9,7 @@ import pytest
 import small_model
 from projected import gradients, matrices, run
 from small_model import host, same_bits
+from stages import slowly
 from tiny import resolved, tiny_config
 
 from switchlora_jax.config import resolve
@@ -144,7 +145,7 @@ def test_every_method_refreshes_when_the_random_share_begins(method):
 # --- in the train step --------------------------------------------------------------------------------------------
 
 
-@each
+@pytest.mark.parametrize("method", slowly(PROJECTED, quick=["galore"]))
 def test_the_section_of_a_method_selects_its_projectors(method):
   config = small_model.config(method, **{f"{method}__directions": "coordinates", f"{method}__refresh_every": 2})
   state, step = small_model.first_state(config, 1), small_model.step(config, 1)

@@ -312,10 +312,12 @@ def test_a_restart_keeps_the_logits():
   check_that_a_restart_keeps_the_logits(1e-6)
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_the_logits_in_float64(x64):
   check_that_a_restart_keeps_the_logits(1e-12, dtype="float64", param_dtype="float64")
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_the_logits_up_to_the_rounding_of_a_bfloat16_kernel():
   """Kernels of about 0.05 have 8 bits before and after. Two blocks of width 16 give logits of about 0.1."""
   check_that_a_restart_keeps_the_logits(5e-3, frozen_dtype="bfloat16")
@@ -446,6 +448,7 @@ def test_a_run_resumes_bitwise_from_a_saved_state():
     assert same_bits(train(7 - start, state=straight[start])[0][-1], straight[7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prune", relora.PRUNES)
 def test_draws_depend_on_seed_and_step_but_not_on_the_number_of_devices(prune):
   config = small_model.config("relora", **SMALL, relora__prune=prune)

@@ -18,6 +18,7 @@ def config(**changes):
   return small_model.config("sltrain", sltrain__density=0.2, **changes)
 
 
+@pytest.mark.slow
 def test_layers_have_their_own_support_which_does_not_change_in_training_and_is_restored(tmp_path):
   """The checkpoint is restored into a state of another seed, whose support differs."""
   phase = small_model.phase(config(), 1)

@@ -6,7 +6,6 @@ import pytest
 import small_model
 from flax.traverse_util import flatten_dict
 from small_model import host, same_bits
-from stages import slowly
 
 from switchlora_jax.lowrank.layers import ADAPTER
 from switchlora_jax.lowrank.spares import SPARES
@@ -112,7 +111,8 @@ def train(method, steps=3, devices=1, **changes):
   return first, host(state), losses
 
 
-@pytest.mark.parametrize("method", slowly(METHODS, quick=["switchlora"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_such_a_model(method):
   first, last, losses = train(method, 8, **MODERN)
   assert losses[-2] < losses[0] and losses[-1] < losses[1]

@@ -85,6 +85,7 @@ def test_adapters_generate_the_same_tokens_as_merged_weights():
   assert continued(PLAIN[0], {"params": merged}, SEVEN) == continued(*ADAPTED, SEVEN) != continued(*PLAIN, SEVEN)
 
 
+@pytest.mark.slow
 def test_sharded_arrays_generate_the_same_tokens():
   model, variables = ADAPTED
   placement = Placement(small_model.mesh(4, 2), trained=True, frozen=True)
@@ -140,7 +141,7 @@ def reference(logits, top_k, top_p):
 @settings(max_examples=60, deadline=None)
 @given(
   st.lists(st.integers(-12, 12), min_size=9, max_size=9),
-  st.integers(0, 12),
+  st.sampled_from((0, 1, 4, 9, 12)),  # each is compiled
   st.one_of(st.just(1.0), st.floats(1e-3, 0.999)),
 )
 def test_truncation_is_that_of_the_reference(halves, top_k, top_p):

@@ -203,6 +203,7 @@ def test_arrays_are_sharded_evenly_and_never_along_the_layers(shape, in_blocks, 
     assert shape[axis] == max(shape[a] for a in axes)
 
 
+@pytest.mark.slow
 def test_operations_per_device_do_not_grow_with_devices():
   """With equal sequences per device, one device and each of eight need the same number of operations.
 
@@ -222,12 +223,13 @@ def test_operations_per_device_do_not_grow_with_devices():
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("saved", "restored_as"),
   [
-    pytest.param(SPARES, REPLICATED, marks=pytest.mark.slow),
-    pytest.param(REPLICATED, LAYOUTS["all over 4 of 8 devices"], marks=pytest.mark.slow),
-    pytest.param(LAYOUTS["candidates on the host"], SPARES, marks=pytest.mark.slow),
+    (SPARES, REPLICATED),
+    (REPLICATED, LAYOUTS["all over 4 of 8 devices"]),
+    (LAYOUTS["candidates on the host"], SPARES),
     (LAYOUTS["all over 4 of 8 devices"], LAYOUTS["candidates on the host"]),
   ],
 )

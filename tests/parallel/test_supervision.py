@@ -429,13 +429,19 @@ def test_an_exception_is_raised_even_if_its_first_signal_interrupts_nothing(monk
   assert len(sent) >= 2 and time.monotonic() - began < 10  # more, if the main thread is slow to run the handler
 
 
-def test_a_second_ctrl_c_raises_in_the_main_thread():
+def test_a_second_ctrl_c_raises_in_the_main_thread(monkeypatch):
+  """Also if the first signal to the main thread arrives just before it blocks, and interrupts nothing."""
+  sent, send = [], signal.pthread_kill
+  monkeypatch.setattr(supervision, "REPEAT", 0.2)
+  monkeypatch.setattr(signal, "pthread_kill", lambda *to: send(*to) if sent else sent.append(to))
+  began = time.monotonic()
   with pytest.raises(KeyboardInterrupt), Supervisor(HANG, LOST) as one:
     one.begin_steps()
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(REPEAT + 1)
+    time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
+    time.sleep(30)
+  assert sent and time.monotonic() - began < 20
 
 
 def wait_in_exit(one):
@@ -601,6 +607,7 @@ def test_a_process_that_hangs_ends_by_itself():
   assert "error: process 0 has hung since" in error and 'File "<string>", line 13 in <module>' in error
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_has_not_hung():
   process = start("steps", hang=6)
   time.sleep(1.5)  # one or two checks

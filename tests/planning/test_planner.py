@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from paths import ROOT
-from stages import slowly
 
 from switchlora_jax.config import resolve
 from switchlora_jax.parallel.sharding import DATA, make_mesh
@@ -102,7 +101,8 @@ def plan(method: str, accumulation: int, devices: int = 8):
 CASES = itertools.product(("full", "switchlora"), (1, 4))  # (method, accumulation)
 
 
-@pytest.mark.parametrize("case", slowly(CASES, quick=[("switchlora", 4)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_the_all_reduce_has_the_gradients_and_the_loss(case):
   method, accumulation = case
   found, _, _ = plan(method, accumulation)
@@ -111,6 +111,7 @@ def test_the_all_reduce_has_the_gradients_and_the_loss(case):
   assert all(collective.certain and len(collective.groups[0]) == 8 for collective in found.traffic)
 
 
+@pytest.mark.slow
 def test_switchlora_reduces_only_its_trainable_parameters():
   full, ours = (plan(method, 1)[0] for method in ("full", "switchlora"))
   assert (

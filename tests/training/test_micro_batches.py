@@ -12,6 +12,7 @@ OFTEN = dict(switch__decay_to=0.9, switch__decay_point=0.9)  # the run switches 
 SHAPE = dict(method="switchlora", checkpoint_every=6) | OFTEN
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_other_micro_batches(folder):
   """The global batch is the same, so that only the order of sums changes."""
   whole = train(folder, "whole", **SHAPE)

@@ -21,6 +21,7 @@ def run(folder):
   return train(folder, "whole", **changes), changes
 
 
+@pytest.mark.slow
 def test_a_padded_run_continues_bitwise(run, folder):
   whole, changes = run
   shutil.copytree(whole.workdir, folder / "again")

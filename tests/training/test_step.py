@@ -129,6 +129,7 @@ def test_steps_that_switch_change_the_kernels_and_the_candidates():
   assert not same_bits(states[0].candidates, states[-1].candidates)
 
 
+@pytest.mark.slow
 def test_lora_does_not_change_the_base_weights():
   states, metrics = train(4, "lora")
   assert same_bits(states[0].frozen, states[-1].frozen) and states[-1].candidates == {}
@@ -411,7 +412,8 @@ def test_a_skipped_step_does_not_decay():
 ON_ANY_DEVICES = [("full", "muon"), ("lora", "muon"), ("full", "sgd"), ("lora", "lion")]
 
 
-@pytest.mark.parametrize("case", slowly(ON_ANY_DEVICES, quick=[("lora", "muon")]))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_ANY_DEVICES)
 def test_every_optimizer_trains_on_eight_devices_as_on_one(case):
   method, name = case
   changes = dict(optimizer__name=name, rest_learning_rate=5e-3, optimizer__weight_decay=0.1)
@@ -443,7 +445,8 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("method", slowly(PLAIN, quick=["full"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PLAIN)
 def test_a_method_with_an_optimizer_of_optax_trains_and_skips(method):
   config = small_model.config(method)
   built = METHODS[method].build(config)._replace(optimizer=PLAIN[method])

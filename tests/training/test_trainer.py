@@ -134,6 +134,7 @@ def check_continues(config, folder, whole, monkeypatch):
   assert_same(again.state, whole.state)
 
 
+@pytest.mark.slow
 def test_a_run_with_fresh_candidates_and_transported_moments_continues_bitwise(tmp_path, monkeypatch):
   often = dict(switch__decay="learning_rate", switch__start=1, switch__state="transport")
   config = resolved(tmp_path, **often, switch__candidates="fresh")
@@ -352,6 +353,7 @@ def test_a_run_without_a_checkpoint_rolls_back_to_the_start(tmp_path, batch_numb
   assert_same(back.state._replace(spikes=None), behind.state._replace(spikes=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("every", "message", "repeated"),
   [(4, "SIGTERM after step 4, which is saved; the same", 2), (12, "SIGTERM before anything was saved; the same", 6)],

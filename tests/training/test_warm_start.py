@@ -86,7 +86,8 @@ def test_counters_of_skipped_steps_are_kept(runs):
   assert same_bits(after.spikes, spikes)
 
 
-@pytest.mark.parametrize("method", slowly(APPROXIMATE, quick=["sltrain"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", APPROXIMATE)
 def test_layers_without_base_kernels_store_the_best_approximation_and_log_its_error(folder, runs, method, caplog):
   """The error by NumPy's decomposition of each kernel; embedding, norms and head are kept."""
   run = train(folder, f"{method}-approximated", method=method, checkpoint_every=STEPS, **PHASE)
@@ -109,6 +110,7 @@ def test_layers_without_base_kernels_store_the_best_approximation_and_log_its_er
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.opt_state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", APPROXIMATE)
 def test_no_approximation_is_logged_if_the_kernels_are_kept(method, caplog):
   """The kernels have the rank and the support of the layers that store them; float32 rounds them."""
@@ -153,6 +155,7 @@ def test_the_learning_rate_warms_up_again(runs, method):
   np.testing.assert_allclose(rates[K + 2], half * own, rtol=1e-5, err_msg="the method must use its own rate")
 
 
+@pytest.mark.slow
 def test_the_full_rank_phase_does_not_depend_on_the_warm_up_of_the_method(folder, runs):
   """The method's own warm-up, here 0 steps, applies only after the hand-over."""
   run = train(
@@ -341,7 +344,8 @@ def test_a_run_from_another_run_starts_at_step_0(folder, runs):
   assert lines(again) == lines(run)
 
 
-@pytest.mark.parametrize("dtype", slowly(["bfloat16", "float32"], quick=["bfloat16"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dtype):
   """The weights are cast. The other run is needed only until the first checkpoint."""
   others = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
@@ -359,6 +363,7 @@ def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dt
   assert same_bits(train(folder, f"cast-to-{dtype}", **options).outcome.state, run.outcome.state)
 
 
+@pytest.mark.slow
 def test_a_run_with_bfloat16_kernels_resumes_bitwise_and_passes_on_its_residuals(folder):
   options = dict(method="switchlora", frozen_dtype="bfloat16", warm_start_steps=K, checkpoint_every=4)
   run = train(folder, "narrow", **options)
@@ -376,6 +381,7 @@ def test_a_run_with_bfloat16_kernels_resumes_bitwise_and_passes_on_its_residuals
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_killed_during_its_first_save_starts_from_its_source_again(folder, runs):
   """An incomplete save is not a checkpoint. The run must not start from a random initialisation."""
   options = dict(method="full", warm_start_from=str(runs("full").workdir))
