@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
 
   config.dtype = placeholder(str)  # of the computation: float32 | bfloat16 | float64; None: bfloat16 on GPUs
   config.param_dtype = "float32"  # of stored parameters and optimizer state; the authors train in bfloat16
-  config.frozen_dtype = placeholder(str)  # of stored base kernels: float32 | bfloat16; None: param_dtype
+  config.frozen_dtype = placeholder(str)  # of stored base kernels: float32 | bfloat16 | int8; None: param_dtype
   config.candidates_dtype = placeholder(str)  # of stored spare vectors: float32 | bfloat16; None: param_dtype
   config.remat = "none"  # recompute in the backward pass: none (norms, scores) | linear (and attention) | full
   config.count_per_element = False  # lora, switchlora: store Adam's step counts per element (App. D); same updates

@@ -38,6 +38,7 @@ from experiments.common import cli, refreshes, torch_peers
 from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop.families import hugging_face_config
+from switchlora_jax.lowrank.kernel_storage import forward_kernel
 from switchlora_jax.lowrank.layers import ADAPTER, LoRADense
 from switchlora_jax.methods import LOW_RANK, METHODS, keys_for, lora
 from switchlora_jax.methods.base import Method
@@ -77,8 +78,8 @@ class TwoProductDense(LoRADense):
     """Map x [..., in] to [..., features]."""
     if self.is_initializing():
       return super().__call__(x)
-    names = {"kernel": "frozen"} | dict.fromkeys(ADAPTER, "params")
-    arrays = (x, *(self.get_variable(collection, name) for name, collection in names.items()))
+    kernel = forward_kernel(self.variables["frozen"])
+    arrays = (x, kernel, *(self.get_variable("params", name) for name in ADAPTER))
     x, kernel, lora_a, lora_b = (array.astype(self.dtype) for array in arrays)
     narrow = checkpoint_name(x @ lora_a.T, LINEAR)  # kept for the backward pass, as libraries do
     return x @ kernel + self.scale * (narrow @ lora_b)

@@ -30,6 +30,7 @@ POSITIVE = (
   *(f"model.{key}" for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")),
 )
 DTYPES = ("float32", "bfloat16", "float64")
+INT8 = "int8"  # of base kernels, with a scale per row
 MIXED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # param_dtype with another dtype of kernels or spares
 
 SHARDINGS = ("sharded", "replicated")
@@ -168,10 +169,19 @@ def _check_training(config, devices: int):
 
 def _check_precision(config):
   stored, narrow = config.param_dtype, ("frozen_dtype", "candidates_dtype")
-  for key, unset in {"dtype": (None,), "param_dtype": (), **dict.fromkeys(narrow, (None,))}.items():
-    if config[key] not in (*DTYPES, *unset):
-      raise UserError(f"{key} (={config[key]!r}) must be one of {', '.join(DTYPES)}; set --config.{key}")
+  further = {"dtype": (None,), "param_dtype": (), "frozen_dtype": (INT8, None), "candidates_dtype": (None,)}
+  for key, others in further.items():
+    if config[key] not in (allowed := (*DTYPES, *others)):
+      names = ", ".join(name for name in allowed if name)
+      raise UserError(f"{key} (={config[key]!r}) must be one of {names}; set --config.{key}")
+  if config.frozen_dtype == INT8 and stored != "float32":
+    raise UserError(
+      f"frozen_dtype (='int8') needs param_dtype=float32, found {stored!r}; set --config.param_dtype or "
+      f"--config.frozen_dtype"
+    )
   for key in narrow:
+    if config[key] == INT8:
+      continue
     if config[key] not in (None, stored) and (stored, config[key]) not in MIXED:
       raise UserError(
         f"{key} (={config[key]!r}) must be the same as param_dtype (={stored!r}), or one of the two bfloat16 and the "

@@ -80,7 +80,15 @@ MISTAKES = {
   "learning rate": (dict(learning_rate=0.0), "learning_rate (=0.0) must be greater than 0"),
   "dtype": (dict(dtype="float8"), "dtype (='float8') must be one of float32, bfloat16, float64"),
   "remat": (dict(remat="half"), "remat (='half') must be one of none, linear, full; set --config.remat"),
-  "frozen dtype": (dict(frozen_dtype="int8"), "frozen_dtype (='int8') must be one of float32, bfloat16, float64"),
+  "frozen dtype": (
+    dict(frozen_dtype="int4"),
+    "frozen_dtype (='int4') must be one of float32, bfloat16, float64, int8",
+  ),
+  "int8 masters": (dict(param_dtype="int8"), "param_dtype (='int8') must be one of float32, bfloat16, float64; set"),
+  "int8 under bfloat16": (
+    dict(param_dtype="bfloat16", frozen_dtype="int8"),
+    "frozen_dtype (='int8') needs param_dtype=float32, found 'bfloat16'; set --config.param_dtype or",
+  ),
   "frozen under float64": (
     dict(param_dtype="float64", frozen_dtype="bfloat16"),
     "frozen_dtype (='bfloat16') must be the same as param_dtype (='float64'), or one of the two",
@@ -192,6 +200,7 @@ def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
     dict(min_lr_ratio=0.0),
     dict(min_lr_ratio=1.0),
     dict(frozen_dtype="bfloat16"),
+    dict(frozen_dtype="int8"),
     dict(param_dtype="bfloat16", frozen_dtype="float32"),
     dict(method="relora", frozen_dtype="bfloat16", rank=4, relora__restart_every=6, relora__restart_warmup_steps=1),
     dict(method="full", frozen_dtype="float32"),

@@ -22,6 +22,8 @@ FORMATS = {  # attributes of the layer
   "bfloat16": dict(frozen_dtype=jnp.bfloat16, kernel_residual=False),
   STOCHASTIC: dict(),
   "bfloat16 + int8 residual": dict(frozen_dtype=jnp.bfloat16),
+  "int8": dict(frozen_dtype=jnp.int8, kernel_residual=False),
+  "int8 + int8 residual": dict(frozen_dtype=jnp.int8),
 }
 
 

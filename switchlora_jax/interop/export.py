@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, pretrained
-from switchlora_jax.lowrank.kernel_storage import KERNEL, frozen_layers
+from switchlora_jax.lowrank.kernel_storage import forward_kernel, frozen_layers
 from switchlora_jax.lowrank.layers import ADAPTER, merge
 from switchlora_jax.models import make_model
 from switchlora_jax.runs import directory as run_directory
@@ -136,5 +136,5 @@ def adapter_norms(weights: pretrained.RunWeights) -> dict[str, float]:
   params, found = flatten_dict(weights.params), {}
   with pretrained.full_precision(weights.run.config.param_dtype):
     for path, base in frozen_layers(weights.frozen).items():
-      found[path[-1]] = float(ratio(base[KERNEL], *(params[*path, name] for name in ADAPTER)))
+      found[path[-1]] = float(ratio(forward_kernel(base), *(params[*path, name] for name in ADAPTER)))
   return found

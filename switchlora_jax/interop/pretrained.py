@@ -19,7 +19,7 @@ from ml_collections import FrozenConfigDict
 from switchlora_jax.data.tokenizer import load_tokenizer
 from switchlora_jax.errors import UserError
 from switchlora_jax.interop import huggingface, tokenizer_json
-from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, load_kernel
+from switchlora_jax.lowrank.kernel_storage import KERNEL, STORAGE, forward_kernel, load_kernel
 from switchlora_jax.lowrank.kinds import kind_of, linear_layers
 from switchlora_jax.methods import METHODS, config_at
 from switchlora_jax.methods.base import dtypes
@@ -173,8 +173,8 @@ def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
   """The plain weights of a checkpoint, merged in float32 or wider, one kernel at a time.
 
   Args:
-    residual: whether to add the int8 residual of a kernel that is stored in bfloat16. The forward pass of training does
-      not read it, so the function of the run does not include it; a run that continues from the weights needs it.
+    residual: whether to add the int8 residual of a kernel in 16 or 8 bits. The forward pass of training does not read
+      it, so the function of the run does not include it; a run that continues from the weights needs it.
   """
   run, plain = found.run, {}
   params = flatten_dict(found.params)
@@ -182,9 +182,9 @@ def merge(found: RunWeights, *, residual: bool = False) -> Pretrained:
     for path, arrays in linear_layers(found.params, found.frozen).items():
       for name in arrays:
         params.pop((*path, name), None)
-      if RESIDUAL in arrays:
-        kernel = load_kernel(arrays) if residual else arrays[KERNEL]
-        arrays = {name: array for name, array in arrays.items() if name != RESIDUAL} | {KERNEL: kernel}
+      if KERNEL in arrays:
+        kernel = (load_kernel if residual else forward_kernel)(arrays)
+        arrays = {name: array for name, array in arrays.items() if name not in STORAGE} | {KERNEL: kernel}
       plain[*path, KERNEL] = np.asarray(_merge_layer(jax.tree.map(_wide, arrays), scale=found.scale))
     plain |= {path: _wide(value) for path, value in params.items()}
   origin = f"{run.directory}, {run.config.method}, step {found.step} of {run.config.steps}"

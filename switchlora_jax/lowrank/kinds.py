@@ -4,7 +4,7 @@ The names of a layer's arrays determine its kind. The kind is all that export, e
 of ranks need to know about a layer.
 
   kind    arrays beside lora_a, lora_b      kernel
-  BASE    kernel, perhaps kernel_tail       kernel + s·AᵀB   (`lowrank.layers`)
+  BASE    kernel, or as `kernel_storage`    kernel + s·AᵀB   (`lowrank.layers`)
   SPARSE  sparse_values, sparse_support     s·AᵀB + S        (`lowrank.factored`)
   LOW     none                              s·AᵀB            (`lowrank.factored`)
 """

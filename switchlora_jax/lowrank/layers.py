@@ -3,8 +3,9 @@
 The arrays of a layer are in three collections:
 
   params      lora_a [r, in], lora_b [r, out]: the LoRA vectors, one per row. `jax.grad` sees only these.
-  frozen      kernel [in, out]: the base kernel, which gets no gradient. Where it is stored in bfloat16 and the method
-              changes it, also kernel_tail [in, out], its int8 residual, which the forward pass does not read.
+  frozen      kernel [in, out]: the base kernel, which gets no gradient. In int8 it has kernel_scale [in, 1]. Where it
+              is stored in 16 or 8 bits and the method changes it, also kernel_tail [in, out], its int8 residual, which
+              the forward pass does not read; see `kernel_storage`.
   candidates  spare_a [c - r, in], spare_b [c - r, out], timer_a [r], timer_b [r], cursor [], with c = min(in, out).
               `init` creates them; `apply` does not need them. Layers with fresh candidates have no spares.
 
@@ -18,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, split_float32
+from switchlora_jax.lowrank.kernel_storage import KERNEL, SCALE, forward_kernel, store_new
 
 LORA_A, LORA_B = ADAPTER = ("lora_a", "lora_b")  # the names of a layer's LoRA factors in `params`
 GAIN = 3**-0.5  # of every layer, as in the authors' code; in the paper the gain "depends on the activation"
@@ -72,23 +73,25 @@ def merge(kernel, lora_a, lora_b, scale, dtype=None):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def merged_dense(x, kernel, lora_a, lora_b, scale):
+def merged_dense(x, stored, lora_a, lora_b, scale):
   """`x · (kernel + scale·AᵀB)` for x [..., in]; returns [..., out] in x's dtype.
+
+  `stored` is {"kernel": [in, out]}, with its scale if the kernel is in int8. No copy of it in a wider dtype is kept.
 
   The forward and the backward pass each multiply once with the merged weight. With P base weights and p adapter
   weights this takes 4P + 4p operations per token; the usual `x·W + s·(x·Aᵀ)·B` takes 4P + 6p, full rank 6P.
-  The backward pass recomputes the merged weight instead of storing it. `kernel` gets no gradient.
+  The backward pass recomputes the merged weight instead of storing it. `stored` gets no gradient.
   """
-  return x @ merge(kernel, lora_a, lora_b, scale, x.dtype).astype(x.dtype)
+  return x @ merge(forward_kernel(stored), lora_a, lora_b, scale, x.dtype).astype(x.dtype)
 
 
-def _forward(x, kernel, lora_a, lora_b, scale):
-  return merged_dense(x, kernel, lora_a, lora_b, scale), (x, kernel, lora_a, lora_b)
+def _forward(x, stored, lora_a, lora_b, scale):
+  return merged_dense(x, stored, lora_a, lora_b, scale), (x, stored, lora_a, lora_b)
 
 
 def _backward(scale, residuals, dy):
-  x, kernel, lora_a, lora_b = residuals
-  weight = merge(kernel, lora_a, lora_b, scale, x.dtype).astype(x.dtype)
+  x, stored, lora_a, lora_b = residuals
+  weight = merge(forward_kernel(stored), lora_a, lora_b, scale, x.dtype).astype(x.dtype)
   dx = dy @ weight.T
   flat_x, flat_dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # [tokens, in], [tokens, out]
   scaled_dy = scale * (flat_dy @ lora_b.T.astype(x.dtype))  # [tokens, r]
@@ -114,9 +117,9 @@ class LoRADense(nn.Module):
     adapter_init: `switchlora` (eq. 3) or `lora` (A uniform in ±1/√in, B zero).
     dtype: dtype of the computation.
     param_dtype: dtype of the stored arrays.
-    frozen_dtype: dtype of the stored kernel; None: `param_dtype`.
+    frozen_dtype: dtype of the stored kernel, also int8; None: `param_dtype`.
     kernel_residual: whether a kernel narrower than `param_dtype` is stored with an int8 residual. Methods that change
-      the kernel need it, because a kernel that is rounded to bfloat16 after each change drifts.
+      the kernel need it, because a kernel that is rounded to 8 bits after each change drifts.
   """
 
   features: int
@@ -141,8 +144,9 @@ class LoRADense(nn.Module):
         for name, value in values.items():
           self.put_variable(collection, name, value)
     lora_a, lora_b = (self.get_variable("params", name) for name in ADAPTER)
-    kernel = self.get_variable("frozen", KERNEL)
-    return merged_dense(x.astype(self.dtype), kernel, lora_a, lora_b, self.scale)
+    read = [name for name in (KERNEL, SCALE) if self.has_variable("frozen", name)]
+    stored = {name: self.get_variable("frozen", name) for name in read}
+    return merged_dense(x.astype(self.dtype), stored, lora_a, lora_b, self.scale)
 
   def initial(self, key, in_features: int) -> dict[str, dict[str, jax.Array]]:
     """The variables at step 0, {collection: {name: array}}.
@@ -153,15 +157,9 @@ class LoRADense(nn.Module):
     lora_a = self._draw(key, 1, std_a, (self.rank, in_features))
     lora_b = self._draw(key, 2, std_b, (self.rank, self.features))
     plain = KERNEL_INIT(key, (in_features, self.features), self.param_dtype)
-    frozen = self._stored(merge(plain, lora_a, lora_b, -self.scale))
+    kernel, dtype = merge(plain, lora_a, lora_b, -self.scale), jnp.dtype(self.frozen_dtype or self.param_dtype)
+    frozen = store_new(kernel, dtype, self.kernel_residual)
     return {"params": {LORA_A: lora_a, LORA_B: lora_b}, "frozen": frozen}
-
-  def _stored(self, kernel):
-    dtype = jnp.dtype(self.frozen_dtype or self.param_dtype)
-    if self.kernel_residual and dtype.itemsize < kernel.dtype.itemsize:
-      kernel, residual = split_float32(kernel)
-      return {KERNEL: kernel, RESIDUAL: residual}
-    return {KERNEL: kernel.astype(dtype)}
 
   def _draw(self, key, number: int, std: float, shape):
     return draw_vectors(jax.random.fold_in(key, number), std, shape, self.param_dtype)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from switchlora_jax.lowrank.kernel_storage import KERNEL, RESIDUAL, load_kernel, store_kernel
+from switchlora_jax.lowrank.kernel_storage import STORAGE, load_kernel, store_kernel
 from switchlora_jax.lowrank.layers import ADAPTER, LORA_A, LORA_B
 from switchlora_jax.lowrank.spares import (
   FreshVectors,
@@ -102,12 +102,13 @@ class Layer(NamedTuple):
   lora_b: jax.Array  # [L, r, out]
   spare_a: jax.Array | None = None  # [L, c - r, in]; None: candidates are fresh
   spare_b: jax.Array | None = None  # [L, c - r, out]
-  kernel_tail: jax.Array | None = None  # [L, in, out], the int8 residual of a bfloat16 kernel
+  kernel_tail: jax.Array | None = None  # [L, in, out], the int8 residual of a narrow kernel
+  kernel_scale: jax.Array | None = None  # [L, in, 1], of an int8 kernel
 
   @property
   def frozen(self) -> dict[str, jax.Array]:
     """The arrays that store the kernels, as in a layer's `frozen` collection."""
-    return {KERNEL: self.kernel} if self.kernel_tail is None else {KERNEL: self.kernel, RESIDUAL: self.kernel_tail}
+    return {name: array for name in STORAGE if (array := getattr(self, name)) is not None}
 
   def rank_and_spares(self) -> tuple[int, int]:
     """r and c - r."""
@@ -183,7 +184,7 @@ def add_to_kernels(frozen, left, right, active_layers):
   The loop visits active layers only, so a step without a switch does no work.
 
   Args:
-    frozen: the arrays that store the stacked kernels, {"kernel": [L, in, out]} or with the residual.
+    frozen: the arrays that store the stacked kernels, {"kernel": [L, in, out]} or with scale and residual.
     left, right: [L, n, in] and [L, n, out]. active_layers: [L] bool.
   """
   terms = left.shape[1]
@@ -284,7 +285,7 @@ def switch_stack(layers: Layer, clock: Clock, uniforms, indices, draw, schedule:
 
 
 # The collection of each array; arrays that are not listed are in `candidates`.
-COLLECTION = dict.fromkeys(ADAPTER, "params") | dict.fromkeys((KERNEL, RESIDUAL), "frozen")
+COLLECTION = dict.fromkeys(ADAPTER, "params") | dict.fromkeys(STORAGE, "frozen")
 
 
 def switch(
@@ -302,8 +303,8 @@ def switch(
 ) -> Switched:
   """Algorithm 2 for one step and all layers that can switch; `kernel + scale·AᵀB` does not change.
 
-  Where a bfloat16 kernel has a residual, this holds for their sum. The layer computes with the bfloat16 kernel alone,
-  so its function changes by at most the rounding of the kernel to bfloat16, regardless of the number of switches.
+  Where a kernel in 16 or 8 bits has a residual, this holds for their sum. The layer computes with the kernel alone, so
+  its function changes by at most the rounding of the kernel to its dtype, regardless of the number of switches.
 
   Args:
     params, frozen, candidates: the collections of `layers.SwitchLoRADense`, nested under equal paths. `candidates` is

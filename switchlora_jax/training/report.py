@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from switchlora_jax.data.tokenizer import load_tokenizer
-from switchlora_jax.lowrank.kernel_storage import RESIDUAL
+from switchlora_jax.lowrank.kernel_storage import RESIDUAL, SCALE
 from switchlora_jax.methods import METHODS, optimizers
 from switchlora_jax.models.generation import Sampling, generate
 from switchlora_jax.parallel import processes
@@ -23,9 +23,13 @@ PROMPT_ROWS = 100  # validation rows that are searched for the start of a docume
 
 
 def parameter_count(tree) -> int:
-  """Number of parameters in a tree of arrays, abstract or real; a bfloat16 kernel and its int8 residual count once."""
+  """Number of parameters in a tree of arrays, abstract or real; a kernel with its scale and residual counts once."""
   leaves = jax.tree.leaves_with_path(tree)
-  return sum(math.prod(leaf.shape) for path, leaf in leaves if RESIDUAL not in jax.tree_util.keystr(path[-1:]))
+  return sum(math.prod(leaf.shape) for path, leaf in leaves if _name(path) not in (RESIDUAL, SCALE))
+
+
+def _name(path):
+  return getattr(path[-1], "key", None) if path else None
 
 
 def bytes_of(tree) -> int:

@@ -8,7 +8,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_model import same_bits
 
-from switchlora_jax.lowrank.kernel_storage import frozen_layers, join_float32, load_kernel, split_float32, store_kernel
+from switchlora_jax.lowrank.kernel_storage import (
+  forward_kernel,
+  frozen_layers,
+  join_float32,
+  load_kernel,
+  split_float32,
+  store_kernel,
+  store_new,
+)
 
 SPLIT = jax.jit(split_float32)
 JOIN = jax.jit(join_float32)
@@ -134,6 +142,52 @@ def test_a_kernel_with_a_residual_is_loaded_with_16_bits():
   np.testing.assert_allclose(load_kernel(base), KERNEL, rtol=2**-16)
   assert np.abs(base["kernel"].astype(np.float32) / KERNEL - 1).max() > 2**-10
   assert same_bits(store_kernel(load_kernel(base), base), base)
+
+
+def test_an_int8_kernel_has_a_scale_per_row_and_half_a_step_of_error():
+  """Rows of very different magnitudes, also zeros and subnormal numbers. The largest element of a row is kept."""
+  values = KERNEL * np.float32([[1e-20], [0], [1e15]])
+  assert np.all(load_kernel(store_new(np.full((1, 3), 1e-40, np.float32), "int8", True)) < 1e-36)
+  steps = np.abs(values).max(-1, keepdims=True) / 127
+  for residual, parts in ((False, 1), (True, 256)):
+    base = store_new(values, "int8", residual)
+    assert {name: (x.dtype, x.shape) for name, x in base.items()} == {
+      "kernel": (np.int8, (3, 4)), "kernel_scale": (np.float32, (3, 1))
+    } | ({"kernel_tail": (np.int8, (3, 4))} if residual else {})  # fmt: skip
+    np.testing.assert_allclose(np.asarray(base["kernel_scale"])[[0, 2]], steps[[0, 2]], rtol=1e-6)
+    assert np.all(np.abs(load_kernel(base) - values) <= steps / parts * (0.5 + 2**-12))
+    again = store_kernel(load_kernel(base), base)
+    assert all(same_bits(again[name], base[name]) for name in base if name != "kernel_scale")
+    np.testing.assert_allclose(again["kernel_scale"], base["kernel_scale"], rtol=2**-22)
+    assert np.all(np.abs(forward_kernel(base) - load_kernel(base)) <= steps * 0.5001)
+  assert not same_bits(forward_kernel(base), load_kernel(base))
+
+
+def test_a_row_with_a_nan_stays_visible():
+  values = np.where([[False] * 4, [True] + [False] * 3, [False] * 4], np.nan, KERNEL).astype(np.float32)
+  for residual in (False, True):
+    found = np.asarray(load_kernel(store_new(values, "int8", residual)))
+    assert np.all(np.isnan(found[1])) and np.all(np.isfinite(found[[0, 2]]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_many_int8_writes_are_not_biased(residual):
+  """Small numbers are added 2,000 times; the mean error of 1,024 sums is 0 within five standard deviations."""
+  rng = np.random.default_rng(0)
+  start = rng.uniform(-1, 1, (8, 129)).astype(np.float32)
+  start[:, 0] = 1  # the largest element stays, and with it the scale
+  small = rng.uniform(-1, 1, (2000, 8, 129)).astype(np.float32) * np.float32(0.002)
+  small[:, :, 0] = 0
+
+  def step(base, x):
+    return store_kernel(load_kernel(base) + x, base), None
+
+  base = store_new(start, "int8", residual)
+  last, _ = jax.jit(lambda base, xs: jax.lax.scan(step, base, xs))(base, small)
+  error = (np.asarray(load_kernel(last), np.float64) - start - small.astype(np.float64).sum(0))[:, 1:]
+  unit = 1 / 127 / (256 if residual else 1)
+  assert abs(error.mean()) < 5 * error.std() / 1024**0.5
+  assert error.std() < (0.5 * unit * 2000**0.5 if residual else np.inf)
 
 
 def test_frozen_layers_finds_a_single_layer_and_nested_layers():

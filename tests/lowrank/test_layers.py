@@ -63,7 +63,12 @@ def apply(layer, variables, x):
   return np.asarray(jax.jit(layer.apply)(variables, x))
 
 
-merged, dense = jax.jit(merge), jax.jit(merged_dense, static_argnums=4)
+def adapted(x, kernel, lora_a, lora_b, scale):
+  """`merged_dense` with a kernel that is stored as it is."""
+  return merged_dense(x, {"kernel": kernel}, lora_a, lora_b, scale)
+
+
+merged, dense = jax.jit(merge), jax.jit(adapted, static_argnums=4)
 
 
 def test_standard_deviations_are_the_recorded_ones(golden):
@@ -120,7 +125,7 @@ def test_lora_init_has_zero_b_and_zero_spares_of_b():
 
 def test_forward_and_gradients_are_those_of_the_usual_two_products(x64):
   *primals, cotangent = draw()
-  ours, (d_x, _, d_a, d_b) = host(vjp(merged_dense, cotangent, *primals))
+  ours, (d_x, _, d_a, d_b) = host(vjp(adapted, cotangent, *primals))
   usual, (e_x, _, e_a, e_b) = host(vjp(naive_dense, cotangent, *primals))
   for left, right in ((ours, usual), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-12 * np.abs(right).max())
@@ -136,7 +141,7 @@ def test_the_adapter_changes_the_output(x64):
 
 def test_the_kernel_gets_no_gradient(x64):
   *primals, cotangent = draw()
-  _, (_, d_kernel, _, _) = vjp(merged_dense, cotangent, *primals)
+  _, (_, d_kernel, _, _) = vjp(adapted, cotangent, *primals)
   assert not np.any(d_kernel)
   _, (_, usual, _, _) = vjp(naive_dense, cotangent, *primals)
   assert np.any(usual)
@@ -204,8 +209,8 @@ def test_spares_timers_and_cursor_have_their_shapes():
 def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_gradients_of_the_vectors():
   x, kernel, lora_a, lora_b, cotangent = draw(np.float32, lead=(32,))
   narrow = jnp.bfloat16
-  ours, (d_x, _, d_a, d_b) = host(vjp(merged_dense, cotangent.astype(narrow), x.astype(narrow), kernel, lora_a, lora_b))
-  exact, (e_x, _, e_a, e_b) = host(vjp(merged_dense, cotangent, x, kernel, lora_a, lora_b))
+  ours, (d_x, _, d_a, d_b) = host(vjp(adapted, cotangent.astype(narrow), x.astype(narrow), kernel, lora_a, lora_b))
+  exact, (e_x, _, e_a, e_b) = host(vjp(adapted, cotangent, x, kernel, lora_a, lora_b))
   assert (ours.dtype, d_x.dtype, d_a.dtype, d_b.dtype) == (narrow, narrow, jnp.float32, jnp.float32)
   for left, right in ((ours, exact), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
     # Three or four roundings to 8 bits, each with a relative error of at most 2⁻⁹.
@@ -298,7 +303,7 @@ def usual_backward(x, kernel, lora_a, lora_b, scale):
   return x @ merge(kernel, lora_a, lora_b, scale)
 
 
-@pytest.mark.parametrize("dense, stacked", [(merged_dense, False), (usual_backward, True)])
+@pytest.mark.parametrize("dense, stacked", [(adapted, False), (usual_backward, True)])
 def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked):
   """What a scan saves for its backward pass is among its outputs: none has the shape [layers, in, out]."""
   layers, size, rank = 3, 16, 4

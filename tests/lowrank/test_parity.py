@@ -57,7 +57,7 @@ def train(arrays, meta):
   def loss_of(params, frozen, x, y):
     for name in names:
       layer = params[name]
-      x = merged_dense(x, frozen[name]["kernel"], layer["lora_a"], layer["lora_b"], scale)
+      x = merged_dense(x, frozen[name], layer["lora_a"], layer["lora_b"], scale)
       x = x + layer["bias"][None] if "bias" in layer else x
       x = jnp.tanh(x) if name != names[-1] else x
     return jnp.mean((x - y) ** 2)

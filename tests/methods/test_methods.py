@@ -120,14 +120,18 @@ def test_steps_compute_in_bfloat16_and_store_float32(method):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "switchlora", "relora"])
-def test_bfloat16_kernels_keep_their_dtype_and_have_a_residual_if_they_change(method):
+NARROW = [(dtype, method) for dtype in ("bfloat16", "int8") for method in ("lora", "switchlora", "relora")]
+
+
+@pytest.mark.parametrize("case", slowly(NARROW, quick=[("int8", "switchlora")]))
+def test_narrow_kernels_keep_their_dtype_and_have_a_residual_if_they_change(case):
+  dtype, method = case
   residual = method != "lora"
-  states, metrics = train(3, method, frozen_dtype="bfloat16")
+  states, metrics = train(3, method, frozen_dtype=dtype)
   assert all(kinds(state) == kinds(states[0]) for state in states)
   layers = states[-1].frozen["blocks"].values()
-  dtypes = {"kernel": "bfloat16"} | ({"kernel_tail": "int8"} if residual else {})
+  dtypes = {"kernel": dtype} | ({"kernel_tail": "int8"} if residual else {})
+  dtypes |= {"kernel_scale": "float32"} if dtype == "int8" else {}
   assert len(layers) == 2
   assert all({name: str(values.dtype) for name, values in layer.items()} == dtypes for layer in layers)
   assert {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)} == {np.dtype("float32")}

@@ -84,7 +84,7 @@ def ours(ref, row):
 def loss_of(params, frozen, x, y, scale):
   for name in LAYERS:
     layer = params[name]
-    x = merged_dense(x, frozen[name]["kernel"][0], layer["lora_a"][0], layer["lora_b"][0], scale)
+    x = merged_dense(x, {"kernel": frozen[name]["kernel"][0]}, layer["lora_a"][0], layer["lora_b"][0], scale)
     x = jnp.tanh(x) if name == "0" else x + layer["bias"][None]
   return jnp.mean((x - y) ** 2)
 
@@ -321,6 +321,11 @@ def test_a_restart_keeps_the_logits_in_float64(x64):
 def test_a_restart_keeps_the_logits_up_to_the_rounding_of_a_bfloat16_kernel():
   """Kernels of about 0.05 have 8 bits before and after. Two blocks of width 16 give logits of about 0.1."""
   check_that_a_restart_keeps_the_logits(5e-3, frozen_dtype="bfloat16")
+
+
+@pytest.mark.slow
+def test_a_restart_keeps_the_logits_up_to_half_a_step_of_an_int8_kernel():
+  check_that_a_restart_keeps_the_logits(5e-3, frozen_dtype="int8")
 
 
 @pytest.mark.parametrize(

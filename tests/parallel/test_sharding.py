@@ -29,6 +29,7 @@ LAYOUTS = {
   "trained over 8 devices": dict(**SPARES, sharding__fsdp=8),
   "all over 4 of 8 devices": dict(**SPARES, sharding__fsdp=4, sharding__frozen="sharded", remat="full"),
 }
+INT8 = dict(frozen_dtype="int8", sharding__fsdp=4, sharding__frozen="sharded")
 # Other layouts change the order of sums, and Adam amplifies the differences in rounding.
 SAME_SUMS = ("candidates over 8 devices", "candidates on the host")
 
@@ -124,6 +125,18 @@ def test_fresh_candidates_and_transported_moments_are_the_same_in_every_layout()
   close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4)
   jax.tree.map(close, (state, found_losses), (last, losses))
   assert not any("spare" in str(path) for path, _ in jax.tree.leaves_with_path(state.candidates))
+
+
+@pytest.mark.slow
+def test_int8_kernels_split_over_devices_train_the_same_run():
+  """A kernel and its residual are split alike; scales are split along their only axis."""
+  _, expected, last, losses = trained(frozen_dtype="int8")
+  phase, found, state, found_losses = trained(**INT8)
+  np.testing.assert_allclose([r["loss"] for r in found], [r["loss"] for r in expected], rtol=1e-5)
+  np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), state.params, last.params)
+  up = phase.abstract.frozen["blocks"]["up"]
+  assert up["kernel"].sharding.spec == up["kernel_tail"].sharding.spec != up["kernel_scale"].sharding.spec
 
 
 def test_padding_exists_and_stays_zero():

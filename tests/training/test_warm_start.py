@@ -364,17 +364,20 @@ def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dt
 
 
 @pytest.mark.slow
-def test_a_run_with_bfloat16_kernels_resumes_bitwise_and_passes_on_its_residuals(folder):
-  options = dict(method="switchlora", frozen_dtype="bfloat16", warm_start_steps=K, checkpoint_every=4)
-  run = train(folder, "narrow", **options)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_run_with_narrow_kernels_resumes_bitwise_and_passes_on_its_residuals(folder, dtype):
+  options = dict(method="switchlora", frozen_dtype=dtype, warm_start_steps=K, checkpoint_every=4)
+  name = f"narrow-{dtype}"
+  run = train(folder, name, **options)
   (before, _), (after, phase_after) = run.handed[0]
   plain = weights.merged(after.params, after.frozen, phase_after.scale)
   for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(before.params), strict=True):
     np.testing.assert_allclose(left, right, rtol=0, atol=2**-16)  # kernels are below 1
-  assert {str(x.dtype) for x in jax.tree.leaves(run.outcome.state.frozen)} == {"bfloat16", "int8"}
+  dtypes = {"bfloat16": {"bfloat16", "int8"}, "int8": {"int8", "float32"}}[dtype]
+  assert {str(x.dtype) for x in jax.tree.leaves(run.outcome.state.frozen)} == dtypes
   shutil.rmtree(run.workdir / "checkpoints" / str(STEPS))
-  assert same_bits(train(folder, "narrow", **options).outcome.state, run.outcome.state)
-  successor = train(folder, "successor", method="full", warm_start_from=str(run.workdir), checkpoint_every=1)
+  assert same_bits(train(folder, name, **options).outcome.state, run.outcome.state)
+  successor = train(folder, f"after-{name}", method="full", warm_start_from=str(run.workdir), checkpoint_every=1)
   ends = run.outcome.state
   plain = (weights.merged(ends.params, ends.frozen, run.outcome.phase.scale), successor.saved[1].params)
   for left, right in zip(*map(jax.tree.leaves, plain), strict=True):
