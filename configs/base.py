@@ -108,6 +108,9 @@ def get_config() -> ConfigDict:
   config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
   config.switch.candidates = "stored"  # stored (evicted vectors come back) | fresh (new random ones, none are kept)
   config.switch.order = "sequential"  # order in which spare vectors are used: sequential | random (section 2.2)
+  config.switch.slots = "sequential"  # which vectors are switched: sequential | snr (those with the noisiest gradients)
+  config.switch.min_age = 40  # snr: steps for which a new vector is kept
+  config.switch.snr_below = 1.0  # snr: switch vectors whose signal-to-noise ratio is below this multiple of the median
   config.switch.state = "reset"  # optimizer state of the counterpart of a switched vector: reset | keep | transport
 
   config.relora = ConfigDict()  # settings of relora

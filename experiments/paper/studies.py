@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from experiments.common.trials import Variant
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import CANDIDATES
-from switchlora_jax.methods.switchlora import DECAYS, STATES
+from switchlora_jax.methods.switchlora import DECAYS, SLOTS, STATES
 from switchlora_jax.models.architecture import smaller_sides
 
 
@@ -90,6 +90,13 @@ def decay(config) -> Study:
   return Study("when switching starts, and how it falls", "Algorithm 2, lines 5 and 10", lines)
 
 
+def slots(config) -> Study:
+  """Which vectors are switched; not in the paper, which takes one after the other."""
+  del config
+  lines = {name: {"switch.slots": name} for name in SLOTS}
+  return Study("which vectors are switched", "section 5", lines)
+
+
 def candidates(config) -> Study:
   """Stored candidates, which come back, or fresh random vectors; not in the paper."""
   del config
@@ -105,7 +112,7 @@ def order(config) -> Study:
   return Study("in which order candidates come", "section 2.2", lines)
 
 
-STUDIES = {s.__name__: s for s in (interval, ratio, grid, freeze, init, rank, state, decay, candidates, order)}
+STUDIES = {s.__name__: s for s in (interval, ratio, grid, freeze, init, rank, state, decay, slots, candidates, order)}
 
 
 def study_variants(name: str, config, learning_rates=()) -> list[Variant]:

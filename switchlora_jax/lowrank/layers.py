@@ -7,7 +7,8 @@ The arrays of a layer are in three collections:
               is stored in 16 or 8 bits and the method changes it, also kernel_tail [in, out], its int8 residual, which
               the forward pass does not read; see `kernel_storage`.
   candidates  spare_a [c - r, in], spare_b [c - r, out], timer_a [r], timer_b [r], cursor [], with c = min(in, out).
-              `init` creates them; `apply` does not need them. Layers with fresh candidates have no spares.
+              `init` creates them; `apply` does not need them. Layers with fresh candidates have no spares, and layers
+              whose vectors are not switched in sequential order also have age_a [r] and age_b [r].
 
 In the notation of the paper, `y = (W + s·B·A) x` (eq. 4), `kernel` is Wᵀ, `lora_a` is A and `lora_b` is Bᵀ.
 """
@@ -212,6 +213,7 @@ class SwitchLoRADense(LoRADense):
   kernel_residual: bool = True
   candidates_dtype: Any = None  # of the spares; a vector is rounded when it becomes a spare; None: `param_dtype`
   candidates: str = STORED  # or FRESH: no spares, `switch` draws each vector that it loads
+  ages: bool = False  # store the ages of the LoRA vectors, which `switching.Choice` needs
 
   def initial(self, key, in_features: int):
     """As `LoRADense.initial`, with the state of the switch; all c candidates of a factor have the same distribution."""
@@ -226,6 +228,8 @@ class SwitchLoRADense(LoRADense):
       "timer_b": jnp.zeros(self.rank, jnp.int32),
       "cursor": jnp.zeros((), jnp.int32),  # number of vectors loaded so far, per factor
     }
+    if self.ages:  # steps since a vector was loaded
+      clock |= {"age_a": jnp.zeros(self.rank, jnp.int32), "age_b": jnp.zeros(self.rank, jnp.int32)}
     if self.candidates == FRESH:
       return variables | {"candidates": clock}
     std_a, std_b = adapter_std(in_features, self.features, self.rank, self.adapter_init)

@@ -96,6 +96,24 @@ def scale_by_vector_adam(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def find_vector_adam(opt_state) -> VectorAdamState | None:
+  """The `VectorAdamState` that an optimizer state is or contains; None if there is none."""
+  is_state = lambda node: isinstance(node, VectorAdamState)
+  return next(filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)), None)
+
+
+def signal_to_noise(mu, nu, count, b1: float, b2: float):
+  """‖m‖ / √Σv of each row with bias-corrected moments: 1 if all gradients were equal, near 0 if they were noise.
+
+  Args:
+    mu, nu, count: of one leaf of a `VectorAdamState`, [..., r, d] and a count that broadcasts to it.
+  Returns:
+    [..., r]; NaN for rows that have not had a gradient since their last reset.
+  """
+  squares = jnp.sum(jnp.square(_unbias(mu, b1, count)), -1)
+  return jnp.sqrt(squares / jnp.sum(_unbias(nu, b2, count), -1))
+
+
 def _is_tree(node):
   return not isinstance(node, VectorAdamState)
 

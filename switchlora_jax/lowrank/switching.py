@@ -7,7 +7,8 @@ All positions in a layer follow from `cursor`, the number k of vectors loaded so
 slot `k mod r` and load k of B to slot `(k + r//2) mod r`. Both exchange their vector with spare `k mod (c - r)`, unless
 `draw_spare_indices` draws the spares at random. The authors' code stores all c candidates and writes an evicted vector
 back to its own position. Swapping with c - r spares visits the same vectors in the same order. Layers without stored
-spares load fresh random vectors instead, and do not keep the evicted ones.
+spares load fresh random vectors instead, and do not keep the evicted ones. With `Choice`, the slots are those whose
+vectors have the noisiest gradients.
 
 The functions are pure and independent of models and configs. They take any pytrees `params`, `frozen` and `candidates`
 that have the arrays of a layer under one path, with or without leading axes along which layers are stacked.
@@ -117,11 +118,32 @@ class Layer(NamedTuple):
 
 
 class Clock(NamedTuple):
-  """Cursors and freeze timers of L stacked layers; the fields have the names of the arrays."""
+  """Cursors, freeze timers and ages of L stacked layers; the fields have the names of the arrays."""
 
   cursor: jax.Array  # [L] int32, number of vectors loaded so far, per factor
   timer_a: jax.Array  # [L, r] int32, steps for which a vector of A remains frozen
   timer_b: jax.Array  # [L, r] int32
+  age_a: jax.Array | None = None  # [L, r] int32, steps since a vector of A was loaded; None: slots are sequential
+  age_b: jax.Array | None = None
+
+
+class Choice(NamedTuple):
+  """Which vectors a step may switch, in place of the sequential order.
+
+  A vector can be switched if it is at least `min_age` steps old, is not frozen, and its value is below `below` times
+  the median of its factor and layer. Those with the smallest values are switched first. The schedule limits their
+  number, so that a layer with fewer such vectors switches less.
+
+  Attributes:
+    values: {path: ([..., r] of A, [..., r] of B)} float, a value of each vector; vectors with NaN are not switched.
+      `methods.switchlora` passes the signal-to-noise ratio of the gradient of the counterpart.
+    min_age: in steps.
+    below: relative to the median.
+  """
+
+  values: dict
+  min_age: int = 40
+  below: float = 1.0
 
 
 def switch_count(uniform, expected):
@@ -203,12 +225,47 @@ def add_to_kernels(frozen, left, right, active_layers):
   return jax.lax.fori_loop(0, jnp.sum(active_layers) * chunks, add_chunk, frozen)
 
 
-def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None, draw=None):
+def sequential_slots(cursor, window: int, rank: int):
+  """([L, K] of A, [L, K] of B): the slots of the next K loads, in the order of the authors' code."""
+  loads = cursor[:, None] + jnp.arange(window)[None]
+  return loads % rank, (loads + rank // 2) % rank
+
+
+def chosen_slots(clock: Clock, window: int, *, values, choice: Choice):
+  """The slots that `choice` selects, and how many of them can be switched.
+
+  Args:
+    values: the values of L layers, ([L, r] of A, [L, r] of B).
+  Returns:
+    ([L, K] of A, [L, K] of B), each with the slots to switch first in front, and the number of these per factor [L].
+    Those of A and B are disjoint. A takes at most half of the slots that either factor could switch.
+  """
+
+  def of_factor(values, timer, age):
+    values = jnp.where(jnp.isnan(values), jnp.inf, values)
+    below = values < choice.below * jnp.median(values, 1, keepdims=True)
+    return jnp.where(below & (age >= choice.min_age) & (timer == 0), values, jnp.inf)
+
+  values_a, values_b = (
+    of_factor(values[0], clock.timer_a, clock.age_a),
+    of_factor(values[1], clock.timer_b, clock.age_b),
+  )
+  found_a, slots_a = jax.lax.top_k(-values_a, window)
+  half = jnp.sum(jnp.isfinite(jnp.minimum(values_a, values_b)), 1, keepdims=True) // 2
+  free_a = jnp.isfinite(found_a) & (jnp.arange(window)[None] < half)
+  taken = marked(slots_a, free_a, values_a.shape[1])
+  found_b, slots_b = jax.lax.top_k(-jnp.where(taken, jnp.inf, values_b), window)
+  count = lambda free: jnp.sum(free, 1, dtype=jnp.int32)
+  return (slots_a, slots_b), jnp.minimum(count(free_a), count(jnp.isfinite(found_b)))
+
+
+def switch_layers(layers: Layer, cursor, count, window: int, scale, slots=None, indices=None, draw=None):
   """Algorithm 1 for `count` [L] vectors per factor of L layers, starting at `cursor` [L].
 
   Args:
     window: K, an upper bound of `count`.
-    indices: the spares to load, a pair ([L, K] for A, [L, K] for B); None: in sequential order.
+    slots: the vectors to switch, a pair ([L, K] for A, [L, K] for B); None: in sequential order.
+    indices: the spares to load, likewise; None: in sequential order.
     draw: if candidates are fresh, from the numbers of the loads [L, K] to the vectors ([L, K, in], [L, K, out]).
   Returns:
     The layers, and the squared norm of the change of all kernels, [].
@@ -216,7 +273,7 @@ def switch_layers(layers: Layer, cursor, count, window: int, scale, indices=None
   rank, spares = layers.rank_and_spares()
   loads = cursor[:, None] + jnp.arange(window)[None]  # [L, K], the numbers of the next loads
   active = jnp.arange(window)[None] < count[:, None]
-  slots_a, slots_b = loads % rank, (loads + rank // 2) % rank
+  slots_a, slots_b = slots or sequential_slots(cursor, window, rank)
   indices_a, indices_b = indices or (loads % spares, loads % spares)
 
   def switch_once(_, carry):
@@ -236,9 +293,9 @@ def norm_squared(left, right):
   return jnp.sum(gram(left) * gram(right))
 
 
-def switched_slots(cursor, count, rank: int, offset: int):
-  """[L, r] bool: the slots of a factor that are switched, `count` [L] of them starting at `cursor + offset`."""
-  return (jnp.arange(rank)[None] - cursor[:, None] - offset) % rank < count[:, None]
+def marked(slots, active, rank: int):
+  """[L, r] bool: the slots [L, K] of a factor that are active [L, K]."""
+  return jnp.any((slots[:, :, None] == jnp.arange(rank)[None, None]) & active[:, :, None], 1)
 
 
 def freeze(timer, hit, freeze_steps: int, skip):
@@ -262,10 +319,14 @@ def available(clock: Clock):
   return half - jnp.maximum(*frozen)
 
 
-def switch_stack(layers: Layer, clock: Clock, uniforms, indices, draw, schedule: SwitchSchedule, scale, step, skip):
+def switch_stack(layers: Layer, clock: Clock, uniforms, choose, indices, draw, schedule, scale, step, skip):
   """Algorithm 2, lines 4 to 14, for L stacked layers; `uniforms` [L], `indices` and `draw` as in `switch_layers`.
 
   One draw gives the count of both factors, as in the authors' code.
+
+  Args:
+    choose: (clock, window) -> as `chosen_slots`; None: slots in sequential order.
+    schedule: a `SwitchSchedule`.
 
   Returns:
     layers, clock, {name of a factor: (reset, freeze)} with masks [L, r], count [L], and the squared norm of the
@@ -274,13 +335,21 @@ def switch_stack(layers: Layer, clock: Clock, uniforms, indices, draw, schedule:
   rank, spares = layers.rank_and_spares()
   window = schedule.window(rank, spares)
   drawn = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)  # lines 5 and 10
-  count = jnp.where(skip, 0, jnp.clip(drawn, 0, jnp.minimum(window, available(clock))))
-  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, indices, draw)  # lines 6, 7, 11 and 12
-  reset_b = switched_slots(clock.cursor, count, rank, 0)  # Algorithm 1, line 3: a switch of a_k resets b_k …
-  reset_a = switched_slots(clock.cursor, count, rank, rank // 2)  # … and a switch of b_k resets a_k
+  if choose:
+    slots, most = choose(clock, window)
+  else:
+    slots, most = sequential_slots(clock.cursor, window, rank), available(clock)
+  count = jnp.where(skip, 0, jnp.clip(drawn, 0, jnp.minimum(window, most)))
+  layers, moved = switch_layers(layers, clock.cursor, count, window, scale, slots, indices, draw)  # lines 6, 7, 11, 12
+  active = jnp.arange(window)[None] < count[:, None]
+  # Algorithm 1, line 3: a switch of a_k resets b_k, and a switch of b_k resets a_k.
+  reset_b, reset_a = (marked(of_factor, active, rank) for of_factor in slots)
   frozen_a, timer_a = freeze(clock.timer_a, reset_a, schedule.freeze_steps, skip)  # line 8
   frozen_b, timer_b = freeze(clock.timer_b, reset_b, schedule.freeze_steps, skip)  # line 13
-  clock = Clock(clock.cursor + count, timer_a, timer_b)
+  clock = clock._replace(cursor=clock.cursor + count, timer_a=timer_a, timer_b=timer_b)
+  if choose:
+    older = lambda age, loaded: jnp.where(loaded, 0, age) + ~jnp.asarray(skip)
+    clock = clock._replace(age_a=older(clock.age_a, reset_b), age_b=older(clock.age_b, reset_a))
   return layers, clock, {LORA_A: (reset_a, frozen_a), LORA_B: (reset_b, frozen_b)}, count, moved
 
 
@@ -299,6 +368,7 @@ def switch(
   uniforms,
   spare_indices=None,
   fresh: FreshVectors | None = None,
+  choice: Choice | None = None,
   skip=False,
 ) -> Switched:
   """Algorithm 2 for one step and all layers that can switch; `kernel + scale·AᵀB` does not change.
@@ -315,6 +385,7 @@ def switch(
     uniforms: {path: [...] in [0, 1)} from `draw_uniforms`, or one number for all layers.
     spare_indices: from `draw_spare_indices`; None: sequential order, as in the authors' code.
     fresh: how layers without spares draw the vectors that they load.
+    choice: which vectors to switch; None: in sequential order. The layers must store ages, see `SwitchLoRADense`.
     skip: [] bool; if true, nothing changes, including timers and cursors.
   Returns:
     The new collections, the masks for the optimizer and the metrics, see `Switched`.
@@ -342,8 +413,12 @@ def switch(
         raise ValueError(f"{no_spares(path)}; pass fresh=FreshVectors(key)")
       rank, sizes, dtype = layers.lora_a.shape[1], layers.kernel.shape[1:], layers.lora_a.dtype
       draw = partial(fresh.draw, numbers, rank=rank, sizes=sizes, dtype=dtype)
+    choose = None
+    if choice:
+      values = tuple(stack(of_factor) for of_factor in choice.values[path])
+      choose = partial(chosen_slots, values=values, choice=choice)
     layers, clock, masks, count, norm2 = switch_stack(
-      layers, clock, draws.reshape(-1), indices, draw, schedule, scale, step, skip
+      layers, clock, draws.reshape(-1), choose, indices, draw, schedule, scale, step, skip
     )
     for name, value in (layers._asdict() | clock._asdict()).items():
       if value is not None:

@@ -4,18 +4,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.layers import CANDIDATES, FRESH, SwitchLoRADense
-from switchlora_jax.lowrank.optimizer import VectorAdamState
+from switchlora_jax.lowrank.layers import CANDIDATES, FRESH, LORA_A, LORA_B, SwitchLoRADense
+from switchlora_jax.lowrank.optimizer import find_vector_adam, signal_to_noise
 from switchlora_jax.lowrank.spares import (
   FreshVectors,
   coverage,
   draw_spare_indices,
   draw_uniforms,
   exchanged_bytes,
+  switchable,
 )
-from switchlora_jax.lowrank.switching import Switched, SwitchSchedule, expected_loads, switch
+from switchlora_jax.lowrank.switching import Choice, Switched, SwitchSchedule, expected_loads, switch
 from switchlora_jax.lowrank.transport import transport_moments
 from switchlora_jax.methods import lora
 from switchlora_jax.methods.base import Adjusted, Method, TrainState
@@ -29,6 +31,7 @@ ACCEPTED = ADAM  # a switch resets and freezes its state
 ORDERS = ("sequential", "random")
 EXPONENTIAL, LEARNING_RATE_DECAY = DECAYS = ("exponential", "learning_rate")
 RESET, KEEP, TRANSPORT = STATES = ("reset", "keep", "transport")
+SEQUENTIAL, SNR = SLOTS = ("sequential", "snr")
 RANDOM_ORDER, FRESH_VECTORS = (
   2**31 - 1,
   2**31 - 2,
@@ -56,7 +59,7 @@ def check(config):
       f"switch.interval (={interval}) must be 0 (never switch) or at least 2 × switch.freeze_steps (= {2 * frozen}): "
       f"raise --config.switch.interval or lower --config.switch.freeze_steps"
     )
-  for name, values in {"order": ORDERS, "decay": DECAYS, "state": STATES}.items():
+  for name, values in {"order": ORDERS, "decay": DECAYS, "state": STATES, "slots": SLOTS}.items():
     if config.switch[name] not in values:
       raise UserError(
         f"switch.{name} (={config.switch[name]!r}) must be one of {', '.join(values)}; set --config.switch.{name}"
@@ -65,6 +68,11 @@ def check(config):
     raise UserError(
       f"switch.start (={config.switch.start}) must be at least 0 and less than steps (={config.steps}); "
       f"set --config.switch.start, or --config.switch.interval=0 to switch never"
+    )
+  if config.switch.min_age < 0 or not config.switch.snr_below > 0:
+    raise UserError(
+      f"switch.min_age (={config.switch.min_age}) must not be negative, and switch.snr_below "
+      f"(={config.switch.snr_below}) must be greater than 0; set --config.switch.min_age, --config.switch.snr_below"
     )
   _check_candidates(config)
   for name in ("decay_point", "decay_to"):
@@ -121,9 +129,10 @@ def describe(config) -> list[str]:
   """
   if not config.switch.interval:
     return []
+  most = "at most " if config.switch.slots == SNR else ""
   if config.switch.candidates == FRESH:
-    return [f"new vectors over the run: {loads(config):.0f} per factor of a layer"]
-  return [f"candidates cycled over the run, hidden × hidden layers: {cycles(config):.2f} times"]
+    return [f"new vectors over the run: {most}{loads(config):.0f} per factor of a layer"]
+  return [f"candidates cycled over the run, hidden × hidden layers: {most}{cycles(config):.2f} times"]
 
 
 def warnings(config) -> list[str]:
@@ -145,7 +154,10 @@ def warnings(config) -> list[str]:
 def build(config) -> Method:
   """`SwitchLoRADense` layers and the switch; with an interval of 0, neither a switch nor residuals of the kernels."""
   switches, fresh = config.switch.interval > 0, config.switch.candidates == FRESH
-  options = dict(candidates=config.switch.candidates, candidates_dtype=jnp.dtype(config.candidates_dtype))
+  by_snr = config.switch.slots == SNR
+  options = dict(
+    candidates=config.switch.candidates, candidates_dtype=jnp.dtype(config.candidates_dtype), ages=by_snr and switches
+  )
   method = lora.build(config, partial(SwitchLoRADense, **options, kernel_residual=switches))
   if not switches:
     return method
@@ -159,13 +171,15 @@ def build(config) -> Method:
       uniforms=draw_uniforms(key, state.candidates), skip=skip,
       spare_indices=draw_spare_indices(fold(key, RANDOM_ORDER), state.candidates, plan) if random else None,
       fresh=FreshVectors(fold(seeded, FRESH_VECTORS), config.switch.init) if fresh else None,
+      choice=noisiest(config, state) if by_snr else None,
     )  # fmt: skip
     if config.switch.state == TRANSPORT:
       state = state._replace(opt_state=transport_moments(state.opt_state, state.params, moved.params, moved.reset))
     state = state._replace(params=moved.params, frozen=moved.frozen, candidates=moved.candidates)
     masks = {"freeze": moved.freeze} | ({"reset": moved.reset} if config.switch.state == RESET else {})
     covered = {} if random or fresh else {"coverage": coverage(moved.candidates)}
-    return Adjusted(state, masks, switch_metrics(moved) | covered)
+    per_kind = switched_by_kind(moved) if by_snr else {}
+    return Adjusted(state, masks, switch_metrics(moved) | per_kind | covered)
 
   return method._replace(
     before_update=before_update,
@@ -179,12 +193,33 @@ def check_optimizer(opt_state):
 
   The structure of the state is checked.
   """
-  applies_masks = lambda node: isinstance(node, VectorAdamState)
-  if not any(map(applies_masks, jax.tree.leaves(opt_state, is_leaf=applies_masks))):
+  if find_vector_adam(opt_state) is None:
     raise ValueError(
       "the optimizer of SwitchLoRA must be or contain scale_by_vector_adam(vectors=lora_vectors), which resets and "
       "freezes the vectors that a switch marks; this one does not; add it, or use method=lora"
     )
+
+
+def noisiest(config, state: TrainState) -> Choice:
+  """The vectors whose counterparts have the smallest signal-to-noise ratio of their gradients.
+
+  The gradient of b_k is s·Ga_k: if it is mostly noise, the model learns little along a_k, which is then switched.
+  """
+  adam, optimizer = find_vector_adam(state.opt_state), config.optimizer
+  mu, nu, count = (flatten_dict(tree) for tree in (adam.mu, adam.nu, adam.count))
+  ratio = lambda path: signal_to_noise(mu[path], nu[path], count[path], optimizer.b1, optimizer.b2)
+  values = {path: (ratio((*path, LORA_B)), ratio((*path, LORA_A))) for path in switchable(state.candidates)}
+  return Choice(values, config.switch.min_age, config.switch.snr_below)
+
+
+def switched_by_kind(moved: Switched) -> dict[str, jax.Array]:
+  """{"switched/q": number of vectors switched per factor in all layers of the kind, and so on}."""
+  masks = flatten_dict(moved.reset)
+  return {
+    f"switched/{path[-2]}": jnp.sum(mask, dtype=jnp.int32)
+    for path, mask in masks.items()
+    if path[-1] == LORA_A and jnp.ndim(mask)
+  }
 
 
 def switch_metrics(moved: Switched) -> dict[str, jax.Array]:

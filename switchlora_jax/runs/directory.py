@@ -38,7 +38,14 @@ ADDED = {
   "schedule": {"name": "cosine", "decay_share": 0.2},
   "optimizer": {"name": "adam", "b1": 0.9, "b2": 0.999, "weight_decay": 0.0},
   "galore": {"directions": "svd", "random_share": 0.2},
-  "switch": {"candidates": "stored", "decay": "exponential", "start": 0},
+  "switch": {
+    "candidates": "stored",
+    "decay": "exponential",
+    "start": 0,
+    "slots": "sequential",
+    "min_age": 40,
+    "snr_below": 1.0,
+  },
   "model": {
     "norm_eps": 1e-6,
     "tied_embeddings": False,

@@ -12,7 +12,7 @@ from switchlora_jax.config import resolve
 from switchlora_jax.errors import UserError
 from switchlora_jax.runs.directory import differences
 
-NAMES = ("interval", "ratio", "grid", "freeze", "init", "rank", "state", "decay", "candidates", "order")
+NAMES = ("interval", "ratio", "grid", "freeze", "init", "rank", "state", "decay", "slots", "candidates", "order")
 CONFIGS = ("llama_tiny", "llama_130m")
 
 
@@ -27,7 +27,7 @@ def resolved(name: str, study: str) -> dict[str, dict]:
   return {trial.variant.label: trial.config.to_dict() for trial in trials}
 
 
-def test_there_are_these_ten():
+def test_there_are_these_eleven():
   assert tuple(studies.STUDIES) == NAMES
 
 

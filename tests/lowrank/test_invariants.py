@@ -14,7 +14,7 @@ from small_model import same_bits
 from switchlora_jax.lowrank.kernel_storage import load_kernel, store_new, without_residual
 from switchlora_jax.lowrank.layers import SwitchLoRADense
 from switchlora_jax.lowrank.spares import FreshVectors, coverage, draw_spare_indices
-from switchlora_jax.lowrank.switching import SwitchSchedule, switch
+from switchlora_jax.lowrank.switching import Choice, SwitchSchedule, switch
 
 SCALE = 0.5
 STEPS = 12
@@ -530,3 +530,82 @@ def test_rank_1_is_never_switched():
   layers = draw_layers((2, 9, 6, 1), np.float32, 0)
   out = switch(**layers, schedule=SwitchSchedule(1, 0), scale=SCALE, step=0, uniforms=0.0)
   assert out.count == 0 and same_bits(collections(out), layers)
+
+
+# --- slots that are chosen by values --------------------------------------------------------------------------------
+
+MIN_AGE, BELOW = 3, 1.2
+
+
+def choice_of(values):
+  return Choice({(): values}, MIN_AGE, BELOW)
+
+
+@partial(jax.jit, static_argnames=("times",))
+def switched_by_values(layers, values, uniforms, step, skip, *, times):
+  schedule = SwitchSchedule(*times, total_steps=10_000)
+  options = dict(uniforms={(): uniforms}, choice=choice_of(values), skip=skip)
+  return switch(**layers, schedule=schedule, scale=SCALE, step=step, **options)
+
+
+def chosen_history(shape, times, seed):
+  """(before, values of both factors, after) of each of `STEPS` steps with random values, a tenth of them unknown."""
+  layers, rng = draw_layers(shape, np.float64, seed), np.random.default_rng(seed)
+  age = np.full((shape[0], shape[3]), MIN_AGE, np.int32)
+  layers["candidates"] |= {"age_a": age, "age_b": age}
+  steps = []
+  for t in range(STEPS):
+    values = tuple(np.where(rng.random(age.shape) < 0.1, np.nan, rng.random(age.shape)) for _ in "ab")
+    out = switched_by_values(layers, values, rng.random(shape[0]), t, False, times=times)
+    out = jax.tree.map(np.asarray, out)
+    steps.append((layers, values, out))
+    layers = collections(out)
+  return steps
+
+
+def allowed(values, timers, ages):
+  """[L, r] bool: the vectors of a factor that may be switched, from the definition."""
+  values = np.where(np.isnan(values), np.inf, values)
+  return (values < BELOW * np.median(values, -1, keepdims=True)) & (ages >= MIN_AGE) & (timers == 0)
+
+
+@few
+@given(*anything)
+def test_chosen_vectors_keep_the_merged_weight_and_are_the_ones_allowed_with_the_smallest_values(shape, times, seed):
+  with jax.enable_x64(True):
+    steps, total = chosen_history(shape, times, seed), 0
+  for before, values, after in steps:
+    kernel, product = magnitudes(before)
+    assert drift(before, after) <= 1e-12 * (kernel + SCALE * shape[3] * product)
+    clock, rows = before["candidates"], {factor: switched_rows(before, after, factor) for factor in "ab"}
+    assert not np.any(rows["a"] & rows["b"])
+    for factor, other, value in zip("ab", "ba", values, strict=True):
+      hit, age = rows[factor], clock[f"age_{factor}"]
+      np.testing.assert_array_equal(hit.sum(-1), counts(before, after))
+      may = allowed(value, clock[f"timer_{factor}"], age)
+      assert not np.any(hit & ~may)
+      if factor == "a":  # the slots of A are chosen first, and those of B among the others
+        for layer in range(shape[0]):
+          left = value[layer][may[layer] & ~hit[layer]]
+          assert np.all(value[layer][hit[layer]][:, None] <= left[None])
+      np.testing.assert_array_equal(after.candidates[f"age_{factor}"], np.where(hit, 0, age) + 1)
+      np.testing.assert_array_equal(after.reset[f"lora_{other}"][..., 0], hit)
+    total += after.count
+  assert total > 0
+
+
+def test_a_layer_without_noisy_vectors_does_not_switch_and_a_skipped_step_keeps_the_ages():
+  layers = draw_layers((2, 9, 6, 4), np.float32, 0)
+  age = np.full((2, 4), MIN_AGE, np.int32)
+  layers["candidates"] |= {"age_a": age, "age_b": age}
+  alike, mixed = np.ones(4), np.array([1.0, 2.0, 0.5, 3.0])
+  run = lambda rows, skip=False: switched_by_values(
+    layers, (np.float32(rows),) * 2, np.zeros(2, np.float32), 0, skip, times=(1, 0)
+  )
+  found = run([np.nan * alike, mixed])
+  assert counts(layers, found).tolist() == [0, 1], "two are below 1.2 times the median 1.5: one for each factor"
+  young = {"age_a": age - 1, "age_b": age - 1}
+  layers["candidates"] |= young
+  assert run([alike, mixed]).count == 0
+  skipped = run([alike, mixed], skip=True)
+  assert same_bits(collections(skipped), layers)

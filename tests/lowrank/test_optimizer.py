@@ -11,7 +11,13 @@ from small_model import host, same_bits
 
 from switchlora_jax.lowrank import switching
 from switchlora_jax.lowrank.layers import lora_vectors
-from switchlora_jax.lowrank.optimizer import clip_by_global_norm, scale_by_vector_adam, vector_adam
+from switchlora_jax.lowrank.optimizer import (
+  clip_by_global_norm,
+  find_vector_adam,
+  scale_by_vector_adam,
+  signal_to_noise,
+  vector_adam,
+)
 from switchlora_jax.methods.galore import ProjectedAdam, scale_by_galore
 from switchlora_jax.methods.schedules import cosine_schedule
 
@@ -344,3 +350,34 @@ def test_masks_without_vectors_raise():
   tx = scale_by_vector_adam()
   with pytest.raises(ValueError, match=r"pass vectors="):
     jax.jit(tx.update)(params, tx.init(params), params, reset={"lora_a": np.ones((4, 1), bool)})
+
+
+# --- signal and noise ----------------------------------------------------------------------------------------------
+
+
+def test_the_signal_to_noise_ratio_of_constant_gradients_is_1_and_of_noise_is_small():
+  """Of noise: √((1-β1)/(1+β1)) = 0.23, as the mean of 1 / (1 - β1) independent numbers. Without updates it is NaN."""
+  rng, tx = np.random.default_rng(0), scale_by_vector_adam(vectors=lambda tree: jax.tree.map(lambda _: True, tree))
+  params = np.zeros((3, 400), np.float32)
+  state = tx.init(params)
+  ratio = lambda state: np.asarray(signal_to_noise(state.mu, state.nu, state.count, 0.9, 0.999))
+  assert np.all(np.isnan(ratio(state)))
+  constant = rng.standard_normal(400).astype(np.float32)
+  for t in range(60):
+    grads = np.stack([constant, rng.standard_normal(400).astype(np.float32), constant])
+    reset = np.array([[False], [False], [t == 59]])
+    freeze = reset
+    _, state = tx.update(grads, state, params, reset=reset, freeze=freeze)
+  found = ratio(state)
+  np.testing.assert_allclose(found[0], 1, rtol=1e-4)
+  np.testing.assert_allclose(found[1], (0.1 / 1.9) ** 0.5, rtol=0.1)
+  assert np.isnan(found[2]), "reset, and frozen since then"
+
+
+def test_the_adam_state_is_found_in_a_chain():
+  params = np.zeros((3, 4), np.float32)
+  adam = scale_by_vector_adam()
+  chained = optax.chain(optax.identity(), adam).init(params)
+  assert (
+    same_bits(find_vector_adam(chained), adam.init(params)) and find_vector_adam(optax.sgd(1.0).init(params)) is None
+  )

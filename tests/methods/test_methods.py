@@ -258,9 +258,10 @@ def train_without_a_model(**changes):
   draw = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).standard_normal((2, *shape)), jnp.float32)
   timer, cursor, zero = jnp.zeros((2, 4), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros((), jnp.int32)
   fresh = changes.get("switch__candidates") == "fresh"
+  ages = {"age_a": timer, "age_b": timer} if changes.get("switch__slots") == "snr" else {}
   spares = {} if fresh else {"spare_a": draw(3, 4, 9), "spare_b": draw(4, 4, 8)}
   params, frozen = {"q": {"lora_a": draw(0, 4, 9), "lora_b": draw(1, 4, 8)}}, {"q": {"kernel": draw(2, 9, 8)}}
-  candidates = {"q": spares | {"timer_a": timer, "timer_b": timer, "cursor": cursor}}
+  candidates = {"q": spares | ages | {"timer_a": timer, "timer_b": timer, "cursor": cursor}}
   state = TrainState(
     zero, params, frozen, candidates, method.optimizer.init(params), zero, zero, initial_spike_state(2)
   )
@@ -345,6 +346,29 @@ def test_the_switching_rate_can_follow_the_learning_rate_from_a_later_step():
   for step in (20, 60, 99):
     np.testing.assert_allclose(rate(step), learning_rate(step) / 1e-2, rtol=1e-6)
   assert switchlora.schedule(small_model.config("switchlora")).curve is None
+
+
+def test_vectors_are_chosen_by_the_noise_of_the_gradients_of_their_counterparts():
+  """A step switches a_k where the gradients of b_k vary, and the other way round; the schedule limits their number."""
+  changes = dict(switch__slots="snr", switch__min_age=1, switch__interval=1, switch__freeze_steps=0)
+  states, reports, masks = train_without_a_model(**changes)
+  assert masks == {"freeze", "reset"} and reports[0]["switched"] == 0, "nothing is known before the first gradients"
+  assert all(report["switched"] == report["switched/q"] for report in reports)
+  assert sum(report["switched"] for report in reports) > 0
+  config = small_model.config("switchlora", **changes)
+  state = states[2]
+  chosen = switchlora.noisiest(config, state)
+  assert (chosen.min_age, chosen.below) == (1, 1.0) and list(chosen.values) == [("q",)]
+  adam = state.opt_state
+  expected = [
+    np.sqrt(np.sum((adam.mu["q"][name] / (1 - 0.9 ** adam.count["q"][name])) ** 2, -1))
+    / np.sqrt(np.sum(adam.nu["q"][name] / (1 - 0.999 ** adam.count["q"][name]), -1))
+    for name in ("lora_b", "lora_a")
+  ]
+  for found, ratio in zip(chosen.values["q",], expected, strict=True):
+    np.testing.assert_allclose(found, ratio, rtol=1e-4)
+  line = switchlora.describe(config)[0]
+  assert line.startswith("candidates cycled over the run, hidden × hidden layers: at most ")
 
 
 def test_random_order_loads_other_spares_at_the_same_steps():

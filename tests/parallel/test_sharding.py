@@ -115,9 +115,11 @@ def test_the_other_methods_train_the_same_run_sharded_over_8_devices(method):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), state.params, last.params)
 
 
-def test_fresh_candidates_and_transported_moments_are_the_same_in_every_layout():
-  """Every device draws the vectors, and no spares are stored."""
-  fresh = dict(switch__candidates="fresh", switch__state="transport")
+def test_fresh_candidates_transported_moments_and_chosen_slots_are_the_same_in_every_layout():
+  """Every device draws the vectors, and no spares are stored. After one gradient, all ratios are 1 up to rounding."""
+  fresh = dict(
+    switch__candidates="fresh", switch__state="transport", switch__slots="snr", switch__min_age=2, switch__snr_below=2.0
+  )
   _, expected, last, losses = trained(**fresh)
   _, found, state, found_losses = trained(**fresh, **LAYOUTS["all over 4 of 8 devices"])
   assert sum(int(report["switched"]) for report in expected) > 0

@@ -73,7 +73,7 @@ def test_a_run_from_before_two_learning_rates_and_optimizers_continues(tmp_path,
   for key in ("rest_learning_rate", "warm_start_rest_learning_rate", "schedule", "optimizer", "fira", "apollo"):
     del saved["config"][key]
   del saved["config"]["galore"]["directions"]
-  for key in ("candidates", "decay", "start"):
+  for key in ("candidates", "decay", "start", "slots", "min_age", "snr_below"):
     del saved["config"]["switch"][key]
   path.write_text(json.dumps(saved))
   read = run_directory.read(tmp_path / "run")["config"]

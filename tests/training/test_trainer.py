@@ -135,8 +135,9 @@ def check_continues(config, folder, whole, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_with_fresh_candidates_and_transported_moments_continues_bitwise(tmp_path, monkeypatch):
-  often = dict(switch__decay="learning_rate", switch__start=1, switch__state="transport")
+def test_a_run_with_fresh_candidates_transported_moments_and_chosen_slots_continues_bitwise(tmp_path, monkeypatch):
+  chosen = dict(switch__slots="snr", switch__min_age=1, switch__snr_below=2.0)
+  often = dict(switch__decay="learning_rate", switch__start=1, switch__state="transport", **chosen)
   config = resolved(tmp_path, **often, switch__candidates="fresh")
   whole = trainer.train(config, tmp_path / "whole")
   assert sum(row.get("switched", 0) for row in lines(tmp_path / "whole")[6:]) > 0, "after the checkpoint as well"
