@@ -17,7 +17,7 @@ REFERENCE = {
 
 
 def get_config():
-  """A small model; the switch interval is 10 instead of 40, so that a short run cycles through its candidates."""
+  """A small model and a run of minutes; all settings of the method are those of `base`, except the rank."""
   config = base.get_config()
   config.rank = 32
   config.steps = 1000
@@ -31,7 +31,6 @@ def get_config():
   config.model.intermediate_size = 344
   config.model.num_layers = 4
   config.model.num_heads = 4
-  config.switch.interval = 10
   config.relora.restart_every = 250
   config.relora.restart_warmup_steps = 25
   config.data.source = "docs"

@@ -162,6 +162,10 @@ MISTAKES = {
   ),
   "age": (dict(switch__min_age=-1), "switch.min_age (=-1) must not be negative, and switch.snr_below (=1.0) must be"),
   "noise": (dict(switch__snr_below=0.0), "switch.snr_below (=0.0) must be greater than 0; set --config.switch.min_age"),
+  "transport of zeros": (
+    dict(switch__state="transport", switch__init="lora"),
+    "switch.state=transport needs vectors that are not zero, and with switch.init=lora those of B and its candidates",
+  ),
   "negative start": (dict(switch__start=-1), "switch.start (=-1) must be at least 0 and less than steps (="),
   "late start": (dict(switch__start=100), "switch.start (=100) must be at least 0 and less than steps (="),
   "negative ratio": (dict(min_lr_ratio=-0.1), "min_lr_ratio (=-0.1) must lie between 0 and 1; set --config.min_lr"),
@@ -213,6 +217,7 @@ def test_an_invalid_config_raises_an_error_with_a_remedy(tmp_path, name):
     dict(min_lr_ratio=1.0),
     dict(frozen_dtype="bfloat16"),
     dict(frozen_dtype="int8"),
+    dict(switch__start=12, switch__interval=0),
     dict(param_dtype="bfloat16", frozen_dtype="float32"),
     dict(method="relora", frozen_dtype="bfloat16", rank=4, relora__restart_every=6, relora__restart_warmup_steps=1),
     dict(method="full", frozen_dtype="float32"),

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.lowrank.kernel_storage import STORAGE, load_kernel, store_kernel
@@ -131,8 +132,8 @@ class Choice(NamedTuple):
   """Which vectors a step may switch, in place of the sequential order.
 
   A vector can be switched if it is at least `min_age` steps old, is not frozen, and its value is below `below` times
-  the median of its factor and layer. Those with the smallest values are switched first. The schedule limits their
-  number, so that a layer with fewer such vectors switches less.
+  the median of its factor and layer. Of every second slot, those with the smallest values are switched first. The
+  schedule limits their number, so that a layer with fewer such vectors switches less.
 
   Attributes:
     values: {path: ([..., r] of A, [..., r] of B)} float, a value of each vector; vectors with NaN are not switched.
@@ -231,32 +232,29 @@ def sequential_slots(cursor, window: int, rank: int):
   return loads % rank, (loads + rank // 2) % rank
 
 
-def chosen_slots(clock: Clock, window: int, *, values, choice: Choice):
+def chosen_slots(clock: Clock, window: int, step, *, values, choice: Choice):
   """The slots that `choice` selects, and how many of them can be switched.
+
+  The slots of A and B must be disjoint. In even steps A takes even slots and B odd ones, in odd steps the other way
+  round.
 
   Args:
     values: the values of L layers, ([L, r] of A, [L, r] of B).
   Returns:
     ([L, K] of A, [L, K] of B), each with the slots to switch first in front, and the number of these per factor [L].
-    Those of A and B are disjoint. A takes at most half of the slots that either factor could switch.
   """
+  even = (jnp.arange(values[0].shape[1]) + step)[None] % 2 == 0
 
-  def of_factor(values, timer, age):
-    values = jnp.where(jnp.isnan(values), jnp.inf, values)
-    below = values < choice.below * jnp.median(values, 1, keepdims=True)
-    return jnp.where(below & (age >= choice.min_age) & (timer == 0), values, jnp.inf)
+  def of_factor(values, timer, age, own):
+    below = values < choice.below * jnp.nanmedian(values, 1, keepdims=True)  # NaN is not below
+    found, slots = jax.lax.top_k(
+      -jnp.where(below & own & (age >= choice.min_age) & (timer == 0), values, jnp.inf), window
+    )
+    return slots, jnp.sum(jnp.isfinite(found), 1, dtype=jnp.int32)
 
-  values_a, values_b = (
-    of_factor(values[0], clock.timer_a, clock.age_a),
-    of_factor(values[1], clock.timer_b, clock.age_b),
-  )
-  found_a, slots_a = jax.lax.top_k(-values_a, window)
-  half = jnp.sum(jnp.isfinite(jnp.minimum(values_a, values_b)), 1, keepdims=True) // 2
-  free_a = jnp.isfinite(found_a) & (jnp.arange(window)[None] < half)
-  taken = marked(slots_a, free_a, values_a.shape[1])
-  found_b, slots_b = jax.lax.top_k(-jnp.where(taken, jnp.inf, values_b), window)
-  count = lambda free: jnp.sum(free, 1, dtype=jnp.int32)
-  return (slots_a, slots_b), jnp.minimum(count(free_a), count(jnp.isfinite(found_b)))
+  slots_a, count_a = of_factor(values[0], clock.timer_a, clock.age_a, even)
+  slots_b, count_b = of_factor(values[1], clock.timer_b, clock.age_b, ~even)
+  return (slots_a, slots_b), jnp.minimum(count_a, count_b)
 
 
 def switch_layers(layers: Layer, cursor, count, window: int, scale, slots=None, indices=None, draw=None):
@@ -325,7 +323,7 @@ def switch_stack(layers: Layer, clock: Clock, uniforms, choose, indices, draw, s
   One draw gives the count of both factors, as in the authors' code.
 
   Args:
-    choose: (clock, window) -> as `chosen_slots`; None: slots in sequential order.
+    choose: (clock, window, step) -> as `chosen_slots`; None: slots in sequential order.
     schedule: a `SwitchSchedule`.
 
   Returns:
@@ -336,7 +334,7 @@ def switch_stack(layers: Layer, clock: Clock, uniforms, choose, indices, draw, s
   window = schedule.window(rank, spares)
   drawn = switch_count(uniforms, rank * schedule.rate(step) / schedule.interval)  # lines 5 and 10
   if choose:
-    slots, most = choose(clock, window)
+    slots, most = choose(clock, window, step)
   else:
     slots, most = sequential_slots(clock.cursor, window, rank), available(clock)
   count = jnp.where(skip, 0, jnp.clip(drawn, 0, jnp.minimum(window, most)))
@@ -390,7 +388,7 @@ def switch(
   Returns:
     The new collections, the masks for the optimizer and the metrics, see `Switched`.
   Raises:
-    ValueError: a layer has no spares, and `fresh` is None.
+    ValueError: a layer has no spares, and `fresh` is None; or it has no ages, and `choice` is given.
   """
   candidates = candidates or {}
   flat = {"params": flatten_dict(params), "frozen": flatten_dict(frozen), "candidates": flatten_dict(candidates)}
@@ -415,6 +413,10 @@ def switch(
       draw = partial(fresh.draw, numbers, rank=rank, sizes=sizes, dtype=dtype)
     choose = None
     if choice:
+      if clock.age_a is None:
+        raise ValueError(
+          f"{'/'.join(path) or 'the layer'} stores no ages, which choice needs; create it with ages=True"
+        )
       values = tuple(stack(of_factor) for of_factor in choice.values[path])
       choose = partial(chosen_slots, values=values, choice=choice)
     layers, clock, masks, count, norm2 = switch_stack(
@@ -438,7 +440,14 @@ def expected_loads(schedule: SwitchSchedule, rank: int, first_step: int = 0) -> 
   Args:
     rank: r, LoRA vectors per factor.
   """
-  if schedule.interval == 0:
+  first, last = max(first_step, schedule.start), schedule.total_steps
+  if schedule.interval == 0 or first >= last:
     return 0.0
-  rates = jax.vmap(schedule.rate)(jnp.arange(first_step, schedule.total_steps))
-  return float(jnp.sum(rates)) * rank / schedule.interval
+  if schedule.curve:  # at 10,000 steps or fewer
+    points = np.linspace(first, last - 1, min(last - first, 10_000))
+    total = (last - first) * float(jnp.mean(jax.vmap(schedule.rate)(points)))
+  else:  # a geometric sum
+    ratio = schedule.decay_to ** (1 / (schedule.decay_point * last))
+    powers = first - schedule.start + 1, last - schedule.start + 1
+    total = last - first if ratio == 1 else (ratio ** powers[0] - ratio ** powers[1]) / (1 - ratio)
+  return total * rank / schedule.interval

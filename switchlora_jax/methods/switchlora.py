@@ -64,10 +64,15 @@ def check(config):
       raise UserError(
         f"switch.{name} (={config.switch[name]!r}) must be one of {', '.join(values)}; set --config.switch.{name}"
       )
-  if not 0 <= config.switch.start < config.steps:
+  if interval > 0 and not 0 <= config.switch.start < config.steps:
     raise UserError(
       f"switch.start (={config.switch.start}) must be at least 0 and less than steps (={config.steps}); "
       f"set --config.switch.start, or --config.switch.interval=0 to switch never"
+    )
+  if config.switch.state == TRANSPORT and config.switch.init == "lora":
+    raise UserError(
+      "switch.state=transport needs vectors that are not zero, and with switch.init=lora those of B and its candidates "
+      "are; set --config.switch.init=switchlora, or another --config.switch.state"
     )
   if config.switch.min_age < 0 or not config.switch.snr_below > 0:
     raise UserError(
@@ -142,6 +147,11 @@ def warnings(config) -> list[str]:
     return lines
   if layers := layers_of_full_rank(config.model, config.rank):
     lines.append(f"the layers {layers} have no spare vectors at rank {config.rank} and are never switched")
+  if 0 < config.switch.start < config.warm_start_steps:
+    lines.append(
+      f"switch.start (={config.switch.start}) lies in the full-rank phase, which does not switch; set it to "
+      f"warm_start_steps (={config.warm_start_steps}) to start the decay of the switching rate there"
+    )
   if not config.param_dtype == config.frozen_dtype == "bfloat16":
     return lines
   return [

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from switchlora_jax.errors import UserError
-from switchlora_jax.lowrank.kernel_storage import KERNEL
+from switchlora_jax.lowrank.kernel_storage import KERNEL, without_residual
 from switchlora_jax.lowrank.kinds import kind_of, linear_layers
+from switchlora_jax.lowrank.layers import LORA_A
 
 
 def merged(params, frozen, scale) -> dict:
@@ -52,16 +53,23 @@ def split(weights, params, frozen, scale) -> tuple[dict, dict]:
 
 
 def is_exact(params, frozen) -> bool:
-  """Whether `split` keeps the function of any plain weights, up to rounding."""
-  return all(kind_of(arrays).exact for arrays in linear_layers(params, frozen).values())
+  """Whether `split` keeps the function of any plain weights, up to rounding in the dtype of the parameters.
+
+  Base kernels that are stored in a narrower dtype do not.
+  """
+  wide = lambda arrays: KERNEL not in arrays or arrays[KERNEL].dtype.itemsize >= arrays[LORA_A].dtype.itemsize
+  return all(kind_of(arrays).exact and wide(arrays) for arrays in linear_layers(params, frozen).values())
 
 
 def relative_error(plain, params, frozen, scale) -> jax.Array:
-  """[] float32 or wider: ‖W - W'‖ / ‖W‖ over all merged kernels W', with the kernels W of the plain weights."""
+  """[] float32 or wider: ‖W - W'‖ / ‖W‖ over all merged kernels W', with the kernels W of the plain weights.
+
+  W' are those of the forward pass, without the residuals of narrow base kernels.
+  """
   flat, error, total = flatten_dict(plain), 0.0, 0.0
   for path, arrays in linear_layers(params, frozen).items():
     kernel = flat[*path, KERNEL].astype(jnp.promote_types(flat[*path, KERNEL].dtype, jnp.float32))
-    error += jnp.sum((kernel - kind_of(arrays).merged(arrays, scale)) ** 2)
+    error += jnp.sum((kernel - kind_of(arrays).merged(without_residual(arrays), scale)) ** 2)
     total += jnp.sum(kernel**2)
   return jnp.sqrt(error / total)
 

@@ -4,8 +4,8 @@ There are two ways. `warm_start_steps` makes the first steps of a run full-rank;
 `warm_start_from` starts a new run from the weights of a run (as the authors do), of a Hugging Face folder, or of a
 model of the hub.
 Embedding, norms and head stay the same. Methods with base kernels keep the function of the model: each kernel is split
-into a base kernel and an adapter. Layers without base kernels store an approximation, and its error is logged if it is
-more than rounding.
+into a base kernel and an adapter. Layers without base kernels, and base kernels in 16 or 8 bits, store an
+approximation, and its error is logged if it is more than rounding.
 Optimizer state, candidates and counts are reinitialised.
 """
 
@@ -39,8 +39,8 @@ ROUNDING = 1e-5  # relative error of kernels in float32 that is not logged
 def hand_over(state: TrainState, before: Phase, after: Phase) -> TrainState:
   """The state with which phase `after` continues from a state of phase `before`.
 
-  It has the same function (see `models.weights.split`), step, skip counts and spike-detector state; the optimizer state
-  is reinitialised.
+  It has the same function up to the approximation that is logged (see `models.weights.split`), and the same step, skip
+  counts and spike-detector state; the optimizer state is reinitialised.
   """
   kept = {name: getattr(state, name) for name in ("step", "skipped", "skipped_in_a_row", "spikes")}
   return _initial_state(after, state.params, state.frozen, before.scale)._replace(**kept)

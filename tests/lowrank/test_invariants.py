@@ -563,10 +563,14 @@ def chosen_history(shape, times, seed):
   return steps
 
 
-def allowed(values, timers, ages):
-  """[L, r] bool: the vectors of a factor that may be switched, from the definition."""
-  values = np.where(np.isnan(values), np.inf, values)
-  return (values < BELOW * np.median(values, -1, keepdims=True)) & (ages >= MIN_AGE) & (timers == 0)
+def allowed(values, timers, ages, turn):
+  """[L, r] bool: the vectors of a factor that may be switched, from the definition. `turn`: even slots, or odd ones."""
+  may = np.zeros(values.shape, bool)
+  for layer, slot in np.ndindex(values.shape):
+    known = values[layer][~np.isnan(values[layer])]
+    free = ages[layer, slot] >= MIN_AGE and timers[layer, slot] == 0 and slot % 2 == turn
+    may[layer, slot] = free and values[layer, slot] < BELOW * np.median(known)
+  return may
 
 
 @few
@@ -574,7 +578,7 @@ def allowed(values, timers, ages):
 def test_chosen_vectors_keep_the_merged_weight_and_are_the_ones_allowed_with_the_smallest_values(shape, times, seed):
   with jax.enable_x64(True):
     steps, total = chosen_history(shape, times, seed), 0
-  for before, values, after in steps:
+  for step, (before, values, after) in enumerate(steps):
     kernel, product = magnitudes(before)
     assert drift(before, after) <= 1e-12 * (kernel + SCALE * shape[3] * product)
     clock, rows = before["candidates"], {factor: switched_rows(before, after, factor) for factor in "ab"}
@@ -582,30 +586,36 @@ def test_chosen_vectors_keep_the_merged_weight_and_are_the_ones_allowed_with_the
     for factor, other, value in zip("ab", "ba", values, strict=True):
       hit, age = rows[factor], clock[f"age_{factor}"]
       np.testing.assert_array_equal(hit.sum(-1), counts(before, after))
-      may = allowed(value, clock[f"timer_{factor}"], age)
+      may = allowed(value, clock[f"timer_{factor}"], age, (step + (factor == "b")) % 2)
       assert not np.any(hit & ~may)
-      if factor == "a":  # the slots of A are chosen first, and those of B among the others
-        for layer in range(shape[0]):
-          left = value[layer][may[layer] & ~hit[layer]]
-          assert np.all(value[layer][hit[layer]][:, None] <= left[None])
+      for layer in range(shape[0]):
+        left = value[layer][may[layer] & ~hit[layer]]
+        assert np.all(value[layer][hit[layer]][:, None] <= left[None])
       np.testing.assert_array_equal(after.candidates[f"age_{factor}"], np.where(hit, 0, age) + 1)
       np.testing.assert_array_equal(after.reset[f"lora_{other}"][..., 0], hit)
     total += after.count
   assert total > 0
 
 
+def test_a_choice_needs_ages():
+  layers, values = draw_layers((2, 9, 6, 4), np.float32, 0), np.ones((2, 4), np.float32)
+  with pytest.raises(ValueError, match=r"^the layer stores no ages, which choice needs; create it with ages=True$"):
+    switch(**layers, schedule=SwitchSchedule(), scale=1, step=0, uniforms=0.0, choice=choice_of((values, values)))
+
+
 def test_a_layer_without_noisy_vectors_does_not_switch_and_a_skipped_step_keeps_the_ages():
   layers = draw_layers((2, 9, 6, 4), np.float32, 0)
   age = np.full((2, 4), MIN_AGE, np.int32)
   layers["candidates"] |= {"age_a": age, "age_b": age}
-  alike, mixed = np.ones(4), np.array([1.0, 2.0, 0.5, 3.0])
+  alike, mixed = np.ones(4), [1.0, 2.0, 0.5, 3.0]
   run = lambda rows, skip=False: switched_by_values(
     layers, (np.float32(rows),) * 2, np.zeros(2, np.float32), 0, skip, times=(1, 0)
   )
   found = run([np.nan * alike, mixed])
-  assert counts(layers, found).tolist() == [0, 1], "two are below 1.2 times the median 1.5: one for each factor"
+  assert counts(layers, found).tolist() == [0, 0], "slots 0 and 2 are below 1.2 times the median 1.5, and both are even"
+  assert counts(layers, run([alike, [1.0, 0.9, 2.0, 3.0]])).tolist() == [2, 1], "all of the first layer are"
   young = {"age_a": age - 1, "age_b": age - 1}
   layers["candidates"] |= young
-  assert run([alike, mixed]).count == 0
-  skipped = run([alike, mixed], skip=True)
+  assert run([alike, [1.0, 0.9, 2.0, 3.0]]).count == 0
+  skipped = run([alike, [1.0, 0.9, 2.0, 3.0]], skip=True)
   assert same_bits(collections(skipped), layers)

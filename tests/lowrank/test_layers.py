@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_model import equations, host
 
-from switchlora_jax.lowrank.kernel_storage import load_kernel
+from switchlora_jax.lowrank.kernel_storage import load_kernel, store_new
 from switchlora_jax.lowrank.layers import (
   KERNEL_INIT,
   LoRADense,
@@ -129,6 +129,25 @@ def test_forward_and_gradients_are_those_of_the_usual_two_products(x64):
   usual, (e_x, _, e_a, e_b) = host(vjp(naive_dense, cotangent, *primals))
   for left, right in ((ours, usual), (d_x, e_x), (d_a, e_a), (d_b, e_b)):
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-12 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_an_int8_kernel_gives_the_output_and_the_gradients_of_its_values(residual):
+  """The forward and the backward pass read int8 and scale, and not the residual."""
+  x, kernel, *vectors, _ = draw(np.float32)
+  stored = store_new(kernel, "int8", residual)
+  read = {name: array for name, array in stored.items() if name != "kernel_tail"}
+  values = np.asarray(stored["kernel"], np.float32) * np.asarray(stored["kernel_scale"])
+  ours, pull = jax.vjp(lambda x, a, b: merged_dense(x, read, a, b, 0.25), x, *vectors)
+  exact, exact_pull = jax.vjp(lambda x, a, b: adapted(x, values, a, b, 0.25), x, *vectors)
+  for left, right in zip((ours, *pull(ours)), (exact, *exact_pull(ours)), strict=True):
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
+  assert np.abs(values - kernel).max() > 1e-3
+  layer = LoRADense(24, rank=4, frozen_dtype=jnp.int8, kernel_residual=residual)
+  variables = start(layer)
+  plain = start(LoRADense(24, rank=4))
+  inputs = np.ones((3, 16), np.float32)
+  np.testing.assert_allclose(apply(layer, variables, inputs), apply(LoRADense(24, rank=4), plain, inputs), atol=0.05)
 
 
 def test_the_adapter_changes_the_output(x64):
@@ -303,18 +322,26 @@ def usual_backward(x, kernel, lora_a, lora_b, scale):
   return x @ merge(kernel, lora_a, lora_b, scale)
 
 
-@pytest.mark.parametrize("dense, stacked", [(adapted, False), (usual_backward, True)])
+def of_int8(x, kernel, scales, lora_a, lora_b, scale):
+  """`merged_dense` with a kernel in int8."""
+  return merged_dense(x, {"kernel": kernel, "kernel_scale": scales}, lora_a, lora_b, scale)
+
+
+@pytest.mark.parametrize("dense, stacked", [(adapted, False), (of_int8, False), (usual_backward, True)])
 def test_a_scan_over_layers_stacks_no_second_copy_of_the_weights(dense, stacked):
   """What a scan saves for its backward pass is among its outputs: none has the shape [layers, in, out]."""
   layers, size, rank = 3, 16, 4
 
   def loss(params, frozen, x):
     body = lambda x, layer: (jnp.tanh(dense(x, *layer, 0.25)), None)
-    return jax.lax.scan(body, x, (frozen, *params))[0].sum()
+    return jax.lax.scan(body, x, (*frozen, *params))[0].sum()
 
-  ones = lambda *shape: np.ones(shape, np.float32)
+  ones = lambda *shape, dtype=np.float32: np.ones(shape, dtype)
   params = (ones(layers, rank, size), ones(layers, rank, size))
-  jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ones(layers, size, size), ones(5, size)).jaxpr
+  frozen = [ones(layers, size, size)]
+  if dense is of_int8:
+    frozen = [ones(layers, size, size, dtype=np.int8), ones(layers, size, 1)]
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(params, frozen, ones(5, size)).jaxpr
   shapes = scan_outputs(jaxpr)
   assert (layers, rank, size) in shapes, "the gradients of the vectors are outputs"
   assert ((layers, size, size) in shapes) == stacked

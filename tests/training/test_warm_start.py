@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import weakref
 
@@ -365,10 +366,12 @@ def test_a_run_keeps_its_dtype_and_continues_without_its_source(folder, runs, dt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_run_with_narrow_kernels_resumes_bitwise_and_passes_on_its_residuals(folder, dtype):
+def test_a_run_with_narrow_kernels_resumes_bitwise_and_passes_on_its_residuals(folder, dtype, caplog):
   options = dict(method="switchlora", frozen_dtype=dtype, warm_start_steps=K, checkpoint_every=4)
   name = f"narrow-{dtype}"
   run = train(folder, name, **options)
+  (error,) = re.findall(r"kernels of the warm start are approximated, with a relative error of ([\d.e-]+)", caplog.text)
+  assert 1e-4 < float(error) < 5e-2
   (before, _), (after, phase_after) = run.handed[0]
   plain = weights.merged(after.params, after.frozen, phase_after.scale)
   for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(before.params), strict=True):
