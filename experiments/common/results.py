@@ -88,15 +88,19 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
     "devices": sorted({cell["devices"] for cell in timed}),
     **sizes(FrozenConfigDict(config.to_dict() | {"seed": 0, "learning_rate": 1.0, "rest_learning_rate": 1.0})),
     "warnings": describe_warnings(config),
-    "candidates_cycled": switchlora.cycles(config) if _stores_candidates(config) else None,
+    "candidates_cycled": switchlora.cycles(config) if _cycles_candidates(config) else None,
     "hand_over": config.warm_start_steps if 0 < config.warm_start_steps < config.steps else None,
     "step_time": step_time,
     "paper": variant.paper,
   }
 
 
-def _stores_candidates(config) -> bool:
-  return config.method == "switchlora" and config.switch.candidates == STORED
+def _cycles_candidates(config) -> bool:
+  """Whether candidates come back, and their number follows from the config."""
+  return config.method == "switchlora" and (config.switch.candidates, config.switch.slots) == (
+    STORED,
+    switchlora.SEQUENTIAL,
+  )
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from experiments.common.trials import Variant
 from switchlora_jax.errors import UserError
 from switchlora_jax.lowrank.layers import CANDIDATES
-from switchlora_jax.methods.switchlora import DECAYS, SLOTS, STATES
+from switchlora_jax.methods.switchlora import DECAYS, SLOTS, STATES, TRANSPORT
 from switchlora_jax.models.architecture import smaller_sides
 
 
@@ -75,13 +75,15 @@ def rank(config) -> Study:
 def state(config) -> Study:
   """What becomes of the counterpart's optimizer state, with and without freezing it; not in the paper."""
   own = config.switch.freeze_steps
-  lines = {f"{state}, N = {n}": {"switch.state": state, "switch.freeze_steps": n} for state in STATES for n in (own, 0)}
+  states = [state for state in STATES if (state, config.switch.init) != (TRANSPORT, "lora")]
+  lines = {f"{state}, N = {n}": {"switch.state": state, "switch.freeze_steps": n} for state in states for n in (own, 0)}
   return Study("what becomes of Adam's state, and whether to freeze", "App. A, eq. 11", lines)
 
 
 def decay(config) -> Study:
   """When switching starts and how its rate falls; not in the paper, which decays exponentially from the first step."""
-  starts = sorted({0, config.warmup_steps, config.switch.start})
+  first = config.warm_start_steps
+  starts = sorted({first, first + config.warmup_steps, max(first, config.switch.start)})
   lines = {
     f"from step {start}, {kind.replace('_', ' ')}": {"switch.start": start, "switch.decay": kind}
     for kind in DECAYS

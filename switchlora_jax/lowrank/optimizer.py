@@ -108,8 +108,9 @@ def signal_to_noise(mu, nu, count, b1: float, b2: float):
   Args:
     mu, nu, count: of one leaf of a `VectorAdamState`, [..., r, d] and a count that broadcasts to it.
   Returns:
-    [..., r]; NaN for rows that have not had a gradient since their last reset.
+    [..., r] in float32 or wider; NaN for rows that have had no gradient but 0 since their last reset.
   """
+  mu, nu = (moment.astype(jnp.promote_types(moment.dtype, jnp.float32)) for moment in (mu, nu))
   squares = jnp.sum(jnp.square(_unbias(mu, b1, count)), -1)
   return jnp.sqrt(squares / jnp.sum(_unbias(nu, b2, count), -1))
 

@@ -6,7 +6,8 @@ and before the gradients of the next step:
 
   W ← W + s·B·A,  A ← uniform in ±1/√in,  B ← 0,  most moments of A and B ← 0; the step counts are kept.
 
-A restart does not change the function of the model, so it is also done if the steps around it are skipped.
+A restart does not change the function of the model, except for the rounding of base kernels in 16 or 8 bits, so it is
+also done if the steps around it are skipped.
 
 There are two deviations from the authors' code. It starts with A = B = 0, so that no adapter is trained before the
 first merge; this module draws A at the start as at a restart. It prunes the first and second moments independently;

@@ -66,12 +66,19 @@ def relative_error(plain, params, frozen, scale) -> jax.Array:
 
   W' are those of the forward pass, without the residuals of narrow base kernels.
   """
-  flat, error, total = flatten_dict(plain), 0.0, 0.0
+  flat, squares = flatten_dict(plain), jnp.zeros(2)
+
+  def of_layer(layer):
+    kernel, arrays = layer
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    rest = kernel - kind_of(arrays).merged(arrays, scale)
+    return jnp.stack([jnp.sum(rest**2), jnp.sum(kernel**2)])
+
   for path, arrays in linear_layers(params, frozen).items():
-    kernel = flat[*path, KERNEL].astype(jnp.promote_types(flat[*path, KERNEL].dtype, jnp.float32))
-    error += jnp.sum((kernel - kind_of(arrays).merged(without_residual(arrays), scale)) ** 2)
-    total += jnp.sum(kernel**2)
-  return jnp.sqrt(error / total)
+    layers = (flat[*path, KERNEL], without_residual(arrays))
+    # One layer at a time: those of a whole stack would take memory for further copies of it.
+    squares += of_layer(layers) if layers[0].ndim == 2 else jnp.sum(jax.lax.map(of_layer, layers), 0)
+  return jnp.sqrt(squares[0] / squares[1])
 
 
 def _check_names(found, expected):

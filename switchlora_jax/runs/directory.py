@@ -235,7 +235,8 @@ def with_added_keys(config: dict) -> dict:
     "model": _attention_keys(config.get("model"), config.get("seq_len")),
   }
   config = dict(config)
-  if isinstance(switch := config.get("switch"), dict) and "reset" in switch:  # true or false, before there was `state`
+  switch = config.get("switch")
+  if isinstance(switch, dict) and isinstance(switch.get("reset"), bool):  # before there was `state`
     switch = dict(switch)
     config["switch"] = {"state": "reset" if switch.pop("reset") else "keep"} | switch
   for keys in (ADDED, added):
