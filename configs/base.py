@@ -103,8 +103,8 @@ def get_config() -> ConfigDict:
   config.switch.freeze_steps = 5  # steps for which the counterpart of a switched vector is frozen
   config.switch.decay_point = 0.1  # fraction of `steps` after which the switching rate has fallen to decay_to
   config.switch.decay_to = 1 / 3  # rate at decay_point / rate at the start (0.3 in the authors' code)
-  config.switch.decay = "exponential"  # of the switching rate: exponential | learning_rate (in proportion to it)
-  config.switch.start = 0  # the first step that may switch; the exponential decay counts from it
+  config.switch.decay = "exponential"  # of the switching rate: exponential | learning_rate (proportional to it)
+  config.switch.start = 0  # first step that may switch, where the exponential decay starts
   config.switch.init = "switchlora"  # switchlora (eq. 3) | lora (A uniform in ±1/√in, B zero)
   config.switch.candidates = "stored"  # stored (evicted vectors come back) | fresh (new random ones, none are kept)
   config.switch.order = "sequential"  # order in which spare vectors are used: sequential | random (section 2.2)

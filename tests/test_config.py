@@ -164,7 +164,7 @@ MISTAKES = {
   "noise": (dict(switch__snr_below=0.0), "switch.snr_below (=0.0) must be greater than 0; set --config.switch.min_age"),
   "transport of zeros": (
     dict(switch__state="transport", switch__init="lora"),
-    "switch.state=transport needs vectors that are not zero, and with switch.init=lora those of B and its candidates",
+    "switch.state=transport cannot be combined with switch.init=lora, which sets B and its candidates to zero; set",
   ),
   "negative start": (dict(switch__start=-1), "switch.start (=-1) must be at least 0 and less than steps (="),
   "late start": (dict(switch__start=100), "switch.start (=100) must be at least 0 and less than steps (="),

@@ -3,12 +3,12 @@
   frozen arrays of a layer             forward pass reads      stored weight
   kernel                               kernel                  kernel
   kernel, kernel_tail                  bfloat16                float32 with a significand of 16 bits
-  kernel, kernel_scale                 scale · int8            the same
+  kernel, kernel_scale                 scale · int8            scale · int8
   kernel, kernel_scale, kernel_tail    scale · int8            scale · (int8 + residual / 256)
 
 `kernel_tail` is an int8 residual. Methods that change kernels (the switch, ReLoRA's merge) need it: they add to the sum
 of kernel and residual and round the result to 16 bits rather than 8. Over thousands of small changes the kernel drifts
-less by two orders of magnitude; docs/results/drift.md has the figures. The forward pass does not read the residual.
+250 to 300 times less; see docs/results/drift.md. The forward pass does not read the residual.
 
 A bfloat16 number is the upper half of a float32. `split_float32` rounds a float32 to its upper 24 bits (a significand
 of 16 bits) and splits these into the nearest bfloat16 and the int8 that must be added to its bits. Both are integers,
@@ -54,7 +54,7 @@ def join_float32(kernel, residual) -> jax.Array:
 def quantize(values, residual: bool) -> dict[str, jax.Array]:
   """Store values [..., in, out] as int8 with a float32 scale per row, and perhaps an int8 residual.
 
-  The error is at most half a step, which is the largest magnitude of the row divided by 127, or by 32,512 with a
+  The error is at most half a step. A step is the largest magnitude of the row divided by 127, or by 32,512 with a
   residual. A row with a NaN or infinity becomes NaN.
   """
   values = values.astype(jnp.float32)

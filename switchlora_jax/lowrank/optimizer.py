@@ -103,12 +103,14 @@ def find_vector_adam(opt_state) -> VectorAdamState | None:
 
 
 def signal_to_noise(mu, nu, count, b1: float, b2: float):
-  """‖m‖ / √Σv of each row with bias-corrected moments: 1 if all gradients were equal, near 0 if they were noise.
+  """‖m‖ / √Σv of each row, with bias-corrected moments.
+
+  It is 1 for constant gradients, and about √((1-β1)/(1+β1)) for noise with mean 0, 0.23 at β1 = 0.9.
 
   Args:
     mu, nu, count: of one leaf of a `VectorAdamState`, [..., r, d] and a count that broadcasts to it.
   Returns:
-    [..., r] in float32 or wider; NaN for rows that have had no gradient but 0 since their last reset.
+    [..., r] in float32 or wider; NaN for rows whose gradients have all been 0 since their last reset.
   """
   mu, nu = (moment.astype(jnp.promote_types(moment.dtype, jnp.float32)) for moment in (mu, nu))
   squares = jnp.sum(jnp.square(_unbias(mu, b1, count)), -1)

@@ -48,8 +48,7 @@ class SwitchSchedule(NamedTuple):
     decay_point: p, the fraction of T after which the rate has fallen to `decay_to` of its start.
     decay_to: d, 1/3 in the paper (0.3 in the authors' code).
     start: the first step that may switch; the decay counts from it. 0 in the paper.
-    curve: from a step to the rate relative to the start, in [0, 1], in place of the exponential decay by p and d; None:
-      that decay, as in the paper.
+    curve: a function from the step to the relative rate in [0, 1]; None: exponential decay by p and d, as in the paper.
   """
 
   interval: int = 40
@@ -61,7 +60,10 @@ class SwitchSchedule(NamedTuple):
   curve: Callable | None = None
 
   def rate(self, step):
-    """The switching rate at `step` t relative to the start, d^((t+1) / (p·T)), [], at least 1e-8; 0 before `start`."""
+    """The switching rate at `step` t relative to the start, [], at least 1e-8 and 0 before `start`.
+
+    It is `curve(t)`, or d^((t - start + 1) / (p·T)).
+    """
     if self.curve:
       relative = self.curve(step)
     else:
@@ -132,8 +134,9 @@ class Choice(NamedTuple):
   """Which vectors a step may switch, in place of the sequential order.
 
   A vector can be switched if it is at least `min_age` steps old, is not frozen, and its value is below `below` times
-  the median of its factor and layer. Of every second slot, those with the smallest values are switched first. The
-  schedule limits their number, so that a layer with fewer such vectors switches less.
+  the median of its factor and layer. In even steps A is switched at even slots and B at odd ones, in odd steps the
+  reverse; among these, the vectors with the smallest values are switched first. The schedule limits their number, so
+  that a layer with fewer such vectors switches less.
 
   Attributes:
     values: {path: ([..., r] of A, [..., r] of B)} float, a value of each vector; vectors with NaN are not switched.

@@ -67,12 +67,12 @@ def check(config):
   if interval > 0 and not 0 <= config.switch.start < config.steps:
     raise UserError(
       f"switch.start (={config.switch.start}) must be at least 0 and less than steps (={config.steps}); "
-      f"set --config.switch.start, or --config.switch.interval=0 to switch never"
+      f"set --config.switch.start, or --config.switch.interval=0 to disable switching"
     )
   if config.switch.state == TRANSPORT and config.switch.init == "lora":
     raise UserError(
-      "switch.state=transport needs vectors that are not zero, and with switch.init=lora those of B and its candidates "
-      "are; set --config.switch.init=switchlora, or another --config.switch.state"
+      "switch.state=transport cannot be combined with switch.init=lora, which sets B and its candidates to zero; set "
+      "--config.switch.init=switchlora, or another --config.switch.state"
     )
   if config.switch.min_age < 0 or not config.switch.snr_below > 0:
     raise UserError(
@@ -216,6 +216,7 @@ def noisiest(config, state: TrainState) -> Choice:
   The gradient of b_k is s·Ga_k: if it is mostly noise, the model learns little along a_k, which is then switched.
   """
   adam, optimizer = find_vector_adam(state.opt_state), config.optimizer
+  assert adam is not None, "check_optimizer requires it"
   mu, nu, count = (flatten_dict(tree) for tree in (adam.mu, adam.nu, adam.count))
   ratio = lambda path: signal_to_noise(mu[path], nu[path], count[path], optimizer.b1, optimizer.b2)
   values = {path: (ratio((*path, LORA_B)), ratio((*path, LORA_A))) for path in switchable(state.candidates)}

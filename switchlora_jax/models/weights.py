@@ -55,7 +55,7 @@ def split(weights, params, frozen, scale) -> tuple[dict, dict]:
 def is_exact(params, frozen) -> bool:
   """Whether `split` keeps the function of any plain weights, up to rounding in the dtype of the parameters.
 
-  Base kernels that are stored in a narrower dtype do not.
+  False if a base kernel is stored in a narrower dtype.
   """
   wide = lambda arrays: KERNEL not in arrays or arrays[KERNEL].dtype.itemsize >= arrays[LORA_A].dtype.itemsize
   return all(kind_of(arrays).exact and wide(arrays) for arrays in linear_layers(params, frozen).values())
