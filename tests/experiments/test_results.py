@@ -72,8 +72,8 @@ def test_sizes_against_numbers_by_hand(found):
   assert switched["trainable_parameters"] == lora["trainable_parameters"] == others + vectors
   assert 0 < switched["optimizer_bytes"] - 8 * (others + vectors) < 4 * (2 * 7 * 2 * 4 + 10)
   assert full["candidates_cycled"] is lora["candidates_cycled"] is None
-  # r / (c - r) · p·T / (interval · ln(1/d))
-  assert switched["candidates_cycled"] == pytest.approx(4 / 12 * 0.1 * 12 / (2 * math.log(3)))
+  # r / (c - r) · Σ d^((t+1) / (p·T)) / interval
+  assert switched["candidates_cycled"] == pytest.approx(4 / 12 / 2 * sum(3 ** (-t / 1.2) for t in range(1, 13)))
 
 
 def test_the_table(found):

@@ -20,12 +20,12 @@ MODERN = GROUPED | dict(model__qkv_bias=True, model__qk_norm=True, model__tied_e
 SHARDED = {f"sharding__{part}": "sharded" for part in ("trained", "optimizer", "frozen", "candidates")}
 
 
-def drawn(keys):
+def drawn(keys, dtype=np.float32):
   """The model of keys of `config.model`, and weights drawn large enough that all of them matter."""
   draw = np.random.default_rng(0).standard_normal
   shapes = architecture_of(keys).plain_shapes()
-  flat = {tuple(path.split("/")): draw(shape).astype(np.float32) for path, shape in shapes.items()}
-  return make_model(keys), weights.unflatten_dict(flat)
+  flat = {tuple(path.split("/")): draw(shape).astype(dtype) for path, shape in shapes.items()}
+  return make_model(keys, dtype=dtype, param_dtype=dtype), weights.unflatten_dict(flat)
 
 
 def loss_and_gradients(model, params, tokens):
@@ -51,19 +51,21 @@ def test_keys_that_are_left_out_are_those_of_llama():
   assert (described.num_kv_heads, described.head_dim, described.max_position) == (2, 8, 8)
 
 
-def test_a_head_of_keys_serves_successive_heads_of_queries():
+def test_a_head_of_keys_serves_successive_heads_of_queries(x64):
   """The grouped model has the logits and gradients of one whose k and v repeat each head."""
   keys = small_model.config("full", **GROUPED).model.to_dict()
-  model, params = drawn(keys)
+  model, params = drawn(keys, np.float64)
   repeat = lambda kernel: np.repeat(kernel.reshape(2, 16, 2, 6), 2, axis=2).reshape(2, 16, 24)
   repeated = {name: {"kernel": repeat(params["blocks"][name]["kernel"])} for name in "kv"}
   loss, gradients = loss_and_gradients(model, params, TOKENS)
   wide = params | {"blocks": params["blocks"] | repeated}
-  expected, wide_gradients = loss_and_gradients(make_model(keys | {"num_kv_heads": 4}), wide, TOKENS)
-  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  expected, wide_gradients = loss_and_gradients(
+    make_model(keys | {"num_kv_heads": 4}, dtype=np.float64, param_dtype=np.float64), wide, TOKENS
+  )
+  np.testing.assert_allclose(loss, expected, rtol=1e-12)
   for name in "kv":
     of_group = wide_gradients["blocks"][name]["kernel"].reshape(2, 16, 2, 2, 6).sum(3).reshape(2, 16, 12)
-    np.testing.assert_allclose(gradients["blocks"][name]["kernel"], of_group, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradients["blocks"][name]["kernel"], of_group, rtol=1e-9, atol=1e-12)
 
 
 def test_a_tied_embedding_has_the_gradients_of_both_of_its_uses():

@@ -98,7 +98,7 @@ def plan(method: str, accumulation: int, devices: int = 8):
   return planner.plan_step(phase, config, small_model.mesh(devices), HOST), phase.abstract, config
 
 
-CASES = itertools.product(("full", "switchlora"), (1, 4))  # (method, accumulation)
+CASES = list(itertools.product(("full", "switchlora"), (1, 4)))  # (method, accumulation)
 
 
 @pytest.mark.slow

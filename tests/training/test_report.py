@@ -33,8 +33,8 @@ def test_the_description_of_a_run_has_its_sizes_and_cycles(tmp_path):
     text.startswith("learning_rate: 0.02\nrest_learning_rate: 0.02\ndtype: float32\n") and "switch.interval" not in text
   )
   assert "\ntokens per step: 128\n" in text
-  # r/(c-r) · p·T / (interval · ln 3) = 4/12 · 1.2 / (2 · 1.0986)
-  assert "candidates cycled over the run, hidden × hidden layers: 0.18 times" in text
+  # r/(c-r) · Σ 3^(-(t+1) / (p·T)) / interval = 4/12 · 0.6675 / 2
+  assert "candidates cycled over the run, hidden × hidden layers: 0.11 times" in text
   plain = resolved(tmp_path, method="lora")
   assert "cycled" not in report.describe_run(plain, build_phase(plain, make_mesh()).abstract)
 
