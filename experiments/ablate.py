@@ -1,7 +1,7 @@
 """Ablations of SwitchLoRA: change one setting at a time, with equal token budgets.
 
 python -m experiments.ablate --study=interval --workdir=runs/interval
-python -m experiments.ablate --study=state --seeds=3 --config.rank=16 --workdir=runs/reset
+python -m experiments.ablate --study=state --seeds=3 --config.rank=16 --workdir=runs/state
 
 Writes the same files as experiments.compare: table.md, results.json, and curves and parameters as .png and .svg.
 """

@@ -31,7 +31,8 @@ POSITIVE = (
 )
 DTYPES = ("float32", "bfloat16", "float64")
 INT8 = "int8"  # of base kernels, with a scale per row
-MIXED = (("float32", "bfloat16"), ("bfloat16", "float32"))  # param_dtype with another dtype of kernels or spares
+# param_dtype with another dtype of kernels or spares
+MIXED = (("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", INT8))
 
 SHARDINGS = ("sharded", "replicated")
 LARGEST = 2**31 - 1  # integers on a device and in shapes have 32 bits
@@ -180,8 +181,6 @@ def _check_precision(config):
       f"--config.frozen_dtype"
     )
   for key in narrow:
-    if config[key] == INT8:
-      continue
     if config[key] not in (None, stored) and (stored, config[key]) not in MIXED:
       raise UserError(
         f"{key} (={config[key]!r}) must be the same as param_dtype (={stored!r}), or one of the two bfloat16 and the "

@@ -97,10 +97,8 @@ def variant_row(variant: Variant, config, cells: list[dict], step_time: float | 
 
 def _cycles_candidates(config) -> bool:
   """Whether candidates come back, and their number follows from the config."""
-  return config.method == "switchlora" and (config.switch.candidates, config.switch.slots) == (
-    STORED,
-    switchlora.SEQUENTIAL,
-  )
+  kinds = config.switch.candidates, config.switch.slots
+  return config.method == "switchlora" and kinds == (STORED, switchlora.SEQUENTIAL)
 
 
 @functools.cache

@@ -69,26 +69,26 @@ def quantize(values, residual: bool) -> dict[str, jax.Array]:
 
 
 def store_new(kernel, dtype, residual: bool) -> dict[str, jax.Array]:
-  """The frozen arrays of a layer that store `kernel` in `dtype`.
+  """The frozen arrays of a new layer, which store `kernel` in `dtype`.
 
   Args:
     residual: whether to add an int8 residual if `dtype` is narrower than that of the kernel.
   """
   dtype = jnp.dtype(dtype)
-  if dtype == jnp.int8:
-    return quantize(kernel, residual)
-  if residual and dtype.itemsize < kernel.dtype.itemsize:
-    return dict(zip((KERNEL, RESIDUAL), split_float32(kernel), strict=True))
-  return {KERNEL: kernel.astype(dtype)}
+  return _store(kernel, dtype, residual and dtype.itemsize < kernel.dtype.itemsize)
 
 
 def store_kernel(kernel, like) -> dict[str, jax.Array]:
   """The frozen arrays of a layer that store `kernel`, with the names and dtypes of `like`."""
-  if SCALE in like:
-    return quantize(kernel, RESIDUAL in like)
-  if RESIDUAL in like:
+  return _store(kernel, like[KERNEL].dtype, RESIDUAL in like)
+
+
+def _store(kernel, dtype, residual: bool) -> dict[str, jax.Array]:
+  if dtype == jnp.int8:
+    return quantize(kernel, residual)
+  if residual:
     return dict(zip((KERNEL, RESIDUAL), split_float32(kernel), strict=True))
-  return {KERNEL: kernel.astype(like[KERNEL].dtype)}
+  return {KERNEL: kernel.astype(dtype)}
 
 
 def load_kernel(frozen_layer) -> jax.Array:

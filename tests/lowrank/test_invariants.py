@@ -569,7 +569,7 @@ def allowed(values, timers, ages, turn):
   for layer, slot in np.ndindex(values.shape):
     known = values[layer][~np.isnan(values[layer])]
     free = ages[layer, slot] >= MIN_AGE and timers[layer, slot] == 0 and slot % 2 == turn
-    may[layer, slot] = free and values[layer, slot] < BELOW * np.median(known)
+    may[layer, slot] = free and len(known) > 0 and values[layer, slot] < BELOW * np.median(known)
   return may
 
 
