@@ -96,10 +96,14 @@ def scale_by_vector_adam(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def is_vector_adam(node) -> bool:
+  """Whether a node of an optimizer state is a `VectorAdamState`."""
+  return isinstance(node, VectorAdamState)
+
+
 def find_vector_adam(opt_state) -> VectorAdamState | None:
   """The `VectorAdamState` that an optimizer state is or contains; None if there is none."""
-  is_state = lambda node: isinstance(node, VectorAdamState)
-  return next(filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)), None)
+  return next(filter(is_vector_adam, jax.tree.leaves(opt_state, is_leaf=is_vector_adam)), None)
 
 
 def signal_to_noise(mu, nu, count, b1: float, b2: float):
@@ -118,7 +122,7 @@ def signal_to_noise(mu, nu, count, b1: float, b2: float):
 
 
 def _is_tree(node):
-  return not isinstance(node, VectorAdamState)
+  return not is_vector_adam(node)
 
 
 def _unbias(moment, decay, count):

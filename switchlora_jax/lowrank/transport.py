@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from switchlora_jax.lowrank.layers import LORA_A, LORA_B
-from switchlora_jax.lowrank.optimizer import VectorAdamState
+from switchlora_jax.lowrank.optimizer import is_vector_adam
 
 RIDGE = 1e-3  # ε / the mean of ‖a_j‖²: bounds c where vectors of a factor are nearly parallel
 
@@ -35,12 +35,11 @@ def transport_moments(opt_state, before, after, switched):
   Returns:
     The optimizer state; where nothing is marked, it is bitwise the same.
   """
-  is_moments = lambda node: isinstance(node, VectorAdamState)
   before, after, switched = map(flatten_dict, (before, after, switched))
   marked = {path: mask for path, mask in switched.items() if jnp.ndim(mask)}
 
   def transported(state):
-    if not is_moments(state):
+    if not is_vector_adam(state):
       return state
     mu, nu = flatten_dict(state.mu), flatten_dict(state.nu)
     for (*path, name), mask in marked.items():
@@ -48,7 +47,7 @@ def transport_moments(opt_state, before, after, switched):
       mu[own], nu[own] = transport(mu[own], nu[own], before[counterpart], after[counterpart], mask)
     return state._replace(mu=unflatten_dict(mu), nu=unflatten_dict(nu))
 
-  return jax.tree.map(transported, opt_state, is_leaf=is_moments)
+  return jax.tree.map(transported, opt_state, is_leaf=is_vector_adam)
 
 
 def transport(mu, nu, before, after, switched):

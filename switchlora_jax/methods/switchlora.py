@@ -29,8 +29,8 @@ LEARNING_RATE = 2e-2  # section 4.1
 MIN_LR_RATIO = 0.0
 ACCEPTED = ADAM  # a switch resets and freezes its state
 ORDERS = ("sequential", "random")
-EXPONENTIAL, LEARNING_RATE_DECAY = DECAYS = ("exponential", "learning_rate")
-RESET, KEEP, TRANSPORT = STATES = ("reset", "keep", "transport")
+DECAYS = (EXPONENTIAL := "exponential", "learning_rate")
+STATES = (RESET := "reset", "keep", TRANSPORT := "transport")
 SEQUENTIAL, SNR = SLOTS = ("sequential", "snr")
 RANDOM_ORDER, FRESH_VECTORS = (
   2**31 - 1,

@@ -25,11 +25,8 @@ PROMPT_ROWS = 100  # validation rows that are searched for the start of a docume
 def parameter_count(tree) -> int:
   """Number of parameters in a tree of arrays, abstract or real; a kernel with its scale and residual counts once."""
   leaves = jax.tree.leaves_with_path(tree)
-  return sum(math.prod(leaf.shape) for path, leaf in leaves if _name(path) not in (RESIDUAL, SCALE))
-
-
-def _name(path):
-  return getattr(path[-1], "key", None) if path else None
+  name = lambda path: jax.tree_util.keystr(path[-1:], simple=True)
+  return sum(math.prod(leaf.shape) for path, leaf in leaves if name(path) not in (RESIDUAL, SCALE))
 
 
 def bytes_of(tree) -> int:
